@@ -1,0 +1,387 @@
+//! The destination's half of the hand-over, pure.
+//!
+//! ```text
+//! New ▶ StartingTwin ▶ Preparing ▶ Reserved ▶ Loading ▶ Finishing ▶ Verifying ─▶ RecordingLoaded ▶ Loaded
+//!          └──────────────┴────────────┴─────────┴──────────┴───────────┘                    │      │ COMMIT
+//!                 ▼ any failure, or the source lost             ▼ a failure, or the source's word   ▼
+//!             Discarding ▶ Finished ◀──────────────────────────────────────                 RecordingStarting
+//!                                                                                                   ▼ only forward
+//!                               Finished ◀ RecordingRunning ◀ Resuming ◀ Waking ◀ WakingP2p ◀ Starting
+//! ```
+//!
+//! No device leaves RESUMING before every blob's length and digest have been verified and the VMM has loaded (I5); none
+//! leaves STOP before all have left RESUMING, none enters RUNNING before all are in RUNNING_P2P, and the vCPUs resume last (I4).
+//! From Loaded on nothing is discarded on the destination's own judgement; from Starting on, nothing is discarded at all.
+
+use std::collections::BTreeSet;
+
+use super::devices::{Devices, Track};
+use super::{Blob, Failure, Reason, Record, blobs};
+use crate::vfio::state::{Features, MigrationState};
+
+/// How often a device is told again to start after it has refused: from STARTING on there is no way back to fall to.
+const START_TRIES: u32 = 3;
+
+/// Where the destination stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Phase {
+    /// Nothing has been done.
+    New,
+    /// The twin is being started, paused.
+    StartingTwin,
+    /// Devices are on their way to RESUMING.
+    Preparing,
+    /// Waiting for the source.
+    Reserved,
+    /// The source is connected; blobs may arrive.
+    Loading,
+    /// All blobs are verified; the VMM puts RAM and machine state in place.
+    Finishing,
+    /// Devices are on their way from RESUMING to STOP: each driver says whether it takes its blob.
+    Verifying,
+    /// LOADED is being recorded.
+    RecordingLoaded,
+    /// LOADED has been sent. Only the source decides now.
+    Loaded,
+    /// STARTING is being recorded.
+    RecordingStarting,
+    /// The devices' network identity is being taken over.
+    Starting,
+    /// Devices are on their way to RUNNING_P2P.
+    WakingP2p,
+    /// Devices are on their way to RUNNING.
+    Waking,
+    /// The vCPUs are being resumed.
+    Resuming,
+    /// RUNNING is being recorded.
+    RecordingRunning,
+    /// All that was reserved is being given back.
+    Discarding,
+    /// The end.
+    Finished,
+}
+
+/// What has happened.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Event {
+    /// Go.
+    Start,
+    /// The twin answers, and its devices have been borrowed.
+    TwinReady,
+    /// A device has been read back where it was told to go.
+    DeviceReached(usize, MigrationState),
+    /// A device did not get where it was told to go; where it was found, if it could be read.
+    DeviceFailed(usize, Option<MigrationState>, Failure),
+    /// The source said Hello.
+    PeerConnected,
+    /// A blob has arrived whole, its length and digest are what the source announced, and all of it has been handed on.
+    BlobVerified(Blob),
+    /// The VMM has RAM and machine state in place.
+    LoadFinished,
+    /// A record is on stable storage.
+    Recorded(Record),
+    /// The source has passed its point of no return.
+    CommitReceived,
+    /// The source keeps the VM: its own word, or the operator's who has it from the source.
+    AbortReceived(Failure),
+    /// The source cannot be heard any more.
+    PeerLost(Failure),
+    /// The devices carry the VM's network identity.
+    IdentityActivated,
+    /// The vCPUs run.
+    Resumed,
+    /// Something failed that belongs to no device: the twin, a call to it, a blob.
+    Failed(Failure),
+    /// All that was reserved is given back.
+    Discarded,
+}
+
+/// What is to be done. Each is answered by one event, or by a failure, unless it says otherwise.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Effect {
+    /// Tell whoever watches. No answer.
+    Report(Phase),
+    /// Prepare the network identity, start the twin paused, borrow its devices. [`Event::TwinReady`]
+    StartTwin,
+    /// [`Event::DeviceReached`], [`Event::DeviceFailed`]
+    SetState(usize, MigrationState),
+    /// Answer the reservation: the devices stand in RESUMING. No answer.
+    ConfirmReserved,
+    /// No answer.
+    SendReady,
+    /// [`Event::LoadFinished`]
+    FinishLoad,
+    /// [`Event::Recorded`]
+    Record(Record),
+    /// No answer; the peer may not hear it.
+    SendLoaded,
+    /// No answer; the peer may not hear it.
+    SendStarting,
+    /// [`Event::IdentityActivated`]
+    ActivateIdentity,
+    /// [`Event::Resumed`]
+    Resume,
+    /// No answer; the peer may not hear it.
+    SendStarted,
+    /// No answer; the peer may not hear it.
+    SendFailed(Failure),
+    /// Stop receiving, reset the devices that hold foreign data, end the twin, give everything back. [`Event::Discarded`]
+    Discard,
+    /// It is over here. No answer.
+    Finish(End),
+}
+
+/// How it ended.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum End {
+    /// The VM runs here.
+    Running,
+    /// Given back, before anything had started.
+    Discarded(Failure),
+    /// The VM is here, and could not be started. The source's copy is dead.
+    Stuck(Failure),
+}
+
+/// The destination of one attempt.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Destination {
+    phase: Phase,
+    devices: Devices,
+    verified: BTreeSet<Blob>,
+    recorded: BTreeSet<Record>,
+    peer_connected: bool,
+    load_finished: bool,
+    identity_active: bool,
+    resumed: bool,
+    start_failures: u32,
+    given_back: bool,
+    failure: Option<Failure>,
+}
+
+impl Destination {
+    /// A destination for devices with these features, which stand in RUNNING when the twin has opened them.
+    pub fn new(features: &[Features]) -> Self {
+        Self {
+            phase: Phase::New,
+            devices: Devices::new(features, MigrationState::Running),
+            verified: BTreeSet::new(),
+            recorded: BTreeSet::new(),
+            peer_connected: false,
+            load_finished: false,
+            identity_active: false,
+            resumed: false,
+            start_failures: 0,
+            given_back: false,
+            failure: None,
+        }
+    }
+
+    /// Where it stands.
+    pub fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    /// Whether the twin may have run something: nothing may be discarded any more.
+    pub fn may_have_run(&self) -> bool {
+        match self.phase {
+            Phase::RecordingStarting
+            | Phase::Starting
+            | Phase::WakingP2p
+            | Phase::Waking
+            | Phase::Resuming
+            | Phase::RecordingRunning => true,
+            Phase::Finished => !self.given_back,
+            _ => false,
+        }
+    }
+
+    /// Whether blobs may arrive.
+    pub fn takes_blobs(&self) -> bool {
+        matches!(self.phase, Phase::Reserved | Phase::Loading)
+    }
+
+    /// Takes an event into account. An event that comes too late to matter changes nothing.
+    #[must_use]
+    pub fn step(mut self, event: Event) -> (Self, Vec<Effect>) {
+        let mut effects = Vec::new();
+        if self.phase != Phase::Finished {
+            self.absorb(event, &mut effects);
+            while self.advance(&mut effects) {}
+        }
+        (self, effects)
+    }
+
+    fn absorb(&mut self, event: Event, effects: &mut Vec<Effect>) {
+        match event {
+            Event::Start if self.phase == Phase::New => {
+                self.enter(Phase::StartingTwin, effects);
+                effects.push(Effect::StartTwin);
+            }
+            Event::Start => {}
+            Event::TwinReady if self.phase == Phase::StartingTwin => {
+                self.enter(Phase::Preparing, effects);
+                self.order(effects, |_| Some(MigrationState::Resuming));
+            }
+            Event::TwinReady => {}
+            Event::DeviceReached(index, state) => self.devices.read_back(index, state),
+            Event::DeviceFailed(index, found, failure) => self.device_failed(index, found, failure, effects),
+            Event::PeerConnected => self.peer_connected = true,
+            Event::BlobVerified(blob) => {
+                self.verified.insert(blob);
+            }
+            Event::LoadFinished => self.load_finished = true,
+            Event::Recorded(record) => {
+                self.recorded.insert(record);
+            }
+            Event::CommitReceived => {
+                if self.phase == Phase::Loaded {
+                    self.phase = Phase::RecordingStarting;
+                    effects.push(Effect::Record(Record::Starting));
+                }
+            }
+            Event::AbortReceived(failure) => {
+                if !self.may_have_run() {
+                    self.discard(failure, effects);
+                }
+            }
+            Event::PeerLost(failure) => {
+                if self.before_loaded() {
+                    self.discard(failure, effects);
+                }
+            }
+            Event::IdentityActivated => self.identity_active = true,
+            Event::Resumed => self.resumed = true,
+            Event::Failed(failure) => self.fail(failure, effects),
+            Event::Discarded => self.given_back = true,
+        }
+    }
+
+    fn before_loaded(&self) -> bool {
+        !matches!(self.phase, Phase::RecordingLoaded | Phase::Loaded | Phase::Discarding) && !self.may_have_run()
+    }
+
+    fn device_failed(
+        &mut self,
+        index: usize,
+        found: Option<MigrationState>,
+        failure: Failure,
+        effects: &mut Vec<Effect>,
+    ) {
+        let wanted = self.devices.wanted(index);
+        match found {
+            Some(state) => self.devices.read_back(index, state),
+            None => self.devices.mark_broken(index),
+        }
+        self.start_failures += u32::from(self.may_have_run());
+        match (wanted, found) {
+            (Some(to), Some(state))
+                if self.may_have_run()
+                    && state != MigrationState::Error
+                    && self.start_failures < START_TRIES =>
+            {
+                self.devices.expect(index, to);
+                effects.push(Effect::SetState(index, to));
+            }
+            _ => self.fail(failure, effects),
+        }
+    }
+
+    fn fail(&mut self, failure: Failure, effects: &mut Vec<Effect>) {
+        if self.may_have_run() {
+            effects.push(Effect::SendFailed(failure.clone()));
+            self.finish(End::Stuck(failure), effects);
+        } else {
+            self.discard(failure, effects);
+        }
+    }
+
+    /// Nothing has started: all that was reserved is given back.
+    fn discard(&mut self, failure: Failure, effects: &mut Vec<Effect>) {
+        if self.phase != Phase::Discarding {
+            self.enter(Phase::Discarding, effects);
+            effects.extend([
+                Effect::Record(Record::Discarded),
+                Effect::SendFailed(failure.clone()),
+                Effect::Discard,
+            ]);
+            self.failure = Some(failure);
+        }
+    }
+
+    /// Leaves the phase if all it waits for is there. True if it did.
+    fn advance(&mut self, effects: &mut Vec<Effect>) -> bool {
+        match self.phase {
+            Phase::Preparing if self.devices.all_at(|state| state == MigrationState::Resuming) => {
+                self.enter(Phase::Reserved, effects);
+                effects.push(Effect::ConfirmReserved);
+            }
+            Phase::Reserved if self.peer_connected => {
+                self.enter(Phase::Loading, effects);
+                effects.push(Effect::SendReady);
+            }
+            Phase::Loading if blobs(self.devices.len()).all(|blob| self.verified.contains(&blob)) => {
+                self.enter(Phase::Finishing, effects);
+                effects.push(Effect::FinishLoad);
+            }
+            Phase::Finishing if self.load_finished => {
+                self.enter(Phase::Verifying, effects);
+                self.order(effects, |_| Some(MigrationState::Stop));
+            }
+            Phase::Verifying if self.devices.all_at(|state| state == MigrationState::Stop) => {
+                self.phase = Phase::RecordingLoaded;
+                effects.push(Effect::Record(Record::Loaded));
+            }
+            Phase::RecordingLoaded if self.recorded.contains(&Record::Loaded) => {
+                self.enter(Phase::Loaded, effects);
+                effects.push(Effect::SendLoaded);
+            }
+            Phase::RecordingStarting if self.recorded.contains(&Record::Starting) => {
+                self.enter(Phase::Starting, effects);
+                effects.extend([Effect::SendStarting, Effect::ActivateIdentity]);
+            }
+            Phase::Starting if self.identity_active => {
+                self.enter(Phase::WakingP2p, effects);
+                self.order(effects, |track| track.features.p2p.then_some(MigrationState::RunningP2p));
+            }
+            Phase::WakingP2p if self.devices.settled() => {
+                self.enter(Phase::Waking, effects);
+                self.order(effects, |_| Some(MigrationState::Running));
+            }
+            Phase::Waking if self.devices.all_at(|state| state == MigrationState::Running) => {
+                self.enter(Phase::Resuming, effects);
+                effects.push(Effect::Resume);
+            }
+            Phase::Resuming if self.resumed => {
+                self.phase = Phase::RecordingRunning;
+                effects.push(Effect::Record(Record::Running));
+            }
+            Phase::RecordingRunning if self.recorded.contains(&Record::Running) => {
+                effects.push(Effect::SendStarted);
+                self.finish(End::Running, effects);
+            }
+            Phase::Discarding if self.given_back => {
+                let failure = self
+                    .failure
+                    .take()
+                    .unwrap_or_else(|| Failure::new(Reason::Aborted, "the reservation was given up"));
+                self.finish(End::Discarded(failure), effects);
+            }
+            _ => return false,
+        }
+        true
+    }
+
+    fn order(&mut self, effects: &mut Vec<Effect>, target: impl Fn(&Track) -> Option<MigrationState>) {
+        effects.extend(self.devices.order(target).into_iter().map(|(index, to)| Effect::SetState(index, to)));
+    }
+
+    fn enter(&mut self, phase: Phase, effects: &mut Vec<Effect>) {
+        self.phase = phase;
+        effects.push(Effect::Report(phase));
+    }
+
+    fn finish(&mut self, end: End, effects: &mut Vec<Effect>) {
+        self.phase = Phase::Finished;
+        effects.push(Effect::Finish(end));
+    }
+}

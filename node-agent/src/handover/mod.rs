@@ -1,0 +1,135 @@
+//! The hand-over: how exactly one of two nodes ends up running the VM.
+//!
+//! ```text
+//!  source                                            destination
+//!  Connecting ─────────── Hello ───────────────────▶ Reserved (twin paused, devices in RESUMING)
+//!             ◀────────── Ready ────────────────────
+//!  PreCopying ─────────── blobs ───────────────────▶ Loading
+//!  Pausing, Quiescing, Stopping     slack water
+//!  Capturing  ─────────── blobs, trailers ─────────▶ Loading: lengths and digests verified
+//!                                                    Verifying: RESUMING -> STOP, read back
+//!             ◀────────── Loaded ───────────────────  Loaded
+//!  Committing              point of no return
+//!  AwaitingStarted ────── Commit ──────────────────▶ Starting: from here the source's copy is dead
+//!                                                    RUNNING_P2P, RUNNING, vCPUs
+//!             ◀────────── Started ──────────────────  Running
+//!  Releasing
+//! ```
+//!
+//! Any failure before Committing ends in a rollback at the source and a discard at the destination; after it there is only
+//! forward. [`source`] and [`destination`] are pure: `step(state, event) -> (state, effects)`, without a clock, a runtime or a
+//! transport. [`shell`] performs the effects and turns what happens into events.
+
+pub mod destination;
+pub mod devices;
+pub mod policy;
+pub mod shell;
+pub mod source;
+
+/// One of the streams that make up a VM's state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Blob {
+    /// A device's, by its index in the VM's order.
+    Device(usize),
+    /// RAM and machine state, as the VMM gives them.
+    Vmm,
+}
+
+/// All blobs of a VM with `devices` devices.
+pub fn blobs(devices: usize) -> impl Iterator<Item = Blob> {
+    (0..devices).map(Blob::Device).chain([Blob::Vmm])
+}
+
+/// What must be on stable storage before the message that depends on it is sent. Nothing is written yet: the journal that will
+/// hold these is the next step, and until then the shell confirms each record at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Record {
+    /// Source: a save has begun.
+    Saving,
+    /// Source: the point of no return.
+    Committed,
+    /// Source: the VM stays here. Nothing resumes before this is recorded.
+    Aborted,
+    /// Source: the VM runs elsewhere and its devices are given back.
+    Released,
+    /// Destination: everything has been verified and loaded.
+    Loaded,
+    /// Destination: from here on the source's copy is dead.
+    Starting,
+    /// Destination: the VM runs.
+    Running,
+    /// Destination: given up, before anything started.
+    Discarded,
+}
+
+/// The kind of a failure: a condition's reason, an event's reason and a metric's label.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Reason {
+    /// A device refused a state change, a read or a write.
+    DeviceFailed,
+    /// The VMM refused a call or did not answer.
+    VmmFailed,
+    /// The VMM's process is gone.
+    VmmExited,
+    /// The twin could not be started, or ended.
+    TwinFailed,
+    /// The destination could not be reached, or would not take part.
+    TargetUnreachable,
+    /// The destination was lost on the way.
+    PeerLost,
+    /// A blob's offset, length or digest was not what the source announced.
+    BlobRejected,
+    /// The destination gave up; the message is its own.
+    TargetFailed,
+    /// Not committed within `preCommitTimeout`.
+    TimedOut,
+    /// Somebody asked for it.
+    Aborted,
+    /// The source was silent for too long.
+    SourceSilent,
+    /// The source reported that it keeps the VM, or was never asked to give it.
+    Released,
+    /// The VM's devices could not all be brought back to RUNNING.
+    RollbackFailed,
+    /// The destination could not start what it had loaded.
+    StartFailed,
+}
+
+impl Reason {
+    /// In CamelCase, as Kubernetes writes reasons.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Reason::DeviceFailed => "DeviceFailed",
+            Reason::VmmFailed => "VmmFailed",
+            Reason::VmmExited => "VmmExited",
+            Reason::TwinFailed => "TwinFailed",
+            Reason::TargetUnreachable => "TargetUnreachable",
+            Reason::PeerLost => "PeerLost",
+            Reason::BlobRejected => "BlobRejected",
+            Reason::TargetFailed => "TargetFailed",
+            Reason::TimedOut => "TimedOut",
+            Reason::Aborted => "Aborted",
+            Reason::SourceSilent => "SourceSilent",
+            Reason::Released => "Released",
+            Reason::RollbackFailed => "RollbackFailed",
+            Reason::StartFailed => "StartFailed",
+        }
+    }
+}
+
+/// What went wrong, for a person.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, thiserror::Error)]
+#[error("{message}")]
+pub struct Failure {
+    /// Its kind.
+    pub reason: Reason,
+    /// One or more sentences that name the device, the value or the peer.
+    pub message: String,
+}
+
+impl Failure {
+    /// A failure of a kind, in words.
+    pub fn new(reason: Reason, message: impl Into<String>) -> Self {
+        Self { reason, message: message.into() }
+    }
+}

@@ -1,0 +1,509 @@
+//! The source's half of the hand-over, pure.
+//!
+//! [`Source::step`] takes an event into account and then goes as far as what is known allows. Two rules carry it:
+//! a phase is left only when every device has been *read back* where the phase wants it, and before the point of no return any
+//! failure leads to [`Phase::Settling`], from which the rollback starts when nothing is in flight any more.
+//!
+//! ```text
+//! New ▶ Connecting ▶ PreCopying ▶ Pausing ▶ Quiescing ▶ Stopping ▶ Capturing ▶ Committing ▶ AwaitingStarted ▶ Releasing ▶ Finished
+//!          └────────────┴───────────┴───────────┴───────────┴──────────┘                          │
+//!                                     ▼ any failure                                               ▼ peer lost
+//!                                  Settling ▶ LeavingCapture ▶ WakingP2p ▶ Waking ▶ Resuming ▶ Finished
+//! ```
+
+use std::collections::BTreeSet;
+
+use super::devices::{Devices, Track};
+use super::policy::StopPlan;
+use super::{Blob, Failure, Reason, Record, blobs};
+use crate::vfio::state::{Features, MigrationState};
+
+/// Where the source stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Phase {
+    /// Nothing has been asked of anybody.
+    New,
+    /// Hello is on its way to the destination.
+    Connecting,
+    /// The guest runs; devices that can are giving initial data.
+    PreCopying,
+    /// The vCPUs are being paused. The blackout begins.
+    Pausing,
+    /// Devices are on their way to the barrier of the [`StopPlan`].
+    Quiescing,
+    /// Devices are on their way to STOP_COPY.
+    Stopping,
+    /// Slack water: the final state is being read and sent.
+    Capturing,
+    /// COMMITTED is being recorded.
+    Committing,
+    /// COMMIT has been sent. Nothing here may ever resume on the source's own judgement.
+    AwaitingStarted,
+    /// The VM runs elsewhere; what is left here is being given back.
+    Releasing,
+    /// Failed; waiting until nothing is in flight, streams are closed and ABORTED is recorded.
+    Settling,
+    /// Rollback: devices are leaving STOP_COPY for STOP.
+    LeavingCapture,
+    /// Rollback: devices are on their way to RUNNING_P2P.
+    WakingP2p,
+    /// Rollback: devices are on their way to RUNNING.
+    Waking,
+    /// Rollback: the vCPUs are being resumed.
+    Resuming,
+    /// The end.
+    Finished,
+}
+
+/// What has happened.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Event {
+    /// Go.
+    Start,
+    /// The destination answered Ready.
+    PeerReady,
+    /// The VMM has begun a save.
+    SaveStarted,
+    /// A device has been read back where it was told to go, or has been reset to RUNNING.
+    DeviceReached(usize, MigrationState),
+    /// A device did not get where it was told to go; where it was found, if it could be read.
+    DeviceFailed(usize, Option<MigrationState>, Failure),
+    /// A device has given all of its initial data.
+    PreCopied(usize),
+    /// No vCPU runs.
+    Paused,
+    /// A blob has been sent whole, and the destination has verified it.
+    BlobSent(Blob),
+    /// The destination has loaded everything and stands in STOP.
+    Loaded,
+    /// A record is on stable storage.
+    Recorded(Record),
+    /// The VM runs at the destination.
+    Started,
+    /// What was left here is given back.
+    Released,
+    /// Every stream has ended and every data descriptor is closed; the VMM's save is aborted.
+    StreamsClosed,
+    /// The vCPUs run again.
+    Resumed,
+    /// Something failed that belongs to no device: a call to the VMM, a blob, the peer, a deadline, or somebody's wish.
+    Failed(Failure),
+    /// A call to the VMM that was in flight failed, so it cannot be known whether the vCPUs run.
+    PauseFailed(Failure),
+    /// The vCPUs could not be resumed.
+    ResumeFailed(Failure),
+    /// The VMM's process is gone, and the VM with it.
+    VmmExited,
+}
+
+/// What is to be done. Each is answered by one event, or by a failure, unless it says otherwise.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Effect {
+    /// Tell whoever watches. No answer.
+    Report(Phase),
+    /// Open the hand-over with the destination and a stream for every blob. [`Event::PeerReady`]
+    Connect,
+    /// [`Event::Recorded`]
+    Record(Record),
+    /// [`Event::SaveStarted`]
+    StartSave,
+    /// [`Event::DeviceReached`], [`Event::DeviceFailed`]
+    SetState(usize, MigrationState),
+    /// Read and send initial data until none is left. [`Event::PreCopied`]
+    PreCopy(usize),
+    /// [`Event::Paused`], [`Event::PauseFailed`]
+    Pause,
+    /// Let the VMM give its final state, and send it. [`Event::BlobSent`]
+    FinishSave,
+    /// Read and send a device's final data. [`Event::BlobSent`]
+    Capture(usize),
+    /// No answer.
+    SendCommit,
+    /// No answer; the peer may not hear it.
+    SendAbort(String),
+    /// Stop sending, close the data descriptors, abort the VMM's save. [`Event::StreamsClosed`]
+    CloseStreams,
+    /// Reset a device that only a reset can mend. [`Event::DeviceReached`], [`Event::DeviceFailed`]
+    Reset(usize),
+    /// [`Event::Resumed`], [`Event::ResumeFailed`]
+    Resume,
+    /// Give the devices back and end the VMM. [`Event::Released`]
+    Release,
+    /// The migration is over. No answer.
+    Finish(End),
+}
+
+/// How it ended.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum End {
+    /// The VM runs at the destination.
+    Succeeded,
+    /// The VM runs here, its devices RUNNING.
+    RolledBack(Failure),
+    /// Nothing here had been touched.
+    Refused(Failure),
+    /// Committed, but the destination has not been heard since. The VM stays paused here.
+    InDoubt(Failure),
+    /// The VM runs nowhere.
+    Lost(Failure),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Vcpus {
+    Running,
+    Pausing,
+    Paused,
+}
+
+/// The source of one attempt.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Source {
+    phase: Phase,
+    plan: StopPlan,
+    devices: Devices,
+    vcpus: Vcpus,
+    peer_ready: bool,
+    save_started: bool,
+    pre_copied: BTreeSet<usize>,
+    sent: BTreeSet<Blob>,
+    loaded: bool,
+    recorded: BTreeSet<Record>,
+    streams_closed: bool,
+    reset: BTreeSet<usize>,
+    touched: bool,
+    vmm_gone: bool,
+    failure: Option<Failure>,
+}
+
+impl Source {
+    /// A source whose devices, with these features, have all been read back in RUNNING.
+    pub fn new(features: &[Features], plan: StopPlan) -> Self {
+        Self {
+            phase: Phase::New,
+            plan,
+            devices: Devices::new(features, MigrationState::Running),
+            vcpus: Vcpus::Running,
+            peer_ready: false,
+            save_started: false,
+            pre_copied: BTreeSet::new(),
+            sent: BTreeSet::new(),
+            loaded: false,
+            recorded: BTreeSet::new(),
+            streams_closed: false,
+            reset: BTreeSet::new(),
+            touched: false,
+            vmm_gone: false,
+            failure: None,
+        }
+    }
+
+    /// Where it stands.
+    pub fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    /// Whether the point of no return has passed.
+    pub fn committed(&self) -> bool {
+        matches!(self.phase, Phase::Committing | Phase::AwaitingStarted | Phase::Releasing)
+            || (self.phase == Phase::Finished && self.recorded.contains(&Record::Committed))
+    }
+
+    /// Takes an event into account. An event that comes too late to matter changes nothing.
+    #[must_use]
+    pub fn step(mut self, event: Event) -> (Self, Vec<Effect>) {
+        let mut effects = Vec::new();
+        if self.phase != Phase::Finished {
+            self.absorb(event, &mut effects);
+            while self.advance(&mut effects) {}
+        }
+        (self, effects)
+    }
+
+    fn absorb(&mut self, event: Event, effects: &mut Vec<Effect>) {
+        match event {
+            Event::Start if self.phase == Phase::New => {
+                self.phase = Phase::Connecting;
+                effects.push(Effect::Connect);
+            }
+            Event::Start => {}
+            Event::PeerReady => self.peer_ready = true,
+            Event::SaveStarted => self.save_started = true,
+            Event::DeviceReached(index, state) => {
+                self.devices.read_back(index, state);
+                if self.phase == Phase::PreCopying && state == MigrationState::PreCopy {
+                    effects.push(Effect::PreCopy(index));
+                }
+            }
+            Event::DeviceFailed(index, found, failure) => self.device_failed(index, found, failure, effects),
+            Event::PreCopied(index) => {
+                self.pre_copied.insert(index);
+            }
+            Event::Paused => self.vcpus = Vcpus::Paused,
+            Event::BlobSent(blob) => {
+                self.sent.insert(blob);
+            }
+            Event::Loaded => self.loaded = true,
+            Event::Recorded(record) => {
+                self.recorded.insert(record);
+            }
+            Event::Started if self.phase == Phase::AwaitingStarted => {
+                self.phase = Phase::Releasing;
+                effects.extend([Effect::Report(Phase::Releasing), Effect::Record(Record::Released)]);
+            }
+            Event::Started => {}
+            Event::Released => {
+                if self.phase == Phase::Releasing {
+                    self.finish(End::Succeeded, effects);
+                }
+            }
+            Event::StreamsClosed => self.streams_closed = true,
+            Event::Resumed => {
+                self.vcpus = Vcpus::Running;
+                if self.phase == Phase::Resuming {
+                    self.finish_rollback(effects);
+                }
+            }
+            Event::Failed(failure) => self.fail(failure, effects),
+            Event::PauseFailed(failure) => {
+                self.vcpus = Vcpus::Paused;
+                self.fail(failure, effects);
+            }
+            Event::ResumeFailed(failure) => self.rollback_failed(failure, effects),
+            Event::VmmExited => {
+                self.vmm_gone = true;
+                if self.vcpus == Vcpus::Pausing {
+                    self.vcpus = Vcpus::Paused;
+                }
+                // Once the destination has all of it, the VM is better served by going on.
+                if !(self.phase == Phase::Capturing && self.all_sent()) {
+                    let message = "the VMM's process ended while its VM was being migrated, and the VM with it";
+                    self.fail(Failure::new(Reason::VmmExited, message), effects);
+                }
+            }
+        }
+    }
+
+    /// Before the commit: the rollback begins. At and after it: only losing the peer matters, and it settles nothing.
+    fn fail(&mut self, failure: Failure, effects: &mut Vec<Effect>) {
+        match self.phase {
+            Phase::New => self.finish(End::Refused(failure), effects),
+            Phase::Connecting
+            | Phase::PreCopying
+            | Phase::Pausing
+            | Phase::Quiescing
+            | Phase::Stopping
+            | Phase::Capturing => {
+                effects.extend([
+                    Effect::Report(Phase::Settling),
+                    Effect::CloseStreams,
+                    Effect::Record(Record::Aborted),
+                    Effect::SendAbort(failure.message.clone()),
+                ]);
+                self.failure = Some(failure);
+                self.phase = Phase::Settling;
+            }
+            Phase::AwaitingStarted => match failure.reason {
+                Reason::PeerLost | Reason::TargetFailed => self.finish(End::InDoubt(failure), effects),
+                Reason::StartFailed => self.finish(End::Lost(failure), effects),
+                _ => {}
+            },
+            // A rollback is under way, or there is only forward.
+            Phase::Committing
+            | Phase::Releasing
+            | Phase::Settling
+            | Phase::LeavingCapture
+            | Phase::WakingP2p
+            | Phase::Waking
+            | Phase::Resuming
+            | Phase::Finished => {}
+        }
+    }
+
+    fn device_failed(
+        &mut self,
+        index: usize,
+        found: Option<MigrationState>,
+        failure: Failure,
+        effects: &mut Vec<Effect>,
+    ) {
+        match found {
+            Some(state) => self.devices.read_back(index, state),
+            None => self.devices.mark_broken(index),
+        }
+        match self.phase {
+            Phase::LeavingCapture | Phase::WakingP2p => self.devices.mark_broken(index),
+            Phase::Waking if self.reset.contains(&index) => {
+                self.devices.mark_broken(index);
+                self.rollback_failed(failure, effects);
+            }
+            Phase::Waking => {
+                self.devices.mark_broken(index);
+                self.order_reset(index, effects);
+            }
+            _ => self.fail(failure, effects),
+        }
+    }
+
+    /// Leaves the phase if all it waits for is there. True if it did.
+    fn advance(&mut self, effects: &mut Vec<Effect>) -> bool {
+        match self.phase {
+            Phase::Connecting if self.peer_ready => {
+                self.touched = true;
+                self.enter(Phase::PreCopying, effects);
+                effects.extend([Effect::Record(Record::Saving), Effect::StartSave]);
+                let uses = self.plan != StopPlan::StopFirst;
+                self.order(effects, |track| {
+                    (uses && track.features.pre_copy).then_some(MigrationState::PreCopy)
+                });
+            }
+            Phase::PreCopying if self.save_started && self.devices.settled() && self.all_pre_copied() => {
+                self.vcpus = Vcpus::Pausing;
+                self.enter(Phase::Pausing, effects);
+                effects.push(Effect::Pause);
+            }
+            Phase::Pausing if self.vcpus == Vcpus::Paused => {
+                self.enter(Phase::Quiescing, effects);
+                let plan = self.plan;
+                self.order(effects, |track| barrier_state(plan, track));
+            }
+            Phase::Quiescing if self.devices.all_at(|state| at_barrier(self.plan, state)) => {
+                self.enter(Phase::Stopping, effects);
+                self.order(effects, |_| Some(MigrationState::StopCopy));
+            }
+            Phase::Stopping if self.devices.all_at(|state| state == MigrationState::StopCopy) => {
+                self.enter(Phase::Capturing, effects);
+                effects.push(Effect::FinishSave);
+                effects.extend((0..self.devices.len()).map(Effect::Capture));
+            }
+            Phase::Capturing if self.loaded && self.all_sent() => {
+                self.phase = Phase::Committing;
+                effects.push(Effect::Record(Record::Committed));
+            }
+            Phase::Committing if self.recorded.contains(&Record::Committed) => {
+                self.enter(Phase::AwaitingStarted, effects);
+                effects.push(Effect::SendCommit);
+            }
+            Phase::Releasing if self.recorded.remove(&Record::Released) => effects.push(Effect::Release),
+            Phase::Settling if self.nothing_in_flight() => return self.begin_rollback(effects),
+            Phase::LeavingCapture if self.devices.settled() => {
+                self.phase = Phase::WakingP2p;
+                self.order(effects, |track| {
+                    (track.features.p2p && track.at != MigrationState::PreCopy && track.at != MigrationState::Running)
+                        .then_some(MigrationState::RunningP2p)
+                });
+            }
+            Phase::WakingP2p if self.devices.settled() => {
+                self.phase = Phase::Waking;
+                self.order(effects, |_| Some(MigrationState::Running));
+                let broken: Vec<usize> =
+                    self.devices.iter().filter(|(_, track)| track.broken).map(|(index, _)| index).collect();
+                for index in broken {
+                    self.order_reset(index, effects);
+                }
+            }
+            Phase::Waking if self.devices.all_at(|state| state == MigrationState::Running) => {
+                if self.vcpus == Vcpus::Running {
+                    self.finish_rollback(effects);
+                } else {
+                    self.phase = Phase::Resuming;
+                    effects.push(Effect::Resume);
+                }
+            }
+            _ => return false,
+        }
+        true
+    }
+
+    fn begin_rollback(&mut self, effects: &mut Vec<Effect>) -> bool {
+        if self.vmm_gone {
+            let failure = self.take_failure();
+            self.finish(End::Lost(failure), effects);
+            return false;
+        }
+        self.phase = Phase::LeavingCapture;
+        self.order(effects, |track| {
+            (track.at == MigrationState::StopCopy).then_some(MigrationState::Stop)
+        });
+        true
+    }
+
+    fn nothing_in_flight(&self) -> bool {
+        self.devices.settled()
+            && self.vcpus != Vcpus::Pausing
+            && self.streams_closed
+            && self.recorded.contains(&Record::Aborted)
+    }
+
+    fn all_pre_copied(&self) -> bool {
+        self.devices
+            .iter()
+            .all(|(index, track)| track.at != MigrationState::PreCopy || self.pre_copied.contains(&index))
+    }
+
+    fn all_sent(&self) -> bool {
+        blobs(self.devices.len()).all(|blob| self.sent.contains(&blob))
+    }
+
+    fn order(&mut self, effects: &mut Vec<Effect>, target: impl Fn(&Track) -> Option<MigrationState>) {
+        effects.extend(self.devices.order(target).into_iter().map(|(index, to)| Effect::SetState(index, to)));
+    }
+
+    fn order_reset(&mut self, index: usize, effects: &mut Vec<Effect>) {
+        self.reset.insert(index);
+        self.devices.expect(index, MigrationState::Running);
+        effects.push(Effect::Reset(index));
+    }
+
+    fn enter(&mut self, phase: Phase, effects: &mut Vec<Effect>) {
+        self.phase = phase;
+        effects.push(Effect::Report(phase));
+    }
+
+    fn finish_rollback(&mut self, effects: &mut Vec<Effect>) {
+        let mut failure = self.take_failure();
+        if !self.reset.is_empty() {
+            failure.message.push_str(&format!(
+                "; the VM's devices with index {:?} had to be reset and have lost their state",
+                self.reset
+            ));
+        }
+        self.finish(if self.touched { End::RolledBack(failure) } else { End::Refused(failure) }, effects);
+    }
+
+    fn rollback_failed(&mut self, why: Failure, effects: &mut Vec<Effect>) {
+        let first = self.take_failure();
+        let message = format!(
+            "{}; and the rollback did not come through, so the VM stays paused here: {}",
+            first.message, why.message
+        );
+        let reason = if self.vmm_gone { Reason::VmmExited } else { Reason::RollbackFailed };
+        self.finish(End::Lost(Failure::new(reason, message)), effects);
+    }
+
+    fn take_failure(&mut self) -> Failure {
+        self.failure.take().unwrap_or_else(|| Failure::new(Reason::Aborted, "the migration was given up"))
+    }
+
+    fn finish(&mut self, end: End, effects: &mut Vec<Effect>) {
+        self.phase = Phase::Finished;
+        effects.push(Effect::Finish(end));
+    }
+}
+
+/// Where a device waits for the others before any of them gives up its state.
+fn barrier_state(plan: StopPlan, track: &Track) -> Option<MigrationState> {
+    match plan {
+        StopPlan::QuiesceFirst if track.at == MigrationState::PreCopy => Some(MigrationState::PreCopyP2p),
+        StopPlan::QuiesceFirst => Some(MigrationState::RunningP2p),
+        StopPlan::StopFirst => Some(MigrationState::Stop),
+        StopPlan::Alone => None,
+    }
+}
+
+fn at_barrier(plan: StopPlan, state: MigrationState) -> bool {
+    match plan {
+        StopPlan::QuiesceFirst => matches!(state, MigrationState::RunningP2p | MigrationState::PreCopyP2p),
+        StopPlan::StopFirst => state == MigrationState::Stop,
+        StopPlan::Alone => true,
+    }
+}
