@@ -1,0 +1,256 @@
+//! What can go wrong with a device, in words that name the device and say where it stands now.
+
+use std::fmt;
+
+use super::os_error::OsError;
+use super::state::{MigrationState, PathError};
+
+/// A call other than a state change has failed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DeviceError {
+    /// The driver did not tell its features: it has no migration, or the device is not open for use.
+    #[error("{device}: the driver does not tell its migration features: {errno}")]
+    ReadFeatures {
+        /// The device's name.
+        device: String,
+        /// What the kernel answered.
+        errno: OsError,
+    },
+    /// The state could not be read.
+    #[error("{device}: reading the migration state: {errno}")]
+    ReadState {
+        /// The device's name.
+        device: String,
+        /// What the kernel answered.
+        errno: OsError,
+    },
+    /// The kernel told a state that is not known here.
+    #[error("{device}: the kernel tells the migration state {number}, which is not known here")]
+    UnknownState {
+        /// The device's name.
+        device: String,
+        /// The kernel's number.
+        number: u32,
+    },
+    /// Data was to be moved, but this process holds no data stream of the device.
+    #[error("{device}: no data stream is open")]
+    NoDataStream {
+        /// The device's name.
+        device: String,
+    },
+    /// Reading from the data stream.
+    #[error("{device}: reading its state: {errno}")]
+    ReadData {
+        /// The device's name.
+        device: String,
+        /// What the kernel answered.
+        errno: OsError,
+    },
+    /// The data stream has ended in a state in which it has no end.
+    #[error("{device}: the data stream has ended while the device stands in {state}")]
+    EndedIn {
+        /// The device's name.
+        device: String,
+        /// Where it stands.
+        state: MigrationState,
+    },
+    /// Writing to the data stream. Some of the bytes may have been taken: the load cannot be completed any more.
+    #[error("{device}: loading its state: {errno} (after {taken} of {bytes} bytes of this piece)")]
+    WriteData {
+        /// The device's name.
+        device: String,
+        /// Bytes of this call that the driver had taken before.
+        taken: usize,
+        /// Bytes of this call.
+        bytes: usize,
+        /// What the kernel answered.
+        errno: OsError,
+    },
+    /// The driver could not estimate the size of its data.
+    #[error("{device}: estimating the size of its state: {errno}")]
+    EstimateBytes {
+        /// The device's name.
+        device: String,
+        /// What the kernel answered.
+        errno: OsError,
+    },
+    /// The driver did not say what is left to pre-copy.
+    #[error("{device}: asking what is left to pre-copy: {errno}")]
+    PrecopyInfo {
+        /// The device's name.
+        device: String,
+        /// What the kernel answered.
+        errno: OsError,
+    },
+    /// The reset was refused.
+    #[error("{device}: resetting it: {errno}")]
+    Reset {
+        /// The device's name.
+        device: String,
+        /// What the kernel answered.
+        errno: OsError,
+    },
+    /// The reset was accepted, but the device does not stand in RUNNING after it.
+    #[error("{device}: after a reset the device stands in {found}, not in RUNNING")]
+    AfterReset {
+        /// The device's name.
+        device: String,
+        /// Where it was found.
+        found: MigrationState,
+    },
+    /// The thread that serves the device has ended: the device was released, or its code panicked.
+    #[error("{device}: the device is not being served any more")]
+    WorkerEnded {
+        /// The device's name.
+        device: String,
+    },
+}
+
+/// A state change has failed. Whatever the reason, the state was read back afterwards, see [`SetStateError::found`].
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SetStateError {
+    /// The state before the change could not be read. Nothing was asked of the driver.
+    #[error("{device}: not asked for {asked}, since the state that it is in is unknown: {cause}")]
+    StateUnknown {
+        /// The device's name.
+        device: String,
+        /// The state that was to be asked for.
+        asked: MigrationState,
+        /// Why it could not be read.
+        cause: Box<DeviceError>,
+    },
+    /// The state cannot be reached with this driver. Nothing was asked of it.
+    #[error("{device}: {from} -> {asked} is impossible: {reason}")]
+    Impossible {
+        /// The device's name.
+        device: String,
+        /// Where the device stands.
+        from: MigrationState,
+        /// The state that was to be asked for.
+        asked: MigrationState,
+        /// Why not.
+        reason: PathError,
+    },
+    /// A write has failed in this RESUMING session: what was loaded is not what was sent. Nothing was asked of the driver,
+    /// since not every driver would refuse (mtty loads the damaged data). Only a reset leads out.
+    #[error(
+        "{device}: not asked for RESUMING -> {asked}, since loading its state has failed; only a reset leads out"
+    )]
+    LoadFailed {
+        /// The device's name.
+        device: String,
+        /// The state that was to be asked for.
+        asked: MigrationState,
+    },
+    /// The driver has refused.
+    #[error("{device}: the driver refused {from} -> {asked}: {errno}; the device stands in {found}")]
+    Refused {
+        /// The device's name.
+        device: String,
+        /// Where the device stood before.
+        from: MigrationState,
+        /// The state that was asked for.
+        asked: MigrationState,
+        /// Where it was found afterwards: `from`, or any state of the path, or ERROR.
+        found: Found,
+        /// What the kernel answered.
+        errno: OsError,
+    },
+    /// The driver has accepted, but the device was read back elsewhere.
+    #[error("{device}: the driver accepted {from} -> {asked}, but the device stands in {found}")]
+    Elsewhere {
+        /// The device's name.
+        device: String,
+        /// Where the device stood before.
+        from: MigrationState,
+        /// The state that was asked for.
+        asked: MigrationState,
+        /// Where it was found afterwards.
+        found: Found,
+    },
+    /// The thread that serves the device has ended. Whether the driver was asked is unknown.
+    #[error("{device}: asked for {asked}, but the device is not being served any more")]
+    WorkerEnded {
+        /// The device's name.
+        device: String,
+        /// The state that was asked for.
+        asked: MigrationState,
+    },
+}
+
+impl SetStateError {
+    /// The device's name.
+    #[must_use]
+    pub fn device(&self) -> &str {
+        match self {
+            Self::StateUnknown { device, .. }
+            | Self::Impossible { device, .. }
+            | Self::LoadFailed { device, .. }
+            | Self::Refused { device, .. }
+            | Self::Elsewhere { device, .. }
+            | Self::WorkerEnded { device, .. } => device,
+        }
+    }
+
+    /// The state that was, or was to be, asked for.
+    #[must_use]
+    pub fn asked(&self) -> MigrationState {
+        match self {
+            Self::StateUnknown { asked, .. }
+            | Self::Impossible { asked, .. }
+            | Self::LoadFailed { asked, .. }
+            | Self::Refused { asked, .. }
+            | Self::Elsewhere { asked, .. }
+            | Self::WorkerEnded { asked, .. } => *asked,
+        }
+    }
+
+    /// Where the device stands after the failure, if that could be read.
+    #[must_use]
+    pub fn found(&self) -> Option<MigrationState> {
+        match self {
+            Self::Impossible { from, .. } => Some(*from),
+            Self::LoadFailed { .. } => Some(MigrationState::Resuming),
+            Self::Refused { found, .. } | Self::Elsewhere { found, .. } => found.state(),
+            Self::StateUnknown { .. } | Self::WorkerEnded { .. } => None,
+        }
+    }
+}
+
+/// Where a device was found when its state was read back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// Here.
+    State(MigrationState),
+    /// It could not be read.
+    Unreadable(Box<DeviceError>),
+}
+
+impl Found {
+    /// The state, if it could be read.
+    #[must_use]
+    pub fn state(&self) -> Option<MigrationState> {
+        match self {
+            Self::State(state) => Some(*state),
+            Self::Unreadable(_) => None,
+        }
+    }
+}
+
+impl From<Result<MigrationState, DeviceError>> for Found {
+    fn from(read: Result<MigrationState, DeviceError>) -> Self {
+        match read {
+            Ok(state) => Self::State(state),
+            Err(error) => Self::Unreadable(Box::new(error)),
+        }
+    }
+}
+
+impl fmt::Display for Found {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::State(state) => state.fmt(f),
+            Self::Unreadable(error) => write!(f, "an unknown state ({error})"),
+        }
+    }
+}
