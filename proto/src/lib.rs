@@ -1,8 +1,25 @@
 //! Slackwater's gRPC services, and all that knows tonic: channels, servers, TLS and who the caller is.
+//!
+//! | module | what it knows |
+//! |---|---|
+//! | [`node`], [`transfer`], [`vmm`] | the generated messages, clients and servers |
+//! | [`identity`] | the role that a certificate names, and who may call what |
+//! | [`tls`] | a certificate, its key and the CA, read from files |
+//! | [`channel`] | connecting to an agent over TCP, or to a VMM over a Unix socket |
+//! | [`server`] | serving over TCP with mutual TLS, or over a Unix socket |
+//! | [`limits`] | message sizes, windows and keep-alive, the same at both ends |
 
 #![forbid(unsafe_code)]
 
 pub use tonic;
+
+pub mod channel;
+pub mod identity;
+pub mod limits;
+pub mod server;
+pub mod tls;
+mod tls_reason;
+mod watched_io;
 
 /// The generated messages, clients and servers. Units, errors and meanings stand in the .proto files.
 #[allow(missing_docs, unreachable_pub, unused_qualifications, clippy::all, clippy::pedantic)]

@@ -1,0 +1,188 @@
+//! A certificate, its key and the CA, read from PEM files and checked before anything is connected with them.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::{fmt, io};
+
+use tokio_rustls::rustls;
+use tokio_rustls::rustls::crypto::{CryptoProvider, ring};
+use tokio_rustls::rustls::pki_types::pem::{self, PemObject};
+use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use tokio_rustls::rustls::server::WebPkiClientVerifier;
+use tokio_rustls::rustls::sign::CertifiedKey;
+use tokio_rustls::rustls::{ClientConfig, RootCertStore, ServerConfig};
+use x509_parser::prelude::{FromDer, X509Certificate};
+
+use crate::identity::{IdentityError, Role};
+
+/// What one end shows and whom it trusts.
+///
+/// An agent both serves and calls: if its certificate restricts its use (extended key usage), it must allow server and
+/// client authentication.
+#[derive(Clone)]
+pub struct Credentials {
+    own: Arc<CertifiedKey>,
+    trusted: Arc<RootCertStore>,
+    role: Role,
+}
+
+/// Why credentials cannot be used. Names the file.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CredentialsError {
+    /// The file is missing or may not be read.
+    #[error("cannot read the {what} {path}")]
+    Read {
+        /// `certificate`, `key` or `CA certificate`.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The file holds something else.
+    #[error("the {what} {path} is not usable: {reason}")]
+    Parse {
+        /// `certificate`, `key` or `CA certificate`.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// Two halves of different pairs.
+    #[error("the key {key} does not belong to the certificate {certificate}")]
+    KeyMismatch {
+        /// The key's file.
+        key: PathBuf,
+        /// The certificate's file.
+        certificate: PathBuf,
+    },
+    /// Not valid yet, or not any more.
+    #[error("the {what} {path} is valid from {from} to {to}, and not now")]
+    NotValidNow {
+        /// `certificate` or `CA certificate`.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Begin, for a person.
+        from: String,
+        /// End, for a person.
+        to: String,
+    },
+    /// The certificate is for somebody else than Slackwater's parts.
+    #[error("the certificate {path} is not usable: {source}")]
+    Role {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: IdentityError,
+    },
+}
+
+const CERTIFICATE: &str = "certificate";
+const KEY: &str = "key";
+const CA: &str = "CA certificate";
+
+impl Credentials {
+    /// Reads PEM files: the certificate (with its intermediates behind it), its private key, and the CA's certificates.
+    ///
+    /// # Errors
+    /// If a file cannot be read or holds something else, the key belongs to another certificate, a certificate is not valid
+    /// now, or the certificate names no role.
+    pub fn read(certificate: &Path, key: &Path, ca: &Path) -> Result<Self, CredentialsError> {
+        let chain = certificates(CERTIFICATE, certificate)?;
+        let roots = certificates(CA, ca)?;
+
+        let parse = |what, path: &Path, reason: String| CredentialsError::Parse {
+            what,
+            path: path.to_owned(),
+            reason,
+        };
+        let der = PrivateKeyDer::from_pem_slice(&read(KEY, key)?).map_err(|error| match error {
+            pem::Error::NoItemsFound => parse(KEY, key, "it holds no private key in PEM".to_owned()),
+            error => parse(KEY, key, error.to_string()),
+        })?;
+        let role = chain.first().map_or(Err(IdentityError::NoRole), |leaf| Role::from_certificate(leaf));
+        let role = role.map_err(|source| CredentialsError::Role { path: certificate.to_owned(), source })?;
+        let own = CertifiedKey::from_der(chain, der, &provider()).map_err(|error| match error {
+            rustls::Error::InconsistentKeys(_) => {
+                CredentialsError::KeyMismatch { key: key.to_owned(), certificate: certificate.to_owned() }
+            }
+            error => parse(KEY, key, error.to_string()),
+        })?;
+
+        let mut trusted = RootCertStore::empty();
+        for root in roots {
+            trusted.add(root).map_err(|error| parse(CA, ca, error.to_string()))?;
+        }
+        Ok(Self { own: Arc::new(own), trusted: Arc::new(trusted), role })
+    }
+
+    /// The role that the certificate names: an agent checks at its start that it is its own node's.
+    pub fn role(&self) -> &Role {
+        &self.role
+    }
+
+    /// For a caller: TLS 1.3, shows our certificate, accepts only what our CA issued.
+    pub(crate) fn client(&self) -> Result<ClientConfig, rustls::Error> {
+        let mut config = ClientConfig::builder_with_provider(provider())
+            .with_protocol_versions(&[&rustls::version::TLS13])?
+            .with_root_certificates(Arc::clone(&self.trusted))
+            .with_client_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(Arc::clone(&self.own))));
+        config.alpn_protocols = vec![ALPN_H2.to_vec()];
+        Ok(config)
+    }
+
+    /// For a server: TLS 1.3, demands a certificate that our CA issued.
+    pub(crate) fn server(&self) -> Result<ServerConfig, rustls::Error> {
+        let verifier = WebPkiClientVerifier::builder_with_provider(Arc::clone(&self.trusted), provider())
+            .build()
+            .map_err(|error| rustls::Error::General(error.to_string()))?;
+        let mut config = ServerConfig::builder_with_provider(provider())
+            .with_protocol_versions(&[&rustls::version::TLS13])?
+            .with_client_cert_verifier(verifier)
+            .with_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(Arc::clone(&self.own))));
+        config.alpn_protocols = vec![ALPN_H2.to_vec()];
+        Ok(config)
+    }
+}
+
+/// HTTP/2 over TLS, as RFC 9113 section 3.2 names it.
+const ALPN_H2: &[u8] = b"h2";
+
+impl fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Credentials").field("role", &self.role).finish_non_exhaustive()
+    }
+}
+
+/// Named here rather than installed for the process: a library does not choose for the whole program.
+fn provider() -> Arc<CryptoProvider> {
+    Arc::new(ring::default_provider())
+}
+
+fn read(what: &'static str, path: &Path) -> Result<Vec<u8>, CredentialsError> {
+    std::fs::read(path).map_err(|source| CredentialsError::Read { what, path: path.to_owned(), source })
+}
+
+/// All certificates of a file: at least one, each readable and valid now.
+fn certificates(what: &'static str, path: &Path) -> Result<Vec<CertificateDer<'static>>, CredentialsError> {
+    let parse = |reason: String| CredentialsError::Parse { what, path: path.to_owned(), reason };
+    let text = read(what, path)?;
+    let chain: Vec<_> = CertificateDer::pem_slice_iter(&text)
+        .collect::<Result<_, _>>()
+        .map_err(|error| parse(error.to_string()))?;
+    if chain.is_empty() {
+        return Err(parse("it holds no certificate in PEM".to_owned()));
+    }
+    for der in &chain {
+        let (_, certificate) = X509Certificate::from_der(der).map_err(|error| parse(error.to_string()))?;
+        let validity = certificate.validity();
+        if !validity.is_valid() {
+            let (from, to) = (validity.not_before.to_string(), validity.not_after.to_string());
+            return Err(CredentialsError::NotValidNow { what, path: path.to_owned(), from, to });
+        }
+    }
+    Ok(chain)
+}
