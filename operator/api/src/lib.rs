@@ -1,1 +1,59 @@
+//! The custom resources of Slackwater, `slackwater.dev/v1alpha1`, and nothing else.
+//!
+//! | kind | scope | written by | says |
+//! |---|---|---|---|
+//! | [`VMMigration`] | namespaced | a user (spec), the operator (status) | which VM goes where, and how far it has come |
+//! | [`AssignedVM`] | namespaced | the operator | where a VM runs, its devices, and whether it can be migrated |
+//! | [`MigrationNode`] | cluster | an administrator (spec), the operator (status) | how to reach a node's agent, and what it has |
+//!
+//! The doc comments of the fields become the descriptions in the CRDs, and `kubectl explain` prints them.
+
 #![forbid(unsafe_code)]
+// KubeSchema repeats each struct, with its visibility, inside a function.
+#![allow(unreachable_pub)]
+
+mod assigned_vm;
+mod device;
+mod duration;
+mod migration;
+mod migration_status;
+mod node;
+
+pub use assigned_vm::{
+    AssignedVM, AssignedVMFields, AssignedVMStatus, MigrationReference, VmDevice, VmState,
+};
+pub use device::{Features, MigrationFeature};
+pub use duration::{DurationError, format_duration, parse_duration};
+pub use migration::{
+    MAX_PRE_COMMIT_TIMEOUT, MIN_PRE_COMMIT_TIMEOUT, PeerToPeer, Target, VMMigration, VMMigrationSpec, VmKind,
+    VmReference,
+};
+pub use migration_status::{
+    DeviceMigration, DeviceStep, MigrationPhase, Reservation, TimelineEntry, Timings, TransferredBytes,
+    VMMigrationStatus,
+};
+pub use node::{MigrationNode, MigrationNodeSpec, MigrationNodeStatus, NodeDevice};
+
+/// The API group of all kinds.
+pub const GROUP: &str = "slackwater.dev";
+
+/// The finalizer of a VMMigration: its removal says that no agent holds anything for it any more.
+pub const MIGRATION_FINALIZER: &str = "slackwater.dev/migration";
+
+/// The condition types that the kinds use.
+pub mod condition {
+    /// VMMigration: the request has been planned, or refused.
+    pub const ACCEPTED: &str = "Accepted";
+    /// VMMigration: the target holds free devices and a waiting VMM for it.
+    pub const PREPARED: &str = "Prepared";
+    /// VMMigration: slack water; every vCPU and every device at the source has been read back as stopped.
+    pub const STOPPED: &str = "Stopped";
+    /// VMMigration: the source has passed its point of no return.
+    pub const COMMITTED: &str = "Committed";
+    /// VMMigration: how it ended.
+    pub const SUCCEEDED: &str = "Succeeded";
+    /// AssignedVM: exactly one reachable agent reports it, and its VMM answers. MigrationNode: the agent answers.
+    pub const READY: &str = "Ready";
+    /// AssignedVM: nothing known now stands in the way of a migration.
+    pub const MIGRATABLE: &str = "Migratable";
+}

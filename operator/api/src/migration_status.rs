@@ -1,0 +1,182 @@
+//! The status of a `VMMigration`: conditions, the timeline, and each device.
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, MicroTime, Time};
+use kube::KubeSchema;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::{Features, VMMigrationSpec};
+
+/// How far a VMMigration has come. Everything about it that must survive a restart of the operator stands here.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct VMMigrationStatus {
+    /// The generation of the spec that this status is about.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
+    /// A summary of the conditions for a column in a table. Programs read the conditions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub phase: Option<MigrationPhase>,
+    /// Accepted, Prepared, Stopped, Committed, Succeeded.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
+    pub conditions: Vec<Condition>,
+    /// The spec as it was accepted. A migration does what it was accepted for, whatever the spec becomes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub accepted_spec: Option<VMMigrationSpec>,
+    /// The node on which the VM ran when the migration was accepted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source_node: Option<String>,
+    /// The node to which it goes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target_node: Option<String>,
+    /// host:port at which the source's agent reaches the target's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target_address: Option<String>,
+    /// Counts from 1. The agents refuse what belongs to an older attempt.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attempt: Option<i32>,
+    /// What the target's agent holds for this migration.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reservation: Option<Reservation>,
+    /// When the migration was accepted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start_time: Option<Time>,
+    /// When it ended, well or badly. Absent while the outcome is not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub completion_time: Option<Time>,
+    /// How long it took, measured by the source's agent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timings: Option<Timings>,
+    /// How much was sent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes: Option<TransferredBytes>,
+    /// What happened when, on either node.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub timeline: Vec<TimelineEntry>,
+    /// The devices of the VM, in the order in which its VMM has them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<DeviceMigration>,
+}
+
+/// A summary of the conditions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum MigrationPhase {
+    /// Not planned yet.
+    Pending,
+    /// Refused before anything was touched.
+    Refused,
+    /// The target is being made ready. The guest runs.
+    Preparing,
+    /// State is being copied. The guest runs.
+    Copying,
+    /// The guest stands still.
+    Stopped,
+    /// Past the point of no return: the VM is being started at the target.
+    Starting,
+    /// The VM runs at the target.
+    Succeeded,
+    /// It is being given up, because the object was deleted.
+    Aborting,
+    /// Given up; the VM runs at the source.
+    RolledBack,
+    /// Nobody can tell yet on which node the VM will run. It is paused at the source.
+    InDoubt,
+    /// The VM runs nowhere.
+    Lost,
+}
+
+/// What the target's agent holds for a migration. Written before the call that it is about, so that a restarted
+/// operator knows what may have been asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Reservation {
+    /// The target may have been asked to reserve. The source has not been asked for anything.
+    Requested,
+    /// The target has reserved. The source may have been asked to migrate.
+    Held,
+    /// To be given back; the source was never asked to migrate.
+    ReleasingNeverStarted,
+    /// To be given back; the source has given the migration up.
+    ReleasingAbortedAtSource,
+    /// Given back, or never taken.
+    Released,
+    /// The VM runs there.
+    Used,
+}
+
+/// Durations, all on the source's clock, written as Kubernetes does (87.412ms, 2.013s).
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Timings {
+    /// From the start of pre-copy to the pause of the vCPUs. The guest ran.
+    pub pre_copy: String,
+    /// From the pause of the vCPUs until the source heard that the VM runs at the target (or ran at the source again):
+    /// what the guest felt, at most.
+    pub blackout: String,
+    /// From the start of the migration at the source to its end.
+    pub total: String,
+}
+
+/// Bytes that have left the source.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct TransferredBytes {
+    /// State of all devices.
+    pub devices: i64,
+    /// RAM and vCPU state.
+    pub vmm: i64,
+}
+
+/// Something that happened on a node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct TimelineEntry {
+    /// CONNECTED, PRE_COPY, PAUSING, QUIESCING, STOPPING, CAPTURING, LOADED, COMMITTED, STARTING, STARTED, RELEASED,
+    /// ROLLING_BACK or ROLLED_BACK.
+    pub phase: String,
+    /// The node on which it happened.
+    pub node: String,
+    /// By that node's wall clock.
+    pub time: MicroTime,
+    /// Since that node's first event of this attempt, by its monotonic clock. Two nodes have two clocks.
+    pub elapsed: String,
+}
+
+/// One device of the VM: which takes over from which, and what became of it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct DeviceMigration {
+    /// PCI address, or UUID of the mediated device, at the source.
+    pub source: String,
+    /// The same at the target.
+    pub target: String,
+    /// The kernel driver that both have.
+    pub driver: String,
+    /// PCI vendor:device, or the type of the mediated device, that both have.
+    pub model: String,
+    /// What the driver at the source has advertised.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub features: Features,
+    /// Bytes of the device's state.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes: Option<i64>,
+    /// Every state in which the device was read back, at either end. Filled in when the migration has ended.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub states: Vec<DeviceStep>,
+}
+
+/// A device was read back in another state.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct DeviceStep {
+    /// The node on which it happened.
+    pub node: String,
+    /// The kernel's name of the new state: RUNNING_P2P, STOP_COPY, RESUMING, ...
+    pub state: String,
+    /// By that node's wall clock.
+    pub time: MicroTime,
+    /// Since that node's first event of this attempt, by its monotonic clock. Two nodes have two clocks.
+    pub elapsed: String,
+    /// How long the change took, reading back included.
+    pub took: String,
+}

@@ -1,0 +1,225 @@
+//! What the operator knows of nodes, VMs and devices: plain data, without Kubernetes, gRPC or a clock.
+
+mod from_proto;
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use slackwater_api::MigrationFeature;
+
+pub use from_proto::ReportError;
+pub(crate) use from_proto::camel_case_or;
+
+/// Names a VM: namespace and name.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct VmKey {
+    /// The namespace.
+    pub namespace: String,
+    /// The name within it.
+    pub name: String,
+}
+
+impl fmt::Display for VmKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+/// All nodes, by name.
+pub type Inventory = BTreeMap<String, Node>;
+
+/// A node, as far as the operator can see it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Node {
+    /// host:port at which other agents reach it.
+    pub peer_address: String,
+    /// Whether its agent answers now.
+    pub link: Link,
+    /// What its agent said last, even if it does not answer now.
+    pub report: Option<NodeReport>,
+}
+
+/// Whether an agent answers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Link {
+    /// Nobody has tried to the end yet.
+    Connecting,
+    /// It answers, and `report` is what it says now.
+    Ready,
+    /// It does not answer.
+    Down {
+        /// Why, for a person.
+        error: String,
+    },
+}
+
+/// What an agent says of its node.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct NodeReport {
+    /// The agent's version.
+    pub agent_version: String,
+    /// The release of the node's kernel.
+    pub kernel_release: String,
+    /// Another value means that the node has been booted in between.
+    pub boot_id: String,
+    /// The VMs, by name.
+    pub vms: BTreeMap<VmKey, Vm>,
+    /// The VFIO devices, by name.
+    pub devices: BTreeMap<String, Device>,
+    /// What the agent said that cannot be used, for a person.
+    pub ignored: Vec<String>,
+}
+
+/// What a VM does.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum VmState {
+    /// The agent has not said.
+    #[default]
+    Unknown,
+    /// It runs.
+    Running,
+    /// Its vCPUs are paused.
+    Paused,
+    /// Its monitor does not answer.
+    Unreachable,
+}
+
+/// A VM at one node.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Vm {
+    /// What it does.
+    pub state: VmState,
+    /// How the agent talks to its monitor.
+    pub vmm_kind: String,
+    /// Names of its devices, in its monitor's order.
+    pub devices: Vec<String>,
+    /// Why it cannot be migrated as it stands.
+    pub blockers: Vec<Blocker>,
+    /// The content of its vm.json.
+    pub vm_json: String,
+    /// Why its monitor does not answer; empty if it does.
+    pub unreachable_reason: String,
+    /// The migration that holds it; empty if none does.
+    pub migration_id: String,
+    /// Bytes of guest RAM.
+    pub ram_bytes: u64,
+}
+
+/// Something that stands in the way of a migration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Blocker {
+    /// CamelCase.
+    pub reason: String,
+    /// For a person.
+    pub message: String,
+    /// `peerToPeer: AssumeIsolated` lifts it.
+    pub lifted_by_assume_isolated: bool,
+}
+
+/// A VFIO device.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Device {
+    /// The kernel driver.
+    pub driver: String,
+    /// PCI vendor:device, or the type of the mediated device.
+    pub model: String,
+    /// What the driver has advertised, or why that is not known.
+    pub features: DeviceFeatures,
+    /// Nobody uses it.
+    pub free: bool,
+    /// Who uses it, for a person; empty if nobody does.
+    pub holder: String,
+}
+
+/// What a device's driver has advertised.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DeviceFeatures {
+    /// In the order of the enum, each once.
+    Known(Vec<MigrationFeature>),
+    /// They could not be read.
+    Unknown {
+        /// Why, for a person.
+        reason: String,
+    },
+}
+
+impl Default for DeviceFeatures {
+    fn default() -> Self {
+        Self::Known(Vec::new())
+    }
+}
+
+impl DeviceFeatures {
+    /// The features, as far as they are known.
+    pub fn known(&self) -> &[MigrationFeature] {
+        match self {
+            Self::Known(features) => features,
+            Self::Unknown { .. } => &[],
+        }
+    }
+}
+
+impl Node {
+    /// Its agent answers now.
+    pub fn is_ready(&self) -> bool {
+        self.link == Link::Ready
+    }
+
+    /// Why its agent cannot be asked; `None` if it can.
+    pub fn not_ready_reason(&self) -> Option<String> {
+        match &self.link {
+            Link::Ready => None,
+            Link::Connecting => Some("its agent has not answered yet".to_owned()),
+            Link::Down { error } => Some(error.clone()),
+        }
+    }
+}
+
+/// The reports of one VM, by node.
+pub fn reports_of<'a>(inventory: &'a Inventory, vm: &VmKey) -> Vec<(&'a str, &'a Node, &'a Vm)> {
+    inventory
+        .iter()
+        .filter_map(|(name, node)| {
+            let vm = node.report.as_ref()?.vms.get(vm)?;
+            Some((name.as_str(), node, vm))
+        })
+        .collect()
+}
+
+/// Where a VM is, when it is reported by this many nodes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Whereabouts<'a> {
+    /// No node reports it.
+    Nowhere,
+    /// One node has it; or two do, because it is being handed over between them, and it runs at this one.
+    At {
+        /// The node's name.
+        name: &'a str,
+        /// The node.
+        node: &'a Node,
+        /// What it says of the VM.
+        vm: &'a Vm,
+    },
+    /// Several nodes claim to have it. Nobody can tell which copy is the VM.
+    Several(Vec<&'a str>),
+}
+
+/// Decides where a VM is.
+///
+/// During a hand-over two agents report the VM for a moment: the source, where it is paused and held by the migration,
+/// and the destination. Then the one where it runs counts. Any other double report is for a person to clear up.
+pub fn whereabouts<'a>(inventory: &'a Inventory, vm: &VmKey) -> Whereabouts<'a> {
+    let reports = reports_of(inventory, vm);
+    match reports.as_slice() {
+        [] => Whereabouts::Nowhere,
+        [(name, node, vm)] => Whereabouts::At { name, node, vm },
+        several => {
+            let handed_over = |vm: &Vm| vm.state != VmState::Running && !vm.migration_id.is_empty();
+            let mut remaining = several.iter().filter(|(_, _, vm)| !handed_over(vm));
+            match (remaining.next(), remaining.next()) {
+                (Some((name, node, vm)), None) => Whereabouts::At { name, node, vm },
+                _ => Whereabouts::Several(several.iter().map(|(name, _, _)| *name).collect()),
+            }
+        }
+    }
+}
