@@ -240,7 +240,18 @@ async fn a_caller_without_a_certificate_is_refused_and_logged() {
     let tcp = tokio::net::TcpStream::connect(&serving.address).await.unwrap();
     let name = ServerName::try_from("node-a").unwrap();
     let mut tls = tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, tcp).await.unwrap();
-    tls.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
+    // More than the server reads before it decides. Were its socket closed at once, it would be reset: a caller that goes on
+    // writing, as HTTP/2 does, would get "connection reset" and never read the alert.
+    tls.write_all(&vec![0; 256 << 10]).await.unwrap();
+    tokio::time::timeout(SOON, async {
+        while !log.text().contains("refused") {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await
+    .unwrap();
+    tls.write_all(b"more").await.unwrap();
+    tls.flush().await.unwrap();
     let error = tls.read(&mut [0; 16]).await.unwrap_err().to_string();
     assert!(error.contains("CertificateRequired"), "{error}");
     let log = log.text();
