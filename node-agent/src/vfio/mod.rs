@@ -6,3 +6,4 @@ pub mod error;
 pub mod fake;
 pub mod os_error;
 pub mod state;
+pub mod worker;

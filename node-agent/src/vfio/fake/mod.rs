@@ -9,6 +9,7 @@
 //! # Ok::<(), slackwater_node_agent::vfio::error::SetStateError>(())
 //! ```
 
+mod build;
 mod gate;
 mod log;
 mod script;
@@ -17,10 +18,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use rustix::io::Errno;
+use tokio::sync::watch;
 
 pub use self::gate::Gate;
 pub use self::log::{Call, CallLog, Entry};
-use self::script::{Refusal, Script};
+use self::script::Script;
 use super::device::{DataRead, Device, MAX_READ_BYTES, PrecopyInfo};
 use super::error::DeviceError;
 use super::os_error::OsError;
@@ -39,6 +41,7 @@ pub struct FakeDevice {
     pre_copy: Bytes,
     blob: Bytes,
     inner: Arc<Mutex<Inner>>,
+    alive: watch::Sender<()>,
 }
 
 /// What the device is at the moment.
@@ -56,222 +59,45 @@ struct Inner {
 
 /// Sees into a fake device that a worker has swallowed.
 #[derive(Clone, Debug)]
-pub struct FakeWatch(Arc<Mutex<Inner>>);
+pub struct FakeWatch {
+    inner: Arc<Mutex<Inner>>,
+    alive: watch::Receiver<()>,
+}
 
 impl FakeWatch {
     /// Where the device stands. Not recorded.
     #[must_use]
     pub fn state(&self) -> MigrationState {
-        lock(&self.0).state
+        lock(&self.inner).state
     }
 
     /// What has been written in the RESUMING session so far.
     #[must_use]
     pub fn written(&self) -> Bytes {
-        Bytes::copy_from_slice(&lock(&self.0).written)
+        Bytes::copy_from_slice(&lock(&self.inner).written)
     }
 
     /// What the device had been given when it last left RESUMING for STOP.
     #[must_use]
     pub fn loaded(&self) -> Option<Bytes> {
-        lock(&self.0).loaded.clone()
+        lock(&self.inner).loaded.clone()
+    }
+
+    /// Returns when the device has been dropped.
+    pub async fn dropped(&self) {
+        // Nothing is ever sent: what ends the wait is that the sender is gone.
+        let _ = self.alive.clone().changed().await;
     }
 
     /// How many bytes of the saving session have been read.
     #[must_use]
     pub fn read_bytes(&self) -> usize {
-        lock(&self.0).read
+        lock(&self.inner).read
     }
 }
 
 fn lock(inner: &Mutex<Inner>) -> MutexGuard<'_, Inner> {
     inner.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// How it is made.
-impl FakeDevice {
-    /// A sound device, RUNNING, with every feature and nothing to tell.
-    #[must_use]
-    pub fn new(name: impl Into<String>) -> Self {
-        Self {
-            name: name.into(),
-            features: Features::ALL,
-            log: CallLog::new(),
-            script: Script::default(),
-            piece_bytes: MAX_READ_BYTES,
-            expects_bytes: None,
-            pre_copy: Bytes::new(),
-            blob: Bytes::new(),
-            inner: Arc::new(Mutex::new(Inner {
-                state: MigrationState::Running,
-                stream_open: false,
-                load_failed: false,
-                read: 0,
-                written: Vec::new(),
-                loaded: None,
-                asked: [0; 8],
-            })),
-        }
-    }
-
-    /// What the driver advertises.
-    #[must_use]
-    pub fn with_features(mut self, features: Features) -> Self {
-        self.features = features;
-        self
-    }
-
-    /// Where it stands at first.
-    #[must_use]
-    pub fn in_state(self, state: MigrationState) -> Self {
-        let mut inner = lock(&self.inner);
-        inner.state = state;
-        inner.stream_open = state.has_data();
-        drop(inner);
-        self
-    }
-
-    /// Records in `log`, which other devices may share.
-    #[must_use]
-    pub fn log(mut self, log: &CallLog) -> Self {
-        self.log = log.clone();
-        self
-    }
-
-    /// What can be read while it still runs.
-    #[must_use]
-    pub fn pre_copy(mut self, content: impl Into<Bytes>) -> Self {
-        self.pre_copy = content.into();
-        self
-    }
-
-    /// What can be read in STOP_COPY, after what [`FakeDevice::pre_copy`] gave.
-    #[must_use]
-    pub fn blob(mut self, content: impl Into<Bytes>) -> Self {
-        self.blob = content.into();
-        self
-    }
-
-    /// A read gives at most so many bytes.
-    #[must_use]
-    pub fn piece_bytes(mut self, bytes: usize) -> Self {
-        self.piece_bytes = bytes;
-        self
-    }
-
-    /// As mtty: a load of fewer bytes is refused on leaving RESUMING (EINVAL), a byte more on writing it (ENOMEM). Without
-    /// it, as mlx5: everything is taken.
-    #[must_use]
-    pub fn expects_bytes(mut self, bytes: usize) -> Self {
-        self.expects_bytes = Some(bytes);
-        self
-    }
-
-    /// Refuses every request for `to` and stays where it was.
-    #[must_use]
-    pub fn refuse(self, to: MigrationState, errno: Errno) -> Self {
-        self.refusing(Refusal { to, nth: None, errno, left_in: None })
-    }
-
-    /// Refuses every request for `to`, and stands in `left_in` afterwards.
-    #[must_use]
-    pub fn refuse_leaving_in(self, to: MigrationState, errno: Errno, left_in: MigrationState) -> Self {
-        self.refusing(Refusal { to, nth: None, errno, left_in: Some(left_in) })
-    }
-
-    /// Refuses only the `nth` request for `to`, from 1, and stays where it was.
-    #[must_use]
-    pub fn refuse_nth(self, nth: usize, to: MigrationState, errno: Errno) -> Self {
-        self.refusing(Refusal { to, nth: Some(nth), errno, left_in: None })
-    }
-
-    /// Says that it went to `to`, and stays where it was.
-    #[must_use]
-    pub fn pretend(mut self, to: MigrationState) -> Self {
-        self.script.pretend = Some(to);
-        self
-    }
-
-    /// Refuses to leave RESUMING, whatever for: a blob that the driver does not like.
-    #[must_use]
-    pub fn refuse_load(mut self, errno: Errno) -> Self {
-        self.script.refuse_load = Some(errno);
-        self
-    }
-
-    /// Refuses a reset.
-    #[must_use]
-    pub fn refuse_reset(mut self, errno: Errno) -> Self {
-        self.script.refuse_reset = Some(errno);
-        self
-    }
-
-    /// Does not tell its state.
-    #[must_use]
-    pub fn refuse_state(mut self, errno: Errno) -> Self {
-        self.script.refuse_state = Some(errno);
-        self
-    }
-
-    /// Hangs at the gate when it is asked for `to`, before anything changes.
-    #[must_use]
-    pub fn hang_at(mut self, to: MigrationState, gate: &Gate) -> Self {
-        self.script.hang_at.push((to, gate.clone()));
-        self
-    }
-
-    /// Hangs at the gate in each read.
-    #[must_use]
-    pub fn hang_in_read(mut self, gate: &Gate) -> Self {
-        self.script.hang_in_read = Some(gate.clone());
-        self
-    }
-
-    /// Hangs at the gate in each write.
-    #[must_use]
-    pub fn hang_in_write(mut self, gate: &Gate) -> Self {
-        self.script.hang_in_write = Some(gate.clone());
-        self
-    }
-
-    /// Panics when it is asked for `to`.
-    #[must_use]
-    pub fn panic_at(mut self, to: MigrationState) -> Self {
-        self.script.panic_at = Some(to);
-        self
-    }
-
-    /// Gives `bytes` and then fails to read.
-    #[must_use]
-    pub fn read_fails_after(mut self, bytes: usize, errno: Errno) -> Self {
-        self.script.read_fails_after = Some((bytes, errno));
-        self
-    }
-
-    /// Gives only the first `bytes` of what it has and says that this was all.
-    #[must_use]
-    pub fn ends_after(mut self, bytes: usize) -> Self {
-        self.script.ends_after = Some(bytes);
-        self
-    }
-
-    /// Takes `bytes` and then refuses to be written to.
-    #[must_use]
-    pub fn write_fails_after(mut self, bytes: usize, errno: Errno) -> Self {
-        self.script.write_fails_after = Some((bytes, errno));
-        self
-    }
-
-    /// To look into it later.
-    #[must_use]
-    pub fn watch(&self) -> FakeWatch {
-        FakeWatch(Arc::clone(&self.inner))
-    }
-
-    fn refusing(mut self, refusal: Refusal) -> Self {
-        self.script.refusals.push(refusal);
-        self
-    }
 }
 
 /// How it behaves.
@@ -320,17 +146,15 @@ impl FakeDevice {
         Ok(())
     }
 
-    /// What the saving session has to give in its state, and in all.
-    fn readable(&self, state: MigrationState) -> Bytes {
-        let all: Bytes = if state.is_pre_copy() {
-            self.pre_copy.clone()
-        } else {
-            [self.pre_copy.as_ref(), self.blob.as_ref()].concat().into()
+    /// What the saving session has to give next, after `read` bytes: the rest of the pre-copy content, or else of the blob.
+    fn readable(&self, state: MigrationState, read: usize) -> Bytes {
+        let end = self.script.ends_after.unwrap_or(usize::MAX);
+        let rest = |content: &Bytes, begin: usize| {
+            let stop = content.len().min(end.saturating_sub(begin));
+            content.slice(read.saturating_sub(begin).min(stop)..stop)
         };
-        match self.script.ends_after {
-            Some(bytes) if bytes < all.len() => all.slice(..bytes),
-            _ => all,
-        }
+        let early = rest(&self.pre_copy, 0);
+        if early.is_empty() && !state.is_pre_copy() { rest(&self.blob, self.pre_copy.len()) } else { early }
     }
 
     fn read(&self, max_bytes: usize) -> Result<DataRead, DeviceError> {
@@ -342,10 +166,7 @@ impl FakeDevice {
         if !inner.state.is_saving() {
             return Err(DeviceError::ReadData { device: device(), errno: OsError(Errno::BADF) });
         }
-        let rest = {
-            let all = self.readable(inner.state);
-            all.slice(inner.read.min(all.len())..)
-        };
+        let rest = self.readable(inner.state, inner.read);
         let mut bytes = rest.len().min(max_bytes).min(MAX_READ_BYTES).min(self.piece_bytes);
         if let Some((after, errno)) = self.script.read_fails_after {
             if inner.read >= after {

@@ -1,0 +1,299 @@
+//! One thread per device, since the calls to a device block; and an async handle to it.
+//!
+//! ```text
+//!   DeviceHandle ──┐
+//!   DeviceHandle ──┼── one call at a time ──▶ thread vfio-<name> ── owns ──▶ Box<dyn Device>
+//!   DeviceHandle ──┘◀──────── answer ────────┘
+//! ```
+//!
+//! - Calls are carried out in the order in which they come; each has ended before the next begins.
+//! - No call blocks the async runtime, whatever the device does. A deadline is the caller's: it drops the future.
+//! - A call whose future is dropped before the call has begun is not carried out. One that has begun is finished, and the state
+//!   that the device is then in has to be read. Data that was read for nobody is kept for the next read: it is never lost.
+//! - The thread drops the device and ends when the last handle is dropped, or by [`DeviceHandle::release`]; dropping a handle
+//!   does not wait for that. A device that hangs keeps its thread.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use bytes::Bytes;
+use rustix::time::{ClockId, clock_gettime};
+use tokio::sync::{mpsc, oneshot};
+
+use super::device::{DataRead, Device, PrecopyInfo};
+use super::error::{DeviceError, SetStateError};
+use super::state::{Features, MigrationState, opens_data};
+
+/// A state change that was read back, with its time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reached {
+    /// Where the device stood.
+    pub from: MigrationState,
+    /// Where it stands.
+    pub to: MigrationState,
+    /// How long it took, reading back included, waiting for earlier calls not.
+    pub took: Duration,
+    /// When it had been read back: [`monotonic_ns`].
+    pub at_ns: u64,
+}
+
+/// CLOCK_MONOTONIC in nanoseconds: the clock of the kernel's own trace. Comparable only on one node, in one boot.
+#[must_use]
+pub fn monotonic_ns() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    // Neither part of a monotonic time is negative.
+    let (seconds, nanoseconds) = (now.tv_sec.unsigned_abs(), now.tv_nsec.unsigned_abs());
+    seconds.saturating_mul(1_000_000_000).saturating_add(nanoseconds)
+}
+
+/// A device that is served by a thread. Clones are handles to the same device.
+#[derive(Clone, Debug)]
+pub struct DeviceHandle {
+    name: Arc<str>,
+    features: Features,
+    calls: mpsc::Sender<Message>,
+}
+
+/// What a handle sends to the thread.
+enum Message {
+    Call(Box<dyn FnOnce(&mut Served) + Send>),
+    Release(oneshot::Sender<()>),
+}
+
+/// What the thread owns.
+struct Served {
+    device: Box<dyn Device>,
+    unclaimed: Unclaimed,
+}
+
+/// What was read from the stream that is open now, for somebody who was gone when it came; in the order of the stream. Another
+/// stream gets another one, so that what comes back late goes nowhere.
+type Unclaimed = Arc<Mutex<VecDeque<Bytes>>>;
+
+/// Data on its way to whoever asked for it. If it is dropped there unopened, it goes back to the head of the unclaimed.
+struct Parcel {
+    data: Option<Bytes>,
+    unclaimed: Unclaimed,
+}
+
+impl Parcel {
+    fn open(mut self) -> Bytes {
+        self.data.take().unwrap_or_default()
+    }
+}
+
+impl Drop for Parcel {
+    fn drop(&mut self) {
+        if let Some(data) = self.data.take() {
+            lock(&self.unclaimed).push_front(data);
+        }
+    }
+}
+
+fn lock(unclaimed: &Unclaimed) -> MutexGuard<'_, VecDeque<Bytes>> {
+    unclaimed.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// [`DataRead`], on its way.
+enum Given {
+    Data(Parcel),
+    Drained,
+    End,
+}
+
+impl DeviceHandle {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// If the system has no thread to give.
+    pub fn serve(device: Box<dyn Device>) -> std::io::Result<Self> {
+        let name: Arc<str> = device.name().into();
+        let features = device.features();
+        let (calls, mut called) = mpsc::channel(1);
+        let mut served = Served { device, unclaimed: Unclaimed::default() };
+        thread::Builder::new().name(format!("vfio-{name}")).spawn(move || {
+            while let Some(message) = called.blocking_recv() {
+                match message {
+                    Message::Call(call) => call(&mut served),
+                    Message::Release(done) => {
+                        drop(served);
+                        drop(called);
+                        // Whoever asked for it may be gone; it is released all the same.
+                        let _ = done.send(());
+                        return;
+                    }
+                }
+            }
+        })?;
+        Ok(Self { name, features, calls })
+    }
+
+    /// The device's name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What the driver advertised when the device was opened.
+    #[must_use]
+    pub fn features(&self) -> Features {
+        self.features
+    }
+
+    /// The state, read from the kernel now.
+    ///
+    /// # Errors
+    /// As [`Device::state`], and [`DeviceError::WorkerEnded`].
+    pub async fn state(&self) -> Result<MigrationState, DeviceError> {
+        self.call(|served| served.device.state()).await
+    }
+
+    /// Asks for a state once, and reads it back, after a refusal, too.
+    ///
+    /// # Errors
+    /// As [`Device::set_state`], and [`SetStateError::WorkerEnded`].
+    pub async fn set_state(&self, to: MigrationState) -> Result<Reached, SetStateError> {
+        let answer = self.answer(move |served| served.set_state(to)).await;
+        answer.unwrap_or_else(|| Err(SetStateError::WorkerEnded { device: self.name.to_string(), asked: to }))
+    }
+
+    /// Reads from the data stream: at most `max_bytes`, and at most [`super::device::MAX_READ_BYTES`]. The bytes are handed
+    /// on without a copy. May be cancelled: what was read meanwhile comes with the next read.
+    ///
+    /// # Errors
+    /// As [`Device::read_data`], and [`DeviceError::WorkerEnded`].
+    pub async fn read_data(&self, max_bytes: usize) -> Result<DataRead, DeviceError> {
+        Ok(match self.call(move |served| served.read_data(max_bytes)).await? {
+            // Opened in the same poll in which it arrives: from here on it is the asker's.
+            Given::Data(parcel) => DataRead::Data(parcel.open()),
+            Given::Drained => DataRead::Drained,
+            Given::End => DataRead::End,
+        })
+    }
+
+    /// Writes all of `data` to the data stream in RESUMING. If it is cancelled, whether `data` was written is unknown: the load
+    /// has failed then.
+    ///
+    /// # Errors
+    /// As [`Device::write_data`], and [`DeviceError::WorkerEnded`].
+    pub async fn write_data(&self, data: Bytes) -> Result<(), DeviceError> {
+        self.call(move |served| served.device.write_data(&data)).await
+    }
+
+    /// Closes the data stream, if one is open.
+    ///
+    /// # Errors
+    /// [`DeviceError::WorkerEnded`].
+    pub async fn close_data(&self) -> Result<(), DeviceError> {
+        self.call(|served| {
+            served.unclaimed = Unclaimed::default();
+            served.device.close_data();
+            Ok(())
+        })
+        .await
+    }
+
+    /// The driver's estimate of the bytes that STOP_COPY would give if it were entered now.
+    ///
+    /// # Errors
+    /// As [`Device::estimate_bytes`], and [`DeviceError::WorkerEnded`].
+    pub async fn estimate_bytes(&self) -> Result<u64, DeviceError> {
+        self.call(|served| served.device.estimate_bytes()).await
+    }
+
+    /// What is left to pre-copy.
+    ///
+    /// # Errors
+    /// As [`Device::precopy_info`], and [`DeviceError::WorkerEnded`].
+    pub async fn precopy_info(&self) -> Result<PrecopyInfo, DeviceError> {
+        self.call(|served| served.device.precopy_info()).await
+    }
+
+    /// Resets the device, which leads to RUNNING from every state, and reads that back.
+    ///
+    /// # Errors
+    /// As [`Device::reset`], and [`DeviceError::WorkerEnded`].
+    pub async fn reset(&self) -> Result<(), DeviceError> {
+        self.call(|served| {
+            served.unclaimed = Unclaimed::default();
+            served.device.reset()
+        })
+        .await
+    }
+
+    /// Drops the device after the calls that came before, and returns when that is done: its descriptor is closed then. The
+    /// device's state does not change. Later calls by other handles fail with `WorkerEnded`.
+    pub async fn release(self) {
+        let (done, released) = oneshot::channel();
+        if self.calls.send(Message::Release(done)).await.is_ok() {
+            // It fails if the thread has ended otherwise, which drops the device, too.
+            let _ = released.await;
+        }
+    }
+
+    async fn call<T: Send + 'static>(
+        &self,
+        call: impl FnOnce(&mut Served) -> Result<T, DeviceError> + Send + 'static,
+    ) -> Result<T, DeviceError> {
+        let ended = || Err(DeviceError::WorkerEnded { device: self.name.to_string() });
+        self.answer(call).await.unwrap_or_else(ended)
+    }
+
+    /// Has the thread carry out `call`, unless nobody waits for it any more when its turn comes. `None`: the thread has ended.
+    async fn answer<T: Send + 'static>(
+        &self,
+        call: impl FnOnce(&mut Served) -> T + Send + 'static,
+    ) -> Option<T> {
+        let (reply, answer) = oneshot::channel();
+        let call = Box::new(move |served: &mut Served| {
+            if !reply.is_closed() {
+                // If the asker has gone meanwhile, the answer is dropped here.
+                let _ = reply.send(call(served));
+            }
+        });
+        self.calls.send(Message::Call(call)).await.ok()?;
+        answer.await.ok()
+    }
+}
+
+impl Served {
+    fn set_state(&mut self, to: MigrationState) -> Result<Reached, SetStateError> {
+        let started_ns = monotonic_ns();
+        let result = self.device.set_state(to);
+        let at_ns = monotonic_ns();
+        // Unclaimed data belongs to the stream that it came from.
+        let same_stream = match &result {
+            Ok(change) => change.to.is_saving() && !opens_data(change.from, change.to),
+            Err(error) => error.found().is_some_and(MigrationState::is_saving),
+        };
+        if !same_stream {
+            self.unclaimed = Unclaimed::default();
+        }
+        let took = Duration::from_nanos(at_ns.saturating_sub(started_ns));
+        result.map(|change| Reached { from: change.from, to: change.to, took, at_ns })
+    }
+
+    fn read_data(&mut self, max_bytes: usize) -> Result<Given, DeviceError> {
+        let unclaimed = lock(&self.unclaimed).pop_front();
+        let data = match unclaimed {
+            Some(mut data) => {
+                if data.len() > max_bytes {
+                    lock(&self.unclaimed).push_front(data.split_off(max_bytes));
+                }
+                data
+            }
+            None => match self.device.read_data(max_bytes)? {
+                DataRead::Data(data) => data,
+                DataRead::Drained => return Ok(Given::Drained),
+                DataRead::End => return Ok(Given::End),
+            },
+        };
+        Ok(Given::Data(Parcel { data: Some(data), unclaimed: Arc::clone(&self.unclaimed) }))
+    }
+}
+
+#[cfg(test)]
+#[path = "worker_tests.rs"]
+mod tests;
