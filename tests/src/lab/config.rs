@@ -1,0 +1,90 @@
+//! What a lab is made of.
+
+use super::{error::LabError, image::Image};
+
+/// A node to start.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeConfig {
+    /// Its name, in the lab and in the cluster: lower-case letters, digits and dashes.
+    pub name: String,
+    /// The type of each of its devices, as the driver calls them: `mtty-1` (one port), `mtty-2` (two).
+    pub devices: Vec<String>,
+    /// Its memory, in MiB.
+    pub memory_mib: u32,
+    /// Its CPUs.
+    pub cpus: u32,
+}
+
+/// A lab to start.
+#[derive(Clone, Debug, Default)]
+pub struct LabConfig {
+    /// The nodes, in order: the first has number 1.
+    pub nodes: Vec<NodeConfig>,
+    /// Whether there is a Kubernetes control plane.
+    pub control_plane: bool,
+    /// What is in the nodes' image besides the workspace's programs.
+    pub image: Image,
+}
+
+impl NodeConfig {
+    /// A node with these devices.
+    pub fn new<T: Into<String>>(name: impl Into<String>, devices: impl IntoIterator<Item = T>) -> Self {
+        Self {
+            name: name.into(),
+            devices: devices.into_iter().map(Into::into).collect(),
+            memory_mib: 512,
+            cpus: 2,
+        }
+    }
+}
+
+impl LabConfig {
+    /// A lab of these nodes, without a control plane.
+    pub fn nodes(nodes: impl IntoIterator<Item = NodeConfig>) -> Self {
+        Self { nodes: nodes.into_iter().collect(), ..Self::default() }
+    }
+
+    /// The same with a control plane.
+    #[must_use]
+    pub fn with_control_plane(mut self) -> Self {
+        self.control_plane = true;
+        self
+    }
+
+    /// Refuses what cannot be started. Names go into paths, host names and QEMU's arguments.
+    pub(super) fn check(&self) -> Result<(), LabError> {
+        let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+        let refuse = |text: String| Err(LabError::Configuration(text));
+        if self.nodes.len() > 200 {
+            return refuse(format!("{} nodes are too many", self.nodes.len()));
+        }
+        for (index, node) in self.nodes.iter().enumerate() {
+            if node.name.is_empty() || node.name.len() > 32 || !node.name.chars().all(plain) {
+                return refuse(format!("{:?} cannot name a node", node.name));
+            }
+            if self.nodes.iter().take(index).any(|other| other.name == node.name) {
+                return refuse(format!("two nodes are named {}", node.name));
+            }
+            if let Some(device) = node.devices.iter().find(|device| !device.chars().all(plain)) {
+                return refuse(format!("{device:?} is no device type"));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_would_end_up_in_arguments_are_refused() {
+        let lab =
+            |names: &[&str]| LabConfig::nodes(names.iter().map(|name| NodeConfig::new(*name, ["mtty-1"])));
+        assert!(lab(&["node-a", "node-b"]).check().is_ok());
+        assert!(lab(&["node-a", "node-a"]).check().is_err());
+        assert!(lab(&["node a"]).check().is_err());
+        assert!(lab(&[""]).check().is_err());
+        assert!(LabConfig::nodes([NodeConfig::new("a", ["mtty-1,x"])]).check().is_err());
+    }
+}

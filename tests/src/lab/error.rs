@@ -1,0 +1,97 @@
+//! What can go wrong in the lab.
+
+use std::{io, path::PathBuf};
+
+/// A failure of the lab itself, named by what was being done. What a program in a node answers is not one of them.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LabError {
+    /// Something that `tests/setup/install` provides is missing.
+    #[error("{what} is not installed: run tests/setup/install {what}")]
+    NotInstalled {
+        /// What to install.
+        what: String,
+    },
+    /// A program of the workspace is missing.
+    #[error("there is no program {name} beside {folder}: build it first")]
+    NotBuilt {
+        /// The program.
+        name: String,
+        /// Where it was looked for.
+        folder: PathBuf,
+    },
+    /// An operation on a file or a socket failed.
+    #[error("{action}")]
+    Io {
+        /// What was being done.
+        action: String,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// A node did not come up, or went down.
+    #[error("node {node}: {reason}; see its console in {console}")]
+    NodeDown {
+        /// Which.
+        node: String,
+        /// What happened.
+        reason: String,
+        /// Its serial console, as a file.
+        console: PathBuf,
+    },
+    /// A node's control service refused or failed.
+    #[error("node {node}: {message}")]
+    Refused {
+        /// Which.
+        node: String,
+        /// In the service's words.
+        message: String,
+    },
+    /// A program was expected to succeed.
+    #[error("{program} ended with {ending}: {stderr}")]
+    ProgramFailed {
+        /// Its name.
+        program: String,
+        /// How it ended.
+        ending: String,
+        /// What it said.
+        stderr: String,
+    },
+    /// Something took longer than it may.
+    #[error("{action} took longer than {seconds} s")]
+    TooLate {
+        /// What was being done.
+        action: String,
+        /// How long it may take.
+        seconds: u64,
+    },
+    /// The configuration cannot be carried out.
+    #[error("the lab's configuration: {0}")]
+    Configuration(String),
+    /// A certificate could not be made.
+    #[error("making the certificate of {subject}")]
+    Certificate {
+        /// Whose.
+        subject: String,
+        /// Why it failed.
+        source: rcgen::Error,
+    },
+    /// The control plane did not come up.
+    #[error("the control plane: {0}")]
+    ControlPlane(String),
+    /// The witness did not see all of it.
+    #[error("the witness of node {node}: {reason}")]
+    Witness {
+        /// Which.
+        node: String,
+        /// What is missing.
+        reason: String,
+    },
+}
+
+impl LabError {
+    /// For `map_err` on an I/O operation.
+    pub(crate) fn io(action: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        let action = action.into();
+        move |source| Self::Io { action, source }
+    }
+}

@@ -1,0 +1,145 @@
+//! The lab: nodes (QEMU machines with Debian's kernel and VFIO devices that migrate), the link between them, and a Kubernetes
+//! control plane, all on this machine, on its loopback interface and on Unix sockets only.
+//!
+//! ```no_run
+//! # async fn example() -> Result<(), slackwater_tests::lab::LabError> {
+//! use slackwater_tests::lab::{Lab, LabConfig, NodeConfig};
+//!
+//! let config = LabConfig::nodes([
+//!     NodeConfig::new("node-a", ["mtty-1", "mtty-1"]),
+//!     NodeConfig::new("node-b", ["mtty-1", "mtty-1"]),
+//! ]);
+//! let lab = Lab::start(config).await?;
+//! let node = lab.node("node-a")?;
+//! println!("{}", node.shell("ls /sys/bus/mdev/devices").await?);
+//! lab.cut_link("node-b").await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! What a lab starts ends with it: when it is dropped, and when its process ends in whatever way. Its folder is removed, too,
+//! unless [`KEEP_VARIABLE`] is set.
+
+mod children;
+mod clock;
+mod config;
+mod control;
+mod cpio;
+mod error;
+mod folder;
+mod image;
+pub mod in_node;
+mod installed;
+mod machine;
+mod node;
+pub mod protocol;
+mod qmp;
+mod switch;
+
+use std::path::Path;
+
+use futures::future::try_join_all;
+use tokio::task::AbortHandle;
+
+pub use clock::{ClockReading, ClockRelation, host_monotonic_ns};
+pub use config::{LabConfig, NodeConfig};
+pub use error::LabError;
+pub use folder::KEEP_VARIABLE;
+pub use image::{Image, ImageFile};
+pub use machine::AGENT_PORT;
+pub use node::{Executed, Node};
+
+use folder::LabFolder;
+use machine::Boot;
+use switch::Switch;
+
+/// A running lab.
+#[derive(Debug)]
+pub struct Lab {
+    // In the order in which they go when the lab is dropped: the folder last.
+    nodes: Vec<Node>,
+    switch: AbortHandle,
+    folder: LabFolder,
+}
+
+impl Lab {
+    /// Starts what the configuration names, and waits until all of it is up.
+    ///
+    /// # Errors
+    /// When the configuration makes no sense, something is not installed or built, or a part does not come up.
+    pub async fn start(config: LabConfig) -> Result<Self, LabError> {
+        config.check()?;
+        let folder = LabFolder::make()?;
+        let links: Vec<_> =
+            config.nodes.iter().map(|node| folder.path().join(format!("{}.link", node.name))).collect();
+        let switch = Switch::bind(&links).map_err(LabError::io("binding the switch's ports"))?;
+        let mut lab = Self { nodes: Vec::new(), switch: tokio::spawn(switch.run()).abort_handle(), folder };
+        lab.start_nodes(config, &links).await?;
+        Ok(lab)
+    }
+
+    async fn start_nodes(
+        &mut self,
+        mut config: LabConfig,
+        links: &[impl AsRef<Path>],
+    ) -> Result<(), LabError> {
+        if config.nodes.is_empty() {
+            return Ok(());
+        }
+        let kernel = installed::installed("node-kernel")?;
+        let image = self.folder.path().join("image.cpio");
+        config.image.programs.extend(installed::node_programs()?);
+        image::write(&config.image, &kernel, &image)?;
+        let boot = Boot { kernel: &kernel, image: &image, folder: self.folder.path() };
+        let starting = (1..).zip(&config.nodes).zip(links).map(|((number, node), link)| {
+            let boot = &boot;
+            async move { Node::start(boot, node, number, link.as_ref()).await }
+        });
+        self.nodes = try_join_all(starting).await?;
+        try_join_all(self.nodes.iter().map(Node::ready)).await.map(drop)
+    }
+
+    /// The node of this name.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn node(&self, name: &str) -> Result<&Node, LabError> {
+        let found = self.nodes.iter().find(|node| node.name() == name);
+        found.ok_or_else(|| LabError::Configuration(format!("there is no node {name}")))
+    }
+
+    /// All nodes, in the configuration's order.
+    #[must_use]
+    pub fn nodes(&self) -> &[Node] {
+        &self.nodes
+    }
+
+    /// Unplugs a node's cable on the link between the nodes: nothing that it sends arrives, and nothing reaches it. The lab
+    /// itself still does.
+    ///
+    /// # Errors
+    /// When there is no such node, or its QEMU refuses.
+    pub async fn cut_link(&self, node: &str) -> Result<(), LabError> {
+        self.node(node)?.set_link(false).await
+    }
+
+    /// Plugs it again.
+    ///
+    /// # Errors
+    /// When there is no such node, or its QEMU refuses.
+    pub async fn restore_link(&self, node: &str) -> Result<(), LabError> {
+        self.node(node)?.set_link(true).await
+    }
+
+    /// Where the lab keeps its sockets, logs and data.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        self.switch.abort();
+    }
+}

@@ -1,0 +1,1 @@
+//! The kernel as a witness of what happened to devices and vCPUs.
