@@ -1,0 +1,4 @@
+//! What the agent knows of its node: devices, VMs, clocks, and who holds what. Pure parsers under thin shells; the roots of
+//! sysfs and procfs are parameters.
+
+pub mod clock;

@@ -1,0 +1,325 @@
+//! A VMM for tests: it keeps the contract's order, records every call in a log that others may share, and fails on demand.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::{Bytes, BytesMut};
+use futures::StreamExt;
+use slackwater_proto::tonic::{Code, async_trait};
+use tokio::sync::{Notify, mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+
+use super::{Description, DirtyTracking, LoadStream, RunState, SaveStream, Vmm, VmmDevice, VmmError};
+
+/// Lines in the order in which they were added. Clones share them.
+#[derive(Clone, Debug, Default)]
+pub struct SharedLog(Arc<Mutex<Vec<String>>>);
+
+impl SharedLog {
+    /// Adds a line.
+    pub fn add(&self, line: impl Into<String>) {
+        locked(&self.0).push(line.into());
+    }
+
+    /// All lines so far.
+    pub fn lines(&self) -> Vec<String> {
+        locked(&self.0).clone()
+    }
+}
+
+/// A fake VMM. Its calls are logged as `<name> <call>`, with the calls in snake case: `vm pause`.
+pub struct FakeVmm {
+    name: String,
+    log: SharedLog,
+    inner: Mutex<Inner>,
+    exit: watch::Sender<bool>,
+}
+
+struct Inner {
+    run_state: RunState,
+    devices: Vec<VmmDevice>,
+    /// What a save gives, piece by piece.
+    state: Vec<Bytes>,
+    saving: Option<mpsc::Sender<Result<Bytes, VmmError>>>,
+    loaded: Option<Bytes>,
+    failures: HashSet<&'static str>,
+    hangs: HashMap<&'static str, Arc<Notify>>,
+}
+
+impl FakeVmm {
+    /// A VMM whose VM runs, and whose save gives `state`.
+    pub fn running(name: &str, log: SharedLog, state: Vec<Bytes>) -> Self {
+        Self::new(name, log, RunState::Running, state)
+    }
+
+    /// A twin that waits for its state.
+    pub fn incoming(name: &str, log: SharedLog) -> Self {
+        Self::new(name, log, RunState::Incoming, Vec::new())
+    }
+
+    fn new(name: &str, log: SharedLog, run_state: RunState, state: Vec<Bytes>) -> Self {
+        let inner = Inner {
+            run_state,
+            devices: Vec::new(),
+            state,
+            saving: None,
+            loaded: None,
+            failures: HashSet::new(),
+            hangs: HashMap::new(),
+        };
+        Self { name: name.to_owned(), log, inner: Mutex::new(inner), exit: watch::Sender::new(false) }
+    }
+
+    /// Gives the VM these devices.
+    pub fn with_devices(self, names: &[&str]) -> Self {
+        let device = |(number, name): (i32, &&str)| VmmDevice {
+            name: (*name).to_owned(),
+            descriptor: 10 + number,
+            guest_address: format!("fake {number}"),
+        };
+        locked(&self.inner).devices = (0..).zip(names).map(device).collect();
+        self
+    }
+
+    /// Lets every call of this name fail, until [`FakeVmm::mend`]: `pause`, `finish_save`, ...
+    pub fn fail(&self, call: &'static str) {
+        locked(&self.inner).failures.insert(call);
+    }
+
+    /// Lets calls of this name succeed again.
+    pub fn mend(&self, call: &'static str) {
+        locked(&self.inner).failures.remove(call);
+    }
+
+    /// Lets every call of this name wait, after it has been logged, for a notification.
+    pub fn hang(&self, call: &'static str) -> Arc<Notify> {
+        let release = Arc::new(Notify::new());
+        locked(&self.inner).hangs.insert(call, Arc::clone(&release));
+        release
+    }
+
+    /// Ends its process: every later call is lost, and so is a save under way.
+    pub fn kill(&self) {
+        locked(&self.inner).saving = None;
+        self.exit.send_replace(true);
+    }
+
+    /// Whether the VM runs.
+    pub fn run_state(&self) -> RunState {
+        locked(&self.inner).run_state
+    }
+
+    /// What a twin has been given, once its load has ended.
+    pub fn loaded(&self) -> Option<Bytes> {
+        locked(&self.inner).loaded.clone()
+    }
+
+    /// Logs the call; then waits, fails or passes, as the script says.
+    async fn enter(&self, call: &'static str) -> Result<(), VmmError> {
+        self.log.add(format!("{} {call}", self.name));
+        let lost = || VmmError::Lost { call, message: "its process has ended".to_owned() };
+        if *self.exit.borrow() {
+            return Err(lost());
+        }
+        let hang = locked(&self.inner).hangs.get(call).cloned();
+        if let Some(release) = hang {
+            tokio::select! {
+                () = release.notified() => {}
+                () = self.exited() => return Err(lost()),
+            }
+        }
+        if locked(&self.inner).failures.contains(call) {
+            return Err(refused(call, Code::Internal, "the test says so"));
+        }
+        Ok(())
+    }
+
+    /// Refuses a call out of order.
+    fn require(&self, call: &'static str, state: RunState) -> Result<(), VmmError> {
+        let now = self.run_state();
+        if now == state {
+            return Ok(());
+        }
+        Err(refused(call, Code::FailedPrecondition, &format!("the VM is {now:?}, and must be {state:?}")))
+    }
+}
+
+fn refused(call: &'static str, code: Code, message: &str) -> VmmError {
+    VmmError::Refused { call, code, message: message.to_owned() }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[async_trait]
+impl Vmm for FakeVmm {
+    async fn describe(&self) -> Result<Description, VmmError> {
+        self.enter("describe").await?;
+        let inner = locked(&self.inner);
+        Ok(Description {
+            run_state: inner.run_state,
+            devices: inner.devices.clone(),
+            ram_bytes: inner.state.iter().map(|piece| piece.len() as u64).sum(),
+            dirty_tracking: DirtyTracking::None,
+            vmm: "fake".to_owned(),
+        })
+    }
+
+    async fn start_save(&self, live: bool) -> Result<SaveStream, VmmError> {
+        self.enter("start_save").await?;
+        if live {
+            return Err(refused("start_save", Code::FailedPrecondition, "nobody tracks dirty pages"));
+        }
+        let (pieces, stream) = mpsc::channel(1);
+        locked(&self.inner).saving = Some(pieces);
+        Ok(ReceiverStream::new(stream).boxed())
+    }
+
+    async fn pause(&self) -> Result<(), VmmError> {
+        self.enter("pause").await?;
+        self.require("pause", RunState::Running)?;
+        locked(&self.inner).run_state = RunState::Paused;
+        Ok(())
+    }
+
+    async fn finish_save(&self) -> Result<(), VmmError> {
+        self.enter("finish_save").await?;
+        self.require("finish_save", RunState::Paused)?;
+        let (pieces, state) = {
+            let mut inner = locked(&self.inner);
+            (inner.saving.take(), inner.state.clone())
+        };
+        let pieces =
+            pieces.ok_or_else(|| refused("finish_save", Code::FailedPrecondition, "no save is under way"))?;
+        for piece in state {
+            if pieces.send(Ok(piece)).await.is_err() {
+                return Err(refused("finish_save", Code::Cancelled, "nobody takes the state"));
+            }
+        }
+        Ok(())
+    }
+
+    async fn abort_save(&self) -> Result<(), VmmError> {
+        self.enter("abort_save").await?;
+        if let Some(pieces) = locked(&self.inner).saving.take() {
+            // Nobody may be reading any more.
+            let _ = pieces.try_send(Err(refused("start_save", Code::Aborted, "the save was aborted")));
+        }
+        Ok(())
+    }
+
+    async fn start_load(&self, state: LoadStream) -> Result<(), VmmError> {
+        self.enter("start_load").await?;
+        self.require("start_load", RunState::Incoming)?;
+        let mut all = BytesMut::new();
+        let mut state = state.fuse();
+        loop {
+            tokio::select! {
+                piece = state.next() => match piece {
+                    Some(piece) => all.extend_from_slice(&piece),
+                    None => break,
+                },
+                () = self.exited() => {
+                    return Err(VmmError::Lost { call: "start_load", message: "its process has ended".to_owned() });
+                }
+            }
+        }
+        locked(&self.inner).loaded = Some(all.freeze());
+        self.log.add(format!("{} loaded", self.name));
+        Ok(())
+    }
+
+    async fn finish_load(&self) -> Result<(), VmmError> {
+        self.enter("finish_load").await?;
+        self.require("finish_load", RunState::Incoming)?;
+        let mut inner = locked(&self.inner);
+        if inner.loaded.is_none() {
+            return Err(refused("finish_load", Code::FailedPrecondition, "nothing has been loaded"));
+        }
+        inner.run_state = RunState::Paused;
+        Ok(())
+    }
+
+    async fn resume(&self) -> Result<(), VmmError> {
+        self.enter("resume").await?;
+        self.require("resume", RunState::Paused)?;
+        locked(&self.inner).run_state = RunState::Running;
+        Ok(())
+    }
+
+    async fn quit(&self) -> Result<(), VmmError> {
+        self.enter("quit").await?;
+        self.kill();
+        Ok(())
+    }
+
+    fn pid(&self) -> i32 {
+        0
+    }
+
+    async fn exited(&self) {
+        let mut exit = self.exit.subscribe();
+        // The sender lives as long as this borrow.
+        let _ = exit.wait_for(|exited| *exited).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::stream;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_one_fake_saves_another_loads_in_the_contracts_order() {
+        let log = SharedLog::default();
+        let state = vec![Bytes::from_static(b"ra"), Bytes::from_static(b"m")];
+        let (vm, twin) = (FakeVmm::running("vm", log.clone(), state), FakeVmm::incoming("twin", log.clone()));
+
+        let stream = vm.start_save(false).await.unwrap();
+        assert!(matches!(vm.finish_save().await, Err(VmmError::Refused { call: "finish_save", .. })));
+        vm.pause().await.unwrap();
+        let (saved, finished) = tokio::join!(stream.collect::<Vec<_>>(), vm.finish_save());
+        finished.unwrap();
+        let pieces: Vec<Bytes> = saved.into_iter().map(Result::unwrap).collect();
+        twin.start_load(stream::iter(pieces).boxed()).await.unwrap();
+        assert!(matches!(twin.resume().await, Err(VmmError::Refused { call: "resume", .. })));
+        twin.finish_load().await.unwrap();
+        twin.resume().await.unwrap();
+
+        assert_eq!(twin.loaded().unwrap(), "ram");
+        assert_eq!((vm.run_state(), twin.run_state()), (RunState::Paused, RunState::Running));
+        assert_eq!(
+            log.lines().join(", "),
+            "vm start_save, vm finish_save, vm pause, vm finish_save, twin start_load, \
+            twin loaded, twin resume, twin finish_load, twin resume"
+        );
+    }
+
+    #[tokio::test]
+    async fn scripted_failures_hangs_and_the_end_of_the_process_are_seen_by_the_caller() {
+        let vm = Arc::new(FakeVmm::running("vm", SharedLog::default(), Vec::new()));
+        vm.fail("pause");
+        assert_eq!(vm.pause().await.unwrap_err().to_string(), "the VMM refused pause: the test says so");
+        vm.mend("pause");
+        let release = vm.hang("pause");
+        let pausing = tokio::spawn({
+            let vm = Arc::clone(&vm);
+            async move { vm.pause().await }
+        });
+        release.notify_one();
+        pausing.await.unwrap().unwrap();
+
+        let mut stream = vm.start_save(false).await.unwrap();
+        vm.abort_save().await.unwrap();
+        let ended = stream.next().await.unwrap().unwrap_err().to_string();
+        assert_eq!(ended, "the VMM refused start_save: the save was aborted");
+        assert!(stream.next().await.is_none());
+
+        vm.quit().await.unwrap();
+        vm.exited().await;
+        let lost = vm.resume().await.unwrap_err().to_string();
+        assert_eq!(lost, "the VMM was lost during resume: its process has ended");
+    }
+}

@@ -1,0 +1,163 @@
+//! The VMM of a VM: what the hand-over asks of it, whichever program it is.
+//!
+//! Order at the source: [`Vmm::start_save`], devices to pre-copy, [`Vmm::pause`], all devices quiesced and stopped and read back,
+//! [`Vmm::finish_save`] while the devices' captures run. Order at the destination: [`Vmm::start_load`], [`Vmm::finish_load`], all
+//! devices out of RESUMING, and, after the commit and with all devices RUNNING, [`Vmm::resume`].
+
+use std::os::fd::RawFd;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::stream::BoxStream;
+use slackwater_proto::channel::ConnectError;
+use slackwater_proto::tonic::{Code, async_trait};
+
+#[cfg(any(test, feature = "faults"))]
+pub mod fake;
+
+/// RAM and machine state as the VMM gives them, in pieces of at most 1 MiB. Ends after the last piece; an error ends it, too.
+pub type SaveStream = BoxStream<'static, Result<Bytes, VmmError>>;
+
+/// The same bytes in the same order, cut anywhere.
+pub type LoadStream = BoxStream<'static, Bytes>;
+
+/// Whether the VM runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum RunState {
+    /// Its vCPUs run.
+    Running,
+    /// Its vCPUs stand still.
+    Paused,
+    /// A twin that has not finished loading.
+    Incoming,
+}
+
+/// Who can tell which guest pages the devices have written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DirtyTracking {
+    /// Nobody: RAM can be copied only while the VM stands still.
+    None,
+    /// The devices.
+    DeviceLog,
+    /// The IOMMU.
+    Iommu,
+}
+
+/// A device as its VMM sees it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct VmmDevice {
+    /// PCI address or UUID on the host.
+    pub name: String,
+    /// Number of the VFIO device's descriptor in the VMM's process.
+    pub descriptor: RawFd,
+    /// Where the guest sees it, for people.
+    pub guest_address: String,
+}
+
+/// What a VM consists of.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Description {
+    /// Whether it runs.
+    pub run_state: RunState,
+    /// Its devices, in the order that a twin's must have, too.
+    pub devices: Vec<VmmDevice>,
+    /// Bytes of guest RAM.
+    pub ram_bytes: u64,
+    /// Who tracks the devices' writes.
+    pub dirty_tracking: DirtyTracking,
+    /// Program and version, for logs.
+    pub vmm: String,
+}
+
+/// Why a VMM did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum VmmError {
+    /// No connection to its socket.
+    #[error("the VMM cannot be reached: {0}")]
+    Connect(ConnectError),
+    /// The socket is not one that the agent may trust.
+    #[error("the VMM's socket {path} is refused: {reason}")]
+    Trust {
+        /// The socket.
+        path: String,
+        /// What is wrong with it, and what would be right.
+        reason: String,
+    },
+    /// The VMM answered with an error.
+    #[error("the VMM refused {call}: {message}")]
+    Refused {
+        /// Which call.
+        call: &'static str,
+        /// Its code.
+        code: Code,
+        /// Its words.
+        message: String,
+    },
+    /// The connection broke, mostly because its process has ended.
+    #[error("the VMM was lost during {call}: {message}")]
+    Lost {
+        /// Which call.
+        call: &'static str,
+        /// What was seen.
+        message: String,
+    },
+    /// No answer in time.
+    #[error("the VMM did not answer {call} within {} ms", limit.as_millis())]
+    Deadline {
+        /// Which call.
+        call: &'static str,
+        /// How long it had.
+        limit: Duration,
+    },
+    /// An answer that means nothing.
+    #[error("the VMM's answer to {call} is not valid: {reason}")]
+    Answer {
+        /// Which call.
+        call: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
+}
+
+/// A VMM that runs a VM, or was started to take one over.
+///
+/// Each call has its own deadline, and returns when what it names has happened, not when it has been asked for.
+#[async_trait]
+pub trait Vmm: Send + Sync {
+    /// What the VM consists of. Any time.
+    async fn describe(&self) -> Result<Description, VmmError>;
+
+    /// Begins a save. With `live`, RAM flows while the guest runs; refused if nobody tracks the devices' writes.
+    /// The stream has no deadline: it lasts as long as RAM and the wire need.
+    async fn start_save(&self, live: bool) -> Result<SaveStream, VmmError>;
+
+    /// Returns when no vCPU runs and nothing in the VMM touches a device. It stays so until [`Vmm::resume`].
+    async fn pause(&self) -> Result<(), VmmError>;
+
+    /// Lets the save end: the remaining RAM and the machine state. Only when every device has been read back as stopped.
+    /// Returns when the stream's last byte has been given.
+    async fn finish_save(&self) -> Result<(), VmmError>;
+
+    /// Ends a save without a result. The VM stays as it is, paused if it was paused.
+    async fn abort_save(&self) -> Result<(), VmmError>;
+
+    /// At a twin: takes what [`Vmm::start_save`] gave. Returns when the stream has ended and all of it has been understood. No
+    /// deadline.
+    async fn start_load(&self, state: LoadStream) -> Result<(), VmmError>;
+
+    /// At a twin: puts everything in place. The devices stand in RESUMING and are not touched.
+    async fn finish_load(&self) -> Result<(), VmmError>;
+
+    /// Lets the vCPUs run. The devices are RUNNING before it is called.
+    async fn resume(&self) -> Result<(), VmmError>;
+
+    /// Ends the VMM: it answers and then exits.
+    async fn quit(&self) -> Result<(), VmmError>;
+
+    /// The VMM's process id in the agent's pid namespace.
+    fn pid(&self) -> i32;
+
+    /// Returns when the VMM's process has ended.
+    async fn exited(&self);
+}
