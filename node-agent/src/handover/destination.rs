@@ -257,7 +257,8 @@ impl Destination {
     }
 
     fn before_loaded(&self) -> bool {
-        !matches!(self.phase, Phase::RecordingLoaded | Phase::Loaded | Phase::Discarding) && !self.may_have_run()
+        !matches!(self.phase, Phase::RecordingLoaded | Phase::Loaded | Phase::Discarding)
+            && !self.may_have_run()
     }
 
     fn device_failed(

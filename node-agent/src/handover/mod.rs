@@ -24,6 +24,8 @@ pub mod destination;
 pub mod devices;
 pub mod policy;
 pub mod shell;
+#[cfg(test)]
+mod simulation;
 pub mod source;
 
 /// One of the streams that make up a VM's state.

@@ -8,7 +8,7 @@
 //! New ▶ Connecting ▶ PreCopying ▶ Pausing ▶ Quiescing ▶ Stopping ▶ Capturing ▶ Committing ▶ AwaitingStarted ▶ Releasing ▶ Finished
 //!          └────────────┴───────────┴───────────┴───────────┴──────────┘                          │
 //!                                     ▼ any failure                                               ▼ peer lost
-//!                                  Settling ▶ LeavingCapture ▶ WakingP2p ▶ Waking ▶ Resuming ▶ Finished
+//!                                  Settling ▶ LeavingCapture ▶ WakingP2p ▶ Mending ▶ Waking ▶ Resuming ▶ Finished
 //! ```
 
 use std::collections::BTreeSet;
@@ -47,6 +47,8 @@ pub enum Phase {
     LeavingCapture,
     /// Rollback: devices are on their way to RUNNING_P2P.
     WakingP2p,
+    /// Rollback: devices that did not get there are being reset.
+    Mending,
     /// Rollback: devices are on their way to RUNNING.
     Waking,
     /// Rollback: the vCPUs are being resumed.
@@ -276,7 +278,8 @@ impl Source {
                 }
                 // Once the destination has all of it, the VM is better served by going on.
                 if !(self.phase == Phase::Capturing && self.all_sent()) {
-                    let message = "the VMM's process ended while its VM was being migrated, and the VM with it";
+                    let message =
+                        "the VMM's process ended while its VM was being migrated, and the VM with it";
                     self.fail(Failure::new(Reason::VmmExited, message), effects);
                 }
             }
@@ -307,12 +310,14 @@ impl Source {
                 Reason::StartFailed => self.finish(End::Lost(failure), effects),
                 _ => {}
             },
+            // Whoever is lost now is lost when COMMITTED is on stable storage.
+            Phase::Committing => self.failure = self.failure.take().or(Some(failure)),
             // A rollback is under way, or there is only forward.
-            Phase::Committing
-            | Phase::Releasing
+            Phase::Releasing
             | Phase::Settling
             | Phase::LeavingCapture
             | Phase::WakingP2p
+            | Phase::Mending
             | Phase::Waking
             | Phase::Resuming
             | Phase::Finished => {}
@@ -332,7 +337,7 @@ impl Source {
         }
         match self.phase {
             Phase::LeavingCapture | Phase::WakingP2p => self.devices.mark_broken(index),
-            Phase::Waking if self.reset.contains(&index) => {
+            Phase::Mending | Phase::Waking if self.reset.contains(&index) => {
                 self.devices.mark_broken(index);
                 self.rollback_failed(failure, effects);
             }
@@ -382,24 +387,32 @@ impl Source {
             Phase::Committing if self.recorded.contains(&Record::Committed) => {
                 self.enter(Phase::AwaitingStarted, effects);
                 effects.push(Effect::SendCommit);
+                if let Some(failure) = self.failure.take() {
+                    self.fail(failure, effects);
+                }
             }
             Phase::Releasing if self.recorded.remove(&Record::Released) => effects.push(Effect::Release),
             Phase::Settling if self.nothing_in_flight() => return self.begin_rollback(effects),
             Phase::LeavingCapture if self.devices.settled() => {
                 self.phase = Phase::WakingP2p;
                 self.order(effects, |track| {
-                    (track.features.p2p && track.at != MigrationState::PreCopy && track.at != MigrationState::Running)
+                    (track.features.p2p
+                        && track.at != MigrationState::PreCopy
+                        && track.at != MigrationState::Running)
                         .then_some(MigrationState::RunningP2p)
                 });
             }
             Phase::WakingP2p if self.devices.settled() => {
-                self.phase = Phase::Waking;
-                self.order(effects, |_| Some(MigrationState::Running));
+                self.phase = Phase::Mending;
                 let broken: Vec<usize> =
                     self.devices.iter().filter(|(_, track)| track.broken).map(|(index, _)| index).collect();
                 for index in broken {
                     self.order_reset(index, effects);
                 }
+            }
+            Phase::Mending if self.devices.settled() => {
+                self.phase = Phase::Waking;
+                self.order(effects, |_| Some(MigrationState::Running));
             }
             Phase::Waking if self.devices.all_at(|state| state == MigrationState::Running) => {
                 if self.vcpus == Vcpus::Running {
@@ -421,9 +434,7 @@ impl Source {
             return false;
         }
         self.phase = Phase::LeavingCapture;
-        self.order(effects, |track| {
-            (track.at == MigrationState::StopCopy).then_some(MigrationState::Stop)
-        });
+        self.order(effects, |track| (track.at == MigrationState::StopCopy).then_some(MigrationState::Stop));
         true
     }
 

@@ -17,5 +17,5 @@ pub mod faults;
 pub mod incoming;
 pub mod outgoing;
 
-/// Bytes in a chunk, at most. FACTS: 256 KiB to 1 MiB all reach the same rate; this is well under the messages' limit.
-pub const CHUNK_MAX_BYTES: usize = 1024 * 1024;
+/// Bytes in a chunk, at most.
+pub use slackwater_proto::limits::CHUNK_LIMIT_BYTES as CHUNK_MAX_BYTES;

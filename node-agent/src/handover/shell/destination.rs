@@ -1,0 +1,534 @@
+//! Performs what the destination's state machine decides, and tells it what came of it.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::Stream;
+use futures::future::BoxFuture;
+use slackwater_proto::channel::words;
+use slackwater_proto::tonic::{Status, Streaming};
+use slackwater_proto::transfer::{
+    self, DeviceStep, Failed, HandoverRequest, HandoverResponse, Loaded, Ready, SendBlobRequest, Started,
+    Starting, handover_request, handover_response,
+};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_stream::wrappers::UnboundedReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::task_tracker::{TaskTracker, TaskTrackerToken};
+use tracing::{info, warn};
+
+use super::receiving::Receiver;
+use super::{VmmCall, refused, traced};
+use crate::handover::destination::{Destination, Effect, End, Event};
+use crate::handover::{Blob, Failure, Reason};
+use crate::host::clock::Clock;
+use crate::transfer::incoming::{self, ReceiveError};
+use crate::vfio::state::{Features, MigrationState};
+use crate::vfio::worker::DeviceHandle;
+use crate::vmm::Vmm;
+
+/// The twin when it has been started, paused.
+pub struct Twin {
+    /// Its VMM.
+    pub vmm: Arc<dyn Vmm>,
+    /// Its devices, borrowed from it, in the VM's order.
+    pub devices: Vec<DeviceHandle>,
+}
+
+/// The place where the VM lands: what is the node's own about starting a twin, keeping it, or clearing it away.
+pub trait Site: Send + Sync {
+    /// Prepares the devices' identity, starts the twin paused and borrows its devices.
+    fn start_twin(&self) -> BoxFuture<'_, Result<Twin, Failure>>;
+    /// Lets the devices take over the VM's network identity.
+    fn activate_identity(&self) -> BoxFuture<'_, Result<(), Failure>>;
+    /// The VM runs here: makes it known.
+    fn keep(&self) -> BoxFuture<'_, ()>;
+    /// Nothing has run: ends the twin and clears everything away.
+    fn discard(&self) -> BoxFuture<'_, ()>;
+}
+
+/// All that one attempt needs at the destination.
+pub struct DestinationParts {
+    /// For logs.
+    pub migration_id: String,
+    /// What the drivers of the devices have advertised.
+    pub features: Vec<Features>,
+    /// The place.
+    pub site: Arc<dyn Site>,
+    /// For so long the source may leave a reservation unused.
+    pub silence_timeout: Duration,
+}
+
+/// The twin may have run: nothing can be given back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the migration has been committed: the VM is, or may have been, running here")]
+pub struct MayHaveRun;
+
+type Answers = mpsc::UnboundedSender<Result<HandoverResponse, Status>>;
+
+/// A blob that may arrive now.
+struct OpenBlob {
+    receiver: Receiver,
+    given_up: CancellationToken,
+    /// Held until the blob's last byte has been handed on, or none will be any more.
+    _under_way: TaskTrackerToken,
+}
+
+enum Signal {
+    Event(Event),
+    Peer(Answers),
+    TwinReady(Twin),
+    Step(DeviceStep),
+    OpenBlob(Blob, oneshot::Sender<Result<OpenBlob, Status>>),
+    Release(Failure, oneshot::Sender<Result<(), MayHaveRun>>),
+}
+
+/// A reservation, and what becomes of it.
+#[derive(Clone, Debug)]
+pub struct DestinationRun {
+    signals: mpsc::UnboundedSender<Signal>,
+    reserved: watch::Receiver<Option<Result<(), Failure>>>,
+    end: watch::Receiver<Option<End>>,
+}
+
+impl DestinationRun {
+    /// Begins.
+    pub fn start(parts: DestinationParts) -> Self {
+        let (signals, heard) = mpsc::unbounded_channel();
+        let (tell_reserved, reserved) = watch::channel(None);
+        let (tell_end, end) = watch::channel(None);
+        let shell = Shell {
+            parts,
+            signals: signals.clone(),
+            heard,
+            twin: None,
+            answers: None,
+            steps: Vec::new(),
+            opened: BTreeSet::new(),
+            streams: CancellationToken::new(),
+            stream_tasks: TaskTracker::new(),
+            tell_reserved,
+            end: None,
+        };
+        tokio::spawn(async move {
+            let end = shell.run().await;
+            tell_end.send_replace(Some(end));
+        });
+        Self { signals, reserved, end }
+    }
+
+    /// Waits until the devices stand in RESUMING.
+    ///
+    /// # Errors
+    /// Why they do not; all that had been claimed is given back then.
+    pub async fn reserved(&self) -> Result<(), Failure> {
+        let mut reserved = self.reserved.clone();
+        match reserved.wait_for(Option::is_some).await {
+            Ok(answer) => answer.clone().unwrap_or(Ok(())),
+            Err(_) => Err(Failure::new(Reason::TwinFailed, "the reservation ended early")),
+        }
+    }
+
+    /// Waits for the end; all that was held has been let go then.
+    pub async fn ended(&self) -> Option<End> {
+        self.end.clone().wait_for(Option::is_some).await.ok()?.clone()
+    }
+
+    /// How it ended, if it has.
+    pub fn end(&self) -> Option<End> {
+        self.end.borrow().clone()
+    }
+
+    /// The source has connected and said Hello. Returns what it is answered.
+    pub fn handover(
+        &self,
+        requests: Streaming<HandoverRequest>,
+    ) -> impl Stream<Item = Result<HandoverResponse, Status>> + Send + use<> {
+        let (answers, stream) = mpsc::unbounded_channel();
+        if self.signals.send(Signal::Peer(answers.clone())).is_err() {
+            let gone = Failure::new(Reason::Released, "the reservation has been given back");
+            let _ = answers.send(Ok(failed(&gone)));
+        } else {
+            tokio::spawn(hear(requests, self.signals.clone()));
+        }
+        UnboundedReceiverStream::new(stream)
+    }
+
+    /// Takes a blob whose header has been read.
+    ///
+    /// # Errors
+    /// If none is expected now, or it did not arrive whole: the reservation is given back then.
+    pub async fn receive(&self, blob: Blob, stream: Streaming<SendBlobRequest>) -> Result<(), Status> {
+        let (answer, answered) = oneshot::channel();
+        let gone = || Status::failed_precondition("the reservation has been given back");
+        self.signals.send(Signal::OpenBlob(blob, answer)).map_err(|_| gone())?;
+        let OpenBlob { receiver, given_up, _under_way } = answered.await.map_err(|_| gone())??;
+        let received = tokio::select! {
+            received = incoming::receive(stream, receiver) => received,
+            () = given_up.cancelled() => return Err(gone()),
+        };
+        let (event, answer) = match received {
+            Ok(summary) => {
+                info!(?blob, bytes = summary.length_bytes, digest = %summary.digest, "verified");
+                (Event::BlobVerified(blob), Ok(()))
+            }
+            Err(error) => {
+                let (failure, status) = explain(blob, error);
+                (Event::Failed(failure), Err(status))
+            }
+        };
+        let _ = self.signals.send(Signal::Event(event));
+        answer
+    }
+
+    /// Gives everything back and waits until that is done. One that is given back already is left as it is.
+    ///
+    /// # Errors
+    /// If the VM may have run here.
+    pub async fn release(&self, why: Failure) -> Result<(), MayHaveRun> {
+        let (answer, answered) = oneshot::channel();
+        if self.signals.send(Signal::Release(why, answer)).is_ok()
+            && let Ok(answer) = answered.await
+        {
+            answer?;
+        }
+        match self.ended().await {
+            Some(End::Running | End::Stuck(_)) => Err(MayHaveRun),
+            Some(End::Discarded(_)) | None => Ok(()),
+        }
+    }
+}
+
+/// Passes on the source's decisions, until it says nothing more.
+async fn hear(mut requests: Streaming<HandoverRequest>, signals: mpsc::UnboundedSender<Signal>) {
+    loop {
+        let said = tokio::select! {
+            said = requests.message() => said,
+            () = signals.closed() => return,
+        };
+        let event = match said {
+            Ok(Some(HandoverRequest { message: Some(handover_request::Message::Commit(_)) })) => {
+                Event::CommitReceived
+            }
+            Ok(Some(HandoverRequest { message: Some(handover_request::Message::Abort(abort)) })) => {
+                let message = format!("the source keeps the VM: {}", abort.why);
+                Event::AbortReceived(Failure::new(Reason::Released, message))
+            }
+            Ok(Some(_)) => continue,
+            Ok(None) => {
+                let message = "the source ended the hand-over's stream";
+                Event::PeerLost(Failure::new(Reason::PeerLost, message))
+            }
+            Err(status) => {
+                let message = format!("the source was lost: {}", words(&status));
+                Event::PeerLost(Failure::new(Reason::PeerLost, message))
+            }
+        };
+        let over = matches!(event, Event::PeerLost(_));
+        if signals.send(Signal::Event(event)).is_err() || over {
+            return;
+        }
+    }
+}
+
+/// Why a blob did not arrive: for the machine, and for the source.
+fn explain(blob: Blob, error: ReceiveError) -> (Failure, Status) {
+    let what = match blob {
+        Blob::Device(index) => format!("the state of device {index}"),
+        Blob::Vmm => "RAM and machine state".to_owned(),
+    };
+    match error {
+        ReceiveError::Sink(failure) => {
+            let status = Status::failed_precondition(failure.message.clone());
+            (failure, status)
+        }
+        ReceiveError::Broken { .. } | ReceiveError::GivenUp { .. } => {
+            let message = format!("{what}: {error}");
+            (Failure::new(Reason::PeerLost, message.clone()), Status::data_loss(message))
+        }
+        ReceiveError::Mismatch(_) | ReceiveError::Order(_) => {
+            let message = format!("{what} did not arrive as it was sent: {error}");
+            (Failure::new(Reason::BlobRejected, message.clone()), Status::data_loss(message))
+        }
+    }
+}
+
+struct Shell {
+    parts: DestinationParts,
+    signals: mpsc::UnboundedSender<Signal>,
+    heard: mpsc::UnboundedReceiver<Signal>,
+    twin: Option<Twin>,
+    answers: Option<Answers>,
+    /// Steps that the source has not been told, because it is not connected yet.
+    steps: Vec<DeviceStep>,
+    opened: BTreeSet<Blob>,
+    streams: CancellationToken,
+    stream_tasks: TaskTracker,
+    tell_reserved: watch::Sender<Option<Result<(), Failure>>>,
+    end: Option<End>,
+}
+
+impl Shell {
+    async fn run(mut self) -> End {
+        let mut machine = Destination::new(&self.parts.features);
+        let silence = tokio::time::sleep(self.parts.silence_timeout);
+        tokio::pin!(silence);
+        let mut silence_over = false;
+        let mut event = Event::Start;
+        loop {
+            let (next, effects) = machine.step(event);
+            machine = next;
+            for effect in effects {
+                self.perform(effect);
+            }
+            if let Some(end) = self.end.take() {
+                return self.finish(end).await;
+            }
+            event = loop {
+                tokio::select! {
+                    Some(signal) = self.heard.recv() => {
+                        if let Some(event) = self.accept(signal, &machine) {
+                            break event;
+                        }
+                    }
+                    () = &mut silence, if !silence_over && self.answers.is_none() => {
+                        silence_over = true;
+                        let message = format!(
+                            "the source did not connect within {:?} of the reservation", self.parts.silence_timeout
+                        );
+                        break Event::PeerLost(Failure::new(Reason::SourceSilent, message));
+                    }
+                }
+            };
+        }
+    }
+
+    fn accept(&mut self, signal: Signal, machine: &Destination) -> Option<Event> {
+        match signal {
+            Signal::Event(event) => Some(event),
+            Signal::Peer(answers) => {
+                self.answers = Some(answers);
+                for step in std::mem::take(&mut self.steps) {
+                    self.answer(handover_response::Message::DeviceStep(step));
+                }
+                Some(Event::PeerConnected)
+            }
+            Signal::TwinReady(twin) => {
+                self.watch_twin(&twin);
+                self.twin = Some(twin);
+                Some(Event::TwinReady)
+            }
+            Signal::Step(step) => {
+                self.answer(handover_response::Message::DeviceStep(step));
+                None
+            }
+            Signal::OpenBlob(blob, answer) => {
+                let _ = answer.send(self.open_blob(blob, machine));
+                None
+            }
+            Signal::Release(why, answer) => {
+                if machine.may_have_run() {
+                    let _ = answer.send(Err(MayHaveRun));
+                    return None;
+                }
+                let _ = answer.send(Ok(()));
+                Some(Event::AbortReceived(why))
+            }
+        }
+    }
+
+    fn open_blob(&mut self, blob: Blob, machine: &Destination) -> Result<OpenBlob, Status> {
+        let twin = self.twin.as_ref().filter(|_| machine.takes_blobs());
+        let twin = twin.ok_or_else(|| {
+            let phase = machine.phase();
+            Status::failed_precondition(format!("no blob is taken now: the destination stands in {phase:?}"))
+        })?;
+        let receiver = match blob {
+            Blob::Device(index) => {
+                let devices = twin.devices.len();
+                let device = twin.devices.get(index).cloned().ok_or_else(|| {
+                    Status::invalid_argument(format!("blob.device is {index}; the VM has {devices} devices"))
+                })?;
+                Receiver::Device(device)
+            }
+            Blob::Vmm => Receiver::twin(Arc::clone(&twin.vmm)),
+        };
+        if !self.opened.insert(blob) {
+            return Err(Status::already_exists(format!("{blob:?} has been sent in this attempt already")));
+        }
+        Ok(OpenBlob { receiver, given_up: self.streams.clone(), _under_way: self.stream_tasks.token() })
+    }
+
+    fn perform(&mut self, effect: Effect) {
+        match effect {
+            Effect::Report(phase) => {
+                info!(migration = self.parts.migration_id, ?phase, "destination");
+            }
+            Effect::StartTwin => self.start_twin(),
+            Effect::SetState(index, to) => self.set_state(index, to),
+            Effect::ConfirmReserved => {
+                self.tell_reserved.send_replace(Some(Ok(())));
+            }
+            Effect::SendReady => self.answer(handover_response::Message::Ready(Ready {})),
+            Effect::FinishLoad => {
+                self.call(|vmm| vmm.finish_load(), Event::LoadFinished);
+            }
+            // The journal's place: nothing is written yet, so every record is confirmed at once.
+            Effect::Record(record) => self.signal(Event::Recorded(record)),
+            Effect::SendLoaded => self.answer(handover_response::Message::Loaded(Loaded { at: now() })),
+            Effect::SendStarting => self.answer(handover_response::Message::Starting(Starting { at: now() })),
+            Effect::ActivateIdentity => {
+                let (site, signals) = (Arc::clone(&self.parts.site), self.signals.clone());
+                tokio::spawn(async move {
+                    let event = match site.activate_identity().await {
+                        Ok(()) => Event::IdentityActivated,
+                        Err(failure) => Event::Failed(failure),
+                    };
+                    let _ = signals.send(Signal::Event(event));
+                });
+            }
+            Effect::Resume => self.call(|vmm| vmm.resume(), Event::Resumed),
+            Effect::SendStarted => self.answer(handover_response::Message::Started(Started { at: now() })),
+            Effect::SendFailed(failure) => {
+                if let Some(answers) = &self.answers {
+                    let _ = answers.send(Ok(failed(&failure)));
+                }
+            }
+            Effect::Discard => self.discard(),
+            Effect::Finish(end) => self.end = Some(end),
+        }
+    }
+
+    fn signal(&self, event: Event) {
+        let _ = self.signals.send(Signal::Event(event));
+    }
+
+    fn answer(&mut self, message: handover_response::Message) {
+        match (&self.answers, message) {
+            (Some(answers), message) => {
+                let _ = answers.send(Ok(HandoverResponse { message: Some(message) }));
+            }
+            (None, handover_response::Message::DeviceStep(step)) => self.steps.push(step),
+            (None, _) => {}
+        }
+    }
+
+    fn start_twin(&self) {
+        let (site, signals) = (Arc::clone(&self.parts.site), self.signals.clone());
+        tokio::spawn(async move {
+            let signal = match site.start_twin().await {
+                Ok(twin) => Signal::TwinReady(twin),
+                Err(failure) => Signal::Event(Event::Failed(failure)),
+            };
+            let _ = signals.send(signal);
+        });
+    }
+
+    fn watch_twin(&self, twin: &Twin) {
+        let (vmm, signals) = (Arc::clone(&twin.vmm), self.signals.clone());
+        tokio::spawn(async move {
+            tokio::select! {
+                () = vmm.exited() => {
+                    let failure = Failure::new(Reason::TwinFailed, "the twin's process ended");
+                    let _ = signals.send(Signal::Event(Event::Failed(failure)));
+                }
+                () = signals.closed() => {}
+            }
+        });
+    }
+
+    fn set_state(&mut self, index: usize, to: MigrationState) {
+        let Some(device) = self.twin.as_ref().and_then(|twin| twin.devices.get(index)).cloned() else {
+            return;
+        };
+        let signals = self.signals.clone();
+        tokio::spawn(async move {
+            let event = match device.set_state(to).await {
+                Ok(reached) => {
+                    let (at, change) = traced(device.name(), &reached);
+                    let step = DeviceStep {
+                        at: Some(at.into()),
+                        device: change.device,
+                        from: change.from,
+                        to: change.to,
+                        took_ns: change.took_ns,
+                    };
+                    let _ = signals.send(Signal::Step(step));
+                    Event::DeviceReached(index, reached.to)
+                }
+                Err(error) => {
+                    let (found, failure) = refused("destination", &error);
+                    Event::DeviceFailed(index, found, failure)
+                }
+            };
+            let _ = signals.send(Signal::Event(event));
+        });
+    }
+
+    fn call(&self, call: VmmCall, done: Event) {
+        let Some(vmm) = self.twin.as_ref().map(|twin| Arc::clone(&twin.vmm)) else { return };
+        let signals = self.signals.clone();
+        tokio::spawn(async move {
+            let event = match call(vmm.as_ref()).await {
+                Ok(()) => done,
+                Err(error) => {
+                    let message = format!("at the destination, {error}");
+                    Event::Failed(Failure::new(Reason::VmmFailed, message))
+                }
+            };
+            let _ = signals.send(Signal::Event(event));
+        });
+    }
+
+    /// A device that holds part of a foreign state is reset before the twin lets go of it: its state would outlive the twin.
+    fn discard(&mut self) {
+        self.streams.cancel();
+        self.stream_tasks.close();
+        let (twin, site, signals, tasks) =
+            (self.twin.take(), Arc::clone(&self.parts.site), self.signals.clone(), self.stream_tasks.clone());
+        tokio::spawn(async move {
+            tasks.wait().await;
+            for device in twin.into_iter().flat_map(|twin| twin.devices) {
+                if let Err(error) = device.reset().await {
+                    warn!(%error, "a device that is given back could not be reset");
+                }
+                device.release().await;
+            }
+            site.discard().await;
+            let _ = signals.send(Signal::Event(Event::Discarded));
+        });
+    }
+
+    async fn finish(&mut self, end: End) -> End {
+        if let Some(twin) = self.twin.take() {
+            for device in twin.devices {
+                device.release().await;
+            }
+        }
+        match &end {
+            End::Running => self.parts.site.keep().await,
+            End::Discarded(failure) => {
+                self.tell_reserved.send_if_modified(|told| {
+                    let first = told.is_none();
+                    if first {
+                        *told = Some(Err(failure.clone()));
+                    }
+                    first
+                });
+            }
+            End::Stuck(_) => {}
+        }
+        info!(migration = self.parts.migration_id, ?end, "destination: the migration has ended");
+        end
+    }
+}
+
+fn failed(failure: &Failure) -> HandoverResponse {
+    let failed = Failed { reason: failure.reason.as_str().to_owned(), message: failure.message.clone() };
+    HandoverResponse { message: Some(handover_response::Message::Failed(failed)) }
+}
+
+fn now() -> Option<transfer::Clock> {
+    Some(Clock::now().into())
+}

@@ -1,0 +1,142 @@
+//! What has happened in one attempt, numbered and complete: every stream of events replays it from the start and then follows.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use futures::Stream;
+use slackwater_proto::node::{
+    DeviceStateChange, Finished, MigrationEvent, Phase, Progress, migration_event::What,
+};
+use tokio::sync::watch;
+
+use crate::host::clock::Clock;
+
+/// The events of one attempt.
+#[derive(Clone, Debug)]
+pub struct EventLog {
+    node: Arc<str>,
+    events: Arc<Mutex<Vec<MigrationEvent>>>,
+    /// Events so far, and whether the last of them is Finished.
+    known: watch::Sender<(usize, bool)>,
+}
+
+impl EventLog {
+    /// An empty log, kept by the agent of `node`.
+    pub fn new(node: &str) -> Self {
+        Self { node: node.into(), events: Arc::default(), known: watch::Sender::new((0, false)) }
+    }
+
+    /// A phase was reached here, at `at`.
+    pub fn phase(&self, at: Clock, phase: Phase) {
+        self.push(&self.node, at, What::Phase(phase.into()));
+    }
+
+    /// A phase was reached at the other end, on its clock.
+    pub fn peer_phase(&self, peer: &str, at: Clock, phase: Phase) {
+        self.push(peer, at, What::Phase(phase.into()));
+    }
+
+    /// A device here was read back elsewhere.
+    pub fn device(&self, at: Clock, change: DeviceStateChange) {
+        self.push(&self.node, at, What::DeviceState(change));
+    }
+
+    /// A device of the other end was read back elsewhere, on its clock.
+    pub fn peer_device(&self, peer: &str, at: Clock, change: DeviceStateChange) {
+        self.push(peer, at, What::DeviceState(change));
+    }
+
+    /// How much has been sent.
+    pub fn progress(&self, at: Clock, progress: Progress) {
+        self.push(&self.node, at, What::Progress(progress));
+    }
+
+    /// The end. Nothing is recorded after it.
+    pub fn finished(&self, at: Clock, finished: Finished) {
+        self.push(&self.node, at, What::Finished(finished));
+    }
+
+    /// How it ended, if it has.
+    pub fn end(&self) -> Option<Finished> {
+        let events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
+        events.iter().rev().find_map(|event| match &event.what {
+            Some(What::Finished(finished)) => Some(finished.clone()),
+            _ => None,
+        })
+    }
+
+    /// Waits for the end.
+    pub async fn until_finished(&self) -> Option<Finished> {
+        let mut known = self.known.subscribe();
+        known.wait_for(|(_, finished)| *finished).await.ok()?;
+        self.end()
+    }
+
+    /// All events from the first on, as they come, up to Finished.
+    pub fn follow(&self) -> impl Stream<Item = MigrationEvent> + Send + use<> {
+        let log = self.clone();
+        let known = self.known.subscribe();
+        futures::stream::unfold((log, known, 0_usize), |(log, mut known, next)| async move {
+            let (count, finished) =
+                *known.wait_for(|(count, finished)| *count > next || *finished).await.ok()?;
+            if next >= count && finished {
+                return None;
+            }
+            let event = log.events.lock().unwrap_or_else(PoisonError::into_inner).get(next).cloned()?;
+            Some((event, (log, known, next + 1)))
+        })
+    }
+
+    fn push(&self, node: &str, at: Clock, what: What) {
+        let mut events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.known.borrow().1 {
+            return;
+        }
+        let finished = matches!(what, What::Finished(_));
+        let sequence = events.len() as u64 + 1;
+        events.push(MigrationEvent {
+            sequence,
+            node: node.to_owned(),
+            monotonic_ns: at.monotonic_ns,
+            unix_ns: at.unix_ns,
+            what: Some(what),
+        });
+        self.known.send_replace((events.len(), finished));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::StreamExt;
+    use slackwater_proto::node::Outcome;
+
+    use super::*;
+
+    const AT: Clock = Clock { monotonic_ns: 7, unix_ns: 9 };
+
+    fn finished() -> Finished {
+        Finished { outcome: Outcome::Succeeded.into(), ..Finished::default() }
+    }
+
+    #[tokio::test]
+    async fn a_stream_that_joins_late_gets_every_event_and_ends_after_the_last() {
+        let log = EventLog::new("node-a");
+        log.phase(AT, Phase::Connected);
+        log.peer_phase("node-b", AT, Phase::Loaded);
+        let stream = log.follow();
+        log.finished(AT, finished());
+        log.phase(AT, Phase::RolledBack);
+        let events: Vec<_> = stream.collect().await;
+        assert_eq!(events.iter().map(|event| event.sequence).collect::<Vec<_>>(), [1, 2, 3]);
+        assert_eq!(events[1].node, "node-b");
+        assert_eq!(events[2].what, Some(What::Finished(finished())));
+        assert_eq!(log.follow().count().await, 3);
+    }
+
+    #[tokio::test]
+    async fn a_stream_follows_what_comes_later() {
+        let log = EventLog::new("node-a");
+        let mut stream = Box::pin(log.follow());
+        let (first, ()) = tokio::join!(stream.next(), async { log.phase(AT, Phase::PreCopy) });
+        assert_eq!(first.unwrap().what, Some(What::Phase(Phase::PreCopy.into())));
+    }
+}

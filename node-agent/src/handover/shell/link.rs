@@ -1,0 +1,124 @@
+//! The source's connections to the destination: one for the decisions, and one for each blob, all up before the blackout.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use slackwater_proto::channel::{connect, words};
+use slackwater_proto::limits::transfer_client;
+use slackwater_proto::tls::Credentials;
+use slackwater_proto::tonic::Streaming;
+use slackwater_proto::transfer::{
+    Abort, Attempt, Commit, HandoverRequest, HandoverResponse, Hello, handover_request, handover_response,
+};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+
+use crate::handover::{Blob, Failure, Reason, blobs};
+use crate::transfer::outgoing::{self, Outgoing, Receipt};
+
+/// Decisions that wait for the transport: Hello, and Commit or Abort.
+const DECISIONS: usize = 4;
+
+/// Whom to connect to, and for what.
+#[derive(Clone, Debug)]
+pub struct Peer {
+    /// Ours.
+    pub credentials: Arc<Credentials>,
+    /// The name that its certificate must carry.
+    pub node: String,
+    /// host:port
+    pub address: String,
+    /// What is handed over.
+    pub attempt: Attempt,
+}
+
+/// One blob's way to the destination.
+#[derive(Debug)]
+pub struct BlobLink {
+    /// Which.
+    pub blob: Blob,
+    /// Where its bytes go.
+    pub outgoing: Outgoing,
+    /// The destination's word on it.
+    pub receipt: Receipt,
+    /// Bytes handed to the transport.
+    pub sent_bytes: Arc<AtomicU64>,
+}
+
+/// The open hand-over.
+#[derive(Debug)]
+pub struct Link {
+    decisions: mpsc::Sender<HandoverRequest>,
+    /// In the order of [`blobs`].
+    pub blobs: Vec<BlobLink>,
+    /// What the destination says after Ready.
+    pub answers: Streaming<HandoverResponse>,
+}
+
+impl Peer {
+    /// Says Hello, waits for Ready, and opens a stream for each blob.
+    ///
+    /// # Errors
+    /// TargetUnreachable, or what the destination says instead of Ready.
+    pub async fn connect(&self, devices: usize) -> Result<Link, Failure> {
+        let unreachable = |why: String| Failure::new(Reason::TargetUnreachable, why);
+        let channel = || async {
+            connect(&self.credentials, &self.address, &self.node)
+                .await
+                .map_err(|error| unreachable(error.to_string()))
+        };
+        let (decisions, requests) = mpsc::channel(DECISIONS);
+        let hello = Hello { attempt: Some(self.attempt.clone()) };
+        send(&decisions, handover_request::Message::Hello(hello));
+        let answers = transfer_client(channel().await?).handover(ReceiverStream::new(requests)).await;
+        let mut answers = answers
+            .map_err(|status| {
+                unreachable(format!("{} refused the hand-over: {}", self.node, words(&status)))
+            })?
+            .into_inner();
+        match answers.message().await {
+            Ok(Some(HandoverResponse { message: Some(handover_response::Message::Ready(_)) })) => {}
+            Ok(Some(HandoverResponse { message: Some(handover_response::Message::Failed(failed)) })) => {
+                return Err(Failure::new(Reason::TargetFailed, failed.message));
+            }
+            Ok(_) => return Err(unreachable(format!("{} did not answer Hello with Ready", self.node))),
+            Err(status) => return Err(unreachable(format!("{}: {}", self.node, words(&status)))),
+        }
+        let mut links = Vec::with_capacity(devices + 1);
+        for blob in blobs(devices) {
+            let sent_bytes = Arc::<AtomicU64>::default();
+            let (outgoing, receipt) =
+                outgoing::open(channel().await?, self.attempt.clone(), blob, Arc::clone(&sent_bytes));
+            links.push(BlobLink { blob, outgoing, receipt, sent_bytes });
+        }
+        Ok(Link { decisions, blobs: links, answers })
+    }
+}
+
+/// What is left of a link when its blobs and its answers have been given to their tasks.
+#[derive(Debug)]
+pub struct Decisions(mpsc::Sender<HandoverRequest>);
+
+impl Link {
+    /// Takes it apart.
+    pub fn split(self) -> (Decisions, Vec<BlobLink>, Streaming<HandoverResponse>) {
+        (Decisions(self.decisions), self.blobs, self.answers)
+    }
+}
+
+impl Decisions {
+    /// The point of no return has passed.
+    pub fn commit(&self) {
+        send(&self.0, handover_request::Message::Commit(Commit {}));
+    }
+
+    /// The VM stays here.
+    pub fn abort(&self, why: String) {
+        send(&self.0, handover_request::Message::Abort(Abort { why }));
+    }
+}
+
+/// A full or closed channel means that the peer is gone, which its answers' stream reports.
+fn send(decisions: &mpsc::Sender<HandoverRequest>, message: handover_request::Message) {
+    let _ = decisions.try_send(HandoverRequest { message: Some(message) });
+}

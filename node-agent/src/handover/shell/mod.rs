@@ -1,0 +1,46 @@
+//! The shells around the pure halves of the hand-over: they perform effects, and turn what happens into events.
+
+mod answers;
+pub mod destination;
+pub mod events;
+pub mod link;
+mod phases;
+mod pump;
+pub mod receiving;
+pub mod source;
+mod timings;
+
+use futures::future::BoxFuture;
+use slackwater_proto::node::DeviceStateChange;
+
+use super::{Failure, Reason};
+use crate::host::clock::Clock;
+use crate::vfio::error::SetStateError;
+use crate::vfio::state::MigrationState;
+use crate::vfio::worker::Reached;
+use crate::vmm::{Vmm, VmmError};
+
+/// A call to a VMM that is answered by nothing but success or failure.
+type VmmCall = for<'a> fn(&'a dyn Vmm) -> BoxFuture<'a, Result<(), VmmError>>;
+
+/// A state change that was read back, for the trace: when, and what.
+fn traced(device: &str, reached: &Reached) -> (Clock, DeviceStateChange) {
+    let now = Clock::now();
+    let since = now.monotonic_ns.saturating_sub(reached.at_ns);
+    let at = Clock {
+        monotonic_ns: reached.at_ns,
+        unix_ns: now.unix_ns.saturating_sub(i64::try_from(since).unwrap_or(i64::MAX)),
+    };
+    let change = DeviceStateChange {
+        device: device.to_owned(),
+        from: reached.from.number(),
+        to: reached.to.number(),
+        took_ns: u64::try_from(reached.took.as_nanos()).unwrap_or(u64::MAX),
+    };
+    (at, change)
+}
+
+/// A state change that failed at one end: where the device stands, and why, in words.
+fn refused(end: &str, error: &SetStateError) -> (Option<MigrationState>, Failure) {
+    (error.found(), Failure::new(Reason::DeviceFailed, format!("at the {end}, {error}")))
+}

@@ -1,0 +1,75 @@
+//! Faults on the way, for tests: never part of a release. `blob.<index>` or `blob.vmm` is set to `corrupt`, `truncate`, `reorder`
+//! or `extend` (see [`crate::faults`]).
+
+use bytes::{Bytes, BytesMut};
+use slackwater_proto::transfer::BlobChunk;
+
+use crate::faults;
+use crate::handover::Blob;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum BlobFault {
+    Corrupt,
+    Truncate,
+    Reorder,
+    Extend,
+}
+
+/// What is to go wrong with one blob.
+#[derive(Debug, Default)]
+pub(super) struct BlobFaults {
+    fault: Option<BlobFault>,
+    held_back: Option<BlobChunk>,
+}
+
+impl BlobFaults {
+    /// As the file says now.
+    pub(super) fn for_blob(blob: Blob) -> Self {
+        let name = match blob {
+            Blob::Device(index) => format!("blob.{index}"),
+            Blob::Vmm => "blob.vmm".to_owned(),
+        };
+        let fault = faults::value(&name).and_then(|value| match value.as_str() {
+            "corrupt" => Some(BlobFault::Corrupt),
+            "truncate" => Some(BlobFault::Truncate),
+            "reorder" => Some(BlobFault::Reorder),
+            "extend" => Some(BlobFault::Extend),
+            _ => None,
+        });
+        Self { fault, held_back: None }
+    }
+
+    /// What is sent in place of a chunk.
+    pub(super) fn chunk(&mut self, chunk: BlobChunk) -> Vec<BlobChunk> {
+        match self.fault {
+            Some(BlobFault::Corrupt) => {
+                let mut data = BytesMut::from(chunk.data.as_ref());
+                if let Some(last) = data.last_mut() {
+                    *last ^= 0x01;
+                }
+                vec![BlobChunk { offset: chunk.offset, data: data.freeze() }]
+            }
+            // Only the beginning arrives, less a byte.
+            Some(BlobFault::Truncate) if chunk.offset == 0 => {
+                let keep = chunk.data.len().saturating_sub(1);
+                vec![BlobChunk { offset: 0, data: chunk.data.slice(..keep) }]
+            }
+            Some(BlobFault::Truncate) => Vec::new(),
+            Some(BlobFault::Reorder) => match self.held_back.take() {
+                Some(first) => vec![chunk, first],
+                None => {
+                    self.held_back = Some(chunk);
+                    Vec::new()
+                }
+            },
+            Some(BlobFault::Extend) | None => vec![chunk],
+        }
+    }
+
+    /// What is sent before the trailer of a blob of this length.
+    pub(super) fn end(&mut self, length_bytes: u64) -> Vec<BlobChunk> {
+        let extra = (self.fault == Some(BlobFault::Extend))
+            .then(|| BlobChunk { offset: length_bytes, data: Bytes::from_static(b"!") });
+        self.held_back.take().into_iter().chain(extra).collect()
+    }
+}

@@ -1,0 +1,133 @@
+//! The sending half of a blob's stream.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bytes::Bytes;
+use slackwater_proto::limits::transfer_client;
+use slackwater_proto::tonic::transport::Channel;
+use slackwater_proto::tonic::{Request, Status};
+use slackwater_proto::transfer::{
+    Attempt, BlobChunk, BlobHeader, BlobTrailer, SendBlobRequest, VmmState, blob_header, send_blob_request,
+};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio_stream::wrappers::ReceiverStream;
+
+use super::check::{Summary, Tally};
+use crate::handover::Blob;
+
+/// Chunks that wait for the transport: enough to read the next while one is being sent.
+const CHUNKS_IN_FLIGHT: usize = 2;
+
+/// The stream has ended before the blob did; its [`Receipt`] says why.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the stream to the destination has ended")]
+pub struct StreamEnded;
+
+/// Where a blob's bytes go. Dropped without [`Outgoing::finish`], it ends the stream without a trailer, which the destination
+/// takes for what it is: a blob that was given up.
+#[derive(Debug)]
+pub struct Outgoing {
+    messages: mpsc::Sender<SendBlobRequest>,
+    tally: Tally,
+    sent_bytes: Arc<AtomicU64>,
+    #[cfg(feature = "faults")]
+    faults: super::faults::BlobFaults,
+}
+
+/// The destination's word on a blob.
+#[derive(Debug)]
+pub struct Receipt(JoinHandle<Result<(), Status>>);
+
+impl Receipt {
+    /// Waits until the destination has verified the blob and handed all of it on.
+    ///
+    /// # Errors
+    /// What the destination, or the transport, said instead.
+    pub async fn verified(self) -> Result<(), Status> {
+        match self.0.await {
+            Ok(answer) => answer,
+            Err(error) => Err(Status::internal(format!("the stream's task ended early: {error}"))),
+        }
+    }
+}
+
+/// Opens a blob's stream on a channel of its own, so that no blob waits behind another. `sent_bytes` counts what has been handed to
+/// the transport.
+pub fn open(
+    channel: Channel,
+    attempt: Attempt,
+    blob: Blob,
+    sent_bytes: Arc<AtomicU64>,
+) -> (Outgoing, Receipt) {
+    let (messages, stream) = mpsc::channel(CHUNKS_IN_FLIGHT);
+    let header = BlobHeader {
+        attempt: Some(attempt),
+        blob: Some(match blob {
+            Blob::Device(index) => blob_header::Blob::Device(u32::try_from(index).unwrap_or(u32::MAX)),
+            Blob::Vmm => blob_header::Blob::Vmm(VmmState {}),
+        }),
+    };
+    let first = SendBlobRequest { message: Some(send_blob_request::Message::Header(header)) };
+    let receipt = tokio::spawn(async move {
+        let stream = tokio_stream::StreamExt::chain(tokio_stream::once(first), ReceiverStream::new(stream));
+        transfer_client(channel).send_blob(Request::new(stream)).await.map(|_| ())
+    });
+    let outgoing = Outgoing {
+        messages,
+        tally: Tally::default(),
+        sent_bytes,
+        #[cfg(feature = "faults")]
+        faults: super::faults::BlobFaults::for_blob(blob),
+    };
+    (outgoing, Receipt(receipt))
+}
+
+impl Outgoing {
+    /// Sends the blob's next bytes, at most [`CHUNK_MAX_BYTES`](super::CHUNK_MAX_BYTES) of them. Waits while the destination is
+    /// slower.
+    ///
+    /// # Errors
+    /// If the stream has ended.
+    pub async fn send(&mut self, data: Bytes) -> Result<(), StreamEnded> {
+        if data.is_empty() {
+            return Ok(());
+        }
+        let length = data.len() as u64;
+        let offset = self.tally.add(&data);
+        let chunk = BlobChunk { offset, data };
+        #[cfg(feature = "faults")]
+        for chunk in self.faults.chunk(chunk) {
+            self.transmit(send_blob_request::Message::Chunk(chunk)).await?;
+        }
+        #[cfg(not(feature = "faults"))]
+        self.transmit(send_blob_request::Message::Chunk(chunk)).await?;
+        self.sent_bytes.fetch_add(length, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Ends the blob: sends its length and digest.
+    ///
+    /// # Errors
+    /// If the stream has ended.
+    #[cfg_attr(not(feature = "faults"), expect(unused_mut, reason = "a fault may send what it held back"))]
+    pub async fn finish(mut self) -> Result<Summary, StreamEnded> {
+        #[cfg(feature = "faults")]
+        for chunk in self.faults.end(self.tally.length_bytes()) {
+            self.transmit(send_blob_request::Message::Chunk(chunk)).await?;
+        }
+        let summary = self.tally.summary();
+        let trailer = BlobTrailer {
+            length_bytes: summary.length_bytes,
+            blake3: Bytes::copy_from_slice(summary.digest.as_bytes()),
+        };
+        self.transmit(send_blob_request::Message::Trailer(trailer)).await?;
+        Ok(summary)
+    }
+
+    async fn transmit(&self, message: send_blob_request::Message) -> Result<(), StreamEnded> {
+        let message = SendBlobRequest { message: Some(message) };
+        self.messages.send(message).await.map_err(|_| StreamEnded)
+    }
+}
