@@ -1,0 +1,110 @@
+//! Guest RAM: a memfd, mapped into this process for KVM and the devices.
+//!
+//! The VMM itself reads and writes it through the descriptor, so that no reference to memory that a guest changes exists.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use memmap2::MmapRaw;
+use rustix::fs::{MemfdFlags, memfd_create};
+
+/// The name of the memfd: `/proc/PID/fd` shows it as `/memfd:guest-ram (deleted)`.
+pub const MEMFD_NAME: &str = "guest-ram";
+
+/// Bytes of a page.
+pub const PAGE_BYTES: usize = 4096;
+
+/// Guest RAM from guest physical address 0, zero at first.
+#[derive(Debug)]
+pub struct GuestRam {
+    file: File,
+    mapping: MmapRaw,
+    bytes: u64,
+}
+
+impl GuestRam {
+    /// RAM of `bytes` bytes, a multiple of [`PAGE_BYTES`].
+    ///
+    /// # Errors
+    /// If the kernel does not give the memory.
+    pub fn new(bytes: u64) -> io::Result<Self> {
+        let file = File::from(memfd_create(MEMFD_NAME, MemfdFlags::CLOEXEC)?);
+        file.set_len(bytes)?;
+        let mapping = MmapRaw::map_raw(&file)?;
+        Ok(Self { file, mapping, bytes })
+    }
+
+    /// Its size.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Where it is mapped in this process; [`Self::bytes`] long, for as long as `self` lives.
+    pub fn address(&self) -> *mut u8 {
+        self.mapping.as_mut_ptr()
+    }
+
+    /// Fills `bytes` from guest physical address `gpa` on.
+    ///
+    /// # Errors
+    /// UnexpectedEof if that is beyond the end of RAM.
+    pub fn read(&self, gpa: u64, bytes: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(bytes, gpa)
+    }
+
+    /// Writes `bytes` from guest physical address `gpa` on.
+    ///
+    /// # Errors
+    /// InvalidInput if that is beyond the end of RAM; nothing has been written then.
+    pub fn write(&self, gpa: u64, bytes: &[u8]) -> io::Result<()> {
+        // A memfd would grow.
+        if gpa.checked_add(bytes.len() as u64).is_none_or(|end| end > self.bytes) {
+            let text = format!("{} bytes at {gpa:#x}: guest RAM ends at {:#x}", bytes.len(), self.bytes);
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+        }
+        self.file.write_all_at(bytes, gpa)
+    }
+
+    /// Makes all of it zero again.
+    ///
+    /// # Errors
+    /// If reading or writing fails.
+    pub fn clear(&self) -> io::Result<()> {
+        // Pages that are zero are left alone, so that a RAM never used takes no memory; and no hole is punched, since a page that
+        // a device has pinned would then be another than the guest's.
+        let zero = [0; PAGE_BYTES];
+        let mut page = [0; PAGE_BYTES];
+        for gpa in (0..self.bytes).step_by(PAGE_BYTES) {
+            self.read(gpa, &mut page)?;
+            if page != zero {
+                self.write(gpa, &zero)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_write_beyond_the_end_is_refused_and_does_not_grow_the_ram() {
+        let ram = GuestRam::new(8192).unwrap();
+        ram.write(8191, &[1]).unwrap();
+        assert_eq!(ram.write(8191, &[1, 2]).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        assert_eq!(ram.write(u64::MAX, &[1, 2]).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        assert_eq!(ram.read(8192, &mut [0]).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn cleared_ram_is_zero_everywhere() {
+        let ram = GuestRam::new(8192).unwrap();
+        ram.write(4095, &[1, 2]).unwrap();
+        ram.clear().unwrap();
+        let mut bytes = [9; 8192];
+        ram.read(0, &mut bytes).unwrap();
+        assert_eq!(bytes, [0; 8192]);
+    }
+}

@@ -1,0 +1,187 @@
+//! The process: from an argument vector to a served socket, and its end.
+
+use std::error::Error;
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::Args;
+use rustix::fs::Mode;
+use slackwater_proto::limits::vmm_server;
+use slackwater_proto::server::{ServeError, bind_unix, serve_unix};
+use slackwater_proto::tonic::service::Routes;
+use slackwater_proto::vmm::Device;
+use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tracing::info;
+
+use super::bus::{PortBus, Registers};
+use super::devices::{Devices, DevicesError, VfioDevice};
+use super::guest::{MAX_DEVICES, MIN_RAM_BYTES};
+use super::kvm::{KvmMachine, SetUpError};
+use super::lifecycle::State;
+use super::ram::GuestRam;
+use super::service::{LabVmm, Vm};
+use super::vcpu::{Vcpu, VcpuError};
+
+/// How to run a VMM.
+#[derive(Debug, Clone, Args)]
+pub struct Options {
+    /// Unix socket at which the VMM contract is served.
+    #[arg(long)]
+    pub socket: PathBuf,
+    /// VFIO character device, as /dev/vfio/devices/vfio0; repeated, or with commas, for several, in the VM's order.
+    #[arg(long = "device", value_name = "CDEV", value_delimiter = ',', required = true)]
+    pub devices: Vec<PathBuf>,
+    /// Guest RAM in MiB.
+    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub ram_mib: u32,
+    /// Microseconds for which the guest idles after each count. 0: it counts as fast as it can.
+    #[arg(long, default_value_t = 1000)]
+    pub pace_us: u64,
+    /// Take over a VM: wait for StartLoad, and leave the devices as they are. Without it, reset them and start a fresh guest.
+    #[arg(long)]
+    pub incoming: bool,
+}
+
+/// Why a VMM ended, or did not begin.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RunError {
+    /// More than the guest can have.
+    #[error("{found} devices, expected at most {MAX_DEVICES}")]
+    TooManyDevices {
+        /// How many were given.
+        found: usize,
+    },
+    /// No guest RAM.
+    #[error("cannot have {bytes} bytes of guest RAM")]
+    AllocateRam {
+        /// How many were wanted.
+        bytes: u64,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// No devices.
+    #[error("cannot have the VM's devices")]
+    OpenDevices(#[source] DevicesError),
+    /// No machine.
+    #[error("cannot set up the machine")]
+    SetUpMachine(#[source] SetUpError),
+    /// SIGTERM and SIGINT cannot be watched.
+    #[error("cannot watch for signals")]
+    WatchSignals(#[source] io::Error),
+    /// No thread, or no signal for it.
+    #[error("cannot start the vCPU's thread")]
+    StartVcpu(#[source] io::Error),
+    /// No socket.
+    #[error("cannot listen on {}", path.display())]
+    Listen {
+        /// The socket.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// Serving failed.
+    #[error("cannot serve the contract")]
+    Serve(#[source] ServeError),
+    /// The vCPU could not go on.
+    #[error("the VM has crashed")]
+    Crash(#[source] VcpuError),
+}
+
+/// How long calls may take to end once the VMM is to end.
+const DRAIN: Duration = Duration::from_secs(2);
+
+/// Runs a VMM until Quit, SIGTERM or SIGINT.
+///
+/// # Errors
+/// If the VMM cannot be set up, or the VM crashes.
+pub async fn run(options: Options) -> Result<(), RunError> {
+    // The socket is for its owner from its first moment on, not only from a chmod on.
+    rustix::process::umask(Mode::RWXG | Mode::RWXO | Mode::XUSR);
+    let mut terminate = signal(SignalKind::terminate()).map_err(RunError::WatchSignals)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(RunError::WatchSignals)?;
+
+    let found = options.devices.len();
+    let devices = u16::try_from(found)
+        .ok()
+        .filter(|_| found <= MAX_DEVICES)
+        .ok_or(RunError::TooManyDevices { found })?;
+    let bytes = u64::from(options.ram_mib) << 20;
+    const { assert!(MIN_RAM_BYTES <= 1 << 20, "1 MiB is the least that can be asked for") };
+    let ram = Arc::new(GuestRam::new(bytes).map_err(|source| RunError::AllocateRam { bytes, source })?);
+    let assigned = Devices::open(&options.devices, &ram, !options.incoming).map_err(RunError::OpenDevices)?;
+    let bus = assigned.list().iter().map(|device| Arc::clone(device) as Arc<dyn Registers>).collect();
+    let mut machine = KvmMachine::new(Arc::clone(&ram), PortBus::new(bus)).map_err(RunError::SetUpMachine)?;
+    if !options.incoming {
+        machine.set_up_guest(devices).map_err(RunError::SetUpMachine)?;
+    }
+    let vcpu = Vcpu::spawn(machine, Duration::from_micros(options.pace_us)).map_err(RunError::StartVcpu)?;
+
+    let listener = listen(&options.socket)
+        .map_err(|source| RunError::Listen { path: options.socket.clone(), source })?;
+    let state = if options.incoming {
+        State::Incoming
+    } else {
+        vcpu.resume().await.map_err(RunError::Crash)?;
+        State::Running
+    };
+    let quit = CancellationToken::new();
+    let service = LabVmm::new(Vm { vcpu, ram, devices: describe(&assigned) }, state, quit.clone());
+    info!(socket = %options.socket.display(), ?state, devices, "serving");
+
+    let until = async {
+        tokio::select! {
+            () = quit.cancelled() => {}
+            _ = terminate.recv() => info!("SIGTERM"),
+            _ = interrupt.recv() => info!("SIGINT"),
+            // How it ended is asked again below.
+            _ = service.vcpu().ended() => {}
+        }
+        // A stream of a save ends with this.
+        quit.cancel();
+    };
+    let served = serve_unix(listener, Routes::new(vmm_server(service.clone())), until, DRAIN).await;
+    service.vcpu().stop().await;
+    // It may be gone already.
+    std::fs::remove_file(&options.socket).unwrap_or_default();
+    served.map_err(RunError::Serve)?;
+    service.vcpu().ended().await.map_err(RunError::Crash)
+}
+
+fn describe(devices: &Devices) -> Vec<Device> {
+    let device = |(index, device): (usize, &Arc<VfioDevice>)| Device {
+        name: device.name().to_owned(),
+        descriptor: device.descriptor(),
+        guest_address: PortBus::guest_address(index),
+    };
+    devices.list().iter().enumerate().map(device).collect()
+}
+
+/// Listens on `path`, in the place of a socket that a VMM left behind on which nobody listens.
+fn listen(path: &Path) -> io::Result<UnixListener> {
+    match UnixStream::connect(path) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path)?,
+        // In use or not there: what bind says is right.
+        Ok(_) | Err(_) => {}
+    }
+    bind_unix(path)
+}
+
+/// An error and all that caused it, in one line.
+pub fn with_sources(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        source = error.source();
+    }
+    text
+}
