@@ -2,3 +2,8 @@
 //! sysfs and procfs are parameters.
 
 pub mod clock;
+pub mod devices;
+pub mod holders;
+pub mod identity;
+pub mod node;
+pub mod vm;

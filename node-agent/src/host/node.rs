@@ -1,0 +1,57 @@
+//! What the agent tells of its node.
+
+use std::path::Path;
+use std::{fs, io};
+
+/// The kernel of the node.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Kernel {
+    /// As `uname -r` prints it.
+    pub release: String,
+    /// Another value means that the node has been booted in between.
+    pub boot_id: String,
+}
+
+/// Why the boot id is not known.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot read the boot id from {path}")]
+pub struct ReadBootIdError {
+    path: String,
+    source: io::Error,
+}
+
+/// The running kernel. The procfs at `proc` gives the boot id.
+///
+/// # Errors
+/// If the boot id cannot be read.
+pub fn kernel(proc: &Path) -> Result<Kernel, ReadBootIdError> {
+    let path = proc.join("sys/kernel/random/boot_id");
+    let boot_id = fs::read_to_string(&path)
+        .map_err(|source| ReadBootIdError { path: path.display().to_string(), source })?;
+    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    Ok(Kernel { release, boot_id: boot_id.trim().to_owned() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_kernel_has_a_release_and_a_boot_id_in_the_shape_of_a_uuid() {
+        let kernel = kernel(Path::new("/proc")).unwrap();
+        let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+        assert_eq!(kernel.release, release.trim());
+        assert_eq!(
+            (kernel.boot_id.len(), kernel.boot_id.matches('-').count()),
+            (36, 4),
+            "{}",
+            kernel.boot_id
+        );
+    }
+
+    #[test]
+    fn without_procfs_the_error_names_the_file() {
+        let error = kernel(Path::new("/nowhere")).unwrap_err();
+        assert_eq!(error.to_string(), "cannot read the boot id from /nowhere/sys/kernel/random/boot_id");
+    }
+}

@@ -1,0 +1,369 @@
+//! `vm.json`: how a VM makes itself known to the agent, and how its twin is started. Pure.
+//!
+//! ```json
+//! {
+//!   "name": "counter", "namespace": "demo",
+//!   "vmm": {"kind": "contract", "socket": "vmm.sock"},
+//!   "twin": {"program": "/usr/bin/vmm", "args": ["--incoming", "--socket", "{socket}", "--device", "{device.0.cdev}"]}
+//! }
+//! ```
+//!
+//! `vmm.socket` is absolute, or relative to the directory in which `vm.json` lies. In `twin.args` stand for:
+//!
+//! | placeholder | what it becomes at the destination |
+//! |---|---|
+//! | `{socket}` | absolute path of the socket on which the twin must serve |
+//! | `{device.N.cdev}` | `/dev/vfio/devices/vfioM` of the VM's device N, from 0 |
+//! | `{device.N.name}` | its PCI address or UUID |
+//! | `{{` and `}}` | `{` and `}` |
+//!
+//! A source hands its `vm.json` to a destination, so the file is input from another machine: it is limited in size, unknown fields
+//! are refused, and only programs that the destination's administrator has allowed are started, without a shell.
+
+use std::path::{Component, Path, PathBuf};
+
+use serde::Deserialize;
+
+use super::devices::Device;
+
+/// The largest `vm.json`, in bytes.
+pub const VM_JSON_LIMIT_BYTES: usize = 64 << 10;
+
+/// The longest path of a Unix socket, in bytes: `sun_path` less its NUL (unix(7)).
+const SOCKET_PATH_LIMIT_BYTES: usize = 107;
+
+/// The content of a `vm.json`, checked.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmJson {
+    /// DNS label.
+    pub name: String,
+    /// DNS label.
+    pub namespace: String,
+    /// What runs the VM.
+    pub vmm: VmmEntry,
+    /// What will run it elsewhere.
+    pub twin: TwinEntry,
+}
+
+/// What runs the VM.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmmEntry {
+    /// What it speaks.
+    pub kind: VmmKind,
+    /// Where it speaks it: see [`VmJson::socket_in`].
+    pub socket: PathBuf,
+}
+
+/// What a VMM speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum VmmKind {
+    /// `slackwater.vmm.v1`.
+    Contract,
+}
+
+impl VmmKind {
+    /// As in `vm.json`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Contract => "contract",
+        }
+    }
+}
+
+/// How a twin is started.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TwinEntry {
+    /// Absolute path.
+    pub program: PathBuf,
+    /// With placeholders: see [`twin_arguments`].
+    pub args: Vec<String>,
+}
+
+/// Why a `vm.json` cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum VmJsonError {
+    /// Longer than [`VM_JSON_LIMIT_BYTES`].
+    #[error("vm.json has {bytes} bytes or more: at most {VM_JSON_LIMIT_BYTES} are read")]
+    TooLarge {
+        /// Its length, as far as it was looked at.
+        bytes: usize,
+    },
+    /// No JSON, or not of this shape.
+    #[error("vm.json: {}{reason}", at(field))]
+    Shape {
+        /// Where, as in `vmm.kind`; empty at the top.
+        field: String,
+        /// What is wrong and what would be right.
+        reason: String,
+    },
+    /// A field whose value cannot be.
+    #[error("vm.json: field `{field}`: `{value}` {right}")]
+    Value {
+        /// Which.
+        field: String,
+        /// What stands there.
+        value: String,
+        /// What should.
+        right: String,
+    },
+    /// A placeholder that means nothing.
+    #[error(
+        "vm.json: field `{field}`: `{placeholder}` is no placeholder: {{socket}}, {{device.N.cdev}} and {{device.N.name}} are, \
+             and a brace itself is written twice"
+    )]
+    Placeholder {
+        /// Which argument.
+        field: String,
+        /// What stands there.
+        placeholder: String,
+    },
+    /// A device that the VM does not have.
+    #[error(
+        "vm.json: field `{field}`: `{placeholder}` names a device that the VM does not have: it has {devices}, counted from 0"
+    )]
+    NoSuchDevice {
+        /// Which argument.
+        field: String,
+        /// What stands there.
+        placeholder: String,
+        /// How many the VM has.
+        devices: usize,
+    },
+    /// The administrator of this node has not allowed it.
+    #[error(
+        "vm.json: field `twin.program`: {program} may not be started on this node: {}",
+        allowed(programs)
+    )]
+    NotAllowed {
+        /// What was to be started.
+        program: String,
+        /// What may be.
+        programs: Vec<String>,
+    },
+}
+
+fn at(field: &str) -> String {
+    if field.is_empty() { String::new() } else { format!("field `{field}`: ") }
+}
+
+fn allowed(programs: &[String]) -> String {
+    if programs.is_empty() {
+        "the agent was started without --twin-program".to_owned()
+    } else {
+        format!("--twin-program allows {}", programs.join(", "))
+    }
+}
+
+/// Whether `text` is a DNS label (RFC 1123): what Kubernetes accepts as the name of a namespace.
+pub fn is_dns_label(text: &str) -> bool {
+    let alphanumeric = |byte: Option<u8>| byte.is_some_and(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
+    text.len() <= 63
+        && alphanumeric(text.bytes().next())
+        && alphanumeric(text.bytes().next_back())
+        && text.bytes().all(|b| b == b'-' || alphanumeric(Some(b)))
+}
+
+/// Reads and checks a `vm.json`.
+///
+/// # Errors
+/// [`VmJsonError`], which names the field, its value, and what would be right.
+pub fn parse(text: &str) -> Result<VmJson, VmJsonError> {
+    if text.len() > VM_JSON_LIMIT_BYTES {
+        return Err(VmJsonError::TooLarge { bytes: text.len() });
+    }
+    let mut json = serde_json::Deserializer::from_str(text);
+    let vm: VmJson = serde_path_to_error::deserialize(&mut json).map_err(|error| {
+        let path = error.path().to_string();
+        let field = if path == "." { String::new() } else { path };
+        VmJsonError::Shape { field, reason: error.into_inner().to_string() }
+    })?;
+    json.end().map_err(|error| VmJsonError::Shape { field: String::new(), reason: error.to_string() })?;
+    vm.check()?;
+    Ok(vm)
+}
+
+impl VmJson {
+    fn check(&self) -> Result<(), VmJsonError> {
+        for (field, text) in [("name", &self.name), ("namespace", &self.namespace)] {
+            if !is_dns_label(text) {
+                let right = "must be a DNS label: 1 to 63 characters of a-z, 0-9 and `-`, with a letter or digit at both ends";
+                return Err(value(field, text, right));
+            }
+        }
+        let (socket, program) = (&self.vmm.socket, &self.twin.program);
+        if !is_plain(socket) {
+            return Err(value("vmm.socket", &socket.display(), "must be a path without `.`, `..` and NUL"));
+        }
+        if !program.is_absolute() || !is_plain(program) {
+            let right = "must be an absolute path without `.`, `..` and NUL";
+            return Err(value("twin.program", &program.display(), right));
+        }
+        for (index, argument) in self.twin.args.iter().enumerate() {
+            let field = argument_field(index);
+            if argument.contains('\0') {
+                return Err(value(&field, &argument.escape_debug(), "must not contain NUL"));
+            }
+            pieces(&field, argument)?;
+        }
+        Ok(())
+    }
+
+    /// The name of the VM's directory under `vms/`: namespace and name are labels, so the dot is unambiguous.
+    pub fn directory_name(&self) -> String {
+        format!("{}.{}", self.namespace, self.name)
+    }
+
+    /// Where the VMM of this VM listens if its `vm.json` lies in `directory`, which is absolute.
+    ///
+    /// # Errors
+    /// [`VmJsonError::Value`] if the path is longer than the kernel takes.
+    pub fn socket_in(&self, directory: &Path) -> Result<PathBuf, VmJsonError> {
+        let socket = directory.join(&self.vmm.socket);
+        let bytes = socket.as_os_str().len();
+        if bytes > SOCKET_PATH_LIMIT_BYTES {
+            let right = format!(
+                "becomes {}, {bytes} bytes: a socket's path has at most {SOCKET_PATH_LIMIT_BYTES}",
+                socket.display()
+            );
+            return Err(value("vmm.socket", &self.vmm.socket.display(), right));
+        }
+        Ok(socket)
+    }
+
+    /// Lets only programs through that the administrator of this node allows to be started as a twin.
+    ///
+    /// # Errors
+    /// [`VmJsonError::NotAllowed`].
+    pub fn require_allowed(&self, programs: &[PathBuf]) -> Result<(), VmJsonError> {
+        if programs.contains(&self.twin.program) {
+            return Ok(());
+        }
+        Err(VmJsonError::NotAllowed {
+            program: self.twin.program.display().to_string(),
+            programs: programs.iter().map(|program| program.display().to_string()).collect(),
+        })
+    }
+}
+
+/// The twin's arguments, with the placeholders filled in: `devices` are the destination's, in the VM's order.
+///
+/// # Errors
+/// [`VmJsonError::NoSuchDevice`] for a device that is not among them; [`VmJsonError::Value`] for a socket's path that is not UTF-8.
+pub fn twin_arguments(vm: &VmJson, socket: &Path, devices: &[Device]) -> Result<Vec<String>, VmJsonError> {
+    let text = |path: &Path| path.to_str().map(str::to_owned);
+    let mut arguments = Vec::with_capacity(vm.twin.args.len());
+    for (index, argument) in vm.twin.args.iter().enumerate() {
+        let field = argument_field(index);
+        let mut filled = String::with_capacity(argument.len());
+        for piece in pieces(&field, argument)? {
+            let (number, placeholder) = match piece {
+                Piece::Text(text) => {
+                    filled.push_str(text);
+                    continue;
+                }
+                Piece::Socket => {
+                    let socket = text(socket);
+                    filled.push_str(&socket.ok_or_else(|| value(&field, &"{socket}", "must be UTF-8"))?);
+                    continue;
+                }
+                Piece::Cdev(number, placeholder) | Piece::Name(number, placeholder) => (number, placeholder),
+            };
+            let device = devices.get(number).ok_or_else(|| VmJsonError::NoSuchDevice {
+                field: field.clone(),
+                placeholder: placeholder.to_owned(),
+                devices: devices.len(),
+            })?;
+            match piece {
+                Piece::Cdev(..) => filled.push_str(&device.cdev.display().to_string()),
+                _ => filled.push_str(&device.name),
+            }
+        }
+        arguments.push(filled);
+    }
+    Ok(arguments)
+}
+
+/// A part of an argument. The placeholders of devices keep their own text for errors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Piece<'a> {
+    Text(&'a str),
+    Socket,
+    Cdev(usize, &'a str),
+    Name(usize, &'a str),
+}
+
+/// Cuts an argument into text and placeholders.
+fn pieces<'a>(field: &str, argument: &'a str) -> Result<Vec<Piece<'a>>, VmJsonError> {
+    let unknown =
+        |text: &str| VmJsonError::Placeholder { field: field.to_owned(), placeholder: text.to_owned() };
+    let mut pieces = Vec::new();
+    let mut rest = argument;
+    while let Some(brace) = rest.find(['{', '}']) {
+        let (before, from) = rest.split_at(brace);
+        pieces.push(Piece::Text(before));
+        if let Some(after) = from.strip_prefix("{{") {
+            pieces.push(Piece::Text("{"));
+            rest = after;
+        } else if let Some(after) = from.strip_prefix("}}") {
+            pieces.push(Piece::Text("}"));
+            rest = after;
+        } else {
+            let Some((placeholder, after)) = from.find('}').map(|end| from.split_at(end + 1)) else {
+                return Err(unknown(from));
+            };
+            pieces.push(Piece::parse(placeholder).ok_or_else(|| unknown(placeholder))?);
+            rest = after;
+        }
+    }
+    pieces.push(Piece::Text(rest));
+    Ok(pieces)
+}
+
+impl<'a> Piece<'a> {
+    fn parse(placeholder: &'a str) -> Option<Self> {
+        let inner = placeholder.strip_prefix('{')?.strip_suffix('}')?;
+        if inner == "socket" {
+            return Some(Self::Socket);
+        }
+        let (number, what) = inner.strip_prefix("device.")?.split_once('.')?;
+        // Not what usize's parser alone would take: `+1`, and `01` for what `1` is.
+        let canonical = |n: &usize| n.to_string() == number;
+        let number = number.parse().ok().filter(canonical)?;
+        match what {
+            "cdev" => Some(Self::Cdev(number, placeholder)),
+            "name" => Some(Self::Name(number, placeholder)),
+            _ => None,
+        }
+    }
+}
+
+fn argument_field(index: usize) -> String {
+    format!("twin.args[{index}]")
+}
+
+fn value(field: &str, value: &dyn ToString, right: impl Into<String>) -> VmJsonError {
+    VmJsonError::Value { field: field.to_owned(), value: value.to_string(), right: right.into() }
+}
+
+/// Whether a path says what it means: not empty, and without `.`, `..`, doubled slashes or NUL.
+fn is_plain(path: &Path) -> bool {
+    let mut plain = PathBuf::new();
+    for component in path.components() {
+        match component {
+            Component::RootDir | Component::Normal(_) => plain.push(component),
+            Component::CurDir | Component::ParentDir | Component::Prefix(_) => return false,
+        }
+    }
+    path.file_name().is_some()
+        && plain.as_os_str() == path.as_os_str()
+        && !path.as_os_str().as_encoded_bytes().contains(&0)
+}
+
+#[cfg(test)]
+#[path = "vm_tests.rs"]
+mod tests;
