@@ -39,6 +39,12 @@ impl KernelDevice {
         }
     }
 
+    /// Whether a data stream is open here.
+    #[must_use]
+    pub fn has_data_stream(&self) -> bool {
+        self.data.is_some()
+    }
+
     fn data(&self) -> Result<BorrowedFd<'_>, DeviceError> {
         match &self.data {
             Some(data) => Ok(data.as_fd()),

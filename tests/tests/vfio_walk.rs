@@ -1,0 +1,64 @@
+//! The kernel's own driver against the agent's table of states, and against what else the agent relies on. The walk itself
+//! (src/bin/slackwater-vfio-walk) runs in a node of the lab; this starts it there and judges what it printed.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use serde_json::Value;
+use slackwater_tests::lab::{Lab, LabConfig, Node, NodeConfig};
+
+/// A node with two devices of one type and one of another.
+async fn lab() -> Lab {
+    let mut config = LabConfig::nodes([NodeConfig::new("node-a", ["mtty-1", "mtty-1", "mtty-2"])]);
+    config.image.programs.push(env!("CARGO_BIN_EXE_slackwater-vfio-walk").into());
+    Lab::start(config).await.unwrap()
+}
+
+/// The lines that the walk printed. That it succeeded is asserted only after a look at them: they say why not.
+async fn walk(node: &Node, arguments: &[&str]) -> (Vec<Value>, Result<String, String>) {
+    let argv = [&["slackwater-vfio-walk"], arguments].concat();
+    let executed = node.exec_for(&argv, b"", Duration::from_secs(60)).await.unwrap();
+    let stdout = String::from_utf8(executed.stdout.clone()).unwrap();
+    let lines = stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    (lines, executed.success().map_err(|error| error.to_string()))
+}
+
+#[tokio::test]
+async fn mtty_goes_every_way_between_its_states_that_the_table_says_and_no_other() {
+    let lab = lab().await;
+    let node = lab.node("node-a").unwrap();
+    // Both types: their state differs in size.
+    for (device, blob_bytes) in [(&node.devices()[0], 60), (&node.devices()[2], 96)] {
+        let (mut lines, ending) = walk(node, &["pairs", device, "--tracefs", "/sys/kernel/tracing"]).await;
+        let sum = lines.pop().expect(&format!("{ending:?}"));
+        let wrong: Vec<_> = lines.iter().filter(|pair| pair["agree"] != true).collect();
+        assert!(wrong.is_empty(), "{wrong:#?}");
+
+        let pairs: BTreeSet<_> =
+            lines.iter().map(|pair| (pair["from"].as_str(), pair["to"].as_str())).collect();
+        assert_eq!(pairs.len(), 8 * 8, "every ordered pair, once");
+        assert_eq!(sum["features"], "STOP_COPY | P2P | PRE_COPY");
+        assert_eq!(sum["traced"], true, "the states along the way come from the kernel");
+        assert_eq!(sum["blob_bytes"], blob_bytes);
+        assert_eq!(sum["mismatches"], 0);
+        // Nothing leads into ERROR but a device that fails, so no pair from there can be asked.
+        assert_eq!((sum["pairs_asked"].as_u64(), sum["pairs_unreachable"].as_u64()), (Some(56), Some(8)));
+        // Into ERROR from the seven other states, and from STOP_COPY back into the saving group.
+        let refused: Vec<_> =
+            lines.iter().filter(|pair| pair["refusal"] == "Invalid argument (EINVAL)").collect();
+        assert_eq!(refused.len(), 7 + 2, "{refused:#?}");
+        assert_eq!(ending.map(|_| ()), Ok(()));
+    }
+}
+
+#[tokio::test]
+async fn borrowing_loading_and_refusals_are_at_the_real_driver_as_the_agent_expects_them() {
+    let lab = lab().await;
+    let node = lab.node("node-a").unwrap();
+    let [device, like, unlike] = node.devices() else { panic!("three devices") };
+    let (lines, ending) = walk(node, &["checks", device, like, unlike]).await;
+    let failed: Vec<_> = lines.iter().filter(|line| line["ok"] != true).collect();
+    assert!(failed.is_empty(), "{failed:#?}");
+    assert_eq!(lines.len(), 11, "{ending:?}");
+    assert_eq!(ending.map(|_| ()), Ok(()));
+}
