@@ -1,6 +1,9 @@
 //! What can go wrong in the lab.
 
-use std::{io, path::PathBuf};
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
 
 /// A failure of the lab itself, named by what was being done. What a program in a node answers is not one of them.
 #[derive(Debug, thiserror::Error)]
@@ -29,14 +32,14 @@ pub enum LabError {
         source: io::Error,
     },
     /// A node did not come up, or went down.
-    #[error("node {node}: {reason}; see its console in {console}")]
+    #[error("node {node}: {reason}; its console ends with\n{console}")]
     NodeDown {
         /// Which.
         node: String,
         /// What happened.
         reason: String,
-        /// Its serial console, as a file.
-        console: PathBuf,
+        /// The last lines of its serial console: the file goes with the lab.
+        console: String,
     },
     /// A node's control service refused or failed.
     #[error("node {node}: {message}")]
@@ -94,4 +97,12 @@ impl LabError {
         let action = action.into();
         move |source| Self::Io { action, source }
     }
+}
+
+/// The last lines of a log, for an error's text: the file itself goes with the lab.
+pub(crate) fn last_lines(log: &Path) -> String {
+    let text = std::fs::read(log).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let lines: Vec<&str> = text.lines().collect();
+    lines.get(lines.len().saturating_sub(15)..).unwrap_or_default().join("\n")
 }

@@ -21,7 +21,7 @@ use tokio::{
 use super::{
     children::{self, RunningChild},
     config::NodeConfig,
-    error::LabError,
+    error::{LabError, last_lines},
     protocol::{CONTROL_PORT, READY_LINE},
     qmp::{Qmp, forwarded_ports},
     switch::mac_of,
@@ -131,7 +131,7 @@ impl Machine {
 }
 
 fn down(node: &str, reason: &str, console: &Path) -> LabError {
-    LabError::NodeDown { node: node.to_owned(), reason: reason.to_owned(), console: console.to_owned() }
+    LabError::NodeDown { node: node.to_owned(), reason: reason.to_owned(), console: last_lines(console) }
 }
 
 fn arguments(

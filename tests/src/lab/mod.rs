@@ -20,10 +20,12 @@
 //! What a lab starts ends with it: when it is dropped, and when its process ends in whatever way. Its folder is removed, too,
 //! unless [`KEEP_VARIABLE`] is set.
 
+mod audit;
 mod children;
 mod clock;
 mod config;
 mod control;
+mod control_plane;
 mod cpio;
 mod error;
 mod folder;
@@ -32,22 +34,26 @@ pub mod in_node;
 mod installed;
 mod machine;
 mod node;
+mod pki;
 pub mod protocol;
 mod qmp;
 mod switch;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use futures::future::try_join_all;
-use tokio::task::AbortHandle;
+use tokio::{task::AbortHandle, try_join};
 
+pub use audit::AuditEvent;
 pub use clock::{ClockReading, ClockRelation, host_monotonic_ns};
 pub use config::{LabConfig, NodeConfig};
+pub use control_plane::{CLUSTER_VARIABLE, ControlPlane};
 pub use error::LabError;
 pub use folder::KEEP_VARIABLE;
 pub use image::{Image, ImageFile};
 pub use machine::AGENT_PORT;
 pub use node::{Executed, Node};
+pub use pki::{Issued, Pki, Subject};
 
 use folder::LabFolder;
 use machine::Boot;
@@ -58,6 +64,7 @@ use switch::Switch;
 pub struct Lab {
     // In the order in which they go when the lab is dropped: the folder last.
     nodes: Vec<Node>,
+    control_plane: Option<ControlPlane>,
     switch: AbortHandle,
     folder: LabFolder,
 }
@@ -73,30 +80,17 @@ impl Lab {
         let links: Vec<_> =
             config.nodes.iter().map(|node| folder.path().join(format!("{}.link", node.name))).collect();
         let switch = Switch::bind(&links).map_err(LabError::io("binding the switch's ports"))?;
-        let mut lab = Self { nodes: Vec::new(), switch: tokio::spawn(switch.run()).abort_handle(), folder };
-        lab.start_nodes(config, &links).await?;
+        let switch = tokio::spawn(switch.run()).abort_handle();
+        let mut lab = Self { nodes: Vec::new(), control_plane: None, switch, folder };
+        let control_plane = async {
+            match config.control_plane {
+                true => ControlPlane::start(lab.folder().join("control-plane")).await.map(Some),
+                false => Ok(None),
+            }
+        };
+        (lab.nodes, lab.control_plane) =
+            try_join!(start_nodes(&config, lab.folder(), &links), control_plane)?;
         Ok(lab)
-    }
-
-    async fn start_nodes(
-        &mut self,
-        mut config: LabConfig,
-        links: &[impl AsRef<Path>],
-    ) -> Result<(), LabError> {
-        if config.nodes.is_empty() {
-            return Ok(());
-        }
-        let kernel = installed::installed("node-kernel")?;
-        let image = self.folder.path().join("image.cpio");
-        config.image.programs.extend(installed::node_programs()?);
-        image::write(&config.image, &kernel, &image)?;
-        let boot = Boot { kernel: &kernel, image: &image, folder: self.folder.path() };
-        let starting = (1..).zip(&config.nodes).zip(links).map(|((number, node), link)| {
-            let boot = &boot;
-            async move { Node::start(boot, node, number, link.as_ref()).await }
-        });
-        self.nodes = try_join_all(starting).await?;
-        try_join_all(self.nodes.iter().map(Node::ready)).await.map(drop)
     }
 
     /// The node of this name.
@@ -106,6 +100,15 @@ impl Lab {
     pub fn node(&self, name: &str) -> Result<&Node, LabError> {
         let found = self.nodes.iter().find(|node| node.name() == name);
         found.ok_or_else(|| LabError::Configuration(format!("there is no node {name}")))
+    }
+
+    /// The control plane.
+    ///
+    /// # Errors
+    /// When the configuration asked for none.
+    pub fn control_plane(&self) -> Result<&ControlPlane, LabError> {
+        let none = || LabError::Configuration("there is no control plane".into());
+        self.control_plane.as_ref().ok_or_else(none)
     }
 
     /// All nodes, in the configuration's order.
@@ -142,4 +145,25 @@ impl Drop for Lab {
     fn drop(&mut self) {
         self.switch.abort();
     }
+}
+
+async fn start_nodes(config: &LabConfig, folder: &Path, links: &[PathBuf]) -> Result<Vec<Node>, LabError> {
+    if config.nodes.is_empty() {
+        return Ok(Vec::new());
+    }
+    let kernel = installed::installed("node-kernel")?;
+    let path = folder.join("image.cpio");
+    let mut image = config.image.clone();
+    image.programs.extend(installed::node_programs()?);
+    image::write(&image, &kernel, &path)?;
+    let boot = Boot { kernel: &kernel, image: &path, folder };
+    let starting = (1..).zip(&config.nodes).zip(links).map(|((number, node), link)| {
+        let boot = &boot;
+        async move {
+            let node = Node::start(boot, node, number, link).await?;
+            node.ready().await?;
+            Ok(node)
+        }
+    });
+    try_join_all(starting).await
 }

@@ -1,0 +1,198 @@
+//! The lab itself: that its nodes, its link, its control plane and its witness are what the other tests take them for.
+
+use std::{
+    io::{BufRead, BufReader},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use slackwater_tests::lab::{Lab, LabConfig, NodeConfig, protocol::Ending};
+
+const SOON: Duration = Duration::from_secs(10);
+
+/// What a node may take to come up, times the load of the machine that it has to share.
+fn boot_limit() -> Duration {
+    let load = std::fs::read_to_string("/proc/loadavg").unwrap();
+    let load: f64 = load.split_whitespace().next().unwrap().parse().unwrap();
+    let cpus = std::thread::available_parallelism().unwrap().get() as f64;
+    Duration::from_secs(10).mul_f64((load / cpus).max(1.0))
+}
+
+#[tokio::test]
+async fn two_nodes_come_up_in_ten_seconds_each_with_its_devices_and_a_link_that_can_be_cut() {
+    let begin = Instant::now();
+    let lab = Lab::start(LabConfig::nodes([
+        NodeConfig::new("node-a", ["mtty-1", "mtty-2"]),
+        NodeConfig::new("node-b", ["mtty-1"]),
+    ]))
+    .await
+    .unwrap();
+    let (a, b) = (lab.node("node-a").unwrap(), lab.node("node-b").unwrap());
+    println!("two nodes up after {:?}", begin.elapsed());
+    assert!(begin.elapsed() < 2 * boot_limit(), "up after {:?} only", begin.elapsed());
+
+    assert_eq!(a.devices().len(), 2);
+    for (device, kind) in a.devices().iter().zip(["mtty-1", "mtty-2"]) {
+        let link = a.shell(&format!("readlink /sys/bus/mdev/devices/{device}/mdev_type")).await.unwrap();
+        assert!(link.trim().ends_with(kind), "{device} is {link}");
+        a.shell(&format!("ls /sys/bus/mdev/devices/{device}/vfio-dev/vfio*")).await.unwrap();
+    }
+    assert_eq!(b.shell("ls /dev/vfio/devices").await.unwrap().lines().count(), 1);
+    b.shell("test -c /dev/kvm && test -c /dev/iommu").await.unwrap();
+    assert_eq!(b.get_text("/proc/sys/kernel/hostname").await.unwrap().trim(), "node-b");
+
+    let ping = |limit: u32| ["ping".to_owned(), "-c1".into(), format!("-W{limit}"), "10.77.0.2".into()];
+    let reaches_b = async |limit: u32| {
+        let words = ping(limit);
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        a.exec(&words).await.unwrap().ending == Some(Ending::Status(0))
+    };
+    assert!(reaches_b(5).await);
+    lab.cut_link("node-b").await.unwrap();
+    assert!(!reaches_b(1).await, "a cut link carries nothing");
+    assert_eq!(b.shell("echo here").await.unwrap(), "here\n", "the lab still reaches a node that is cut off");
+    lab.restore_link("node-b").await.unwrap();
+    assert!(reaches_b(5).await);
+
+    let clock = a.clock().await.unwrap();
+    println!("clock of node-a: {clock:?}");
+    assert!(clock.error_ns < 50_000_000, "the clock is known only to {} ns", clock.error_ns);
+}
+
+#[tokio::test]
+async fn programs_in_a_node_are_run_followed_and_killed() {
+    let lab = Lab::start(LabConfig::nodes([NodeConfig::new("node-a", ["mtty-1"])])).await.unwrap();
+    let node = lab.node("node-a").unwrap();
+
+    let executed = node.exec_for(&["sh", "-c", "cat; echo wrong >&2; exit 3"], b"in", SOON).await.unwrap();
+    assert_eq!((executed.stdout.as_slice(), executed.stderr.as_slice()), (&b"in"[..], &b"wrong\n"[..]));
+    assert_eq!(executed.ending, Some(Ending::Status(3)));
+    assert!(executed.success().unwrap_err().to_string().contains("wrong"));
+    let too_long = node.exec_for(&["sh", "-c", "sleep 1000 & wait"], b"", Duration::from_millis(300)).await;
+    assert_eq!(too_long.unwrap().ending, None);
+    let missing = node.exec(&["no-such-program"]).await.unwrap_err().to_string();
+    assert!(missing.contains("no-such-program"), "{missing}");
+
+    let content: Vec<u8> = (0..3_000_000_u32).map(|n| (n % 251) as u8).collect();
+    node.put("/var/lib/some/where", 0o640, &content).await.unwrap();
+    assert!(node.get("/var/lib/some/where").await.unwrap() == content);
+    assert_eq!(node.shell("stat -c %a /var/lib/some/where").await.unwrap(), "640\n");
+
+    let pid = node.spawn("short", &["sh", "-c", "echo $WORD; exit 5"], &[("WORD", "spoken")]).await.unwrap();
+    assert_eq!(node.wait(pid, SOON).await.unwrap(), Some(Ending::Status(5)));
+    node.wait_line("short", "spoken", SOON).await.unwrap();
+    assert!(node.wait_line("short", "unspoken", SOON).await.is_err());
+    assert_eq!(node.get_text("/var/log/short.log").await.unwrap(), "spoken\n");
+
+    let script = "setsid sleep 1000 & echo child=$!; sleep 1000";
+    let pid = node.spawn("long", &["sh", "-c", script], &[]).await.unwrap();
+    let line = node.wait_line("long", "child=", SOON).await.unwrap();
+    let child: u32 = line.split_once('=').unwrap().1.trim().parse().unwrap();
+    assert_eq!(node.get_text(&format!("/proc/{child}/cgroup")).await.unwrap(), "0::/lab/long\n");
+    assert_eq!(node.wait(child, Duration::from_millis(100)).await.unwrap(), None);
+    node.kill_group("long").await.unwrap();
+    assert_eq!(node.wait(pid, SOON).await.unwrap(), Some(Ending::Signal(9)));
+    assert_eq!(node.wait(child, SOON).await.unwrap(), Some(Ending::Unknown), "its child is dead, too");
+
+    let console = std::fs::read_to_string(node.console()).unwrap();
+    assert!(console.contains("short: spoken"), "{console}");
+}
+
+#[test]
+fn nothing_that_a_killed_lab_started_lives_on() {
+    let mut lab = Command::new(env!("CARGO_BIN_EXE_slackwater-lab"))
+        .args(["--node", "node-a", "--stay"])
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(lab.stderr.take().unwrap()).lines();
+    let up = lines.next().unwrap().unwrap();
+    let folder = PathBuf::from(up.rsplit_once(' ').unwrap().1);
+    let machines = machines_of(&folder);
+    assert_eq!(machines.len(), 1, "the QEMU of {} was not found", folder.display());
+    // Opened while it lives, so that its number cannot come to mean another.
+    let machine = rustix::process::Pid::from_raw(machines[0]).unwrap();
+    let machine = rustix::process::pidfd_open(machine, rustix::process::PidfdFlags::empty()).unwrap();
+    lab.kill().unwrap();
+    lab.wait().unwrap();
+    let mut descriptors = [rustix::event::PollFd::new(&machine, rustix::event::PollFlags::IN)];
+    let limit = rustix::event::Timespec { tv_sec: 10, tv_nsec: 0 };
+    assert_eq!(rustix::event::poll(&mut descriptors, Some(&limit)).unwrap(), 1, "QEMU lives on");
+    assert!(folder.exists(), "nobody was there to remove it");
+    drop(tokio::runtime::Runtime::new().unwrap().block_on(Lab::start(LabConfig::default())).unwrap());
+    assert!(!folder.exists(), "the next lab removes it");
+}
+
+/// The QEMU processes whose arguments name this folder.
+fn machines_of(folder: &Path) -> Vec<i32> {
+    let folder = folder.to_str().unwrap();
+    let processes = std::fs::read_dir("/proc").unwrap().flatten();
+    let ours = |pid: &i32| {
+        let arguments = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        arguments.starts_with(b"qemu") && String::from_utf8_lossy(&arguments).contains(folder)
+    };
+    processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).filter(ours).collect()
+}
+
+#[tokio::test]
+async fn a_control_plane_serves_kubectl_helm_and_an_account_with_the_rights_that_a_chart_gave_it() {
+    let begin = Instant::now();
+    let lab = Lab::start(LabConfig::default().with_control_plane()).await.unwrap();
+    println!("control plane up after {:?}", begin.elapsed());
+    let plane = lab.control_plane().unwrap();
+    let namespaces = plane.kubectl(&["get", "namespaces", "-o", "name"]).await.unwrap();
+    assert!(namespaces.contains("namespace/default"), "{namespaces}");
+    let refused = plane.kubectl(&["get", "no-such-things"]).await.unwrap_err().to_string();
+    assert!(refused.contains("no-such-things"), "{refused}");
+
+    let chart = write_chart(lab.folder());
+    plane.helm_install("probe", &chart, "probe-system", &[("account", "reader")]).await.unwrap();
+    assert!(plane.helm(&["list", "--namespace", "probe-system"]).await.unwrap().contains("deployed"));
+
+    let kubeconfig = plane.service_account_kubeconfig("probe-system", "reader").await.unwrap();
+    let kubeconfig = kubeconfig.to_str().unwrap();
+    let as_reader = async |arguments: &[&str]| {
+        let mut all = vec!["--kubeconfig", kubeconfig];
+        all.extend(arguments);
+        plane.kubectl(&all).await
+    };
+    as_reader(&["get", "configmaps"]).await.unwrap();
+    let forbidden = as_reader(&["get", "secrets"]).await.unwrap_err().to_string();
+    assert!(forbidden.contains("forbidden"), "{forbidden}");
+
+    let account = "system:serviceaccount:probe-system:reader";
+    let events: Vec<_> = plane.audit().unwrap().into_iter().filter(|event| event.user == account).collect();
+    let status = |resource: &str| {
+        events
+            .iter()
+            .find(|event| event.resource == resource && event.verb == "list")
+            .map(|event| event.status)
+    };
+    assert_eq!((status("configmaps"), status("secrets")), (Some(200), Some(403)), "{events:?}");
+}
+
+/// A chart with an account that may read config maps.
+fn write_chart(folder: &Path) -> PathBuf {
+    let chart = folder.join("probe");
+    std::fs::create_dir_all(chart.join("templates")).unwrap();
+    std::fs::write(chart.join("Chart.yaml"), "apiVersion: v2\nname: probe\nversion: 0.1.0\n").unwrap();
+    let account = r#"
+apiVersion: v1
+kind: ServiceAccount
+metadata: {name: "{{ .Values.account }}"}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: Role
+metadata: {name: "{{ .Values.account }}"}
+rules: [{apiGroups: [""], resources: [configmaps], verbs: [list]}]
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: RoleBinding
+metadata: {name: "{{ .Values.account }}"}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: Role, name: "{{ .Values.account }}"}
+subjects: [{kind: ServiceAccount, name: "{{ .Values.account }}", namespace: "{{ .Release.Namespace }}"}]
+"#;
+    std::fs::write(chart.join("templates/account.yaml"), account).unwrap();
+    chart
+}
