@@ -7,3 +7,4 @@ pub mod holders;
 pub mod identity;
 pub mod node;
 pub mod vm;
+pub mod vms;

@@ -1,0 +1,393 @@
+//! The VMs of the node: directories `<run-dir>/vms/<namespace>.<name>` with a `vm.json`, watched, not polled.
+//!
+//! A directory without a `vm.json` is no VM: a twin lives in one until it runs. A broken `vm.json` is not dropped, but listed with
+//! what is wrong. Whoever writes one makes it whole first and then moves it into place, as [`publish`] does; else the list may show
+//! it broken for a moment.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::thread;
+
+use notify::event::{AccessKind, AccessMode};
+use notify::{Event, EventKind, RecommendedWatcher, RecursiveMode, Watcher};
+use tokio::sync::watch;
+use tracing::{info, warn};
+
+use super::vm::{self, VM_JSON_LIMIT_BYTES, VmJson};
+
+/// The file that makes a directory a VM.
+const VM_JSON: &str = "vm.json";
+
+/// A directory with a `vm.json`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmEntry {
+    /// Absolute, if the run directory is.
+    pub directory: PathBuf,
+    /// The VM, or, for a person, why the file cannot be used.
+    pub vm: Result<KnownVm, String>,
+}
+
+/// A VM whose `vm.json` is good.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KnownVm {
+    /// Its content.
+    pub json: VmJson,
+    /// Its text, as it is handed to a destination.
+    pub text: String,
+    /// Where its VMM listens.
+    pub socket: PathBuf,
+}
+
+/// Why the VMs cannot be watched.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum WatchVmsError {
+    /// The directory of the VMs cannot be made.
+    #[error("cannot make the directory {path}")]
+    MakeDirectory {
+        /// It.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// It cannot be watched.
+    #[error("cannot watch the directory {path}")]
+    Watch {
+        /// It.
+        path: PathBuf,
+        /// Why.
+        source: notify::Error,
+    },
+    /// No thread.
+    #[error("cannot start the thread that watches the VMs")]
+    StartThread(#[source] io::Error),
+}
+
+/// Where the VM, or the twin, of this namespace and name has its directory.
+pub fn directory(run_dir: &Path, vm: &VmJson) -> PathBuf {
+    run_dir.join("vms").join(vm.directory_name())
+}
+
+/// Makes the VM known whose directory this is: writes its `vm.json` at once or not at all, durably.
+///
+/// # Errors
+/// If the file cannot be written. There is then none, or the one that was there before.
+pub fn publish(directory: &Path, vm_json: &str) -> io::Result<()> {
+    let temporary = directory.join(".vm.json.new");
+    let mut file = File::create(&temporary)?;
+    file.write_all(vm_json.as_bytes())?;
+    file.sync_all()?;
+    fs::rename(&temporary, directory.join(VM_JSON))?;
+    File::open(directory)?.sync_all()
+}
+
+/// Takes the VM's or twin's directory away, with all that is in it. `vm.json` goes first, so that nobody sees half of a VM.
+///
+/// # Errors
+/// If something cannot be removed. A directory that is gone already is no error.
+pub fn remove(directory: &Path) -> io::Result<()> {
+    let gone = |result: io::Result<()>| match result {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    };
+    gone(fs::remove_file(directory.join(VM_JSON)))?;
+    gone(fs::remove_dir_all(directory))
+}
+
+/// The list of VMs, kept up to date for as long as this lives.
+#[derive(Debug)]
+pub struct VmWatch {
+    list: watch::Receiver<Vec<VmEntry>>,
+    wake: mpsc::Sender<Wake>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wake {
+    Look,
+    Stop,
+}
+
+impl VmWatch {
+    /// Looks at `<run_dir>/vms`, which is made if it is not there, and goes on watching it.
+    ///
+    /// # Errors
+    /// [`WatchVmsError`].
+    pub fn start(run_dir: &Path) -> Result<Self, WatchVmsError> {
+        let vms = run_dir.join("vms");
+        fs::create_dir_all(&vms)
+            .map_err(|source| WatchVmsError::MakeDirectory { path: vms.clone(), source })?;
+        let failed = |source| WatchVmsError::Watch { path: vms.clone(), source };
+        let (wake, woken) = mpsc::channel();
+        let waker = wake.clone();
+        let mut watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
+            if event.as_ref().map_or(true, matters) {
+                // Fails only after the thread has ended.
+                let _ = waker.send(Wake::Look);
+            }
+        })
+        .map_err(failed)?;
+        watcher.watch(&vms, RecursiveMode::NonRecursive).map_err(failed)?;
+        let (tell, list) = watch::channel(look(&vms, |directory| watch_directory(&mut watcher, directory)));
+        thread::Builder::new()
+            .name("vm-watch".to_owned())
+            .spawn(move || keep_looking(&vms, watcher, &woken, &tell))
+            .map_err(WatchVmsError::StartThread)?;
+        Ok(Self { list, wake })
+    }
+
+    /// The list as of now, sorted by directory, and its changes.
+    pub fn list(&self) -> watch::Receiver<Vec<VmEntry>> {
+        self.list.clone()
+    }
+}
+
+impl Drop for VmWatch {
+    fn drop(&mut self) {
+        // Fails only if the thread has ended.
+        let _ = self.wake.send(Wake::Stop);
+    }
+}
+
+/// Whether an event can change the list. Looking opens files and directories, and must not lead to looking again.
+fn matters(event: &Event) -> bool {
+    match event.kind {
+        EventKind::Access(AccessKind::Close(AccessMode::Write)) => true,
+        EventKind::Access(_) => false,
+        _ => true,
+    }
+}
+
+fn keep_looking(
+    vms: &Path,
+    mut watcher: RecommendedWatcher,
+    woken: &mpsc::Receiver<Wake>,
+    tell: &watch::Sender<Vec<VmEntry>>,
+) {
+    while let Ok(wake) = woken.recv() {
+        // What has happened meanwhile is seen by the same look.
+        if wake == Wake::Stop || woken.try_iter().any(|wake| wake == Wake::Stop) {
+            return;
+        }
+        let found = look(vms, |directory| watch_directory(&mut watcher, directory));
+        tell.send_if_modified(|list| {
+            let modified = *list != found;
+            if modified {
+                tell_changes(list, &found);
+                *list = found;
+            }
+            modified
+        });
+    }
+}
+
+/// A directory is watched before it is looked into, so nothing can happen unseen between. Watching it again is harmless, and
+/// needed where one of the same name took its place.
+fn watch_directory(watcher: &mut RecommendedWatcher, directory: &Path) {
+    if let Err(error) = watcher.watch(directory, RecursiveMode::NonRecursive)
+        && directory.exists()
+    {
+        warn!(directory = %directory.display(), %error, "cannot watch a VM's directory: changes in it will not be seen");
+    }
+}
+
+fn tell_changes(before: &[VmEntry], after: &[VmEntry]) {
+    for entry in after.iter().filter(|entry| !before.contains(entry)) {
+        let directory = entry.directory.display();
+        match &entry.vm {
+            Ok(_) => info!(%directory, "VM known"),
+            Err(reason) => warn!(%directory, reason, "VM not usable"),
+        }
+    }
+    for entry in before {
+        if !after.iter().any(|other| other.directory == entry.directory) {
+            info!(directory = %entry.directory.display(), "VM gone");
+        }
+    }
+}
+
+/// All directories in `vms` with a `vm.json`. Each directory is first given to `watch`.
+fn look(vms: &Path, mut watch: impl FnMut(&Path)) -> Vec<VmEntry> {
+    let mut found = Vec::new();
+    let directories = match fs::read_dir(vms) {
+        Ok(directories) => directories,
+        Err(error) => {
+            warn!(directory = %vms.display(), %error, "cannot list the VMs");
+            return found;
+        }
+    };
+    for entry in directories.flatten() {
+        // A link is not followed: the name of the directory is the name of the VM.
+        if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            continue;
+        }
+        let directory = entry.path();
+        watch(&directory);
+        let vm = match read(&directory.join(VM_JSON)) {
+            Ok(Some(text)) => understand(&directory, text),
+            Ok(None) => continue,
+            Err(error) => Err(format!("cannot read vm.json: {error}")),
+        };
+        found.push(VmEntry { directory, vm });
+    }
+    found.sort_by(|a, b| a.directory.cmp(&b.directory));
+    found
+}
+
+/// The text of a `vm.json`, one byte more than the limit at most. `None` if there is none.
+fn read(path: &Path) -> io::Result<Option<String>> {
+    // Not followed if it is a link, and not opened if it is a pipe: that would block.
+    match fs::symlink_metadata(path) {
+        Ok(metadata) if !metadata.is_file() => return Err(io::Error::other("it is not a regular file")),
+        Ok(_) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    }
+    let mut text = Vec::new();
+    match File::open(path) {
+        Ok(file) => file.take(VM_JSON_LIMIT_BYTES as u64 + 1).read_to_end(&mut text)?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    String::from_utf8(text).map(Some).map_err(|_| io::Error::other("it is not UTF-8"))
+}
+
+fn understand(directory: &Path, text: String) -> Result<KnownVm, String> {
+    let json = vm::parse(&text).map_err(|error| error.to_string())?;
+    let name = directory.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    if name != json.directory_name() {
+        return Err(format!(
+            "the directory is named `{name}`, but vm.json says `{}` (<namespace>.<name>)",
+            json.directory_name()
+        ));
+    }
+    let socket = json.socket_in(directory).map_err(|error| error.to_string())?;
+    Ok(KnownVm { json, text, socket })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn vm_json(name: &str) -> String {
+        format!(
+            r#"{{"name": "{name}", "namespace": "demo", "vmm": {{"kind": "contract", "socket": "vmm.sock"}},
+                "twin": {{"program": "/bin/vmm", "args": ["{{socket}}"]}}}}"#
+        )
+    }
+
+    /// `demo.counter` for a good one, `demo.counter: why` for a broken one.
+    fn lines(list: &[VmEntry]) -> Vec<String> {
+        let line = |entry: &VmEntry| {
+            let name = entry.directory.file_name().unwrap().to_str().unwrap();
+            match &entry.vm {
+                Ok(vm) => {
+                    assert_eq!(vm.socket, entry.directory.join("vmm.sock"));
+                    name.to_owned()
+                }
+                Err(reason) => format!("{name}: {reason}"),
+            }
+        };
+        list.iter().map(line).collect()
+    }
+
+    /// Waits for the list that the test wants to see.
+    async fn becomes(list: &mut watch::Receiver<Vec<VmEntry>>, wanted: &[&str]) {
+        let seen = list.wait_for(|list| lines(list) == wanted);
+        let in_time = tokio::time::timeout(Duration::from_secs(10), seen).await.is_ok();
+        assert!(in_time, "instead of {wanted:?}: {:?}", lines(&list.borrow()));
+    }
+
+    #[tokio::test]
+    async fn vms_come_and_go_with_their_files_and_a_directory_alone_is_none() {
+        let run = tempfile::tempdir().unwrap();
+        let vms = run.path().join("vms");
+        fs::create_dir_all(vms.join("demo.early")).unwrap();
+        publish(&vms.join("demo.early"), &vm_json("early")).unwrap();
+
+        let watch = VmWatch::start(run.path()).unwrap();
+        let mut list = watch.list();
+        assert_eq!(
+            lines(&list.borrow_and_update()),
+            ["demo.early"],
+            "what is there at the start is there at once"
+        );
+
+        let twin = vms.join("demo.twin");
+        fs::create_dir(&twin).unwrap();
+        fs::write(twin.join("twin.log"), "starting").unwrap();
+        fs::create_dir(vms.join("demo.late")).unwrap();
+        fs::write(vms.join("demo.late/vm.json"), vm_json("late")).unwrap();
+        becomes(&mut list, &["demo.early", "demo.late"]).await;
+
+        publish(&twin, &vm_json("twin")).unwrap();
+        becomes(&mut list, &["demo.early", "demo.late", "demo.twin"]).await;
+
+        remove(&vms.join("demo.early")).unwrap();
+        remove(&vms.join("demo.early")).unwrap();
+        fs::remove_file(vms.join("demo.late/vm.json")).unwrap();
+        becomes(&mut list, &["demo.twin"]).await;
+
+        // One of the same name in its place: the watch of the old directory would see nothing of it.
+        remove(&twin).unwrap();
+        fs::create_dir(&twin).unwrap();
+        becomes(&mut list, &[]).await;
+        publish(&twin, &vm_json("twin")).unwrap();
+        becomes(&mut list, &["demo.twin"]).await;
+    }
+
+    #[tokio::test]
+    async fn broken_files_are_listed_with_what_is_wrong_and_mended_ones_without() {
+        let run = tempfile::tempdir().unwrap();
+        let watch = VmWatch::start(run.path()).unwrap();
+        let mut list = watch.list();
+        let vms = run.path().join("vms");
+        for name in ["demo.a", "demo.b", "demo.c", "demo.d", ".hidden"] {
+            fs::create_dir(vms.join(name)).unwrap();
+        }
+        fs::write(vms.join("demo.a/vm.json"), vm_json("other")).unwrap();
+        fs::write(vms.join("demo.b/vm.json"), "{}").unwrap();
+        fs::create_dir(vms.join("demo.c/vm.json")).unwrap();
+        fs::write(vms.join("demo.d/vm.json"), " ".repeat(VM_JSON_LIMIT_BYTES + 9)).unwrap();
+        fs::write(vms.join("notes.txt"), "no directory").unwrap();
+        becomes(
+            &mut list,
+            &[
+                "demo.a: the directory is named `demo.a`, but vm.json says `demo.other` (<namespace>.<name>)",
+                "demo.b: vm.json: missing field `name` at line 1 column 2",
+                "demo.c: cannot read vm.json: it is not a regular file",
+                "demo.d: vm.json has 65537 bytes or more: at most 65536 are read",
+            ],
+        )
+        .await;
+        fs::remove_dir(vms.join("demo.c/vm.json")).unwrap();
+        for name in ["a", "b", "c", "d"] {
+            publish(&vms.join(format!("demo.{name}")), &vm_json(name)).unwrap();
+        }
+        becomes(&mut list, &["demo.a", "demo.b", "demo.c", "demo.d"]).await;
+    }
+
+    #[tokio::test]
+    async fn looking_does_not_lead_to_looking_again_and_the_watch_ends_with_its_owner() {
+        let run = tempfile::tempdir().unwrap();
+        let looks = |kind| matters(&Event::new(kind));
+        assert!(!looks(EventKind::Access(AccessKind::Open(AccessMode::Any))));
+        assert!(!looks(EventKind::Access(AccessKind::Close(AccessMode::Read))));
+        assert!(looks(EventKind::Access(AccessKind::Close(AccessMode::Write))));
+
+        let watch = VmWatch::start(run.path()).unwrap();
+        let mut list = watch.list();
+        drop(watch);
+        let ended = tokio::time::timeout(Duration::from_secs(10), list.changed()).await.unwrap();
+        assert!(ended.is_err(), "the thread goes on");
+    }
+
+    #[test]
+    fn a_run_directory_that_cannot_be_made_is_named() {
+        let error = VmWatch::start(Path::new("/proc/slackwater")).unwrap_err();
+        assert_eq!(error.to_string(), "cannot make the directory /proc/slackwater/vms");
+    }
+}
