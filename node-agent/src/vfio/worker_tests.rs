@@ -131,6 +131,7 @@ async fn data_kept_from_one_stream_does_not_turn_up_in_the_next() {
     assert_eq!(watch.read_bytes(), 2);
     vf0.set_state(StopCopy).await.unwrap();
     assert_eq!(vf0.read_data(1).await, Ok(DataRead::Data(Bytes::from_static(b"1"))));
+    assert_eq!(watch.read_bytes(), 1, "it comes from the new stream");
 }
 
 #[tokio::test]
