@@ -1,7 +1,23 @@
 //! The operator of Slackwater: plans and watches migrations; the agents on the nodes carry them out.
+//!
+//! | module | what it knows |
+//! |---|---|
+//! | [`inventory`], [`plan`], [`conditions`] | plain data and decisions: no Kubernetes client, no gRPC, no clock |
+//! | [`fleet`] | the agents: one open `Watch` for each |
+//! | [`migration`] | one VMMigration, from its plan to its end |
+//! | [`publish`] | MigrationNodes and AssignedVMs, written from what the agents report |
+//! | [`cluster`] | the Kubernetes API |
+//! | [`crds`] | the YAML of the CRDs |
 
 #![forbid(unsafe_code)]
 
+pub mod cluster;
+pub mod conditions;
 pub mod crds;
+pub mod epoch;
+pub mod fleet;
 pub mod inventory;
+pub mod migration;
+pub mod operator;
 pub mod plan;
+pub mod publish;

@@ -1,8 +1,102 @@
 //! The operator's command line.
 
-fn main() -> anyhow::Result<()> {
-    if let Some(folder) = std::env::args().nth(1) {
-        slackwater_operator::crds::write(std::path::Path::new(&folder))?;
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::{Parser, Subcommand};
+use slackwater_operator::plan::Checks;
+use slackwater_operator::{crds, operator};
+use slackwater_proto::tls::Credentials;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tracing_subscriber::EnvFilter;
+
+/// Migrates VMs with their assigned devices from node to node.
+#[derive(Parser)]
+#[command(version, about)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the operator. The cluster is that of KUBECONFIG, or the one that this runs in.
+    Run(Run),
+    /// Write the CRDs as YAML.
+    Crds {
+        /// A folder: one file for each CRD. Without it they go to the standard output.
+        #[arg(long)]
+        out: Option<PathBuf>,
+    },
+}
+
+#[derive(Parser)]
+struct Run {
+    /// The operator's certificate (PEM), with the role `operator` in its URI SAN.
+    #[arg(long, env = "SLACKWATER_TLS_CERT")]
+    tls_cert: PathBuf,
+    /// Its private key (PEM).
+    #[arg(long, env = "SLACKWATER_TLS_KEY")]
+    tls_key: PathBuf,
+    /// The CA that the agents' certificates were issued by (PEM).
+    #[arg(long, env = "SLACKWATER_TLS_CA")]
+    tls_ca: PathBuf,
+}
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    match Arguments::parse().command {
+        Command::Run(run) => run_operator(run).await,
+        Command::Crds { out: Some(folder) } => {
+            crds::write(&folder)?;
+            Ok(())
+        }
+        Command::Crds { out: None } => {
+            let files = crds::files()?;
+            let yaml: Vec<String> = files.into_iter().map(|(_, yaml)| yaml).collect();
+            print!("{}", yaml.join("---\n"));
+            Ok(())
+        }
     }
+}
+
+async fn run_operator(run: Run) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+
+    let credentials = Credentials::read(&run.tls_cert, &run.tls_key, &run.tls_ca)?;
+    let client = kube::Client::try_default().await.context("no way to the API server")?;
+    let stop = CancellationToken::new();
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let stopping = stop.clone();
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        tracing::info!("stopping; migrations under way go on at the agents");
+        stopping.cancel();
+    });
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), "the operator starts");
+    operator::run(client, credentials, checks(), stop).await?;
     Ok(())
+}
+
+/// The planner's checks, all on.
+#[cfg(not(feature = "faults"))]
+fn checks() -> Checks {
+    Checks::default()
+}
+
+/// The planner's checks, less those that a test has switched off.
+#[cfg(feature = "faults")]
+fn checks() -> Checks {
+    let faults = std::env::var("SLACKWATER_FAULTS").unwrap_or_default();
+    let device_model = !faults.split(',').any(|fault| fault.trim() == "ignore-device-model");
+    if !device_model {
+        tracing::warn!("SLACKWATER_FAULTS: devices are matched whatever their model");
+    }
+    Checks { device_model }
 }

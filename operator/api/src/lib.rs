@@ -11,6 +11,8 @@
 #![forbid(unsafe_code)]
 // KubeSchema repeats each struct, with its visibility, inside a function.
 #![allow(unreachable_pub)]
+// Clippy takes the columns of a table for attributes that are given twice.
+#![allow(clippy::duplicated_attributes)]
 
 mod assigned_vm;
 mod device;

@@ -21,9 +21,10 @@ pub struct VMMigrationStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     pub conditions: Vec<Condition>,
-    /// The spec as it was accepted. A migration does what it was accepted for, whatever the spec becomes.
+    /// The spec as it was when it was accepted or refused. A migration does what it was accepted for, whatever becomes of
+    /// its spec.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub accepted_spec: Option<VMMigrationSpec>,
+    pub observed_spec: Option<VMMigrationSpec>,
     /// The node on which the VM ran when the migration was accepted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source_node: Option<String>,
@@ -102,6 +103,8 @@ pub enum Reservation {
     Released,
     /// The VM runs there.
     Used,
+    /// Nobody can tell whether it may be given back. The agents keep what they have.
+    Kept,
 }
 
 /// Durations, all on the source's clock, written as Kubernetes does (87.412ms, 2.013s).

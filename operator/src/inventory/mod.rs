@@ -31,6 +31,8 @@ pub type Inventory = BTreeMap<String, Node>;
 /// A node, as far as the operator can see it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Node {
+    /// host:port at which the operator reaches its agent.
+    pub address: String,
     /// host:port at which other agents reach it.
     pub peer_address: String,
     /// Whether its agent answers now.

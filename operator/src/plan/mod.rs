@@ -104,22 +104,7 @@ pub fn plan(
     others: &[OtherMigration],
     checks: Checks,
 ) -> Result<Plan, Refusal> {
-    if let Some(other) = others.iter().find(|other| other.vm == request.vm) {
-        return Err(Refusal::MigrationInProgress { vm: request.vm.clone(), by: other.name.clone() });
-    }
-    let (source, node, vm) = locate(&request.vm, inventory)?;
-    if let Some(error) = node.not_ready_reason() {
-        return Err(Refusal::SourceNotReady { vm: request.vm.clone(), node: source.to_owned(), error });
-    }
-    if let Some(id) = held_by(&request.vm, inventory) {
-        let by =
-            others.iter().find(|other| other.id == id).map_or_else(|| format!("id {id}"), |o| o.name.clone());
-        return Err(Refusal::MigrationInProgress { vm: request.vm.clone(), by });
-    }
-    check_blockers(request, source, vm)?;
-    let wanted = devices_of(request, source, node, vm)?;
-    check_peer_to_peer(request, &wanted)?;
-
+    let (source, wanted) = movable(&request.vm, request.peer_to_peer, inventory, others)?;
     let taken = Taken::by(others);
     let (target, devices) = match &request.target {
         Some(target) => check_target(request, source, target, inventory)
@@ -129,6 +114,44 @@ pub fn plan(
     };
     let target_address = inventory.get(target).map(|node| node.peer_address.clone()).unwrap_or_default();
     Ok(Plan { source: source.to_owned(), target: target.to_owned(), target_address, devices })
+}
+
+/// Whether a VM could be migrated at all, wherever to.
+///
+/// # Errors
+/// [`Refusal`]: why not.
+pub fn check_movable(
+    vm: &VmKey,
+    peer_to_peer: PeerToPeer,
+    inventory: &Inventory,
+    others: &[OtherMigration],
+) -> Result<(), Refusal> {
+    movable(vm, peer_to_peer, inventory, others).map(drop)
+}
+
+/// The VM's node, and its devices.
+fn movable<'a>(
+    key: &VmKey,
+    peer_to_peer: PeerToPeer,
+    inventory: &'a Inventory,
+    others: &[OtherMigration],
+) -> Result<(&'a str, Vec<Wanted<'a>>), Refusal> {
+    if let Some(other) = others.iter().find(|other| other.vm == *key) {
+        return Err(Refusal::MigrationInProgress { vm: key.clone(), by: other.name.clone() });
+    }
+    let (source, node, vm) = locate(key, inventory)?;
+    if let Some(error) = node.not_ready_reason() {
+        return Err(Refusal::SourceNotReady { vm: key.clone(), node: source.to_owned(), error });
+    }
+    if let Some(id) = held_by(key, inventory) {
+        let by =
+            others.iter().find(|other| other.id == id).map_or_else(|| format!("id {id}"), |o| o.name.clone());
+        return Err(Refusal::MigrationInProgress { vm: key.clone(), by });
+    }
+    check_blockers(key, peer_to_peer, source, vm)?;
+    let wanted = devices_of(key, source, node, vm)?;
+    check_peer_to_peer(key, peer_to_peer, &wanted)?;
+    Ok((source, wanted))
 }
 
 fn locate<'a>(vm: &VmKey, inventory: &'a Inventory) -> Result<(&'a str, &'a Node, &'a Vm), Refusal> {
@@ -160,29 +183,25 @@ fn known_vms(vm: &VmKey, inventory: &Inventory) -> Vec<VmKey> {
     known
 }
 
-fn held_by(vm: &VmKey, inventory: &Inventory) -> Option<String> {
+/// The id of the migration that holds a VM, as its agents report it.
+pub(crate) fn held_by(vm: &VmKey, inventory: &Inventory) -> Option<String> {
     let holds = |vm: &Vm| (!vm.migration_id.is_empty()).then(|| vm.migration_id.clone());
     reports_of(inventory, vm).into_iter().find_map(|(_, _, vm)| holds(vm))
 }
 
-fn check_blockers(request: &Request, source: &str, vm: &Vm) -> Result<(), Refusal> {
-    let isolated = request.peer_to_peer == PeerToPeer::AssumeIsolated;
+fn check_blockers(key: &VmKey, peer_to_peer: PeerToPeer, source: &str, vm: &Vm) -> Result<(), Refusal> {
+    let isolated = peer_to_peer == PeerToPeer::AssumeIsolated;
     let standing: Vec<Blocker> =
         vm.blockers.iter().filter(|b| !(isolated && b.lifted_by_assume_isolated)).cloned().collect();
     if standing.is_empty() {
         return Ok(());
     }
-    Err(Refusal::NotMigratable { vm: request.vm.clone(), node: source.to_owned(), blockers: standing })
+    Err(Refusal::NotMigratable { vm: key.clone(), node: source.to_owned(), blockers: standing })
 }
 
-fn devices_of<'a>(
-    request: &Request,
-    source: &str,
-    node: &'a Node,
-    vm: &'a Vm,
-) -> Result<Vec<Wanted<'a>>, Refusal> {
+fn devices_of<'a>(key: &VmKey, source: &str, node: &'a Node, vm: &'a Vm) -> Result<Vec<Wanted<'a>>, Refusal> {
     let refused = |reason: &str, message: String| Refusal::NotMigratable {
-        vm: request.vm.clone(),
+        vm: key.clone(),
         node: source.to_owned(),
         blockers: vec![Blocker { reason: reason.to_owned(), message, lifted_by_assume_isolated: false }],
     };
@@ -212,8 +231,8 @@ fn devices_of<'a>(
     Ok(wanted)
 }
 
-fn check_peer_to_peer(request: &Request, wanted: &[Wanted<'_>]) -> Result<(), Refusal> {
-    if request.peer_to_peer == PeerToPeer::AssumeIsolated || wanted.len() < 2 {
+fn check_peer_to_peer(key: &VmKey, peer_to_peer: PeerToPeer, wanted: &[Wanted<'_>]) -> Result<(), Refusal> {
+    if peer_to_peer == PeerToPeer::AssumeIsolated || wanted.len() < 2 {
         return Ok(());
     }
     let lacking: Vec<String> = wanted
@@ -224,7 +243,7 @@ fn check_peer_to_peer(request: &Request, wanted: &[Wanted<'_>]) -> Result<(), Re
     if lacking.is_empty() {
         return Ok(());
     }
-    Err(Refusal::PeerToPeerUnsupported { vm: request.vm.clone(), devices: lacking })
+    Err(Refusal::PeerToPeerUnsupported { vm: key.clone(), devices: lacking })
 }
 
 fn check_target<'a>(

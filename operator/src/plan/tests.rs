@@ -28,7 +28,12 @@ fn device(model: &str, features: &[MigrationFeature], holder: &str) -> Device {
 fn node(devices: Vec<(&str, Device)>) -> Node {
     let devices = devices.into_iter().map(|(name, device)| (name.to_owned(), device)).collect();
     let report = NodeReport { devices, ..Default::default() };
-    Node { peer_address: "10.0.0.9:7443".into(), link: Link::Ready, report: Some(report) }
+    Node {
+        address: "10.0.0.9:7000".into(),
+        peer_address: "10.0.0.9:7443".into(),
+        link: Link::Ready,
+        report: Some(report),
+    }
 }
 
 fn with_vm(mut node: Node, name: &str, vm: Vm) -> Node {

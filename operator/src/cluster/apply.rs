@@ -1,0 +1,195 @@
+//! Writing, by server-side apply.
+//!
+//! Two field managers, since API servers before 1.21 do not keep managed fields per subresource: with one, applying a
+//! finalizer would take the status away.
+
+use std::fmt::Debug;
+
+use kube::api::{DeleteParams, Patch, PatchParams, Preconditions};
+use kube::core::NamespaceResourceScope;
+use kube::runtime::events::Recorder;
+use kube::{Api, Client, Resource, ResourceExt};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use slackwater_api::{AssignedVM, AssignedVMStatus, MIGRATION_FINALIZER, MigrationNode, MigrationNodeStatus};
+use slackwater_api::{VMMigration, VMMigrationStatus};
+
+/// Who owns metadata that the operator writes.
+const MANAGER: &str = "slackwater-operator";
+/// Who owns statuses.
+const STATUS_MANAGER: &str = "slackwater-operator-status";
+
+/// The API server, for writing.
+#[derive(Clone)]
+pub struct Cluster {
+    pub(super) client: Client,
+    pub(super) recorder: Recorder,
+}
+
+/// A write that did not come through.
+#[derive(Debug, thiserror::Error)]
+pub enum WriteError {
+    /// The object is not there any more, or is another one of the same name.
+    #[error("the object is gone")]
+    Gone,
+    /// The namespace is not there.
+    #[error("there is no namespace {namespace:?}")]
+    NoNamespace {
+        /// Its name.
+        namespace: String,
+    },
+    /// Anything else. Trying again may help.
+    #[error("the API server did not take it: {0}")]
+    Write(#[source] Box<kube::Error>),
+}
+
+impl Cluster {
+    /// For an API server.
+    pub fn new(client: Client) -> Self {
+        let recorder = Recorder::new(client.clone(), MANAGER.into());
+        Self { client, recorder }
+    }
+
+    /// All objects of a kind.
+    pub fn all<K: Resource<DynamicType = ()>>(&self) -> Api<K> {
+        Api::all(self.client.clone())
+    }
+
+    /// The VMMigration as it stands now, if it is still the same object.
+    ///
+    /// # Errors
+    /// [`WriteError`]
+    pub async fn migration(&self, migration: &VMMigration) -> Result<VMMigration, WriteError> {
+        let api = self.namespaced::<VMMigration>(migration);
+        let now = api.get(&migration.name_any()).await.map_err(classify)?;
+        if now.uid() == migration.uid() { Ok(now) } else { Err(WriteError::Gone) }
+    }
+
+    /// Writes the whole status of a VMMigration.
+    ///
+    /// # Errors
+    /// [`WriteError`]
+    pub async fn write_migration_status(
+        &self,
+        migration: &VMMigration,
+        status: &VMMigrationStatus,
+    ) -> Result<(), WriteError> {
+        self.apply_status(self.namespaced::<VMMigration>(migration), migration, status).await
+    }
+
+    /// Puts the finalizer on a VMMigration, or takes it away.
+    ///
+    /// # Errors
+    /// [`WriteError`]
+    pub async fn write_finalizer(&self, migration: &VMMigration, present: bool) -> Result<(), WriteError> {
+        let finalizers: &[&str] = if present { &[MIGRATION_FINALIZER] } else { &[] };
+        let mut body = identity(migration);
+        merge(&mut body, json!({"metadata": {"finalizers": finalizers}}));
+        let api = self.namespaced::<VMMigration>(migration);
+        let params = PatchParams::apply(MANAGER).force();
+        api.patch(&migration.name_any(), &params, &Patch::Apply(&body)).await.map(drop).map_err(classify)
+    }
+
+    /// Writes the whole status of a MigrationNode.
+    ///
+    /// # Errors
+    /// [`WriteError`]
+    pub async fn write_node_status(
+        &self,
+        node: &MigrationNode,
+        status: &MigrationNodeStatus,
+    ) -> Result<(), WriteError> {
+        self.apply_status(self.all(), node, status).await
+    }
+
+    /// Makes sure that there is an AssignedVM of that name, and gives it.
+    ///
+    /// # Errors
+    /// [`WriteError`]
+    pub async fn ensure_vm(&self, namespace: &str, name: &str) -> Result<AssignedVM, WriteError> {
+        let api: Api<AssignedVM> = Api::namespaced(self.client.clone(), namespace);
+        let body = json!({
+            "apiVersion": AssignedVM::api_version(&()),
+            "kind": AssignedVM::kind(&()),
+            "metadata": {"name": name, "namespace": namespace},
+        });
+        let params = PatchParams::apply(MANAGER).force();
+        api.patch(name, &params, &Patch::Apply(&body)).await.map_err(|error| match classify(error) {
+            WriteError::Gone => WriteError::NoNamespace { namespace: namespace.to_owned() },
+            other => other,
+        })
+    }
+
+    /// Writes the whole status of an AssignedVM.
+    ///
+    /// # Errors
+    /// [`WriteError`]
+    pub async fn write_vm_status(
+        &self,
+        vm: &AssignedVM,
+        status: &AssignedVMStatus,
+    ) -> Result<(), WriteError> {
+        self.apply_status(self.namespaced::<AssignedVM>(vm), vm, status).await
+    }
+
+    /// Removes an AssignedVM; one of the same name that was created since stays.
+    ///
+    /// # Errors
+    /// [`WriteError`]
+    pub async fn remove_vm(&self, vm: &AssignedVM) -> Result<(), WriteError> {
+        let preconditions = Preconditions { uid: vm.uid(), resource_version: None };
+        let params = DeleteParams { preconditions: Some(preconditions), ..Default::default() };
+        match self.namespaced::<AssignedVM>(vm).delete(&vm.name_any(), &params).await.map_err(classify) {
+            Ok(_) | Err(WriteError::Gone) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn namespaced<K>(&self, object: &K) -> Api<K>
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>,
+    {
+        Api::namespaced(self.client.clone(), &object.namespace().unwrap_or_default())
+    }
+
+    async fn apply_status<K, S>(&self, api: Api<K>, object: &K, status: &S) -> Result<(), WriteError>
+    where
+        K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug,
+        S: Serialize,
+    {
+        let mut body = identity(object);
+        merge(&mut body, json!({"status": status}));
+        let params = PatchParams::apply(STATUS_MANAGER).force();
+        api.patch_status(&object.name_any(), &params, &Patch::Apply(&body)).await.map(drop).map_err(classify)
+    }
+}
+
+/// What names an object for server-side apply; the UID, so that another object of the same name is left alone.
+fn identity<K: Resource<DynamicType = ()>>(object: &K) -> Value {
+    json!({
+        "apiVersion": K::api_version(&()),
+        "kind": K::kind(&()),
+        "metadata": {"name": object.name_any(), "namespace": object.namespace(), "uid": object.uid()},
+    })
+}
+
+fn merge(into: &mut Value, from: Value) {
+    match (into, from) {
+        (Value::Object(into), Value::Object(from)) => {
+            for (key, value) in from {
+                merge(into.entry(key).or_insert(Value::Null), value);
+            }
+        }
+        (into, from) => *into = from,
+    }
+}
+
+fn classify(error: kube::Error) -> WriteError {
+    match &error {
+        kube::Error::Api(status) if status.code == 404 => WriteError::Gone,
+        // With server-side apply, forced, a conflict can only be about the UID.
+        kube::Error::Api(status) if status.code == 409 && status.message.contains("UID") => WriteError::Gone,
+        _ => WriteError::Write(Box::new(error)),
+    }
+}

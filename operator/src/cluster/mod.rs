@@ -1,0 +1,8 @@
+//! All that knows the Kubernetes API: watching, writing, and events.
+
+mod apply;
+mod notice;
+mod observe;
+
+pub use apply::{Cluster, WriteError};
+pub use observe::{Observed, observe};

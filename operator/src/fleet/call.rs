@@ -1,0 +1,177 @@
+//! Asking an agent to do something.
+
+use std::time::Duration;
+
+use futures::{Stream, StreamExt};
+use slackwater_proto::channel::words;
+use slackwater_proto::node::node_agent_client::NodeAgentClient;
+use slackwater_proto::node::{AbortRequest, MigrateRequest, MigrationEvent, ReleaseRequest, ReserveRequest};
+use slackwater_proto::tonic::{Code, Status};
+
+use super::Fleet;
+
+/// Reserving starts a VMM and takes devices through the kernel; who needs longer than this is stuck.
+const RESERVE_TIMEOUT: Duration = Duration::from_secs(120);
+/// Giving back ends a VMM and resets devices.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A call that did not come through.
+#[derive(Debug, thiserror::Error)]
+pub enum CallError {
+    /// There is no MigrationNode of that name (any more).
+    #[error("there is no MigrationNode {node:?} any more")]
+    NoSuchNode {
+        /// The name.
+        node: String,
+    },
+    /// The agent does not answer. It was not asked.
+    #[error("{error}")]
+    NotReady {
+        /// The node.
+        node: String,
+        /// Why not, for a person.
+        error: String,
+    },
+    /// The agent has decided: no. It has changed nothing.
+    #[error("{message}")]
+    Refused {
+        /// The state of something forbids it.
+        precondition: bool,
+        /// Why, in its own words.
+        message: String,
+    },
+    /// The answer did not arrive. It may have done what it was asked.
+    #[error("{message}")]
+    Broken {
+        /// What happened to the call.
+        message: String,
+    },
+}
+
+impl CallError {
+    fn from_status(status: &Status) -> Self {
+        let message = words(status).trim_end_matches('.').to_owned();
+        match status.code() {
+            Code::InvalidArgument
+            | Code::NotFound
+            | Code::AlreadyExists
+            | Code::PermissionDenied
+            | Code::ResourceExhausted
+            | Code::FailedPrecondition
+            | Code::OutOfRange
+            | Code::Unimplemented
+            | Code::Unauthenticated => {
+                Self::Refused { precondition: status.code() == Code::FailedPrecondition, message }
+            }
+            Code::Ok
+            | Code::Cancelled
+            | Code::Unknown
+            | Code::DeadlineExceeded
+            | Code::Aborted
+            | Code::Internal
+            | Code::Unavailable
+            | Code::DataLoss => Self::Broken { message },
+        }
+    }
+
+    /// The agent has answered, and changed nothing.
+    pub fn is_refusal(&self) -> bool {
+        matches!(self, Self::Refused { .. })
+    }
+
+    /// The agent has answered that a state forbids it.
+    pub fn is_precondition(&self) -> bool {
+        matches!(self, Self::Refused { precondition: true, .. })
+    }
+
+    /// There is nobody to ask.
+    pub fn is_no_such_node(&self) -> bool {
+        matches!(self, Self::NoSuchNode { .. })
+    }
+
+    /// The agent was not even asked.
+    pub fn was_not_asked(&self) -> bool {
+        matches!(self, Self::NoSuchNode { .. } | Self::NotReady { .. })
+    }
+
+    /// CamelCase, for a condition's reason about the target.
+    pub fn target_reason(&self) -> &'static str {
+        match self {
+            Self::NoSuchNode { .. } => "TargetNotFound",
+            Self::NotReady { .. } | Self::Broken { .. } => "TargetUnreachable",
+            Self::Refused { .. } => "ReserveRefused",
+        }
+    }
+}
+
+/// The events of an attempt, as they arrive.
+pub type Events = std::pin::Pin<Box<dyn Stream<Item = Result<MigrationEvent, CallError>> + Send>>;
+
+impl Fleet {
+    /// Asks the target to reserve.
+    ///
+    /// # Errors
+    /// [`CallError`]
+    pub async fn reserve(&self, node: &str, request: ReserveRequest) -> Result<(), CallError> {
+        let mut client = NodeAgentClient::new(self.channel(node)?);
+        within(RESERVE_TIMEOUT, client.reserve(request)).await.map(drop)
+    }
+
+    /// Asks the source to migrate, or joins what it is busy with.
+    ///
+    /// # Errors
+    /// [`CallError`]
+    pub async fn migrate(&self, node: &str, request: MigrateRequest) -> Result<Events, CallError> {
+        let mut client = NodeAgentClient::new(self.channel(node)?);
+        let stream =
+            client.migrate(request).await.map_err(|status| CallError::from_status(&status))?.into_inner();
+        let events = stream.filter_map(async |message| match message {
+            Ok(message) => message.event.map(Ok),
+            Err(status) => Some(Err(CallError::from_status(&status))),
+        });
+        Ok(Box::pin(events))
+    }
+
+    /// Asks the source to give a migration up. Returns when the VM runs there again.
+    ///
+    /// # Errors
+    /// [`CallError`]; a precondition means that the point of no return has passed.
+    pub async fn abort(&self, node: &str, request: AbortRequest) -> Result<(), CallError> {
+        let mut client = NodeAgentClient::new(self.channel(node)?);
+        client.abort(request).await.map(drop).map_err(|status| CallError::from_status(&status))
+    }
+
+    /// Asks the target to give back what it reserved.
+    ///
+    /// # Errors
+    /// [`CallError`]; a precondition means that the VM may have run there.
+    pub async fn release(&self, node: &str, request: ReleaseRequest) -> Result<(), CallError> {
+        let mut client = NodeAgentClient::new(self.channel(node)?);
+        within(RELEASE_TIMEOUT, client.release(request)).await.map(drop)
+    }
+}
+
+async fn within<T>(limit: Duration, call: impl Future<Output = Result<T, Status>>) -> Result<T, CallError> {
+    match tokio::time::timeout(limit, call).await {
+        Ok(answer) => answer.map_err(|status| CallError::from_status(&status)),
+        Err(_) => Err(CallError::Broken { message: format!("no answer within {} s", limit.as_secs()) }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_an_answer_that_can_come_from_nobody_but_the_agent_is_a_refusal() {
+        for code in
+            [Code::Unavailable, Code::Unknown, Code::Internal, Code::Cancelled, Code::DeadlineExceeded]
+        {
+            assert!(!CallError::from_status(&Status::new(code, "x")).is_refusal(), "{code:?}");
+        }
+        let refusal = CallError::from_status(&Status::failed_precondition("the VM is paused."));
+        assert!(refusal.is_refusal() && refusal.is_precondition());
+        assert_eq!(refusal.to_string(), "the VM is paused");
+        assert!(!CallError::from_status(&Status::not_found("no such VM")).is_precondition());
+    }
+}

@@ -1,0 +1,158 @@
+//! Facts that the source's agent tells: how far the migration has come, and how it ended.
+
+use std::time::Duration;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use slackwater_api::condition::{COMMITTED, STOPPED, SUCCEEDED};
+use slackwater_api::{MigrationPhase, Reservation, Timings, TransferredBytes, format_duration};
+use slackwater_proto::node::{Finished, Outcome, Phase};
+
+use super::{Draft, ending, show_trace};
+use crate::conditions::{Stamp, Status};
+use crate::inventory::camel_case_or;
+use crate::migration::trace::Trace;
+
+/// The migration has come to a phase. `true`: the status is worth writing now; progress in between is not.
+pub fn phase(draft: &mut Draft, trace: &Trace, phase: Phase, stamp: Stamp) -> bool {
+    if draft.status.completion_time.is_some() {
+        return false;
+    }
+    let summary = match phase {
+        Phase::Connected | Phase::PreCopy => MigrationPhase::Copying,
+        Phase::Pausing | Phase::Quiescing | Phase::Stopping | Phase::Capturing | Phase::Loaded => {
+            MigrationPhase::Stopped
+        }
+        Phase::Committed | Phase::Starting | Phase::Started | Phase::Released => MigrationPhase::Starting,
+        Phase::Unspecified | Phase::RollingBack | Phase::RolledBack => return false,
+    };
+    // A deleted migration keeps saying so until it has been committed all the same.
+    if draft.status.phase != Some(MigrationPhase::Aborting) || summary == MigrationPhase::Starting {
+        draft.status.phase = Some(summary);
+    }
+    match phase {
+        Phase::PreCopy => {
+            show_trace(draft, trace);
+            in_progress(draft, "State is being copied; the guest runs.", stamp);
+            true
+        }
+        Phase::Capturing => {
+            show_trace(draft, trace);
+            stopped(draft, stamp);
+            in_progress(draft, "The guest stands still; the final state is on its way.", stamp);
+            true
+        }
+        Phase::Committed => {
+            show_trace(draft, trace);
+            committed(draft, stamp);
+            let message = format!("The VM is being started on {}.", draft.target());
+            in_progress(draft, &message, stamp);
+            true
+        }
+        _ => false,
+    }
+}
+
+fn in_progress(draft: &mut Draft, message: &str, stamp: Stamp) {
+    if draft.status.phase != Some(MigrationPhase::Aborting) {
+        draft.set(SUCCEEDED, Status::Unknown, "InProgress", message, stamp);
+    }
+}
+
+fn stopped(draft: &mut Draft, stamp: Stamp) {
+    let message = "Every vCPU and every device has been read back as stopped at the source.";
+    if draft.set(STOPPED, Status::True, "SlackWater", message, stamp) {
+        draft.tell(false, "Stopped", message.to_owned());
+    }
+}
+
+fn committed(draft: &mut Draft, stamp: Stamp) {
+    let message = format!(
+        "{} holds all of the VM, verified; {} has passed its point of no return.",
+        draft.target(),
+        draft.source()
+    );
+    if draft.set(COMMITTED, Status::True, "PointOfNoReturn", &message, stamp) {
+        draft.tell(false, "Committed", message);
+    }
+}
+
+/// The migration has ended, one way or the other.
+pub fn finished(draft: &mut Draft, trace: &Trace, finished: &Finished, stamp: Stamp) {
+    show_trace(draft, trace);
+    show_figures(draft, trace, finished);
+    let (vm, source, target) = (draft.vm.clone(), draft.source(), draft.target());
+    let said = finished.message.trim_end_matches('.');
+    let reason = |fallback| camel_case_or(&finished.reason, fallback);
+    match finished.outcome() {
+        Outcome::Succeeded => {
+            stopped(draft, stamp);
+            committed(draft, stamp);
+            succeeded(draft, stamp);
+        }
+        Outcome::RolledBack => {
+            let message = format!(
+                "The migration was given up: {said}. VM {vm} runs on {source} again, with its devices."
+            );
+            ending::rolled_back(draft, &reason("RolledBack"), &message, stamp);
+        }
+        Outcome::Refused => {
+            let message =
+                format!("{source} refuses to migrate VM {vm}: {said}. Nothing was touched; the VM runs on.");
+            ending::rolled_back(draft, &reason("SourceRefused"), &message, stamp);
+        }
+        Outcome::InDoubt => {
+            committed(draft, stamp);
+            let message = format!(
+                "The migration is committed, and {target} has not been heard since: {said}. VM {vm} is kept paused at \
+                 {source}. Do not resume it there: it may run on {target} already. Bring {target} back, or its link."
+            );
+            ending::in_doubt(draft, &reason("InDoubt"), &message, stamp);
+        }
+        Outcome::Lost => {
+            let message = format!("VM {vm} runs nowhere: {said}.");
+            draft.status.reservation = Some(Reservation::Kept);
+            ending::failed(draft, MigrationPhase::Lost, &reason("Lost"), &message, stamp);
+        }
+        Outcome::Unspecified => {
+            let message = format!(
+                "{source} has ended the migration without telling how: {said}. Look where VM {vm} runs."
+            );
+            ending::in_doubt(draft, "OutcomeUnknown", &message, stamp);
+        }
+    }
+}
+
+fn succeeded(draft: &mut Draft, stamp: Stamp) {
+    let blackout = draft.status.timings.as_ref().map(|timings| timings.blackout.clone()).unwrap_or_default();
+    let message =
+        format!("VM {} runs on {}. The guest stood still for {blackout} at most.", draft.vm, draft.target());
+    draft.status.phase = Some(MigrationPhase::Succeeded);
+    draft.status.reservation = Some(Reservation::Used);
+    draft.status.completion_time = Some(Time(stamp.now));
+    if draft.set(SUCCEEDED, Status::True, "VMRunsAtTarget", &message, stamp) {
+        draft.tell(false, "Succeeded", message);
+    }
+}
+
+fn show_figures(draft: &mut Draft, trace: &Trace, finished: &Finished) {
+    let (source, target) = (draft.source(), draft.target());
+    for (index, device) in draft.status.devices.iter_mut().enumerate() {
+        device.states = trace.steps(device, &source, &target);
+        device.bytes = finished.device_bytes.get(index).map(|bytes| whole(*bytes));
+    }
+    if let Some(timings) = finished.timings {
+        let text = |nanoseconds| format_duration(Duration::from_nanos(nanoseconds));
+        draft.status.timings = Some(Timings {
+            pre_copy: text(timings.pre_copy_ns),
+            blackout: text(timings.blackout_ns),
+            total: text(timings.total_ns),
+        });
+    }
+    let devices = finished.device_bytes.iter().fold(0_u64, |sum, bytes| sum.saturating_add(*bytes));
+    draft.status.bytes = Some(TransferredBytes { devices: whole(devices), vmm: whole(finished.vmm_bytes) });
+}
+
+/// The API has no unsigned numbers.
+fn whole(bytes: u64) -> i64 {
+    i64::try_from(bytes).unwrap_or(i64::MAX)
+}

@@ -1,0 +1,203 @@
+//! What the agents are asked, made from a VMMigration's status alone: a restarted operator asks in the same words.
+
+use std::time::Duration;
+
+use slackwater_api::{
+    DeviceMigration, MAX_PRE_COMMIT_TIMEOUT, MIN_PRE_COMMIT_TIMEOUT, MigrationFeature, PeerToPeer,
+    VMMigrationSpec, VMMigrationStatus, format_duration, parse_duration,
+};
+use slackwater_proto::node as proto;
+
+use crate::epoch::operator_epoch;
+use crate::inventory::VmKey;
+use crate::plan::{Refusal, Request};
+
+/// How long the target bears the source's silence before it gives a reservation back by itself.
+const SILENCE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Reads a spec. The API server checks most of it already, and an old one not all.
+///
+/// # Errors
+/// [`Refusal::InvalidSpec`]
+pub fn read_spec(namespace: &str, spec: &VMMigrationSpec) -> Result<Request, Refusal> {
+    let invalid = |message| Refusal::InvalidSpec { message };
+    let timeout = parse_duration(&spec.pre_commit_timeout)
+        .map_err(|e| invalid(format!("spec.preCommitTimeout: {e}.")))?;
+    if !(MIN_PRE_COMMIT_TIMEOUT..=MAX_PRE_COMMIT_TIMEOUT).contains(&timeout) {
+        return Err(invalid(format!(
+            "spec.preCommitTimeout is {}; it must be from 1s to 24h.",
+            spec.pre_commit_timeout
+        )));
+    }
+    Ok(Request {
+        vm: VmKey { namespace: namespace.to_owned(), name: spec.vm_ref.name.clone() },
+        target: spec.target.as_ref().map(|target| target.node_name.clone()),
+        peer_to_peer: spec.peer_to_peer,
+    })
+}
+
+/// An accepted migration, as the agents are told of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Accepted {
+    /// The VMMigration's UID.
+    pub id: String,
+    /// The VM.
+    pub vm: VmKey,
+    /// Its node.
+    pub source: String,
+    /// Where it goes.
+    pub target: String,
+    target_address: String,
+    attempt: u32,
+    devices: Vec<proto::DevicePair>,
+    peer_to_peer: proto::PeerToPeer,
+    pre_commit_timeout: Duration,
+}
+
+impl Accepted {
+    /// Reads an accepted migration from its status. `None`: the status is not that of an accepted migration.
+    pub fn read(namespace: &str, uid: &str, status: &VMMigrationStatus) -> Option<Self> {
+        let spec = status.observed_spec.as_ref()?;
+        let request = read_spec(namespace, spec).ok()?;
+        Some(Self {
+            id: uid.to_owned(),
+            vm: request.vm,
+            source: status.source_node.clone()?,
+            target: status.target_node.clone()?,
+            target_address: status.target_address.clone()?,
+            attempt: u32::try_from(status.attempt?).ok()?,
+            devices: status.devices.iter().map(device_pair).collect(),
+            peer_to_peer: match request.peer_to_peer {
+                PeerToPeer::Required => proto::PeerToPeer::Required,
+                PeerToPeer::AssumeIsolated => proto::PeerToPeer::AssumeIsolated,
+            },
+            pre_commit_timeout: parse_duration(&spec.pre_commit_timeout).ok()?,
+        })
+    }
+
+    fn migration(&self) -> proto::MigrationRef {
+        proto::MigrationRef { id: self.id.clone(), attempt: self.attempt, operator_epoch: operator_epoch() }
+    }
+
+    fn vm_ref(&self) -> proto::VmRef {
+        proto::VmRef { namespace: self.vm.namespace.clone(), name: self.vm.name.clone() }
+    }
+
+    /// For the target. `vm_json`: what the source's agent has reported.
+    pub fn reserve(&self, vm_json: &str) -> proto::ReserveRequest {
+        proto::ReserveRequest {
+            migration: Some(self.migration()),
+            vm: Some(self.vm_ref()),
+            source_node: self.source.clone(),
+            vm_json: vm_json.to_owned(),
+            devices: self.devices.clone(),
+            peer_to_peer: self.peer_to_peer.into(),
+            silence_timeout_ms: milliseconds(SILENCE_TIMEOUT),
+            claim: Default::default(),
+        }
+    }
+
+    /// For the source.
+    pub fn migrate(&self) -> proto::MigrateRequest {
+        proto::MigrateRequest {
+            migration: Some(self.migration()),
+            vm: Some(self.vm_ref()),
+            target_node: self.target.clone(),
+            target_address: self.target_address.clone(),
+            devices: self.devices.clone(),
+            peer_to_peer: self.peer_to_peer.into(),
+            pre_commit_timeout_ms: milliseconds(self.pre_commit_timeout),
+        }
+    }
+
+    /// For the source.
+    pub fn abort(&self, why: &str) -> proto::AbortRequest {
+        proto::AbortRequest { migration: Some(self.migration()), why: why.to_owned() }
+    }
+
+    /// For the target.
+    pub fn release(&self, reason: proto::ReleaseReason) -> proto::ReleaseRequest {
+        proto::ReleaseRequest { migration: Some(self.migration()), reason: reason.into() }
+    }
+}
+
+fn device_pair(device: &DeviceMigration) -> proto::DevicePair {
+    let has = |feature: MigrationFeature| device.features.contains(&feature);
+    proto::DevicePair {
+        source: device.source.clone(),
+        target: device.target.clone(),
+        driver: device.driver.clone(),
+        model: device.model.clone(),
+        features: Some(proto::MigrationFeatures {
+            stop_copy: has(MigrationFeature::StopCopy),
+            p2p: has(MigrationFeature::P2p),
+            pre_copy: has(MigrationFeature::PreCopy),
+        }),
+    }
+}
+
+fn milliseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// How long the target bears the source's silence, for messages.
+pub fn silence_timeout() -> String {
+    format_duration(SILENCE_TIMEOUT)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use slackwater_api::{Target, VmKind, VmReference};
+
+    fn spec(timeout: &str) -> VMMigrationSpec {
+        VMMigrationSpec {
+            vm_ref: VmReference { kind: VmKind::AssignedVM, name: "counter".into() },
+            target: Some(Target { node_name: "node-b".into() }),
+            peer_to_peer: PeerToPeer::Required,
+            pre_commit_timeout: timeout.into(),
+        }
+    }
+
+    #[test]
+    fn a_timeout_that_makes_no_sense_is_refused_with_its_value_and_what_would_be_right() {
+        let said = |timeout: &str| read_spec("demo", &spec(timeout)).unwrap_err().to_string();
+        assert_eq!(
+            said("5 min"),
+            "spec.preCommitTimeout: \"5 min\" is not a duration; write hours, minutes, seconds and milliseconds in that \
+             order, as in 5m, 1m30s or 500ms."
+        );
+        assert_eq!(said("500ms"), "spec.preCommitTimeout is 500ms; it must be from 1s to 24h.");
+        assert_eq!(said("24h0m1s"), "spec.preCommitTimeout is 24h0m1s; it must be from 1s to 24h.");
+        assert!(read_spec("demo", &spec("24h")).is_ok());
+    }
+
+    #[test]
+    fn the_agents_are_asked_from_the_status_alone_with_the_attempt_that_stands_in_it() {
+        let status = VMMigrationStatus {
+            observed_spec: Some(spec("1m30s")),
+            source_node: Some("node-a".into()),
+            target_node: Some("node-b".into()),
+            target_address: Some("10.0.0.2:7443".into()),
+            attempt: Some(3),
+            devices: vec![DeviceMigration {
+                source: "a1".into(),
+                target: "b1".into(),
+                features: vec![MigrationFeature::StopCopy, MigrationFeature::P2p],
+                ..Default::default()
+            }],
+            ..Default::default()
+        };
+        let accepted = Accepted::read("demo", "u-1", &status).unwrap();
+        let migrate = accepted.migrate();
+        assert_eq!(migrate.migration, accepted.reserve("{}").migration);
+        assert_eq!(migrate.migration.unwrap().attempt, 3);
+        assert_eq!(
+            (migrate.target_address.as_str(), migrate.pre_commit_timeout_ms),
+            ("10.0.0.2:7443", 90_000)
+        );
+        let features = migrate.devices[0].features.unwrap();
+        assert!(features.stop_copy && features.p2p && !features.pre_copy);
+        assert_eq!(Accepted::read("demo", "u-1", &VMMigrationStatus::default()), None);
+    }
+}

@@ -1,0 +1,111 @@
+//! The status of a MigrationNode.
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use slackwater_api::condition::READY;
+use slackwater_api::{MigrationNodeStatus, NodeDevice};
+
+use super::count;
+use crate::conditions::{self, Stamp, Status};
+use crate::inventory::{Device, DeviceFeatures, Link, Node};
+
+/// What the status should be. Of a node that does not answer, the last report stays.
+pub(super) fn node_status(node: &Node, previous: &[Condition], stamp: Stamp) -> MigrationNodeStatus {
+    let mut status = MigrationNodeStatus {
+        observed_generation: stamp.generation,
+        conditions: previous.to_vec(),
+        ..Default::default()
+    };
+    if let Some(report) = &node.report {
+        status.agent_version = said(&report.agent_version);
+        status.kernel_release = said(&report.kernel_release);
+        status.boot_id = said(&report.boot_id);
+        status.vm_count = Some(count(report.vms.len()));
+        status.device_count = Some(count(report.devices.len()));
+        status.free_device_count = Some(count(report.devices.values().filter(|device| device.free).count()));
+        status.devices = report.devices.iter().map(|(name, device)| shown(name, device)).collect();
+    }
+    let (ready, reason, message) = match &node.link {
+        Link::Connecting => {
+            (Status::Unknown, "Connecting", format!("The agent at {} has not answered yet.", node.address))
+        }
+        Link::Down { error } => {
+            let error = error.trim_end_matches('.');
+            let last = if node.report.is_some() { " What stands below is what it said last." } else { "" };
+            (Status::False, "AgentUnreachable", format!("The agent does not answer: {error}.{last}"))
+        }
+        Link::Ready => {
+            let ignored = node.report.iter().flat_map(|report| &report.ignored).cloned().collect::<Vec<_>>();
+            let mut message = format!("The agent at {} answers.", node.address);
+            if !ignored.is_empty() {
+                message.push_str(&format!(" {}.", ignored.join("; ")));
+            }
+            (Status::True, "AgentAnswers", message)
+        }
+    };
+    conditions::set(&mut status.conditions, READY, ready, reason, &message, stamp);
+    status
+}
+
+fn said(text: &str) -> Option<String> {
+    (!text.is_empty()).then(|| text.to_owned())
+}
+
+fn shown(name: &str, device: &Device) -> NodeDevice {
+    NodeDevice {
+        name: name.to_owned(),
+        driver: device.driver.clone(),
+        model: device.model.clone(),
+        features: device.features.known().to_vec(),
+        features_unknown_reason: match &device.features {
+            DeviceFeatures::Known(_) => None,
+            DeviceFeatures::Unknown { reason } => Some(reason.clone()),
+        },
+        free: device.free,
+        holder: said(&device.holder),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use jiff::Timestamp;
+
+    use super::*;
+    use crate::inventory::NodeReport;
+
+    const STAMP: Stamp = Stamp { generation: Some(2), now: Timestamp::UNIX_EPOCH };
+
+    fn node(link: Link) -> Node {
+        let device = |free| Device { driver: "mtty".into(), free, ..Default::default() };
+        let devices = BTreeMap::from([("d1".to_owned(), device(true)), ("d2".to_owned(), device(false))]);
+        let report = NodeReport { agent_version: "0.1.0".into(), devices, ..Default::default() };
+        Node {
+            address: "10.0.0.1:7443".into(),
+            peer_address: "10.0.0.1:7443".into(),
+            link,
+            report: Some(report),
+        }
+    }
+
+    #[test]
+    fn a_node_that_answers_is_ready_and_its_devices_are_counted() {
+        let status = node_status(&node(Link::Ready), &[], STAMP);
+        assert_eq!((status.device_count, status.free_device_count), (Some(2), Some(1)));
+        assert_eq!(status.agent_version.as_deref(), Some("0.1.0"));
+        assert!(conditions::is(&status.conditions, READY, Status::True));
+        assert_eq!(status.kernel_release, None);
+    }
+
+    #[test]
+    fn a_silent_node_is_not_ready_in_words_and_keeps_its_last_report() {
+        let status = node_status(&node(Link::Down { error: "connection refused".into() }), &[], STAMP);
+        let ready = conditions::find(&status.conditions, READY).unwrap();
+        assert_eq!((ready.status.as_str(), ready.reason.as_str()), ("False", "AgentUnreachable"));
+        assert_eq!(
+            ready.message,
+            "The agent does not answer: connection refused. What stands below is what it said last."
+        );
+        assert_eq!(status.device_count, Some(2));
+    }
+}

@@ -1,0 +1,61 @@
+//! MigrationNodes: which agents to follow, and what to show of them.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use kube::ResourceExt;
+use slackwater_api::MigrationNode;
+
+use super::node_status::node_status;
+use crate::cluster::{Cluster, Observed, WriteError};
+use crate::conditions::Stamp;
+use crate::fleet::{Address, Fleet};
+
+/// Follows the agents that the MigrationNodes name, and shows what they say. Ends when the watch does.
+///
+/// MigrationNodes are written by hand for now; agents that are found by their EndpointSlice join the map that `follow` is
+/// given.
+pub async fn run(cluster: Cluster, mut nodes: Observed<MigrationNode>, fleet: Arc<Fleet>) {
+    let mut changes = fleet.changes();
+    if !nodes.ready().await {
+        return;
+    }
+    loop {
+        let objects = nodes.all();
+        fleet
+            .follow(&objects.iter().map(|node| (node.name_any(), address(node))).collect::<BTreeMap<_, _>>());
+        let mut again = false;
+        for node in &objects {
+            if let Err(error) = show(&cluster, node, &fleet).await {
+                tracing::warn!(node = node.name_any(), %error, "the status of a MigrationNode could not be written");
+                again = true;
+            }
+        }
+        tokio::select! {
+            alive = nodes.changed() => if !alive { return },
+            () = changes.next() => {}
+            () = tokio::time::sleep(super::RETRY), if again => {}
+        }
+    }
+}
+
+fn address(node: &MigrationNode) -> Address {
+    let own = node.spec.address.clone();
+    Address { peers: node.spec.peer_address.clone().unwrap_or_else(|| own.clone()), own }
+}
+
+async fn show(cluster: &Cluster, node: &MigrationNode, fleet: &Fleet) -> Result<(), WriteError> {
+    let inventory = fleet.inventory();
+    let Some(known) = inventory.get(&node.name_any()) else { return Ok(()) };
+    let previous = node.status.clone().unwrap_or_default();
+    let stamp = Stamp { generation: node.metadata.generation, now: Timestamp::now() };
+    let status = node_status(known, &previous.conditions, stamp);
+    if status == previous {
+        return Ok(());
+    }
+    match cluster.write_node_status(node, &status).await {
+        Err(WriteError::Gone) => Ok(()),
+        result => result,
+    }
+}

@@ -1,0 +1,154 @@
+//! AssignedVMs: one for each VM that an agent reports.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::{SignedDuration, Timestamp};
+use kube::ResourceExt;
+use slackwater_api::condition::READY;
+use slackwater_api::{AssignedVM, AssignedVMStatus, MigrationNode};
+
+use super::RETRY;
+use super::vm_status::{NOT_REPORTED, vm_status};
+use crate::cluster::{Cluster, Observed, WriteError};
+use crate::conditions::{self, Stamp};
+use crate::fleet::Fleet;
+use crate::inventory::{Inventory, VmKey};
+use crate::migration::claims::Claims;
+use crate::migration::fact::Notice;
+use crate::plan::OtherMigration;
+
+/// For how long a VM that its node does not have any more is shown as such: in a hand-over the word of the one node can
+/// come after that of the other.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// Keeps the AssignedVMs as the agents report the VMs. Ends when a watch does.
+pub async fn run(
+    cluster: Cluster,
+    mut vms: Observed<AssignedVM>,
+    nodes: Observed<MigrationNode>,
+    fleet: Arc<Fleet>,
+    claims: Arc<Claims>,
+) {
+    let mut changes = fleet.changes();
+    let mut claimed = claims.changes();
+    let mut told = BTreeSet::new();
+    if !vms.ready().await {
+        return;
+    }
+    loop {
+        let objects: BTreeMap<VmKey, Arc<AssignedVM>> =
+            vms.all().into_iter().map(|vm| (key(&vm), vm)).collect();
+        let inventory = fleet.inventory();
+        let migrations = claims.all();
+        let keys: BTreeSet<VmKey> = reported(&inventory).chain(objects.keys().cloned()).collect();
+        let mut again = false;
+        // Before every agent has been asked once, a VM that is not reported may still be.
+        let settled = fleet.undecided().is_some_and(|undecided| undecided.is_empty());
+        for vm in keys {
+            let object = objects.get(&vm).map(Arc::as_ref);
+            match sync(&cluster, &vm, object, &inventory, &migrations, settled).await {
+                Ok(Synced::Settled) => {
+                    told.remove(&vm);
+                }
+                Ok(Synced::LookAgain) => again = true,
+                Err(error) => {
+                    again = true;
+                    tracing::warn!(%vm, %error, "an AssignedVM could not be written");
+                    if matches!(error, WriteError::NoNamespace { .. }) && told.insert(vm.clone()) {
+                        tell_no_namespace(&cluster, &vm, &inventory, &nodes).await;
+                    }
+                }
+            }
+        }
+        tokio::select! {
+            alive = vms.changed() => if !alive { return },
+            () = changes.next() => {}
+            () = claimed.next() => {}
+            () = tokio::time::sleep(RETRY), if again => {}
+        }
+    }
+}
+
+enum Synced {
+    /// Nothing more to do until something changes.
+    Settled,
+    /// Time alone changes what is to be done.
+    LookAgain,
+}
+
+fn key(vm: &AssignedVM) -> VmKey {
+    VmKey { namespace: vm.namespace().unwrap_or_default(), name: vm.name_any() }
+}
+
+fn reported(inventory: &Inventory) -> impl Iterator<Item = VmKey> {
+    inventory.values().filter_map(|node| node.report.as_ref()).flat_map(|report| report.vms.keys().cloned())
+}
+
+async fn sync(
+    cluster: &Cluster,
+    vm: &VmKey,
+    object: Option<&AssignedVM>,
+    inventory: &Inventory,
+    migrations: &[OtherMigration],
+    settled: bool,
+) -> Result<Synced, WriteError> {
+    let created;
+    let object = match object {
+        Some(object) => object,
+        None => {
+            created = cluster.ensure_vm(&vm.namespace, &vm.name).await?;
+            &created
+        }
+    };
+    let previous = object.status.clone().unwrap_or_default();
+    let now = Timestamp::now();
+    let status = vm_status(vm, inventory, migrations, &previous, Stamp { generation: None, now });
+    let unreported = is_unreported(&status);
+    if unreported && !settled {
+        return Ok(Synced::LookAgain);
+    }
+    if unreported && since_unreported(&previous, now).is_some_and(|since| since >= GRACE) {
+        tracing::info!(%vm, node = previous.node_name, "the VM is gone, so is its AssignedVM");
+        cluster.remove_vm(object).await?;
+        return Ok(Synced::Settled);
+    }
+    if status != previous {
+        match cluster.write_vm_status(object, &status).await {
+            Ok(()) | Err(WriteError::Gone) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(if unreported { Synced::LookAgain } else { Synced::Settled })
+}
+
+fn is_unreported(status: &AssignedVMStatus) -> bool {
+    conditions::find(&status.conditions, READY).is_some_and(|ready| ready.reason == NOT_REPORTED)
+}
+
+/// How long an object has said that its VM is not reported.
+fn since_unreported(status: &AssignedVMStatus, now: Timestamp) -> Option<Duration> {
+    let ready = conditions::find(&status.conditions, READY).filter(|ready| ready.reason == NOT_REPORTED)?;
+    let since: SignedDuration = now.duration_since(ready.last_transition_time.0);
+    Duration::try_from(since).ok()
+}
+
+async fn tell_no_namespace(
+    cluster: &Cluster,
+    vm: &VmKey,
+    inventory: &Inventory,
+    nodes: &Observed<MigrationNode>,
+) {
+    let reports = crate::inventory::reports_of(inventory, vm);
+    let note = format!(
+        "VM {vm} cannot be shown, nor migrated: there is no namespace {:?}. Create it; this is tried again until then.",
+        vm.namespace
+    );
+    for (node, _, _) in reports {
+        if let Some(object) = nodes.get(None, node) {
+            let notice = Notice { warning: true, reason: "NamespaceMissing", note: note.clone() };
+            cluster.tell(object.as_ref(), "ShowVM", &notice).await;
+        }
+    }
+}
