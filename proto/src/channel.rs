@@ -226,12 +226,20 @@ impl Target {
     }
 }
 
-/// Connects to the gRPC service on the Unix socket at `path`. See [`over_unix`].
+/// Connects to the gRPC service on the Unix socket at `path`: [`open_unix`], then [`over_unix`].
+///
+/// # Errors
+/// As [`open_unix`].
+pub async fn connect_unix(path: &Path) -> Result<Channel, ConnectError> {
+    open_unix(path).await.map(over_unix)
+}
+
+/// Connects to the Unix socket at `path`, and says nothing yet.
 ///
 /// # Errors
 /// If there is no such socket, nobody listens on it, or it may not be used.
-pub async fn connect_unix(path: &Path) -> Result<Channel, ConnectError> {
-    let stream = UnixStream::connect(path).await.map_err(|error| ConnectError::Socket {
+pub async fn open_unix(path: &Path) -> Result<UnixStream, ConnectError> {
+    UnixStream::connect(path).await.map_err(|error| ConnectError::Socket {
         path: path.to_owned(),
         reason: match error.kind() {
             io::ErrorKind::NotFound => "it does not exist".to_owned(),
@@ -239,8 +247,7 @@ pub async fn connect_unix(path: &Path) -> Result<Channel, ConnectError> {
             io::ErrorKind::PermissionDenied => "permission denied".to_owned(),
             _ => error.to_string(),
         },
-    })?;
-    Ok(over_unix(stream))
+    })
 }
 
 /// Speaks gRPC over a Unix socket that is connected already, so that the process behind it can be identified first.

@@ -254,7 +254,7 @@ impl Vmm for FakeVmm {
         Ok(())
     }
 
-    fn pid(&self) -> i32 {
+    fn pid(&self) -> u32 {
         0
     }
 

@@ -12,6 +12,7 @@ use futures::stream::BoxStream;
 use slackwater_proto::channel::ConnectError;
 use slackwater_proto::tonic::{Code, async_trait};
 
+pub mod contract;
 #[cfg(any(test, feature = "faults"))]
 pub mod fake;
 
@@ -156,7 +157,7 @@ pub trait Vmm: Send + Sync {
     async fn quit(&self) -> Result<(), VmmError>;
 
     /// The VMM's process id in the agent's pid namespace.
-    fn pid(&self) -> i32;
+    fn pid(&self) -> u32;
 
     /// Returns when the VMM's process has ended.
     async fn exited(&self);

@@ -1,0 +1,309 @@
+//! The driver of the VMM contract: `slackwater.vmm.v1` over the VMM's Unix socket.
+//!
+//! The agent takes devices out of the process behind the socket and lets it write guest memory that it sends to another node, so
+//! it trusts only a socket that nobody but itself could have made: mode 0600, owned by the agent's own user, and served by a
+//! process of that user. The process is the one that SO_PEERCRED names: the one that called listen(2).
+
+use std::future::pending;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::path::Path;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use futures::{Stream, StreamExt};
+use rustix::process::{Pid, PidfdFlags, Signal, geteuid, pidfd_open, pidfd_send_signal};
+use slackwater_proto::channel::{ConnectError, open_unix, over_unix, words};
+use slackwater_proto::limits::vmm_client;
+use slackwater_proto::tonic::transport::Channel;
+use slackwater_proto::tonic::{Code, Response, Status, async_trait};
+use slackwater_proto::vmm::vmm_client::VmmClient;
+use slackwater_proto::vmm::{
+    AbortSaveRequest, DescribeRequest, DescribeResponse, DirtyTracking as WireDirtyTracking,
+    FinishLoadRequest, FinishSaveRequest, PauseRequest, QuitRequest, ResumeRequest, RunState as WireRunState,
+    StartLoadRequest, StartSaveRequest,
+};
+use tokio::time::timeout;
+use tracing::warn;
+
+use super::{Description, DirtyTracking, LoadStream, RunState, SaveStream, Vmm, VmmDevice, VmmError};
+use crate::vfio::borrow::VmmProcess;
+
+/// How long each call may take. Loading and the stream of a save have no deadline: RAM takes as long as the wire needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Deadlines {
+    /// Connecting, and Describe.
+    pub describe: Duration,
+    /// StartSave until its stream begins, and AbortSave.
+    pub save: Duration,
+    /// Pause and Resume.
+    pub run_state: Duration,
+    /// FinishSave: the remaining RAM leaves the node within it.
+    pub finish_save: Duration,
+    /// FinishLoad.
+    pub finish_load: Duration,
+    /// Quit, and the end of the process after it.
+    pub quit: Duration,
+}
+
+impl Default for Deadlines {
+    fn default() -> Self {
+        Self {
+            describe: Duration::from_secs(5),
+            save: Duration::from_secs(10),
+            run_state: Duration::from_secs(10),
+            finish_save: Duration::from_secs(600),
+            finish_load: Duration::from_secs(60),
+            quit: Duration::from_secs(10),
+        }
+    }
+}
+
+/// A VMM that serves the contract.
+#[derive(Debug)]
+pub struct ContractVmm {
+    client: VmmClient<Channel>,
+    process: VmmProcess,
+    pidfd: OwnedFd,
+    deadlines: Deadlines,
+}
+
+impl ContractVmm {
+    /// Connects to the VMM on this socket and holds its process. The connection is the only one: when it ends, so does this.
+    ///
+    /// # Errors
+    /// [`VmmError::Trust`] if the socket or who serves it may not be trusted, [`VmmError::Connect`] if nobody serves it,
+    /// [`VmmError::Deadline`] if nobody takes the connection.
+    pub async fn connect(socket: &Path, deadlines: Deadlines) -> Result<Self, VmmError> {
+        let distrust = |reason: String| VmmError::Trust { path: socket.display().to_string(), reason };
+        let user = geteuid().as_raw();
+        trust(socket, user)?;
+        let limit = deadlines.describe;
+        let stream = timeout(limit, open_unix(socket))
+            .await
+            .map_err(|_| VmmError::Deadline { call: "connect", limit })?
+            .map_err(VmmError::Connect)?;
+        let peer =
+            stream.peer_cred().map_err(|error| distrust(format!("who serves it is not known: {error}")))?;
+        if peer.uid() != user {
+            return Err(distrust(format!("it is served by user {}, and must be by user {user}", peer.uid())));
+        }
+        let pid = peer.pid().and_then(Pid::from_raw).ok_or_else(|| {
+            distrust(
+                "its process is in another PID namespace: the agent must see the VMM's process".to_owned(),
+            )
+        })?;
+        let ended = |why: String| distrust(format!("its process {pid} cannot be held: {why}"));
+        let pidfd = pidfd_open(pid, PidfdFlags::empty())
+            .map_err(|errno| ended(io::Error::from(errno).to_string()))?;
+        let process = VmmProcess::open(pid.as_raw_nonzero().get().unsigned_abs())
+            .map_err(|error| ended(error.to_string()))?;
+        let client = vmm_client(over_unix(stream));
+        Ok(Self { client, process, pidfd, deadlines })
+    }
+
+    /// The VMM's process: its devices are borrowed from it.
+    pub fn process(&self) -> &VmmProcess {
+        &self.process
+    }
+
+    /// Ends the VMM: asks it to quit, and kills its process if it has not ended in time. Returns when it has ended.
+    ///
+    /// # Errors
+    /// [`VmmError::Deadline`] if it is still there, killed or not.
+    pub async fn end(&self) -> Result<(), VmmError> {
+        let limit = self.deadlines.quit;
+        if let Err(error) = self.quit().await {
+            warn!(pid = self.pid(), %error, "the VMM did not quit");
+        } else if timeout(limit, self.exited()).await.is_ok() {
+            return Ok(());
+        }
+        self.kill();
+        timeout(limit, self.exited())
+            .await
+            .map_err(|_| VmmError::Deadline { call: "the end of its process", limit })
+    }
+
+    /// Kills the process, by its pidfd: never another one that has got its number.
+    fn kill(&self) {
+        // It fails only if the process has ended.
+        if let Err(error) = pidfd_send_signal(&self.pidfd, Signal::KILL) {
+            warn!(pid = self.pid(), %error, "the VMM's process was not killed");
+        }
+    }
+
+    async fn call<T>(
+        &self,
+        call: &'static str,
+        limit: Duration,
+        answer: impl Future<Output = Result<Response<T>, Status>>,
+    ) -> Result<T, VmmError> {
+        match timeout(limit, answer).await {
+            Ok(Ok(response)) => Ok(response.into_inner()),
+            Ok(Err(status)) => Err(failed(call, &status)),
+            Err(_) => Err(VmmError::Deadline { call, limit }),
+        }
+    }
+}
+
+/// Lets only sockets through that nobody but `user` could have made.
+fn trust(socket: &Path, user: u32) -> Result<(), VmmError> {
+    let metadata = std::fs::symlink_metadata(socket).map_err(|error| {
+        VmmError::Connect(ConnectError::Socket {
+            path: socket.to_owned(),
+            reason: match error.kind() {
+                io::ErrorKind::NotFound => "it does not exist".to_owned(),
+                _ => error.to_string(),
+            },
+        })
+    })?;
+    let mode = metadata.permissions().mode() & 0o7777;
+    let reason = if !metadata.file_type().is_socket() {
+        "it is not a socket".to_owned()
+    } else if metadata.uid() != user {
+        format!("it belongs to user {}, and must belong to user {user}", metadata.uid())
+    } else if mode != 0o600 {
+        format!("its mode is {mode:04o}, and must be 0600")
+    } else {
+        return Ok(());
+    };
+    Err(VmmError::Trust { path: socket.display().to_string(), reason })
+}
+
+/// A status that came from the VMM is its word; one that was made here, from an error of the transport, is a loss.
+fn failed(call: &'static str, status: &Status) -> VmmError {
+    let made_here = std::error::Error::source(status).is_some() || status.code() == Code::Unavailable;
+    if made_here {
+        return VmmError::Lost { call, message: words(status) };
+    }
+    VmmError::Refused { call, code: status.code(), message: words(status) }
+}
+
+/// Checks what Describe answers.
+fn understand(answer: DescribeResponse) -> Result<Description, VmmError> {
+    let wrong = |reason: String| VmmError::Answer { call: "describe", reason };
+    let run_state = match answer.run_state() {
+        WireRunState::Running => RunState::Running,
+        WireRunState::Paused => RunState::Paused,
+        WireRunState::Incoming => RunState::Incoming,
+        WireRunState::Unspecified => return Err(wrong(format!("run_state {} is unknown", answer.run_state))),
+    };
+    let dirty_tracking = match answer.dirty_tracking() {
+        WireDirtyTracking::None => DirtyTracking::None,
+        WireDirtyTracking::DeviceLog => DirtyTracking::DeviceLog,
+        WireDirtyTracking::Iommu => DirtyTracking::Iommu,
+        WireDirtyTracking::Unspecified => {
+            return Err(wrong(format!("dirty_tracking {} is unknown", answer.dirty_tracking)));
+        }
+    };
+    let mut devices: Vec<VmmDevice> = Vec::with_capacity(answer.devices.len());
+    for device in answer.devices {
+        let name = device.name;
+        if name.is_empty() {
+            return Err(wrong(format!("device {} has no name", devices.len())));
+        }
+        if device.descriptor < 0 {
+            return Err(wrong(format!("device {name} has the descriptor {}", device.descriptor)));
+        }
+        if devices.iter().any(|other| other.name == name || other.descriptor == device.descriptor) {
+            return Err(wrong(format!("device {name}, descriptor {}, is named twice", device.descriptor)));
+        }
+        devices.push(VmmDevice { name, descriptor: device.descriptor, guest_address: device.guest_address });
+    }
+    let ram_bytes = answer.ram.iter().fold(0_u64, |sum, range| sum.saturating_add(range.bytes));
+    Ok(Description { run_state, devices, ram_bytes, dirty_tracking, vmm: answer.vmm })
+}
+
+/// The pieces of a load as messages. A type of its own, since of a nameless adapter around a boxed stream the compiler cannot
+/// prove that the call is Send.
+struct LoadRequests(LoadStream);
+
+impl Stream for LoadRequests {
+    type Item = StartLoadRequest;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.0.poll_next_unpin(cx).map(|piece| piece.map(|data| StartLoadRequest { data }))
+    }
+}
+
+#[async_trait]
+impl Vmm for ContractVmm {
+    async fn describe(&self) -> Result<Description, VmmError> {
+        let mut client = self.client.clone();
+        let answer = self.call("describe", self.deadlines.describe, client.describe(DescribeRequest {}));
+        understand(answer.await?)
+    }
+
+    async fn start_save(&self, live: bool) -> Result<SaveStream, VmmError> {
+        let mut client = self.client.clone();
+        let answer = client.start_save(StartSaveRequest { live });
+        let stream = self.call("start_save", self.deadlines.save, answer).await?;
+        let pieces = stream.filter_map(async |piece| match piece {
+            Ok(piece) if piece.data.is_empty() => None,
+            Ok(piece) => Some(Ok(piece.data)),
+            Err(status) => Some(Err(failed("start_save", &status))),
+        });
+        Ok(pieces.boxed())
+    }
+
+    async fn pause(&self) -> Result<(), VmmError> {
+        let mut client = self.client.clone();
+        self.call("pause", self.deadlines.run_state, client.pause(PauseRequest {})).await.map(drop)
+    }
+
+    async fn finish_save(&self) -> Result<(), VmmError> {
+        let mut client = self.client.clone();
+        let answer = client.finish_save(FinishSaveRequest {});
+        self.call("finish_save", self.deadlines.finish_save, answer).await.map(drop)
+    }
+
+    async fn abort_save(&self) -> Result<(), VmmError> {
+        let mut client = self.client.clone();
+        self.call("abort_save", self.deadlines.save, client.abort_save(AbortSaveRequest {})).await.map(drop)
+    }
+
+    async fn start_load(&self, state: LoadStream) -> Result<(), VmmError> {
+        let mut client = self.client.clone();
+        let answer = client.start_load(LoadRequests(state)).await;
+        answer.map(drop).map_err(|status| failed("start_load", &status))
+    }
+
+    async fn finish_load(&self) -> Result<(), VmmError> {
+        let mut client = self.client.clone();
+        let answer = client.finish_load(FinishLoadRequest {});
+        self.call("finish_load", self.deadlines.finish_load, answer).await.map(drop)
+    }
+
+    async fn resume(&self) -> Result<(), VmmError> {
+        let mut client = self.client.clone();
+        self.call("resume", self.deadlines.run_state, client.resume(ResumeRequest {})).await.map(drop)
+    }
+
+    async fn quit(&self) -> Result<(), VmmError> {
+        let mut client = self.client.clone();
+        match self.call("quit", self.deadlines.quit, client.quit(QuitRequest {})).await {
+            // It may have ended before its answer was on its way.
+            Err(VmmError::Lost { .. }) => timeout(self.deadlines.quit, self.exited())
+                .await
+                .map_err(|_| VmmError::Deadline { call: "quit", limit: self.deadlines.quit }),
+            other => other.map(drop),
+        }
+    }
+
+    fn pid(&self) -> u32 {
+        self.process.identity().pid
+    }
+
+    async fn exited(&self) {
+        if let Err(error) = self.process.exited().await {
+            warn!(pid = self.pid(), %error, "the end of the VMM's process will not be noticed");
+            pending::<()>().await;
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "contract_tests.rs"]
+mod tests;

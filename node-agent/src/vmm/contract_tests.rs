@@ -1,0 +1,268 @@
+use std::fs::{self, Permissions};
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use bytes::Bytes;
+use futures::stream;
+use slackwater_proto::limits::vmm_server;
+use slackwater_proto::server::{bind_unix, serve_unix};
+use slackwater_proto::tonic::service::Routes;
+use slackwater_proto::tonic::{Request, Streaming};
+use slackwater_proto::vmm::vmm_server::Vmm as VmmService;
+use slackwater_proto::vmm::{
+    AbortSaveResponse, Device, FinishLoadResponse, FinishSaveResponse, PauseResponse, QuitResponse, RamRange,
+    ResumeResponse, SaveProgressRequest, SaveProgressResponse, StartLoadResponse, StartSaveResponse,
+};
+use tempfile::TempDir;
+use tokio::sync::oneshot;
+use tokio_stream::wrappers::ReceiverStream;
+
+use super::*;
+
+/// Answers as it is told.
+#[derive(Clone, Default)]
+struct Stub {
+    description: DescribeResponse,
+    loaded: Arc<Mutex<Vec<u8>>>,
+}
+
+#[async_trait]
+impl VmmService for Stub {
+    async fn describe(&self, _: Request<DescribeRequest>) -> Result<Response<DescribeResponse>, Status> {
+        Ok(Response::new(self.description.clone()))
+    }
+
+    type StartSaveStream = ReceiverStream<Result<StartSaveResponse, Status>>;
+
+    async fn start_save(
+        &self,
+        request: Request<StartSaveRequest>,
+    ) -> Result<Response<Self::StartSaveStream>, Status> {
+        if request.into_inner().live {
+            return Err(Status::failed_precondition("nobody tracks what the devices write"));
+        }
+        let (sender, receiver) = tokio::sync::mpsc::channel(8);
+        for data in ["ra", "", "m"] {
+            sender.try_send(Ok(StartSaveResponse { data: Bytes::from_static(data.as_bytes()) })).unwrap();
+        }
+        sender.try_send(Err(Status::internal("the log broke"))).unwrap();
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+
+    async fn save_progress(
+        &self,
+        _: Request<SaveProgressRequest>,
+    ) -> Result<Response<SaveProgressResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn pause(&self, _: Request<PauseRequest>) -> Result<Response<PauseResponse>, Status> {
+        pending().await
+    }
+
+    async fn finish_save(
+        &self,
+        _: Request<FinishSaveRequest>,
+    ) -> Result<Response<FinishSaveResponse>, Status> {
+        Ok(Response::new(FinishSaveResponse {}))
+    }
+
+    async fn abort_save(&self, _: Request<AbortSaveRequest>) -> Result<Response<AbortSaveResponse>, Status> {
+        Ok(Response::new(AbortSaveResponse {}))
+    }
+
+    async fn start_load(
+        &self,
+        request: Request<Streaming<StartLoadRequest>>,
+    ) -> Result<Response<StartLoadResponse>, Status> {
+        let mut stream = request.into_inner();
+        while let Some(piece) = stream.message().await? {
+            self.loaded.lock().unwrap().extend_from_slice(&piece.data);
+        }
+        Ok(Response::new(StartLoadResponse {}))
+    }
+
+    async fn finish_load(
+        &self,
+        _: Request<FinishLoadRequest>,
+    ) -> Result<Response<FinishLoadResponse>, Status> {
+        Err(Status::invalid_argument("17 bytes are missing"))
+    }
+
+    async fn resume(&self, _: Request<ResumeRequest>) -> Result<Response<ResumeResponse>, Status> {
+        Ok(Response::new(ResumeResponse {}))
+    }
+
+    async fn quit(&self, _: Request<QuitRequest>) -> Result<Response<QuitResponse>, Status> {
+        Ok(Response::new(QuitResponse {}))
+    }
+}
+
+struct Served {
+    _dir: TempDir,
+    socket: PathBuf,
+    _stop: oneshot::Sender<()>,
+}
+
+fn serve(stub: Stub) -> Served {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("vmm.sock");
+    let listener = bind_unix(&socket).unwrap();
+    let (stop, stopped) = oneshot::channel::<()>();
+    tokio::spawn(async move {
+        let stopped = async { stopped.await.unwrap_or_default() };
+        serve_unix(listener, Routes::new(vmm_server(stub)), stopped, Duration::ZERO).await
+    });
+    Served { _dir: dir, socket, _stop: stop }
+}
+
+fn short() -> Deadlines {
+    Deadlines {
+        run_state: Duration::from_millis(50),
+        quit: Duration::from_millis(50),
+        ..Deadlines::default()
+    }
+}
+
+async fn connected(stub: Stub) -> (Served, ContractVmm) {
+    let served = serve(stub);
+    let vmm = ContractVmm::connect(&served.socket, short()).await.unwrap();
+    (served, vmm)
+}
+
+#[tokio::test]
+async fn every_call_reaches_the_vmm_and_its_refusals_come_back_in_its_words() {
+    let stub = Stub::default();
+    let (_served, vmm) = connected(stub.clone()).await;
+    assert_eq!(vmm.pid(), std::process::id(), "the one that listens");
+
+    let error = vmm.start_save(true).await.err().unwrap().to_string();
+    assert_eq!(error, "the VMM refused start_save: nobody tracks what the devices write");
+    let saved: Vec<_> = vmm.start_save(false).await.unwrap().collect().await;
+    let saved: Vec<String> = saved
+        .into_iter()
+        .map(|piece| match piece {
+            Ok(piece) => String::from_utf8(piece.to_vec()).unwrap(),
+            Err(error) => error.to_string(),
+        })
+        .collect();
+    assert_eq!(saved, ["ra", "m", "the VMM refused start_save: the log broke"], "empty pieces are left out");
+
+    vmm.start_load(stream::iter([Bytes::from_static(b"ra"), Bytes::from_static(b"m")]).boxed())
+        .await
+        .unwrap();
+    assert_eq!(*stub.loaded.lock().unwrap(), b"ram");
+    assert_eq!(
+        vmm.finish_load().await.unwrap_err().to_string(),
+        "the VMM refused finish_load: 17 bytes are missing"
+    );
+    vmm.finish_save().await.unwrap();
+    vmm.abort_save().await.unwrap();
+    vmm.resume().await.unwrap();
+    vmm.quit().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_call_that_is_not_answered_ends_at_its_deadline() {
+    let (_served, vmm) = connected(Stub::default()).await;
+    assert_eq!(vmm.pause().await.unwrap_err().to_string(), "the VMM did not answer pause within 50 ms");
+    vmm.resume().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_vmm_that_goes_away_is_lost_and_not_taken_for_one_that_refuses() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("vmm.sock");
+    let listener = bind_unix(&socket).unwrap();
+    let vmm = ContractVmm::connect(&socket, short()).await.unwrap();
+    drop(listener);
+    let error = vmm.describe().await.unwrap_err();
+    assert!(matches!(error, VmmError::Lost { call: "describe", .. }), "{error:?}");
+    let error = ContractVmm::connect(&socket, short()).await.unwrap_err().to_string();
+    let expected = format!(
+        "the VMM cannot be reached: cannot connect to the socket {}: nobody listens on it (its process has ended)",
+        socket.display()
+    );
+    assert_eq!(error, expected);
+}
+
+#[tokio::test]
+async fn only_a_socket_that_nobody_else_could_have_made_is_trusted() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("vmm.sock");
+    let refusal = async |path: &Path| {
+        let error = ContractVmm::connect(path, short()).await.unwrap_err().to_string();
+        error.replace(&dir.path().display().to_string(), "DIR")
+    };
+    assert_eq!(
+        refusal(&socket).await,
+        "the VMM cannot be reached: cannot connect to the socket DIR/vmm.sock: it does not exist"
+    );
+    let _listener = UnixListener::bind(&socket).unwrap();
+    for mode in [0o666, 0o660, 0o700, 0o4600] {
+        fs::set_permissions(&socket, Permissions::from_mode(mode)).unwrap();
+        assert_eq!(
+            refusal(&socket).await,
+            format!("the VMM's socket DIR/vmm.sock is refused: its mode is {mode:04o}, and must be 0600")
+        );
+    }
+    fs::set_permissions(&socket, Permissions::from_mode(0o600)).unwrap();
+    let link = dir.path().join("link.sock");
+    std::os::unix::fs::symlink(&socket, &link).unwrap();
+    assert_eq!(refusal(&link).await, "the VMM's socket DIR/link.sock is refused: it is not a socket");
+    // Another user than the one that it belongs to.
+    let me = geteuid().as_raw();
+    let error = trust(&socket, me + 1).unwrap_err().to_string();
+    assert!(
+        error.ends_with(&format!("it belongs to user {me}, and must belong to user {}", me + 1)),
+        "{error}"
+    );
+    assert!(trust(&socket, me).is_ok());
+}
+
+fn device(name: &str, descriptor: i32) -> Device {
+    Device { name: name.to_owned(), descriptor, guest_address: "pio 0x1000".to_owned() }
+}
+
+fn description() -> DescribeResponse {
+    DescribeResponse {
+        run_state: WireRunState::Running.into(),
+        devices: vec![device("a", 3), device("b", 4)],
+        ram: vec![RamRange { gpa: 0, iova: 0, bytes: 7 }, RamRange { gpa: 9, iova: 9, bytes: u64::MAX }],
+        dirty_tracking: WireDirtyTracking::None.into(),
+        vmm: "lab 1".to_owned(),
+    }
+}
+
+#[tokio::test]
+async fn a_description_is_taken_over_in_the_vmms_order() {
+    let (_served, vmm) = connected(Stub { description: description(), ..Stub::default() }).await;
+    let described = vmm.describe().await.unwrap();
+    assert_eq!((described.run_state, described.dirty_tracking), (RunState::Running, DirtyTracking::None));
+    assert_eq!(
+        described.devices.iter().map(|d| (d.name.as_str(), d.descriptor)).collect::<Vec<_>>(),
+        [("a", 3), ("b", 4)]
+    );
+    assert_eq!(described.ram_bytes, u64::MAX, "a sum that does not fit is not wrapped");
+    assert_eq!(described.vmm, "lab 1");
+}
+
+#[test]
+fn a_description_that_makes_no_sense_is_refused_with_what_is_wrong() {
+    type Change = fn(&mut DescribeResponse);
+    let changes: [(&str, Change); 6] = [
+        ("run_state 9 is unknown", |d| d.run_state = 9),
+        ("dirty_tracking 0 is unknown", |d| d.dirty_tracking = 0),
+        ("device 1 has no name", |d| d.devices[1].name.clear()),
+        ("device b has the descriptor -1", |d| d.devices[1].descriptor = -1),
+        ("device a, descriptor 4, is named twice", |d| d.devices[1].name = "a".to_owned()),
+        ("device b, descriptor 3, is named twice", |d| d.devices[1].descriptor = 3),
+    ];
+    for (reason, change) in changes {
+        let mut described = description();
+        change(&mut described);
+        let error = understand(described).unwrap_err().to_string();
+        assert_eq!(error, format!("the VMM's answer to describe is not valid: {reason}"));
+    }
+}
