@@ -4,3 +4,10 @@
 #![deny(unsafe_code)]
 
 pub mod vfio;
+#[cfg(feature = "faults")]
+pub mod faults;
+pub mod handover;
+pub mod host;
+pub mod service;
+pub mod transfer;
+pub mod vmm;

@@ -289,6 +289,7 @@ impl Destination {
 
     fn fail(&mut self, failure: Failure, effects: &mut Vec<Effect>) {
         if self.may_have_run() {
+            let failure = Failure::new(Reason::StartFailed, failure.message);
             effects.push(Effect::SendFailed(failure.clone()));
             self.finish(End::Stuck(failure), effects);
         } else {

@@ -309,9 +309,6 @@ impl Shell {
             Signal::Event(event) => Some(event),
             Signal::Peer(answers) => {
                 self.answers = Some(answers);
-                for step in std::mem::take(&mut self.steps) {
-                    self.answer(handover_response::Message::DeviceStep(step));
-                }
                 Some(Event::PeerConnected)
             }
             Signal::TwinReady(twin) => {
@@ -370,7 +367,12 @@ impl Shell {
             Effect::ConfirmReserved => {
                 self.tell_reserved.send_replace(Some(Ok(())));
             }
-            Effect::SendReady => self.answer(handover_response::Message::Ready(Ready {})),
+            Effect::SendReady => {
+                self.answer(handover_response::Message::Ready(Ready {}));
+                for step in std::mem::take(&mut self.steps) {
+                    self.answer(handover_response::Message::DeviceStep(step));
+                }
+            }
             Effect::FinishLoad => {
                 self.call(|vmm| vmm.finish_load(), Event::LoadFinished);
             }

@@ -8,6 +8,8 @@ mod phases;
 mod pump;
 pub mod receiving;
 pub mod source;
+#[cfg(test)]
+mod tests;
 mod timings;
 
 use futures::future::BoxFuture;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use futures::future::BoxFuture;
 use slackwater_proto::channel::words;
 use slackwater_proto::node::{Phase as ToldPhase, Progress};
 use slackwater_proto::tonic::Streaming;
@@ -29,7 +30,7 @@ use crate::handover::{Blob, Failure, Reason};
 use crate::host::clock::Clock;
 use crate::vfio::state::{Features, MigrationState};
 use crate::vfio::worker::DeviceHandle;
-use crate::vmm::Vmm;
+use crate::vmm::{RunState, Vmm, VmmError};
 
 /// How often progress is told while bytes are moving.
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
@@ -49,7 +50,7 @@ pub struct SourceParts {
     /// The commit must have happened by then.
     pub pre_commit_timeout: Duration,
     /// Gives back what is left of the VM here, once it runs elsewhere.
-    pub release: Box<dyn FnOnce() -> futures::future::BoxFuture<'static, ()> + Send>,
+    pub release: Box<dyn FnOnce() -> BoxFuture<'static, ()> + Send>,
     /// Where everything is told.
     pub log: EventLog,
 }
@@ -254,7 +255,7 @@ impl Shell {
             }
             Effect::CloseStreams => self.close_streams(),
             Effect::Reset(index) => self.reset(index),
-            Effect::Resume => self.call(|vmm| vmm.resume(), Event::Resumed, Event::ResumeFailed),
+            Effect::Resume => self.call(resume, Event::Resumed, Event::ResumeFailed),
             Effect::Release => self.release(),
             Effect::Finish(end) => self.end = Some(end),
         }
@@ -544,4 +545,14 @@ impl Shell {
 
 fn lost(peer: &str, why: &str) -> Event {
     Event::Failed(Failure::new(Reason::PeerLost, format!("the destination {peer} was lost: {why}")))
+}
+
+/// After a pause that failed it is not known whether the vCPUs run; to resume a VM that runs would be refused.
+fn resume(vmm: &dyn Vmm) -> BoxFuture<'_, Result<(), VmmError>> {
+    Box::pin(async move {
+        match vmm.describe().await?.run_state {
+            RunState::Running => Ok(()),
+            RunState::Paused | RunState::Incoming => vmm.resume().await,
+        }
+    })
 }

@@ -1,0 +1,218 @@
+//! What a request must look like before anything is done for it. Pure: every error names the field, its value and what would be
+//! right.
+
+use std::time::Duration;
+
+use slackwater_proto::node::{
+    DevicePair, MigrateRequest, MigrationFeatures, MigrationRef, PeerToPeer as WirePeerToPeer,
+    ReserveRequest, VmRef,
+};
+
+use crate::handover::policy::PeerToPeer;
+use crate::vfio::state::Features;
+
+/// More devices than any VM has; a bound on what a request can make us do.
+const DEVICES_MAX: usize = 256;
+/// Characters of a migration's id.
+const ID_MAX: usize = 64;
+
+/// A field that cannot be accepted.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{field} is {value}: {expected}")]
+pub struct InvalidField {
+    /// Its path in the message.
+    pub field: String,
+    /// What was given.
+    pub value: String,
+    /// What would be right.
+    pub expected: &'static str,
+}
+
+fn invalid(field: impl Into<String>, value: impl std::fmt::Debug, expected: &'static str) -> InvalidField {
+    InvalidField { field: field.into(), value: format!("{value:?}"), expected }
+}
+
+/// Which attempt of which migration, and who asks.
+pub fn migration(given: Option<&MigrationRef>) -> Result<MigrationRef, InvalidField> {
+    let given = given.ok_or_else(|| invalid("migration", "absent", "every call names its migration"))?;
+    let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    if given.id.is_empty() || given.id.len() > ID_MAX || !given.id.chars().all(allowed) {
+        return Err(invalid("migration.id", &given.id, "1 to 64 characters of a-z, 0-9 and -"));
+    }
+    if given.attempt == 0 {
+        return Err(invalid("migration.attempt", given.attempt, "attempts count from 1"));
+    }
+    Ok(given.clone())
+}
+
+/// Which VM.
+pub fn vm(given: Option<&VmRef>) -> Result<VmRef, InvalidField> {
+    let given = given.ok_or_else(|| invalid("vm", "absent", "a VM's namespace and name"))?;
+    for (field, value) in [("vm.namespace", &given.namespace), ("vm.name", &given.name)] {
+        if !crate::host::vm::is_dns_label(value) {
+            return Err(invalid(
+                field,
+                value,
+                "a DNS label: 1 to 63 characters of a-z, 0-9 and -, not at an end",
+            ));
+        }
+    }
+    Ok(given.clone())
+}
+
+/// The multi-device policy.
+pub fn peer_to_peer(given: i32) -> Result<PeerToPeer, InvalidField> {
+    match WirePeerToPeer::try_from(given) {
+        Ok(WirePeerToPeer::Required) => Ok(PeerToPeer::Required),
+        Ok(WirePeerToPeer::AssumeIsolated) => Ok(PeerToPeer::AssumeIsolated),
+        Ok(WirePeerToPeer::Unspecified) | Err(_) => {
+            Err(invalid("peer_to_peer", given, "PEER_TO_PEER_REQUIRED or PEER_TO_PEER_ASSUME_ISOLATED"))
+        }
+    }
+}
+
+/// A time that must be given.
+pub fn milliseconds(field: &str, given: u64) -> Result<Duration, InvalidField> {
+    if given == 0 {
+        return Err(invalid(field, given, "a time in milliseconds, at least 1"));
+    }
+    Ok(Duration::from_millis(given))
+}
+
+/// Device pairs: each side named, and named once.
+pub fn devices(given: &[DevicePair]) -> Result<&[DevicePair], InvalidField> {
+    if given.len() > DEVICES_MAX {
+        return Err(invalid("devices", given.len(), "at most 256 devices"));
+    }
+    for (index, pair) in given.iter().enumerate() {
+        if pair.source.is_empty() || pair.target.is_empty() {
+            let value = format!("{} -> {}", pair.source, pair.target);
+            return Err(invalid(
+                format!("devices[{index}]"),
+                value,
+                "the name of a device at the source and of one at the target",
+            ));
+        }
+        if pair.features.is_none() {
+            return Err(invalid(
+                format!("devices[{index}].features"),
+                "absent",
+                "the features of the source device",
+            ));
+        }
+        let earlier = given.get(..index).unwrap_or_default();
+        if earlier.iter().any(|other| other.source == pair.source || other.target == pair.target) {
+            let value = format!("{} -> {}", pair.source, pair.target);
+            return Err(invalid(format!("devices[{index}]"), value, "no device may be named twice"));
+        }
+    }
+    Ok(given)
+}
+
+/// Checks what a reservation says, as far as the message alone can tell.
+pub fn reserve(
+    request: &ReserveRequest,
+) -> Result<(MigrationRef, VmRef, PeerToPeer, Duration), InvalidField> {
+    let reference = migration(request.migration.as_ref())?;
+    let vm = vm(request.vm.as_ref())?;
+    if !slackwater_proto::identity::is_node_name(&request.source_node) {
+        return Err(invalid("source_node", &request.source_node, "the name of the source's node"));
+    }
+    devices(&request.devices)?;
+    let policy = peer_to_peer(request.peer_to_peer)?;
+    let silence = milliseconds("silence_timeout_ms", request.silence_timeout_ms)?;
+    Ok((reference, vm, policy, silence))
+}
+
+/// Checks what a migration says, as far as the message alone can tell.
+pub fn migrate(
+    request: &MigrateRequest,
+) -> Result<(MigrationRef, VmRef, PeerToPeer, Duration), InvalidField> {
+    let reference = migration(request.migration.as_ref())?;
+    let vm = vm(request.vm.as_ref())?;
+    if !slackwater_proto::identity::is_node_name(&request.target_node) {
+        return Err(invalid("target_node", &request.target_node, "the name of the destination's node"));
+    }
+    if request.target_address.is_empty() {
+        return Err(invalid(
+            "target_address",
+            &request.target_address,
+            "host:port of the destination's agent",
+        ));
+    }
+    devices(&request.devices)?;
+    let policy = peer_to_peer(request.peer_to_peer)?;
+    let timeout = milliseconds("pre_commit_timeout_ms", request.pre_commit_timeout_ms)?;
+    Ok((reference, vm, policy, timeout))
+}
+
+/// Features as the wire has them.
+pub fn to_wire(features: Features) -> MigrationFeatures {
+    MigrationFeatures { stop_copy: features.stop_copy, p2p: features.p2p, pre_copy: features.pre_copy }
+}
+
+/// Features as the device has them.
+pub fn from_wire(features: MigrationFeatures) -> Features {
+    Features { stop_copy: features.stop_copy, p2p: features.p2p, pre_copy: features.pre_copy }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn reference() -> MigrationRef {
+        MigrationRef { id: "3f1c".to_owned(), attempt: 1, operator_epoch: 0 }
+    }
+
+    fn pair(source: &str, target: &str) -> DevicePair {
+        DevicePair {
+            source: source.to_owned(),
+            target: target.to_owned(),
+            features: Some(MigrationFeatures::default()),
+            ..DevicePair::default()
+        }
+    }
+
+    fn request() -> MigrateRequest {
+        MigrateRequest {
+            migration: Some(reference()),
+            vm: Some(VmRef { namespace: "demo".to_owned(), name: "counter".to_owned() }),
+            target_node: "node-b".to_owned(),
+            target_address: "10.77.0.2:7443".to_owned(),
+            devices: vec![pair("a", "b")],
+            peer_to_peer: WirePeerToPeer::Required.into(),
+            pre_commit_timeout_ms: 1000,
+        }
+    }
+
+    #[test]
+    fn a_complete_request_is_accepted() {
+        assert!(migrate(&request()).is_ok());
+    }
+
+    #[test]
+    fn every_broken_field_is_named_with_its_value_and_what_would_be_right() {
+        type Break = fn(&mut MigrateRequest);
+        let cases: [(Break, &str); 10] = [
+            (|r| r.migration = None, r#"migration is "absent": every call names its migration"#),
+            (
+                |r| r.migration.as_mut().unwrap().id = "A/B".to_owned(),
+                r#"migration.id is "A/B": 1 to 64 characters"#,
+            ),
+            (|r| r.migration.as_mut().unwrap().attempt = 0, "migration.attempt is 0: attempts count from 1"),
+            (|r| r.vm = None, r#"vm is "absent": a VM's namespace and name"#),
+            (|r| r.vm.as_mut().unwrap().name = "../etc".to_owned(), r#"vm.name is "../etc": a DNS label"#),
+            (|r| r.target_node.clear(), r#"target_node is "": the name of"#),
+            (|r| r.target_address.clear(), r#"target_address is "": host:port"#),
+            (|r| r.peer_to_peer = 9, "peer_to_peer is 9: PEER_TO_PEER_REQUIRED or"),
+            (|r| r.pre_commit_timeout_ms = 0, "pre_commit_timeout_ms is 0: a time in milliseconds"),
+            (|r| r.devices.push(pair("c", "b")), r#"devices[1] is "c -> b": no device may be named twice"#),
+        ];
+        for (break_it, expected) in cases {
+            let mut broken = request();
+            break_it(&mut broken);
+            let error = migrate(&broken).unwrap_err().to_string();
+            assert!(error.starts_with(expected), "{error}");
+        }
+    }
+}

@@ -1,0 +1,86 @@
+//! `slackwater.transfer.v1`, served at the destination: only the agent that the reservation names as source may call.
+
+use std::pin::Pin;
+use std::sync::Arc;
+
+use futures::Stream;
+use slackwater_proto::identity;
+use slackwater_proto::tonic::{Request, Response, Status, Streaming, async_trait};
+use slackwater_proto::transfer::transfer_server::Transfer;
+use slackwater_proto::transfer::{
+    Attempt, HandoverRequest, HandoverResponse, SendBlobRequest, SendBlobResponse, blob_header,
+    handover_request, send_blob_request,
+};
+
+use super::registry::{Part, Registry};
+use crate::handover::Blob;
+use crate::handover::shell::destination::DestinationRun;
+
+/// The service.
+#[derive(Debug)]
+pub struct TransferService {
+    registry: Arc<Registry>,
+}
+
+impl TransferService {
+    /// Serves what `registry` has reserved.
+    pub fn new(registry: Arc<Registry>) -> Self {
+        Self { registry }
+    }
+
+    /// The reservation that a caller may use.
+    fn reservation(&self, caller: &str, attempt: Option<Attempt>) -> Result<DestinationRun, Status> {
+        let attempt = attempt.ok_or_else(|| Status::invalid_argument("attempt is absent"))?;
+        match self.registry.part(&attempt.migration_id, attempt.attempt) {
+            Some(Part::Destination(run, request)) => {
+                identity::require_node(caller, &request.source_node)?;
+                Ok(run)
+            }
+            _ => Err(Status::not_found(format!(
+                "nothing is reserved here for attempt {} of migration {}",
+                attempt.attempt, attempt.migration_id
+            ))),
+        }
+    }
+}
+
+#[async_trait]
+impl Transfer for TransferService {
+    type HandoverStream = Pin<Box<dyn Stream<Item = Result<HandoverResponse, Status>> + Send>>;
+
+    async fn handover(
+        &self,
+        request: Request<Streaming<HandoverRequest>>,
+    ) -> Result<Response<Self::HandoverStream>, Status> {
+        let caller = identity::require_agent(&request)?;
+        let mut requests = request.into_inner();
+        let hello = match requests.message().await?.and_then(|request| request.message) {
+            Some(handover_request::Message::Hello(hello)) => hello,
+            _ => return Err(Status::invalid_argument("the first message of a hand-over is Hello")),
+        };
+        let run = self.reservation(&caller, hello.attempt)?;
+        Ok(Response::new(Box::pin(run.handover(requests))))
+    }
+
+    async fn send_blob(
+        &self,
+        request: Request<Streaming<SendBlobRequest>>,
+    ) -> Result<Response<SendBlobResponse>, Status> {
+        let caller = identity::require_agent(&request)?;
+        let mut stream = request.into_inner();
+        let header = match stream.message().await?.and_then(|request| request.message) {
+            Some(send_blob_request::Message::Header(header)) => header,
+            _ => return Err(Status::invalid_argument("the first message of a blob is its header")),
+        };
+        let blob = match header.blob {
+            Some(blob_header::Blob::Device(index)) => {
+                Blob::Device(usize::try_from(index).unwrap_or(usize::MAX))
+            }
+            Some(blob_header::Blob::Vmm(_)) => Blob::Vmm,
+            None => return Err(Status::invalid_argument("header.blob is absent: a device's index, or vmm")),
+        };
+        let run = self.reservation(&caller, header.attempt)?;
+        run.receive(blob, stream).await?;
+        Ok(Response::new(SendBlobResponse {}))
+    }
+}
