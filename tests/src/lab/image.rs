@@ -43,6 +43,9 @@ fn fill(archive: &mut Archive, image: &Image, kernel: &Path) -> Result<(), LabEr
         archive.folder(folder).map_err(adding())?;
     }
     archive.file("init", 0o755, include_bytes!("node-init.sh")).map_err(adding())?;
+    for (name, content) in crate::witness::SCRIPTS {
+        archive.file(&format!("bin/{name}"), 0o755, content).map_err(adding())?;
+    }
     add_busybox(archive)?;
     let modules = kernel.join("modules");
     for name in names_in(&modules)? {

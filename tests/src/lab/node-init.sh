@@ -36,6 +36,8 @@ for type in $(parameter devices | tr ',' ' '); do
   device=$((device + 1))
 done
 
+witness-arm || echo "node-init: the witness was not armed"
+
 echo "node-init: up after $(cut -d ' ' -f 1 /proc/uptime) s"
 slackwater-lab-node serve
 echo "node-init: the control service ended with status $?"
