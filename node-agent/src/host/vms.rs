@@ -20,6 +20,9 @@ use super::vm::{self, VM_JSON_LIMIT_BYTES, VmJson};
 /// The file that makes a directory a VM.
 const VM_JSON: &str = "vm.json";
 
+/// Where it is written before it is moved into place.
+const TEMPORARY: &str = ".vm.json.new";
+
 /// A directory with a `vm.json`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VmEntry {
@@ -75,7 +78,7 @@ pub fn directory(run_dir: &Path, vm: &VmJson) -> PathBuf {
 /// # Errors
 /// If the file cannot be written. There is then none, or the one that was there before.
 pub fn publish(directory: &Path, vm_json: &str) -> io::Result<()> {
-    let temporary = directory.join(".vm.json.new");
+    let temporary = directory.join(TEMPORARY);
     let mut file = File::create(&temporary)?;
     file.write_all(vm_json.as_bytes())?;
     file.sync_all()?;
@@ -83,17 +86,25 @@ pub fn publish(directory: &Path, vm_json: &str) -> io::Result<()> {
     File::open(directory)?.sync_all()
 }
 
-/// Takes the VM's or twin's directory away, with all that is in it. `vm.json` goes first, so that nobody sees half of a VM.
+/// Takes a VM away from this node: its `vm.json` first, so that nobody sees half of a VM, then `files`, then the directory, if
+/// nothing else is in it. What somebody else has put there (a disk, say) stays.
 ///
 /// # Errors
-/// If something cannot be removed. A directory that is gone already is no error.
-pub fn remove(directory: &Path) -> io::Result<()> {
-    let gone = |result: io::Result<()>| match result {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other,
-    };
-    gone(fs::remove_file(directory.join(VM_JSON)))?;
-    gone(fs::remove_dir_all(directory))
+/// If something cannot be removed. What is gone already is no error.
+pub fn retire(directory: &Path, files: &[&Path]) -> io::Result<()> {
+    let own = [directory.join(VM_JSON), directory.join(TEMPORARY)];
+    for file in own.iter().map(PathBuf::as_path).chain(files.iter().copied()) {
+        match fs::remove_file(file) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    match fs::remove_dir(directory) {
+        Err(error) if !matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty) => {
+            Err(error)
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The list of VMs, kept up to date for as long as this lives.
@@ -326,13 +337,17 @@ mod tests {
         publish(&twin, &vm_json("twin")).unwrap();
         becomes(&mut list, &["demo.early", "demo.late", "demo.twin"]).await;
 
-        remove(&vms.join("demo.early")).unwrap();
-        remove(&vms.join("demo.early")).unwrap();
+        retire(&vms.join("demo.early"), &[]).unwrap();
+        retire(&vms.join("demo.early"), &[]).unwrap();
+        assert!(!vms.join("demo.early").exists());
         fs::remove_file(vms.join("demo.late/vm.json")).unwrap();
         becomes(&mut list, &["demo.twin"]).await;
 
         // One of the same name in its place: the watch of the old directory would see nothing of it.
-        remove(&twin).unwrap();
+        fs::write(twin.join("disk.img"), "precious").unwrap();
+        retire(&twin, &[&twin.join("twin.log")]).unwrap();
+        assert_eq!(fs::read_dir(&twin).unwrap().count(), 1, "the disk stays, and nothing else");
+        fs::remove_dir_all(&twin).unwrap();
         fs::create_dir(&twin).unwrap();
         becomes(&mut list, &[]).await;
         publish(&twin, &vm_json("twin")).unwrap();

@@ -1,103 +1,18 @@
 use std::fs::{self, Permissions};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 use futures::stream;
 use slackwater_proto::limits::vmm_server;
 use slackwater_proto::server::{bind_unix, serve_unix};
 use slackwater_proto::tonic::service::Routes;
-use slackwater_proto::tonic::{Request, Streaming};
-use slackwater_proto::vmm::vmm_server::Vmm as VmmService;
-use slackwater_proto::vmm::{
-    AbortSaveResponse, Device, FinishLoadResponse, FinishSaveResponse, PauseResponse, QuitResponse, RamRange,
-    ResumeResponse, SaveProgressRequest, SaveProgressResponse, StartLoadResponse, StartSaveResponse,
-};
+use slackwater_proto::vmm::{Device, RamRange};
 use tempfile::TempDir;
 use tokio::sync::oneshot;
-use tokio_stream::wrappers::ReceiverStream;
 
 use super::*;
-
-/// Answers as it is told.
-#[derive(Clone, Default)]
-struct Stub {
-    description: DescribeResponse,
-    loaded: Arc<Mutex<Vec<u8>>>,
-}
-
-#[async_trait]
-impl VmmService for Stub {
-    async fn describe(&self, _: Request<DescribeRequest>) -> Result<Response<DescribeResponse>, Status> {
-        Ok(Response::new(self.description.clone()))
-    }
-
-    type StartSaveStream = ReceiverStream<Result<StartSaveResponse, Status>>;
-
-    async fn start_save(
-        &self,
-        request: Request<StartSaveRequest>,
-    ) -> Result<Response<Self::StartSaveStream>, Status> {
-        if request.into_inner().live {
-            return Err(Status::failed_precondition("nobody tracks what the devices write"));
-        }
-        let (sender, receiver) = tokio::sync::mpsc::channel(8);
-        for data in ["ra", "", "m"] {
-            sender.try_send(Ok(StartSaveResponse { data: Bytes::from_static(data.as_bytes()) })).unwrap();
-        }
-        sender.try_send(Err(Status::internal("the log broke"))).unwrap();
-        Ok(Response::new(ReceiverStream::new(receiver)))
-    }
-
-    async fn save_progress(
-        &self,
-        _: Request<SaveProgressRequest>,
-    ) -> Result<Response<SaveProgressResponse>, Status> {
-        Err(Status::unimplemented(""))
-    }
-
-    async fn pause(&self, _: Request<PauseRequest>) -> Result<Response<PauseResponse>, Status> {
-        pending().await
-    }
-
-    async fn finish_save(
-        &self,
-        _: Request<FinishSaveRequest>,
-    ) -> Result<Response<FinishSaveResponse>, Status> {
-        Ok(Response::new(FinishSaveResponse {}))
-    }
-
-    async fn abort_save(&self, _: Request<AbortSaveRequest>) -> Result<Response<AbortSaveResponse>, Status> {
-        Ok(Response::new(AbortSaveResponse {}))
-    }
-
-    async fn start_load(
-        &self,
-        request: Request<Streaming<StartLoadRequest>>,
-    ) -> Result<Response<StartLoadResponse>, Status> {
-        let mut stream = request.into_inner();
-        while let Some(piece) = stream.message().await? {
-            self.loaded.lock().unwrap().extend_from_slice(&piece.data);
-        }
-        Ok(Response::new(StartLoadResponse {}))
-    }
-
-    async fn finish_load(
-        &self,
-        _: Request<FinishLoadRequest>,
-    ) -> Result<Response<FinishLoadResponse>, Status> {
-        Err(Status::invalid_argument("17 bytes are missing"))
-    }
-
-    async fn resume(&self, _: Request<ResumeRequest>) -> Result<Response<ResumeResponse>, Status> {
-        Ok(Response::new(ResumeResponse {}))
-    }
-
-    async fn quit(&self, _: Request<QuitRequest>) -> Result<Response<QuitResponse>, Status> {
-        Ok(Response::new(QuitResponse {}))
-    }
-}
+use crate::vmm::stub::Stub;
 
 struct Served {
     _dir: TempDir,

@@ -12,9 +12,15 @@ use futures::stream::BoxStream;
 use slackwater_proto::channel::ConnectError;
 use slackwater_proto::tonic::{Code, async_trait};
 
+pub mod cgroup;
 pub mod contract;
 #[cfg(any(test, feature = "faults"))]
 pub mod fake;
+mod file_events;
+#[cfg(test)]
+mod stub;
+pub mod twin;
+pub mod twin_exec;
 
 /// RAM and machine state as the VMM gives them, in pieces of at most 1 MiB. Ends after the last piece; an error ends it, too.
 pub type SaveStream = BoxStream<'static, Result<Bytes, VmmError>>;

@@ -1,0 +1,221 @@
+//! A control group of its own for each twin, so that an agent which ends takes nothing along, and a twin that is discarded leaves
+//! nothing behind. Version 2 only: cgroup.kill is atomic, and cgroup.events tells when the last process has gone.
+//!
+//! `<root>/slackwater/<namespace>.<name>-<migration>`, as in Documentation/admin-guide/cgroup-v2.rst.
+
+use std::fs;
+use std::io;
+use std::path::{Component, Path, PathBuf};
+use std::time::Duration;
+
+use tokio::time::timeout;
+
+use super::file_events::FileEvents;
+
+/// The group of all twins, below the root.
+const PARENT: &str = "slackwater";
+
+/// CGROUP2_SUPER_MAGIC of include/uapi/linux/magic.h.
+const CGROUP2_SUPER_MAGIC: i64 = 0x6367_7270;
+
+/// Why a control group could not be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CgroupError {
+    /// Not version 2.
+    #[error(
+        "{path} is not cgroup v2: mount it there (`mount -t cgroup2`), or boot with systemd.unified_cgroup_hierarchy=1"
+    )]
+    NotV2 {
+        /// The root that was looked at.
+        path: PathBuf,
+    },
+    /// The root is not there or cannot be looked at.
+    #[error("cannot use the cgroups at {path}")]
+    Root {
+        /// The root.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A name that is no name of a directory.
+    #[error("`{name}` is no name for a cgroup")]
+    Name {
+        /// It.
+        name: String,
+    },
+    /// No permission, or a limit on how many there may be.
+    #[error("cannot make the cgroup {path}")]
+    Make {
+        /// The group.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Somebody lives in it.
+    #[error("the cgroup {path} is in use by process {pid}")]
+    InUse {
+        /// The group.
+        path: PathBuf,
+        /// One of its processes.
+        pid: u32,
+    },
+    /// One of its files.
+    #[error("cannot use {path}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Its last process did not go.
+    #[error("processes of the cgroup {path} are still there {} ms after they have been killed", limit.as_millis())]
+    StillThere {
+        /// The group.
+        path: PathBuf,
+        /// How long they had.
+        limit: Duration,
+    },
+    /// No inotify.
+    #[error("cannot watch {path}")]
+    Watch {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: notify::Error,
+    },
+}
+
+/// A twin's control group. Dropping it changes nothing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cgroup {
+    path: PathBuf,
+}
+
+impl Cgroup {
+    /// Makes the group `<root>/slackwater/<name>`, or takes over an empty one of that name.
+    ///
+    /// # Errors
+    /// [`CgroupError`]: no cgroup v2 at `root`, no permission, or a group of that name in which processes live.
+    pub fn make(root: &Path, name: &str) -> Result<Self, CgroupError> {
+        let at_root = |source: io::Error| CgroupError::Root { path: root.to_owned(), source };
+        let kind = rustix::fs::statfs(root).map_err(|errno| at_root(errno.into()))?;
+        if kind.f_type as i64 != CGROUP2_SUPER_MAGIC {
+            return Err(CgroupError::NotV2 { path: root.to_owned() });
+        }
+        let mut components = Path::new(name).components();
+        if !matches!((components.next(), components.next()), (Some(Component::Normal(only)), None) if only == name)
+        {
+            return Err(CgroupError::Name { name: name.to_owned() });
+        }
+        let path = root.join(PARENT).join(name);
+        fs::create_dir_all(&path).map_err(|source| CgroupError::Make { path: path.clone(), source })?;
+        let group = Self { path };
+        match group.processes()?.first() {
+            Some(pid) => Err(CgroupError::InUse { path: group.path, pid: *pid }),
+            None => Ok(group),
+        }
+    }
+
+    /// The group in which a process lives, if that is a twin's: `None` for a VMM that was started by somebody else.
+    ///
+    /// # Errors
+    /// If `/proc/<pid>/cgroup` cannot be read.
+    pub fn of_process(root: &Path, pid: u32) -> Result<Option<Self>, CgroupError> {
+        let path = PathBuf::from(format!("/proc/{pid}/cgroup"));
+        let text = fs::read_to_string(&path).map_err(|source| CgroupError::File { path, source })?;
+        Ok(twins_group(&text).map(|name| Self { path: root.join(PARENT).join(name) }))
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The processes that live in it, as the agent's PID namespace numbers them.
+    ///
+    /// # Errors
+    /// If cgroup.procs cannot be read.
+    pub fn processes(&self) -> Result<Vec<u32>, CgroupError> {
+        let path = self.path.join("cgroup.procs");
+        let text = fs::read_to_string(&path).map_err(|source| CgroupError::File { path, source })?;
+        Ok(text.lines().filter_map(|line| line.parse().ok()).collect())
+    }
+
+    /// Kills all that lives in it, waits until it is empty, and removes it. A group that is gone already is no error.
+    ///
+    /// # Errors
+    /// [`CgroupError::StillThere`] after `limit`; a process in an uninterruptible sleep cannot be killed. [`CgroupError::File`],
+    /// [`CgroupError::Watch`].
+    pub async fn clear(&self, limit: Duration) -> Result<(), CgroupError> {
+        let events = self.path.join("cgroup.events");
+        // Watched before the kill: the last process may be gone before anybody looks.
+        let changes = match FileEvents::watch(&events) {
+            Ok(changes) => changes,
+            Err(_) if !self.path.exists() => return Ok(()),
+            Err(source) => return Err(CgroupError::Watch { path: events, source }),
+        };
+        let kill = self.path.join("cgroup.kill");
+        fs::write(&kill, "1").map_err(|source| CgroupError::File { path: kill, source })?;
+        let emptied = async {
+            while populated(&events)? {
+                changes.next().await;
+            }
+            Ok(())
+        };
+        timeout(limit, emptied)
+            .await
+            .map_err(|_| CgroupError::StillThere { path: self.path.clone(), limit })??;
+        fs::remove_dir(&self.path).map_err(|source| CgroupError::File { path: self.path.clone(), source })
+    }
+}
+
+/// Whether cgroup.events says that something lives in the group or below.
+fn populated(events: &Path) -> Result<bool, CgroupError> {
+    let text =
+        fs::read_to_string(events).map_err(|source| CgroupError::File { path: events.to_owned(), source })?;
+    Ok(text.lines().any(|line| line == "populated 1"))
+}
+
+/// The name of a twin's group in `/proc/<pid>/cgroup`, where `0::` begins the line of version 2.
+fn twins_group(text: &str) -> Option<&str> {
+    let path = text.lines().find_map(|line| line.strip_prefix("0::"))?;
+    let name = path.strip_prefix('/')?.strip_prefix(PARENT)?.strip_prefix('/')?;
+    (!name.is_empty() && !name.contains('/')).then_some(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn where_there_is_no_cgroup_v2_the_error_says_so_and_what_helps() {
+        let dir = tempfile::tempdir().unwrap();
+        let told = |root: &Path| Cgroup::make(root, "demo.counter-1").unwrap_err().to_string();
+        assert_eq!(
+            told(dir.path()),
+            format!(
+                "{} is not cgroup v2: mount it there (`mount -t cgroup2`), or boot with systemd.unified_cgroup_hierarchy=1",
+                dir.path().display()
+            )
+        );
+        assert_eq!(told(Path::new("/nowhere")), "cannot use the cgroups at /nowhere");
+    }
+
+    #[test]
+    fn only_a_group_directly_below_ours_is_a_twins() {
+        assert_eq!(twins_group("0::/slackwater/demo.a-1\n"), Some("demo.a-1"));
+        assert_eq!(twins_group("5:pids:/x\n0::/slackwater/demo.a-1\n"), Some("demo.a-1"));
+        for other in [
+            "",
+            "0::/",
+            "0::/slackwater",
+            "0::/slackwater/",
+            "0::/slackwater/a/b",
+            "1:x:/slackwater/a",
+            "0::/xslackwater/a",
+        ] {
+            assert_eq!(twins_group(other), None, "{other}");
+        }
+    }
+}

@@ -1,0 +1,388 @@
+//! Starting a twin: the VMM that is to become the VM at the destination.
+//!
+//! ```text
+//! agent ── fork ── agent's own program as `twin-exec` ── setsid, enter the cgroup ── exec ── the VMM
+//!   └─ waits: the directory of the socket changes, or the twin ends, or the deadline passes
+//! ```
+//!
+//! The twin has a session and a control group of its own, no pipe to the agent and no parent-death signal, and it writes its output
+//! to a file: an agent that dies, or is upgraded, takes nothing along.
+
+use std::ffi::OsString;
+use std::fs::{self, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::process::{Child, Command};
+use tokio::time::{Instant, sleep, timeout_at};
+use tracing::{info, warn};
+
+use super::cgroup::{Cgroup, CgroupError};
+use super::contract::{ContractVmm, Deadlines};
+use super::file_events::FileEvents;
+use super::twin_exec::TWIN_EXEC;
+use super::{Description, RunState, Vmm, VmmError};
+use crate::host::vms;
+
+/// The twin's output, in its directory.
+pub const LOG_FILE: &str = "twin.log";
+
+/// How much of its log is told when it fails to start.
+const TOLD_LOG_LINES: usize = 8;
+const TOLD_LOG_BYTES: u64 = 2048;
+
+/// Between bind(2), which can be seen, and listen(2), which cannot.
+const NOT_LISTENING_YET: Duration = Duration::from_millis(10);
+
+/// What to start, and where.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TwinPlan {
+    /// The command that becomes `program`: see [`launcher`].
+    pub launcher: Vec<OsString>,
+    /// Where cgroup v2 is mounted.
+    pub cgroup_root: PathBuf,
+    /// Name of the cgroup: `<namespace>.<name>-<migration>`.
+    pub cgroup_name: String,
+    /// The VM's directory at this node: [`vms::directory`]. It is made, and must not hold a VM yet.
+    pub directory: PathBuf,
+    /// Absolute; the caller has checked that it is allowed.
+    pub program: PathBuf,
+    /// With all placeholders filled in.
+    pub arguments: Vec<String>,
+    /// Where the twin will serve the contract.
+    pub socket: PathBuf,
+    /// Within so long it must answer Describe.
+    pub start_limit: Duration,
+    /// For its calls.
+    pub deadlines: Deadlines,
+}
+
+/// The agent's own program as `twin-exec`. The link leads to the program that runs, even if its file has been replaced meanwhile.
+pub fn launcher() -> Vec<OsString> {
+    vec!["/proc/self/exe".into(), TWIN_EXEC.into()]
+}
+
+/// Why there is no twin. Nothing of it is left, unless it says so.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TwinError {
+    /// A VM lives in the directory.
+    #[error("{directory} holds a VM already: it has a vm.json")]
+    AlreadyHere {
+        /// The directory.
+        directory: PathBuf,
+    },
+    /// The directory, or a file in it.
+    #[error("cannot use the directory of the twin, {path}: {source}")]
+    Directory {
+        /// The file or directory.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// No inotify.
+    #[error("cannot watch {path}: {source}")]
+    Watch {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        source: notify::Error,
+    },
+    /// No cgroup.
+    #[error("no cgroup for the twin: {}", with_source(.0))]
+    Cgroup(CgroupError),
+    /// The launcher could not be started.
+    #[error("cannot start {program}: {source}")]
+    Start {
+        /// The launcher.
+        program: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// The twin ended before it answered.
+    #[error("the twin {program} ended before it answered: {status}{}", log_words(log))]
+    Ended {
+        /// What was started.
+        program: PathBuf,
+        /// How it ended.
+        status: ExitStatus,
+        /// The end of its log.
+        log: String,
+    },
+    /// The twin runs, and does not answer.
+    #[error("the twin {program} did not answer within {} ms: {reason}{}", limit.as_millis(), log_words(log))]
+    Silent {
+        /// What was started.
+        program: PathBuf,
+        /// How long it had.
+        limit: Duration,
+        /// What was tried last.
+        reason: String,
+        /// The end of its log.
+        log: String,
+    },
+    /// A VMM that is to end does not.
+    #[error("the VMM could not be ended: {0}")]
+    End(VmmError),
+    /// Somebody answers, but not a twin.
+    #[error("{socket} is served by something else than the twin: {reason}")]
+    NotTheTwin {
+        /// The socket.
+        socket: PathBuf,
+        /// How that was seen.
+        reason: String,
+    },
+}
+
+fn with_source(error: &CgroupError) -> String {
+    match std::error::Error::source(error) {
+        Some(source) => format!("{error}: {source}"),
+        None => error.to_string(),
+    }
+}
+
+fn log_words(log: &str) -> String {
+    if log.is_empty() { "; its log is empty".to_owned() } else { format!("; its log ends in:\n{log}") }
+}
+
+/// A twin that has answered and waits for its state.
+#[derive(Debug)]
+pub struct Twin {
+    vmm: Arc<ContractVmm>,
+    description: Description,
+    remains: Remains,
+    /// Reaped by the runtime when it has ended, even after this is gone.
+    _child: Child,
+}
+
+/// What there is of a twin besides its process.
+#[derive(Clone, Debug)]
+struct Remains {
+    cgroup: Cgroup,
+    directory: PathBuf,
+    socket: PathBuf,
+}
+
+impl Twin {
+    /// Its VMM.
+    pub fn vmm(&self) -> &Arc<ContractVmm> {
+        &self.vmm
+    }
+
+    /// What it said of itself at the start.
+    pub fn description(&self) -> &Description {
+        &self.description
+    }
+
+    /// Lets it go on alone, as the VM: nothing of it depends on the agent. `vm_json` makes it known.
+    ///
+    /// # Errors
+    /// If `vm.json` cannot be written. The twin goes on all the same, unknown.
+    pub fn keep(self, vm_json: &str) -> io::Result<()> {
+        vms::publish(&self.remains.directory, vm_json)
+    }
+
+    /// Ends it and clears everything away. The agent's duplicates of its devices must have been dropped, or the devices stay in use.
+    ///
+    /// # Errors
+    /// What is left, if something is.
+    pub async fn discard(self, limit: Duration) -> Result<(), TwinError> {
+        self.remains.clear(limit).await
+    }
+}
+
+impl Remains {
+    /// Kills what is left of a twin, and removes its cgroup and its directory.
+    async fn clear(&self, limit: Duration) -> Result<(), TwinError> {
+        self.cgroup.clear(limit).await.map_err(TwinError::Cgroup)?;
+        retire(&self.directory, &self.socket)
+    }
+}
+
+/// Ends a VM that runs elsewhere now, or may: its VMM, the cgroup if it was once a twin here, and its directory, but for what others
+/// have put there. The agent's duplicates of its devices must have been dropped.
+///
+/// # Errors
+/// What is left, if something is.
+pub async fn end(
+    vmm: &ContractVmm,
+    cgroup_root: &Path,
+    directory: &Path,
+    socket: &Path,
+    limit: Duration,
+) -> Result<(), TwinError> {
+    // Asked while the process is there to be asked about.
+    let cgroup = Cgroup::of_process(cgroup_root, vmm.pid()).ok().flatten();
+    vmm.end().await.map_err(TwinError::End)?;
+    if let Some(cgroup) = cgroup {
+        cgroup.clear(limit).await.map_err(TwinError::Cgroup)?;
+    }
+    retire(directory, socket)
+}
+
+fn retire(directory: &Path, socket: &Path) -> Result<(), TwinError> {
+    vms::retire(directory, &[socket, &directory.join(LOG_FILE)])
+        .map_err(|source| TwinError::Directory { path: directory.to_owned(), source })
+}
+
+/// Starts a twin and waits until it answers Describe as a twin does.
+///
+/// # Errors
+/// [`TwinError`]. What was made by then has been cleared away; where that failed, it is logged.
+pub async fn start(plan: TwinPlan) -> Result<Twin, TwinError> {
+    if plan.directory.join("vm.json").exists() {
+        return Err(TwinError::AlreadyHere { directory: plan.directory });
+    }
+    let cgroup = Cgroup::make(&plan.cgroup_root, &plan.cgroup_name).map_err(TwinError::Cgroup)?;
+    let remains = Remains { cgroup, directory: plan.directory.clone(), socket: plan.socket.clone() };
+    let started = match prepare(&plan) {
+        Ok(()) => start_in(&plan, remains.clone()).await,
+        Err(error) => Err(error),
+    };
+    if started.is_err()
+        && let Err(left) = remains.clear(plan.deadlines.quit).await
+    {
+        warn!(directory = %plan.directory.display(), %left, "something is left of a twin that did not start");
+    }
+    started
+}
+
+/// Makes the directory, and takes away what an earlier twin may have left in it: its socket would be in the way.
+fn prepare(plan: &TwinPlan) -> Result<(), TwinError> {
+    let failed = |path: &Path, source| TwinError::Directory { path: path.to_owned(), source };
+    let directory = &plan.directory;
+    retire(directory, &plan.socket)?;
+    let mut builder = fs::DirBuilder::new();
+    builder.recursive(true).mode(0o700);
+    builder.create(directory).map_err(|source| failed(directory, source))?;
+    if let Some(parent) = plan.socket.parent().filter(|parent| parent.starts_with(directory)) {
+        builder.create(parent).map_err(|source| failed(parent, source))?;
+    }
+    Ok(())
+}
+
+async fn start_in(plan: &TwinPlan, remains: Remains) -> Result<Twin, TwinError> {
+    let directory = plan.socket.parent().unwrap_or(&plan.directory);
+    // Watched before the start: the socket may be there before anybody looks.
+    let changes = FileEvents::watch(directory)
+        .map_err(|source| TwinError::Watch { path: directory.to_owned(), source })?;
+    let mut child = spawn(plan, &remains)?;
+    let deadline = Instant::now() + plan.start_limit;
+    let mut last_seen = "it has not made its socket".to_owned();
+    let answered = async {
+        loop {
+            match answer(plan, &remains).await {
+                Ok(answered) => return Ok(answered),
+                Err(NotYet::Listening(why)) => {
+                    last_seen = why;
+                    sleep(NOT_LISTENING_YET).await;
+                }
+                Err(NotYet::There(why)) => {
+                    last_seen = why;
+                    changes.next().await;
+                }
+                Err(NotYet::Never(error)) => return Err(error),
+            }
+        }
+    };
+    let log = plan.directory.join(LOG_FILE);
+    let program = plan.program.clone();
+    let error = tokio::select! {
+        answered = timeout_at(deadline, answered) => match answered {
+            Ok(Ok((vmm, description))) => {
+                info!(pid = vmm.pid(), program = %program.display(), vmm = description.vmm, "twin started");
+                return Ok(Twin { vmm: Arc::new(vmm), description, remains, _child: child });
+            }
+            Ok(Err(error)) => error,
+            Err(_) => {
+                TwinError::Silent { program, limit: plan.start_limit, reason: last_seen, log: end_of(&log) }
+            }
+        },
+        status = child.wait() => match status {
+            Ok(status) => TwinError::Ended { program, status, log: end_of(&log) },
+            Err(source) => TwinError::Start { program: program.display().to_string(), source },
+        },
+    };
+    // By its process first: it may not have entered its cgroup yet. It fails if the process has ended.
+    let _ = child.kill().await;
+    Err(error)
+}
+
+fn spawn(plan: &TwinPlan, remains: &Remains) -> Result<Child, TwinError> {
+    let log = remains.directory.join(LOG_FILE);
+    let open = || OpenOptions::new().create(true).append(true).mode(0o600).open(&log);
+    let output = open().and_then(|file| Ok((file.try_clone()?, file)));
+    let (stdout, stderr) = output.map_err(|source| TwinError::Directory { path: log.clone(), source })?;
+    let mut launcher = plan.launcher.iter();
+    let program = launcher.next().cloned().unwrap_or_default();
+    Command::new(&program)
+        .args(launcher)
+        .arg("--cgroup")
+        .arg(remains.cgroup.path())
+        .arg("--")
+        .arg(&plan.program)
+        .args(&plan.arguments)
+        .current_dir(&remains.directory)
+        .stdin(Stdio::null())
+        .stdout(stdout)
+        .stderr(stderr)
+        .spawn()
+        .map_err(|source| TwinError::Start { program: program.display().to_string(), source })
+}
+
+/// Why the twin has not answered.
+enum NotYet {
+    /// The socket is not there, or not in order: it will be seen when that changes.
+    There(String),
+    /// The socket is there, and nobody listens on it, which cannot be seen when it changes.
+    Listening(String),
+    /// And it never will.
+    Never(TwinError),
+}
+
+async fn answer(plan: &TwinPlan, remains: &Remains) -> Result<(ContractVmm, Description), NotYet> {
+    let connected = ContractVmm::connect(&plan.socket, plan.deadlines).await;
+    let vmm = connected.map_err(|error| match error {
+        VmmError::Connect(_) if plan.socket.exists() => NotYet::Listening(error.to_string()),
+        other => NotYet::There(other.to_string()),
+    })?;
+    let never = |reason: String| NotYet::Never(TwinError::NotTheTwin { socket: plan.socket.clone(), reason });
+    let processes = remains.cgroup.processes().map_err(|error| NotYet::Never(TwinError::Cgroup(error)))?;
+    if !processes.contains(&vmm.pid()) {
+        return Err(never(format!("process {} is not in {}", vmm.pid(), remains.cgroup.path().display())));
+    }
+    let description = vmm.describe().await.map_err(|error| match error {
+        // It has just ended, and how will be known in a moment.
+        VmmError::Lost { .. } => NotYet::There(error.to_string()),
+        other => never(other.to_string()),
+    })?;
+    if description.run_state != RunState::Incoming {
+        return Err(never(format!("its VM is {:?}, and must be Incoming", description.run_state)));
+    }
+    Ok((vmm, description))
+}
+
+/// The last lines of a log, as far as they can be read.
+fn end_of(log: &Path) -> String {
+    let read = || -> io::Result<Vec<u8>> {
+        let mut file = fs::File::open(log)?;
+        let length = file.metadata()?.len();
+        file.seek(SeekFrom::Start(length.saturating_sub(TOLD_LOG_BYTES)))?;
+        let mut end = Vec::new();
+        file.take(TOLD_LOG_BYTES).read_to_end(&mut end)?;
+        Ok(end)
+    };
+    let end = read().unwrap_or_default();
+    let end = String::from_utf8_lossy(&end);
+    let lines: Vec<&str> = end.lines().collect();
+    let told = lines.len().saturating_sub(TOLD_LOG_LINES);
+    lines.get(told..).unwrap_or_default().join("\n")
+}
+
+#[cfg(test)]
+#[path = "twin_tests.rs"]
+mod tests;
