@@ -3,11 +3,11 @@
 
 #![deny(unsafe_code)]
 
-pub mod vfio;
 #[cfg(feature = "faults")]
 pub mod faults;
 pub mod handover;
 pub mod host;
 pub mod service;
 pub mod transfer;
+pub mod vfio;
 pub mod vmm;

@@ -1,4 +1,33 @@
-//! The agent's gRPC services, and what they share: who may do what, what is under way, and what there is on the node.
+//! The agent's gRPC services, and what they share: what there is on the node, what is under way, and who may have a say in it.
 
+mod blockers;
+mod borrowing;
+pub mod inventory;
+pub mod node;
 pub mod registry;
+mod request;
+mod reservation;
+mod site;
 pub mod transfer;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::vmm::contract::Deadlines;
+
+/// What the administrator has said of this node.
+#[derive(Clone, Debug)]
+pub struct NodeConfig {
+    /// The node's name, as in the agent's certificate.
+    pub node: String,
+    /// Where VMs make themselves known.
+    pub run_dir: PathBuf,
+    /// Where cgroup v2 is mounted.
+    pub cgroup_root: PathBuf,
+    /// The programs that may be started as a twin.
+    pub twin_programs: Vec<PathBuf>,
+    /// Within so long a twin must answer.
+    pub twin_start_limit: Duration,
+    /// How long the calls to a VMM may take.
+    pub deadlines: Deadlines,
+}

@@ -19,7 +19,7 @@ const ID_MAX: usize = 64;
 /// A field that cannot be accepted.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{field} is {value}: {expected}")]
-pub struct InvalidField {
+pub(super) struct InvalidField {
     /// Its path in the message.
     pub field: String,
     /// What was given.
@@ -33,7 +33,7 @@ fn invalid(field: impl Into<String>, value: impl std::fmt::Debug, expected: &'st
 }
 
 /// Which attempt of which migration, and who asks.
-pub fn migration(given: Option<&MigrationRef>) -> Result<MigrationRef, InvalidField> {
+pub(super) fn migration(given: Option<&MigrationRef>) -> Result<MigrationRef, InvalidField> {
     let given = given.ok_or_else(|| invalid("migration", "absent", "every call names its migration"))?;
     let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
     if given.id.is_empty() || given.id.len() > ID_MAX || !given.id.chars().all(allowed) {
@@ -46,7 +46,7 @@ pub fn migration(given: Option<&MigrationRef>) -> Result<MigrationRef, InvalidFi
 }
 
 /// Which VM.
-pub fn vm(given: Option<&VmRef>) -> Result<VmRef, InvalidField> {
+pub(super) fn vm(given: Option<&VmRef>) -> Result<VmRef, InvalidField> {
     let given = given.ok_or_else(|| invalid("vm", "absent", "a VM's namespace and name"))?;
     for (field, value) in [("vm.namespace", &given.namespace), ("vm.name", &given.name)] {
         if !crate::host::vm::is_dns_label(value) {
@@ -61,7 +61,7 @@ pub fn vm(given: Option<&VmRef>) -> Result<VmRef, InvalidField> {
 }
 
 /// The multi-device policy.
-pub fn peer_to_peer(given: i32) -> Result<PeerToPeer, InvalidField> {
+pub(super) fn peer_to_peer(given: i32) -> Result<PeerToPeer, InvalidField> {
     match WirePeerToPeer::try_from(given) {
         Ok(WirePeerToPeer::Required) => Ok(PeerToPeer::Required),
         Ok(WirePeerToPeer::AssumeIsolated) => Ok(PeerToPeer::AssumeIsolated),
@@ -72,7 +72,7 @@ pub fn peer_to_peer(given: i32) -> Result<PeerToPeer, InvalidField> {
 }
 
 /// A time that must be given.
-pub fn milliseconds(field: &str, given: u64) -> Result<Duration, InvalidField> {
+pub(super) fn milliseconds(field: &str, given: u64) -> Result<Duration, InvalidField> {
     if given == 0 {
         return Err(invalid(field, given, "a time in milliseconds, at least 1"));
     }
@@ -80,7 +80,7 @@ pub fn milliseconds(field: &str, given: u64) -> Result<Duration, InvalidField> {
 }
 
 /// Device pairs: each side named, and named once.
-pub fn devices(given: &[DevicePair]) -> Result<&[DevicePair], InvalidField> {
+pub(super) fn devices(given: &[DevicePair]) -> Result<&[DevicePair], InvalidField> {
     if given.len() > DEVICES_MAX {
         return Err(invalid("devices", given.len(), "at most 256 devices"));
     }
@@ -110,7 +110,7 @@ pub fn devices(given: &[DevicePair]) -> Result<&[DevicePair], InvalidField> {
 }
 
 /// Checks what a reservation says, as far as the message alone can tell.
-pub fn reserve(
+pub(super) fn reserve(
     request: &ReserveRequest,
 ) -> Result<(MigrationRef, VmRef, PeerToPeer, Duration), InvalidField> {
     let reference = migration(request.migration.as_ref())?;
@@ -125,7 +125,7 @@ pub fn reserve(
 }
 
 /// Checks what a migration says, as far as the message alone can tell.
-pub fn migrate(
+pub(super) fn migrate(
     request: &MigrateRequest,
 ) -> Result<(MigrationRef, VmRef, PeerToPeer, Duration), InvalidField> {
     let reference = migration(request.migration.as_ref())?;
@@ -147,12 +147,12 @@ pub fn migrate(
 }
 
 /// Features as the wire has them.
-pub fn to_wire(features: Features) -> MigrationFeatures {
+pub(super) fn to_wire(features: Features) -> MigrationFeatures {
     MigrationFeatures { stop_copy: features.stop_copy, p2p: features.p2p, pre_copy: features.pre_copy }
 }
 
 /// Features as the device has them.
-pub fn from_wire(features: MigrationFeatures) -> Features {
+pub(super) fn from_wire(features: MigrationFeatures) -> Features {
     Features { stop_copy: features.stop_copy, p2p: features.p2p, pre_copy: features.pre_copy }
 }
 

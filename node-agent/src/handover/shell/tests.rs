@@ -92,8 +92,11 @@ impl Authority {
             std::fs::write(&path, text).unwrap();
             path
         };
-        let paths =
-            (write("tls.crt", certificate.pem()), write("tls.key", key.serialize_pem()), write("ca.crt", self.0.pem()));
+        let paths = (
+            write("tls.crt", certificate.pem()),
+            write("tls.key", key.serialize_pem()),
+            write("ca.crt", self.0.pem()),
+        );
         Arc::new(Credentials::read(&paths.0, &paths.1, &paths.2).unwrap())
     }
 }
@@ -142,11 +145,8 @@ async fn rig_with(
     let ram = RAM.map(|page| Bytes::from_static(page.as_bytes())).to_vec();
     let vm = Arc::new(FakeVmm::running("vm", calls.clone(), ram));
     let twin = Arc::new(FakeVmm::incoming("twin", calls.clone()));
-    let site = Arc::new(FakeSite {
-        twin: Arc::clone(&twin),
-        devices: Mutex::new(target),
-        done: Mutex::default(),
-    });
+    let site =
+        Arc::new(FakeSite { twin: Arc::clone(&twin), devices: Mutex::new(target), done: Mutex::default() });
 
     let destination_site: Arc<dyn Site> = Arc::<FakeSite>::clone(&site);
     let destination = DestinationRun::start(DestinationParts {
@@ -186,17 +186,7 @@ async fn rig_with(
         release: Box::new(move || async move { released.add("vm released") }.boxed()),
         log: EventLog::new("node-a"),
     };
-    Rig {
-        log,
-        calls,
-        vm,
-        twin,
-        site,
-        source_devices,
-        target_devices,
-        destination,
-        parts: Some(parts),
-    }
+    Rig { log, calls, vm, twin, site, source_devices, target_devices, destination, parts: Some(parts) }
 }
 
 impl Rig {
@@ -298,7 +288,10 @@ async fn a_source_device_that_refuses_any_step_is_rolled_back_and_named() {
         let finished = rig.migrate().await;
         assert_eq!(finished.outcome(), Outcome::RolledBack, "{refused}: {finished:?}");
         assert_eq!(finished.reason, "DeviceFailed");
-        assert!(finished.message.contains("source 1") && finished.message.contains(refused.name()), "{finished:?}");
+        assert!(
+            finished.message.contains("source 1") && finished.message.contains(refused.name()),
+            "{finished:?}"
+        );
         rig.assert_rolled_back().await;
     }
 }

@@ -1,0 +1,133 @@
+//! The node agent's program.
+
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::{Parser, Subcommand};
+use slackwater_node_agent::host::identity::NoIdentity;
+use slackwater_node_agent::host::vms::VmWatch;
+use slackwater_node_agent::service::NodeConfig;
+use slackwater_node_agent::service::inventory::Inventory;
+use slackwater_node_agent::service::node::NodeService;
+use slackwater_node_agent::service::registry::Registry;
+use slackwater_node_agent::service::transfer::TransferService;
+use slackwater_node_agent::vmm::contract::Deadlines;
+use slackwater_node_agent::vmm::twin_exec::{self, TwinExec};
+use slackwater_proto::limits::transfer_server;
+use slackwater_proto::node::node_agent_server::NodeAgentServer;
+use slackwater_proto::server;
+use slackwater_proto::tls::Credentials;
+use slackwater_proto::tonic::service::Routes;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing::info;
+use tracing_subscriber::EnvFilter;
+
+/// Moves VMs with their VFIO devices from this node to others, and takes them in.
+#[derive(Debug, Parser)]
+#[command(version, about)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serves the node's gRPC services until SIGTERM.
+    Serve(Serve),
+    /// Becomes a VMM in a cgroup and a session of its own; the agent starts twins by it.
+    #[command(hide = true, name = twin_exec::TWIN_EXEC)]
+    TwinExec(TwinExec),
+}
+
+#[derive(Debug, clap::Args)]
+struct Serve {
+    /// The node's name: the DNS name and the agent's name in its certificate.
+    #[arg(long)]
+    node_name: String,
+    /// Where to listen for the operator and for other agents.
+    #[arg(long, default_value = "[::]:7443")]
+    listen: String,
+    /// VMs make themselves known in <RUN_DIR>/vms/<namespace>.<name>/vm.json.
+    #[arg(long, default_value = "/run/slackwater")]
+    run_dir: PathBuf,
+    /// The agent's certificate, PEM.
+    #[arg(long)]
+    tls_cert: PathBuf,
+    /// Its key, PEM.
+    #[arg(long)]
+    tls_key: PathBuf,
+    /// The CA that has issued the certificates of the operator and of all agents, PEM.
+    #[arg(long)]
+    tls_ca: PathBuf,
+    /// A program that may be started as a twin; may be given several times.
+    #[arg(long = "twin-program", required = true)]
+    twin_programs: Vec<PathBuf>,
+    /// Where cgroup v2 is mounted.
+    #[arg(long, default_value = "/sys/fs/cgroup")]
+    cgroup_root: PathBuf,
+    /// Seconds within which a twin must answer.
+    #[arg(long, default_value_t = 30)]
+    twin_start_seconds: u64,
+    /// Seconds for which calls under way may go on after SIGTERM.
+    #[arg(long, default_value_t = 20)]
+    drain_seconds: u64,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let result = match arguments.command {
+        Command::Serve(serve) => run(serve),
+        Command::TwinExec(twin) => Err(twin.run().into()),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("slackwater-node-agent: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[tokio::main]
+async fn run(serve: Serve) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(std::io::stderr).init();
+    let credentials = Arc::new(Credentials::read(&serve.tls_cert, &serve.tls_key, &serve.tls_ca)?);
+    let config = NodeConfig {
+        node: serve.node_name,
+        run_dir: serve.run_dir,
+        cgroup_root: serve.cgroup_root,
+        twin_programs: serve.twin_programs,
+        twin_start_limit: Duration::from_secs(serve.twin_start_seconds),
+        deadlines: Deadlines::default(),
+    };
+    let registry = Arc::new(Registry::default());
+    let vms = VmWatch::start(&config.run_dir)?;
+    let inventory = Arc::new(Inventory::new(config.clone(), Arc::clone(&registry), vms));
+    let node = NodeService::new(
+        config.clone(),
+        Arc::clone(&credentials),
+        inventory,
+        Arc::clone(&registry),
+        Arc::new(NoIdentity),
+    );
+    let routes =
+        Routes::new(NodeAgentServer::new(node)).add_service(transfer_server(TransferService::new(registry)));
+    let listener = TcpListener::bind(&serve.listen)
+        .await
+        .with_context(|| format!("cannot listen on {}", serve.listen))?;
+    info!(node = config.node, address = %listener.local_addr()?, "serving");
+    let mut terminated = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
+    let shutdown = async move {
+        terminated.recv().await;
+        info!("SIGTERM: draining");
+    };
+    server::serve(listener, &credentials, routes, shutdown, Duration::from_secs(serve.drain_seconds)).await?;
+    Ok(())
+}

@@ -1,0 +1,348 @@
+//! `slackwater.node.v1`, served to the operator.
+
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use futures::{FutureExt, Stream, StreamExt};
+use slackwater_proto::identity;
+use slackwater_proto::node::node_agent_server::NodeAgent;
+use slackwater_proto::node::{
+    AbortRequest, AbortResponse, DescribeRequest, DescribeResponse, DevicePair, MigrateRequest,
+    MigrateResponse, ReleaseReason, ReleaseRequest, ReleaseResponse, ReserveRequest, ReserveResponse,
+    WatchRequest, WatchResponse,
+};
+use slackwater_proto::tls::Credentials;
+use slackwater_proto::tonic::{Request, Response, Status, async_trait};
+use slackwater_proto::transfer::Attempt;
+use tokio::sync::Mutex;
+use tracing::{info, warn};
+
+use super::inventory::Inventory;
+use super::registry::{Part, Registry};
+use super::{NodeConfig, borrowing, request, reservation};
+use crate::handover::destination::End;
+use crate::handover::policy::stop_plan;
+use crate::handover::shell::destination::{DestinationParts, DestinationRun, Site};
+use crate::handover::shell::events::EventLog;
+use crate::handover::shell::link::Peer;
+use crate::handover::shell::source::{SourceParts, SourceRun};
+use crate::handover::{Failure, Reason};
+use crate::host::identity::{IdentityOf, VfIdentity};
+use crate::host::vms;
+use crate::vfio::state::MigrationState;
+use crate::vfio::worker::DeviceHandle;
+use crate::vmm::{Description, RunState, Vmm, twin};
+
+/// The service.
+pub struct NodeService {
+    config: NodeConfig,
+    credentials: Arc<Credentials>,
+    inventory: Arc<Inventory>,
+    registry: Arc<Registry>,
+    vf_identity: Arc<dyn VfIdentity>,
+    /// Reservations and migrations begin one after the other: what one has checked, the next cannot change before it is taken.
+    beginning: Mutex<()>,
+}
+
+impl NodeService {
+    /// Serves this node.
+    pub fn new(
+        config: NodeConfig,
+        credentials: Arc<Credentials>,
+        inventory: Arc<Inventory>,
+        registry: Arc<Registry>,
+        vf_identity: Arc<dyn VfIdentity>,
+    ) -> Self {
+        Self { config, credentials, inventory, registry, vf_identity, beginning: Mutex::new(()) }
+    }
+
+    /// Begins a migration away from here, or joins it if it has begun.
+    async fn source(&self, given: MigrateRequest) -> Result<SourceRun, Status> {
+        let (reference, vm, policy, pre_commit_timeout) = request::migrate(&given).map_err(invalid)?;
+        let _one_at_a_time = self.beginning.lock().await;
+        self.registry.fence(&reference).map_err(precondition)?;
+        match self.registry.part(&reference.id, reference.attempt) {
+            Some(Part::Source(run)) => return Ok(run),
+            Some(Part::Destination(..)) => {
+                return Err(Status::failed_precondition(
+                    "this node is the destination of this migration, and cannot be its source, too",
+                ));
+            }
+            None => {}
+        }
+        if given.target_node == self.config.node {
+            return Err(Status::invalid_argument(format!(
+                "target_node is {:?}: this is the source itself; another node would be right",
+                given.target_node
+            )));
+        }
+        let named = format!("VM {}/{}", vm.namespace, vm.name);
+        let entry =
+            self.inventory.vm(&vm).ok_or_else(|| Status::not_found(format!("there is no {named} here")))?;
+        let known = entry.vm.map_err(|why| Status::failed_precondition(format!("{named}: {why}")))?;
+        let (vmm, description) = self
+            .inventory
+            .vmm(&known)
+            .await
+            .map_err(|error| Status::failed_precondition(format!("{named}: {error}")))?;
+        same_devices(&description, &given.devices)?;
+        if description.run_state != RunState::Running {
+            let message = format!("{named} does not run: somebody has paused it");
+            return Err(Status::failed_precondition(message));
+        }
+        let names = given.devices.iter().map(|pair| pair.source.as_str());
+        self.registry.take(&reference.id, &vm, names).map_err(precondition)?;
+        let prepared = async {
+            let devices = borrowing::devices(&vmm, &description)
+                .map_err(|failure| Status::failed_precondition(failure.message))?;
+            all_running(&devices).await?;
+            let features: Vec<_> = devices.iter().map(DeviceHandle::features).collect();
+            let plan = stop_plan(&features, policy).map_err(precondition)?;
+            Ok::<_, Status>((devices, features, plan))
+        };
+        let (devices, features, plan) = match prepared.await {
+            Ok(prepared) => prepared,
+            Err(status) => {
+                self.registry.give_back(&reference.id);
+                return Err(status);
+            }
+        };
+        let (leaving, directory) = (Arc::clone(&vmm), entry.directory.clone());
+        let files = [known.socket.clone(), directory.join(twin::LOG_FILE)];
+        let (vf_identity, of) = (
+            Arc::clone(&self.vf_identity),
+            IdentityOf { migration_id: reference.id.clone(), devices: Vec::new(), claim: Vec::new() },
+        );
+        let release = move || {
+            async move {
+                if let Err(error) = vf_identity.withdraw(&of).await {
+                    warn!(migration = of.migration_id, %error, "an identity could not be withdrawn");
+                }
+                if let Err(error) = leaving.end().await {
+                    warn!(migration = of.migration_id, %error, "the VM runs elsewhere, but its old VMM is still here");
+                }
+                if let Err(error) = vms::retire(&directory, &files.each_ref().map(PathBuf::as_path)) {
+                    warn!(migration = of.migration_id, %error, "the VM's directory could not be removed");
+                }
+            }
+            .boxed()
+        };
+        let vmm: Arc<dyn Vmm> = vmm;
+        let run = SourceRun::start(SourceParts {
+            peer: Peer {
+                credentials: Arc::clone(&self.credentials),
+                node: given.target_node,
+                address: given.target_address,
+                attempt: Attempt { migration_id: reference.id.clone(), attempt: reference.attempt },
+            },
+            vmm,
+            devices,
+            features,
+            plan,
+            pre_commit_timeout,
+            release: Box::new(release),
+            log: EventLog::new(&self.config.node),
+        });
+        info!(migration = reference.id, attempt = reference.attempt, vm = named, "source: begun");
+        self.registry.join(&reference, Part::Source(run.clone()));
+        let (registry, ended, id) = (Arc::clone(&self.registry), run.clone(), reference.id);
+        tokio::spawn(async move {
+            use slackwater_proto::node::Outcome;
+            ended.ended().await;
+            // In doubt, the VM may run elsewhere: nobody may touch this copy before that is settled.
+            if ended.log().end().is_none_or(|end| end.outcome() != Outcome::InDoubt) {
+                registry.give_back(&id);
+            }
+        });
+        Ok(run)
+    }
+
+    /// Begins a reservation, or joins it if it has begun.
+    async fn destination(&self, given: ReserveRequest) -> Result<DestinationRun, Status> {
+        let (reference, vm, policy, silence_timeout) = request::reserve(&given).map_err(invalid)?;
+        let _one_at_a_time = self.beginning.lock().await;
+        self.registry.fence(&reference).map_err(precondition)?;
+        match self.registry.part(&reference.id, reference.attempt) {
+            Some(Part::Destination(run, earlier)) if same_reservation(&earlier, &given) => return Ok(run),
+            Some(Part::Destination(..)) => {
+                return Err(Status::failed_precondition(
+                    "this attempt has reserved something else before; another reservation needs another attempt",
+                ));
+            }
+            Some(Part::Source(_)) => {
+                return Err(Status::failed_precondition(
+                    "this node is the source of this migration, and cannot be its destination, too",
+                ));
+            }
+            None => {}
+        }
+        if given.source_node == self.config.node {
+            return Err(Status::invalid_argument(format!(
+                "source_node is {:?}: this is the destination itself; another node would be right",
+                given.source_node
+            )));
+        }
+        if self.inventory.vm(&vm).is_some() {
+            return Err(Status::failed_precondition(format!(
+                "a VM {}/{} is on this node already",
+                vm.namespace, vm.name
+            )));
+        }
+        let names = given.devices.iter().map(|pair| pair.target.as_str());
+        for name in names.clone() {
+            if let Some(holder) = self.registry.holder_of_device(name) {
+                return Err(Status::failed_precondition(format!(
+                    "device {name} is held by migration {holder}"
+                )));
+            }
+        }
+        let targets = reservation::targets(&self.inventory, &given.devices).await?;
+        stop_plan(&targets.features, policy).map_err(precondition)?;
+        let site = reservation::site(
+            &self.config,
+            Arc::clone(&self.vf_identity),
+            &reference,
+            &vm,
+            &given,
+            &targets.devices,
+        )?;
+        self.registry.take(&reference.id, &vm, names).map_err(precondition)?;
+        let site: Arc<dyn Site> = Arc::new(site);
+        let run = DestinationRun::start(DestinationParts {
+            migration_id: reference.id.clone(),
+            features: targets.features,
+            site,
+            silence_timeout,
+        });
+        info!(migration = reference.id, attempt = reference.attempt, "destination: reserving");
+        self.registry.join(&reference, Part::Destination(run.clone(), Box::new(given)));
+        let (registry, ended, id) = (Arc::clone(&self.registry), run.clone(), reference.id);
+        tokio::spawn(async move {
+            // What could not be started is kept as it is, for a person to look at.
+            if !matches!(ended.ended().await, Some(End::Stuck(_))) {
+                registry.give_back(&id);
+            }
+        });
+        Ok(run)
+    }
+}
+
+fn invalid(error: request::InvalidField) -> Status {
+    Status::invalid_argument(error.to_string())
+}
+
+fn precondition(error: impl std::error::Error) -> Status {
+    Status::failed_precondition(error.to_string())
+}
+
+/// The same but for who asks: a new operator may join what an older one has begun.
+fn same_reservation(earlier: &ReserveRequest, given: &ReserveRequest) -> bool {
+    ReserveRequest { migration: None, ..earlier.clone() }
+        == ReserveRequest { migration: None, ..given.clone() }
+}
+
+/// The VM must have the devices that the migration was planned for.
+fn same_devices(description: &Description, pairs: &[DevicePair]) -> Result<(), Status> {
+    let has: Vec<&str> = description.devices.iter().map(|device| device.name.as_str()).collect();
+    let planned: Vec<&str> = pairs.iter().map(|pair| pair.source.as_str()).collect();
+    if has == planned {
+        return Ok(());
+    }
+    Err(Status::failed_precondition(format!(
+        "devices: the VM has [{}], but the migration was planned for [{}]",
+        has.join(", "),
+        planned.join(", ")
+    )))
+}
+
+/// A device that does not run has been left behind by somebody else.
+async fn all_running(devices: &[DeviceHandle]) -> Result<(), Status> {
+    for device in devices {
+        let state = device.state().await.map_err(precondition)?;
+        if state != MigrationState::Running {
+            return Err(Status::failed_precondition(format!(
+                "device {} stands in {state}; a VM is migrated only from RUNNING",
+                device.name()
+            )));
+        }
+    }
+    Ok(())
+}
+
+#[async_trait]
+impl NodeAgent for NodeService {
+    type WatchStream = Pin<Box<dyn Stream<Item = Result<WatchResponse, Status>> + Send>>;
+    type MigrateStream = Pin<Box<dyn Stream<Item = Result<MigrateResponse, Status>> + Send>>;
+
+    async fn describe(&self, call: Request<DescribeRequest>) -> Result<Response<DescribeResponse>, Status> {
+        identity::require_operator(&call)?;
+        let node = self.inventory.describe().await.map_err(|error| Status::internal(error.to_string()))?;
+        Ok(Response::new(DescribeResponse { node: Some(node) }))
+    }
+
+    async fn watch(&self, call: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        identity::require_operator(&call)?;
+        let inventory = Arc::clone(&self.inventory);
+        let changes = inventory.changes();
+        let stream = futures::stream::unfold((inventory, changes), |(inventory, mut changes)| async move {
+            if !changes.next().await {
+                return None;
+            }
+            let described = inventory.describe().await;
+            let response = described
+                .map(|node| WatchResponse { node: Some(node) })
+                .map_err(|error| Status::internal(error.to_string()));
+            Some((response, (inventory, changes)))
+        });
+        Ok(Response::new(Box::pin(stream)))
+    }
+
+    async fn reserve(&self, call: Request<ReserveRequest>) -> Result<Response<ReserveResponse>, Status> {
+        identity::require_operator(&call)?;
+        let run = self.destination(call.into_inner()).await?;
+        run.reserved().await.map_err(|failure| {
+            Status::failed_precondition(format!("{}: {}", failure.reason.as_str(), failure.message))
+        })?;
+        Ok(Response::new(ReserveResponse {}))
+    }
+
+    async fn migrate(&self, call: Request<MigrateRequest>) -> Result<Response<Self::MigrateStream>, Status> {
+        identity::require_operator(&call)?;
+        let run = self.source(call.into_inner()).await?;
+        let stream = run.log().follow().map(|event| Ok(MigrateResponse { event: Some(event) }));
+        Ok(Response::new(Box::pin(stream)))
+    }
+
+    async fn abort(&self, call: Request<AbortRequest>) -> Result<Response<AbortResponse>, Status> {
+        identity::require_operator(&call)?;
+        let given = call.into_inner();
+        let reference = request::migration(given.migration.as_ref()).map_err(invalid)?;
+        self.registry.fence(&reference).map_err(precondition)?;
+        if let Some(Part::Source(run)) = self.registry.part(&reference.id, reference.attempt) {
+            run.abort(given.why).await.map_err(precondition)?;
+        }
+        Ok(Response::new(AbortResponse {}))
+    }
+
+    async fn release(&self, call: Request<ReleaseRequest>) -> Result<Response<ReleaseResponse>, Status> {
+        identity::require_operator(&call)?;
+        let given = call.into_inner();
+        let reference = request::migration(given.migration.as_ref()).map_err(invalid)?;
+        let message = match given.reason() {
+            ReleaseReason::AbortedAtSource => "the source has reported that it keeps the VM",
+            ReleaseReason::NeverStarted => "the source was never asked to give the VM",
+            ReleaseReason::Unspecified => {
+                return Err(Status::invalid_argument(format!(
+                    "reason is {}: RELEASE_REASON_ABORTED_AT_SOURCE or RELEASE_REASON_NEVER_STARTED would be right",
+                    given.reason
+                )));
+            }
+        };
+        self.registry.fence(&reference).map_err(precondition)?;
+        if let Some(Part::Destination(run, _)) = self.registry.part(&reference.id, reference.attempt) {
+            run.release(Failure::new(Reason::Released, message)).await.map_err(precondition)?;
+        }
+        Ok(Response::new(ReleaseResponse {}))
+    }
+}

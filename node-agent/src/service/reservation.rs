@@ -1,0 +1,146 @@
+//! What a reservation needs of this node, checked before anything is touched.
+
+use std::sync::Arc;
+
+use slackwater_proto::node::{DevicePair, MigrationRef, ReserveRequest, VmRef};
+use slackwater_proto::tonic::Status;
+use tokio::sync::Mutex;
+
+use super::inventory::Inventory;
+use super::site::NodeSite;
+use super::{NodeConfig, request};
+use crate::host::devices::Device;
+use crate::host::identity::{IdentityOf, VfIdentity};
+use crate::host::{vm, vms};
+use crate::vfio::state::Features;
+use crate::vmm::twin::{TwinPlan, launcher};
+
+/// The target devices of a reservation, in the VM's order.
+pub(super) struct Targets {
+    pub(super) devices: Vec<Device>,
+    pub(super) features: Vec<Features>,
+}
+
+/// Finds the target devices, free and fit to take over from their sources.
+pub(super) async fn targets(inventory: &Inventory, pairs: &[DevicePair]) -> Result<Targets, Status> {
+    let mut targets =
+        Targets { devices: Vec::with_capacity(pairs.len()), features: Vec::with_capacity(pairs.len()) };
+    for (index, pair) in pairs.iter().enumerate() {
+        let refused = |why: String| Status::failed_precondition(format!("devices[{index}].target: {why}"));
+        let device = inventory.free_device(&pair.target).await.map_err(refused)?;
+        let features = inventory
+            .features(&device, true)
+            .await
+            .map_err(|why| refused(format!("device {}: {why}", device.name)))?;
+        fits(&device, features, pair).map_err(refused)?;
+        targets.devices.push(device);
+        targets.features.push(features);
+    }
+    Ok(targets)
+}
+
+/// Whether a device can take over what its source has.
+fn fits(device: &Device, features: Features, pair: &DevicePair) -> Result<(), String> {
+    #[cfg(feature = "faults")]
+    let same_model = crate::faults::is_set("ignore-device-model")
+        || (device.driver == pair.driver && device.model == pair.model);
+    #[cfg(not(feature = "faults"))]
+    let same_model = device.driver == pair.driver && device.model == pair.model;
+    if !same_model {
+        return Err(format!(
+            "device {} is a {} under {}, and cannot take over from {}, which is a {} under {}",
+            device.name, device.model, device.driver, pair.source, pair.model, pair.driver
+        ));
+    }
+    let source = pair.features.map(request::from_wire).unwrap_or_default();
+    if !features.stop_copy || (source.p2p && !features.p2p) {
+        return Err(format!(
+            "device {} has the features {features:?}, and cannot take over from {}, which has {source:?}",
+            device.name, pair.source
+        ));
+    }
+    Ok(())
+}
+
+/// The place for a VM: its twin's command, directory and cgroup.
+pub(super) fn site(
+    config: &NodeConfig,
+    identity: Arc<dyn VfIdentity>,
+    reference: &MigrationRef,
+    named: &VmRef,
+    request: &ReserveRequest,
+    devices: &[Device],
+) -> Result<NodeSite, Status> {
+    let invalid = |error: vm::VmJsonError| Status::invalid_argument(format!("vm_json: {error}"));
+    let json = vm::parse(&request.vm_json).map_err(invalid)?;
+    if (&json.namespace, &json.name) != (&named.namespace, &named.name) {
+        return Err(Status::invalid_argument(format!(
+            "vm_json describes {}/{}, but vm is {}/{}",
+            json.namespace, json.name, named.namespace, named.name
+        )));
+    }
+    json.require_allowed(&config.twin_programs)
+        .map_err(|error| Status::failed_precondition(format!("vm_json: {error}")))?;
+    let directory = vms::directory(&config.run_dir, &json);
+    let socket = json.socket_in(&directory).map_err(invalid)?;
+    let arguments = vm::twin_arguments(&json, &socket, devices).map_err(invalid)?;
+    let plan = TwinPlan {
+        launcher: launcher(),
+        cgroup_root: config.cgroup_root.clone(),
+        cgroup_name: format!("{}-{}", json.directory_name(), reference.id),
+        directory,
+        program: json.twin.program.clone(),
+        arguments,
+        socket,
+        start_limit: config.twin_start_limit,
+        deadlines: config.deadlines,
+    };
+    let of = IdentityOf {
+        migration_id: reference.id.clone(),
+        devices: devices.to_vec(),
+        claim: request.claim.to_vec(),
+    };
+    Ok(NodeSite { plan, vm_json: request.vm_json.clone(), identity, of, twin: Mutex::new(None) })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+
+    fn device(driver: &str, model: &str) -> Device {
+        Device {
+            name: "b0".to_owned(),
+            cdev: PathBuf::from("/dev/vfio/devices/vfio0"),
+            group: None,
+            driver: driver.to_owned(),
+            model: model.to_owned(),
+        }
+    }
+
+    fn pair() -> DevicePair {
+        DevicePair {
+            source: "a0".to_owned(),
+            target: "b0".to_owned(),
+            driver: "mtty".to_owned(),
+            model: "mtty-1".to_owned(),
+            features: Some(request::to_wire(Features::ALL)),
+        }
+    }
+
+    #[test]
+    fn a_target_must_have_the_sources_driver_model_and_p2p() {
+        assert_eq!(fits(&device("mtty", "mtty-1"), Features::ALL, &pair()), Ok(()));
+        let other_model = fits(&device("mtty", "mtty-2"), Features::ALL, &pair()).unwrap_err();
+        assert_eq!(
+            other_model,
+            "device b0 is a mtty-2 under mtty, and cannot take over from a0, which is a mtty-1 under mtty"
+        );
+        assert!(fits(&device("vfio-pci", "mtty-1"), Features::ALL, &pair()).is_err());
+        let no_p2p = Features { p2p: false, ..Features::ALL };
+        assert!(fits(&device("mtty", "mtty-1"), no_p2p, &pair()).is_err());
+        let no_pre_copy = Features { pre_copy: false, ..Features::ALL };
+        assert_eq!(fits(&device("mtty", "mtty-1"), no_pre_copy, &pair()), Ok(()));
+    }
+}

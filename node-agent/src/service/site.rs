@@ -1,0 +1,105 @@
+//! This node as the place where a VM lands.
+
+use std::sync::Arc;
+
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use tokio::sync::Mutex;
+use tracing::{error, warn};
+
+use super::borrowing;
+use crate::handover::shell::destination::{Site, Twin as Landed};
+use crate::handover::{Failure, Reason};
+use crate::host::identity::{IdentityOf, VfIdentity};
+use crate::vfio::state::MigrationState;
+use crate::vmm::Vmm;
+use crate::vmm::twin::{self, Twin, TwinPlan};
+
+/// One reservation's place.
+pub(super) struct NodeSite {
+    pub(super) plan: TwinPlan,
+    pub(super) vm_json: String,
+    pub(super) identity: Arc<dyn VfIdentity>,
+    pub(super) of: IdentityOf,
+    pub(super) twin: Mutex<Option<Twin>>,
+}
+
+impl NodeSite {
+    async fn prepare_and_start(&self) -> Result<Landed, Failure> {
+        let failed = |reason, message: String| Failure::new(reason, format!("at the destination, {message}"));
+        self.identity
+            .prepare(&self.of)
+            .await
+            .map_err(|error| failed(Reason::DeviceFailed, error.to_string()))?;
+        let twin = twin::start(self.plan.clone())
+            .await
+            .map_err(|error| failed(Reason::TwinFailed, error.to_string()))?;
+        let vmm = Arc::clone(twin.vmm());
+        let description = twin.description().clone();
+        // From here on the discard clears the twin away.
+        *self.twin.lock().await = Some(twin);
+        let has: Vec<&str> = description.devices.iter().map(|device| device.name.as_str()).collect();
+        let wanted: Vec<&str> = self.of.devices.iter().map(|device| device.name.as_str()).collect();
+        if has != wanted {
+            let message = format!(
+                "the twin has the devices [{}], but the reservation is for [{}]",
+                has.join(", "),
+                wanted.join(", ")
+            );
+            return Err(failed(Reason::TwinFailed, message));
+        }
+        let devices = borrowing::devices(&vmm, &description)
+            .map_err(|failure| failed(failure.reason, failure.message))?;
+        for device in &devices {
+            let state =
+                device.state().await.map_err(|error| failed(Reason::DeviceFailed, error.to_string()))?;
+            if state != MigrationState::Running {
+                let message =
+                    format!("{} stands in {state} under the new twin, and must be in RUNNING", device.name());
+                return Err(failed(Reason::DeviceFailed, message));
+            }
+        }
+        let vmm: Arc<dyn Vmm> = vmm;
+        Ok(Landed { vmm, devices })
+    }
+}
+
+impl Site for NodeSite {
+    fn start_twin(&self) -> BoxFuture<'_, Result<Landed, Failure>> {
+        self.prepare_and_start().boxed()
+    }
+
+    fn activate_identity(&self) -> BoxFuture<'_, Result<(), Failure>> {
+        async {
+            let activated = self.identity.activate(&self.of).await;
+            activated
+                .map_err(|error| Failure::new(Reason::DeviceFailed, format!("at the destination, {error}")))
+        }
+        .boxed()
+    }
+
+    fn keep(&self) -> BoxFuture<'_, ()> {
+        async {
+            if let Some(twin) = self.twin.lock().await.take()
+                && let Err(error) = twin.keep(&self.vm_json)
+            {
+                error!(migration = self.of.migration_id, %error, "the VM runs here, but its vm.json could not be written");
+            }
+        }
+        .boxed()
+    }
+
+    fn discard(&self) -> BoxFuture<'_, ()> {
+        async {
+            if let Some(twin) = self.twin.lock().await.take()
+                && let Err(error) = twin.discard(self.plan.deadlines.quit).await
+            {
+                error!(migration = self.of.migration_id, %error, "a twin could not be cleared away");
+            }
+            if let Err(error) = self.identity.withdraw(&self.of).await {
+                warn!(migration = self.of.migration_id, %error, "an identity could not be withdrawn");
+            }
+        }
+        .boxed()
+    }
+}
