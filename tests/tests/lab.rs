@@ -1,5 +1,11 @@
 //! The lab itself: that its nodes, its link, its control plane and its witness are what the other tests take them for.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "a test fails by panicking, in its own functions, too"
+)]
+
 use std::{
     io::{BufRead, BufReader},
     path::{Path, PathBuf},
@@ -7,7 +13,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use slackwater_tests::lab::{Lab, LabConfig, NodeConfig, protocol::Ending};
+use slackwater_tests::{
+    lab::{Image, Lab, LabConfig, Node, NodeConfig, protocol::Ending},
+    witness::{self, PeerToPeer, State, Waking},
+};
 
 const SOON: Duration = Duration::from_secs(10);
 
@@ -195,4 +204,76 @@ subjects: [{kind: ServiceAccount, name: "{{ .Values.account }}", namespace: "{{ 
 "#;
     std::fs::write(chart.join("templates/account.yaml"), account).unwrap();
     chart
+}
+
+/// A virtual machine of QEMU's in a node, with the node's devices. Its QMP is `/tmp/qmp` in, and its log out.
+async fn spawn_qemu(node: &Node, more: &str) {
+    let devices: String = node
+        .devices()
+        .iter()
+        .map(|device| format!(" -device vfio-pci,sysfsdev=/sys/bus/mdev/devices/{device},iommufd=iommufd0"))
+        .collect();
+    let script = format!(
+        "exec 3<>/tmp/qmp; exec qemu-system-x86_64 -nodefaults -no-user-config -display none \
+         -machine pc,accel=kvm -cpu host -m 32 -object iommufd,id=iommufd0{devices} -qmp stdio {more} <&3"
+    );
+    node.shell("mkfifo /tmp/qmp").await.unwrap();
+    node.spawn("qemu", &["sh", "-c", &script], &[]).await.unwrap();
+    qmp(node, "qmp_capabilities", "{}").await;
+    node.wait_line("qemu", r#"{"return": {}}"#, Duration::from_secs(60)).await.unwrap();
+}
+
+async fn qmp(node: &Node, command: &str, arguments: &str) {
+    let line = format!("{{\"execute\": \"{command}\", \"arguments\": {arguments}}}");
+    node.shell(&format!("echo '{line}' >/tmp/qmp")).await.unwrap();
+}
+
+/// QEMU, left to itself, is a mover of devices whose ways are known: a good thing to see whether the witness sees.
+#[tokio::test]
+async fn the_witness_sees_a_machine_of_qemus_move_and_what_it_does_not_keep() {
+    let node = |name: &str| NodeConfig { memory_mib: 768, ..NodeConfig::new(name, ["mtty-1", "mtty-1"]) };
+    let config = LabConfig::nodes([node("node-a"), node("node-b")]);
+    let image = Image::default().with_qemu().unwrap();
+    let lab = Lab::start(LabConfig { image, ..config }).await.unwrap();
+    let (a, b) = (lab.node("node-a").unwrap(), lab.node("node-b").unwrap());
+    let (watch_a, watch_b) = (witness::watch(a).await.unwrap(), witness::watch(b).await.unwrap());
+
+    let missing = watch_a.testimony(a).await.unwrap().of_devices(a.devices()).unwrap_err().to_string();
+    assert!(missing.contains("saw nothing"), "{missing}");
+
+    tokio::join!(spawn_qemu(a, ""), spawn_qemu(b, "-incoming tcp:10.77.0.2:4444"));
+    qmp(a, "migrate", r#"{"uri": "tcp:10.77.0.2:4444"}"#).await;
+    b.wait_line("qemu", r#""event": "RESUME""#, Duration::from_secs(60)).await.unwrap();
+    // What happens at S after it has stopped is not to be missed: its end is.
+    qmp(a, "quit", "{}").await;
+    a.wait_line("qemu", r#""event": "SHUTDOWN""#, Duration::from_secs(60)).await.unwrap();
+
+    let source = watch_a.testimony(a).await.unwrap().of_devices(a.devices()).unwrap();
+    let destination = watch_b.testimony(b).await.unwrap().of_devices(b.devices()).unwrap();
+    println!("clock of node-a: error {} ns, drift {} ns", source.clock.error_ns(), source.clock.drift_ns());
+    println!("vCPU runs: {} at S, {} at D", source.vcpus.runs.len(), destination.vcpus.runs.len());
+    for trace in [&source, &destination] {
+        for device in trace.devices.keys() {
+            let way: Vec<&str> = trace.states_of(device).iter().map(|(state, _)| state.name()).collect();
+            println!("{} {device}: {}", trace.node, way.join(" "));
+        }
+    }
+
+    println!("I1: {:?}", witness::one_runner(&source, &destination).unwrap());
+    assert!(witness::one_runner(&destination, &source).is_err());
+    assert!(witness::never_ran(&destination).is_err());
+    witness::quiesced_together(&source, PeerToPeer::Required).unwrap();
+    assert!(
+        witness::captured_at_slack_water(&source).unwrap() >= 2,
+        "one read of final data for each device"
+    );
+    // At the destination QEMU leads one device after the other from RESUMING by STOP to RUNNING_P2P.
+    let broken = witness::woke_together(&destination, Waking::AfterLoad, PeerToPeer::Required).unwrap_err();
+    println!("as expected of QEMU: {broken}");
+    assert!(broken.what.contains("RESUMING, not loaded"), "{broken}");
+    for device in b.devices() {
+        assert_eq!(destination.final_state(device), Some(State::Running));
+        let written: u64 = destination.devices[device].accesses.iter().map(|access| access.bytes).sum();
+        assert_eq!(written, 60, "mtty's state has 60 bytes");
+    }
 }

@@ -29,6 +29,25 @@ pub struct Image {
     pub files: Vec<ImageFile>,
 }
 
+impl Image {
+    /// Adds this machine's QEMU with a firmware, so that nodes can run virtual machines of QEMU's with their devices. The nodes
+    /// need 256 MiB more memory for it.
+    ///
+    /// # Errors
+    /// When it is not installed.
+    pub fn with_qemu(mut self) -> Result<Self, LabError> {
+        let missing = || LabError::NotInstalled { what: "host-packages".into() };
+        self.programs.push(which("qemu-system-x86_64").ok_or_else(missing)?);
+        for file in ["seabios/bios-256k.bin", "qemu/kvmvapic.bin"] {
+            let path = Path::new("/usr/share").join(file);
+            // Where QEMU looks for it, which may be a link.
+            let to = path.to_string_lossy().into_owned();
+            self.files.push(ImageFile { from: path.canonicalize().map_err(|_| missing())?, to });
+        }
+        Ok(self)
+    }
+}
+
 /// Writes the image to `to`. `kernel` is the folder that `install node-kernel` made.
 pub(super) fn write(image: &Image, kernel: &Path, to: &Path) -> Result<(), LabError> {
     let mut archive = Archive::default();

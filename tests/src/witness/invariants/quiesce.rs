@@ -13,10 +13,9 @@ use crate::witness::{
 /// With the first arc that came too early, or when there was none.
 pub fn quiesced_together(source: &Trace, peer_to_peer: PeerToPeer) -> Result<usize, Violation> {
     let i2 = Invariant::QuiesceTogether;
-    let (guarded, ready): (fn(&Change) -> bool, fn(State) -> bool) = match peer_to_peer {
-        PeerToPeer::Required => (enters_stop, State::is_quiet_to_peers),
-        PeerToPeer::AssumeIsolated => (enters_stop_copy, State::is_stopped),
-    };
+    let isolated = peer_to_peer == PeerToPeer::AssumeIsolated;
+    let guarded = |change: &Change| if isolated { enters_stop_copy(change) } else { enters_stop(change) };
+    let ready = |state: State| if isolated { state.is_stopped() } else { state.is_quiet_to_peers() };
     let mut judged = 0;
     for (name, change) in changes(source, guarded) {
         judged += 1;
