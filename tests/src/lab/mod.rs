@@ -35,6 +35,7 @@ mod installed;
 mod machine;
 mod node;
 mod pki;
+mod program;
 pub mod protocol;
 mod qmp;
 mod switch;
@@ -54,6 +55,7 @@ pub use image::{Image, ImageFile};
 pub use machine::AGENT_PORT;
 pub use node::{Executed, Node};
 pub use pki::{Issued, Pki, Subject};
+pub use program::HostProgram;
 
 use folder::LabFolder;
 use machine::Boot;

@@ -1,0 +1,72 @@
+//! The agents' own account of what the devices did, and whether the kernel's trace agrees with it.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, bail};
+use slackwater_proto::node::MigrationEvent;
+use slackwater_proto::node::migration_event::What;
+
+use crate::witness::{State, Trace};
+
+/// A change of state as an agent tells it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// The state that was read back.
+    pub to: State,
+    /// When the change was read back, on the node's own clock.
+    pub at_ns: u64,
+    /// What it took, read-back included.
+    pub took_ns: u64,
+}
+
+/// One device at one node.
+pub type DeviceAccount = BTreeMap<(String, String), Vec<Span>>;
+
+/// What the agents tell, by node and device.
+///
+/// # Errors
+/// When a state has a number that the kernel does not have.
+pub(super) fn read(events: &[MigrationEvent]) -> anyhow::Result<DeviceAccount> {
+    let mut account = DeviceAccount::new();
+    for event in events {
+        if let Some(What::DeviceState(change)) = &event.what {
+            let to = State::from_number(change.to).with_context(|| format!("state {}", change.to))?;
+            let span = Span { to, at_ns: event.monotonic_ns, took_ns: change.took_ns };
+            account.entry((event.node.clone(), change.device.clone())).or_default().push(span);
+        }
+    }
+    Ok(account)
+}
+
+/// Compares what the agents tell of a node's devices with what its kernel saw: the same states in the same order, each within the
+/// time that the agent says its change took. Returns the number of changes that were compared.
+///
+/// # Errors
+/// Names the device and the first change in which they differ.
+pub(super) fn agrees(account: &DeviceAccount, trace: &Trace) -> anyhow::Result<usize> {
+    let mut compared = 0;
+    for (device, seen) in &trace.devices {
+        let told = account.get(&(trace.node.clone(), device.clone())).map(Vec::as_slice).unwrap_or_default();
+        // One request of the agent may be several arcs of the kernel: the end of each request is what it tells.
+        let ends: Vec<(State, u64, u64)> = seen
+            .changes
+            .iter()
+            .filter(|change| change.to == Some(change.wanted) && change.from.is_some())
+            .map(|change| (change.wanted, change.began_ns, change.ended_ns))
+            .collect();
+        if ends.iter().map(|(state, ..)| *state).ne(told.iter().map(|span| span.to)) {
+            bail!("{} {device}: the kernel saw {ends:?}, but the agent tells {told:?}", trace.node);
+        }
+        for ((state, began_ns, ended_ns), span) in ends.into_iter().zip(told) {
+            let from_ns = span.at_ns.saturating_sub(span.took_ns);
+            if ended_ns > span.at_ns || began_ns < from_ns && state != State::Resuming {
+                bail!(
+                    "{} {device}: the kernel saw {state:?} from {began_ns} to {ended_ns}, the agent tells {span:?}",
+                    trace.node
+                );
+            }
+            compared += 1;
+        }
+    }
+    Ok(compared)
+}

@@ -1,0 +1,186 @@
+//! Whether a migration was what it should be: judged by the kernels' traces, by the guest, and by what the product reports.
+
+use std::fmt;
+
+use anyhow::{Context, ensure};
+use kube::ResourceExt;
+use slackwater_api::VMMigration;
+use slackwater_proto::node::{
+    DevicePair, MigrateRequest, MigrationEvent, MigrationFeatures, MigrationRef, PeerToPeer as WirePolicy, VmRef,
+};
+
+use super::{Cluster, NAMESPACE, account};
+use crate::vmm::guest::Report;
+use crate::witness::{self, PeerToPeer, State, Trace, Waking, Watch};
+
+/// Two nodes that are being watched, and the guest's count when that began.
+#[derive(Debug)]
+pub struct Watching {
+    source: (String, Watch),
+    target: (String, Watch),
+    /// The guest before the migration.
+    pub before: Report,
+}
+
+/// What was found, in figures.
+#[derive(Clone, Debug)]
+pub struct Verdict {
+    /// From the source's last run to the destination's first, nanoseconds, at least.
+    pub apart_at_least_ns: i64,
+    /// How uncertain the relation of the two nodes' clocks is, nanoseconds.
+    pub clock_error_ns: i64,
+    /// Arcs into STOP or STOP_COPY that were found to be late enough (I2).
+    pub stops: usize,
+    /// Reads of final data that were found to be late enough (I3).
+    pub reads: usize,
+    /// Wakings that were found to be late enough (I4).
+    pub wakings: usize,
+    /// State changes in which the agents' account agrees with the kernels'.
+    pub agreed: usize,
+    /// The guest after the migration.
+    pub after: Report,
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ms = |ns: i64| ns as f64 / 1e6;
+        writeln!(
+            f,
+            "  I1 one runner            source's last run to destination's first: at least {:.2} ms (clocks known to {:.2} ms)",
+            ms(self.apart_at_least_ns),
+            ms(self.clock_error_ns)
+        )?;
+        writeln!(f, "  I2 quiesce together      {} stops, each after every device was quiesced", self.stops)?;
+        writeln!(f, "  I3 capture at slack water {} reads of final data, each after all stood still", self.reads)?;
+        writeln!(f, "  I4 wake together         {} wakings, each after all were ready", self.wakings)?;
+        write!(f, "  agents' account          {} state changes, as the kernels saw them", self.agreed)
+    }
+}
+
+impl Cluster {
+    /// Begins to watch both ends.
+    ///
+    /// # Errors
+    /// When a node cannot be reached.
+    pub async fn watch(&self, source: &str, target: &str) -> anyhow::Result<Watching> {
+        let (a, b) = (self.lab.node(source)?, self.lab.node(target)?);
+        Ok(Watching {
+            before: self.guest(source).await?,
+            source: (source.to_owned(), witness::watch(a).await?),
+            target: (target.to_owned(), witness::watch(b).await?),
+        })
+    }
+
+    /// The events of a migration as its source's agent tells them.
+    ///
+    /// # Errors
+    /// When the agent cannot be asked.
+    pub async fn events(&self, migration: &VMMigration) -> anyhow::Result<Vec<MigrationEvent>> {
+        let status = migration.status.as_ref().context("no status")?;
+        let source = status.source_node.as_deref().context("no source")?;
+        let mut client = self.agent_client(source, &self.pki.operator()?).await?;
+        let pair = |device: &slackwater_api::DeviceMigration| DevicePair {
+            source: device.source.clone(),
+            target: device.target.clone(),
+            features: Some(MigrationFeatures::default()),
+            ..DevicePair::default()
+        };
+        let request = MigrateRequest {
+            migration: Some(MigrationRef {
+                id: migration.uid().context("no UID")?,
+                attempt: u32::try_from(status.attempt.context("no attempt")?)?,
+                operator_epoch: 0,
+            }),
+            vm: Some(VmRef { namespace: NAMESPACE.to_owned(), name: migration.spec.vm_ref.name.clone() }),
+            target_node: status.target_node.clone().context("no target")?,
+            target_address: "joins-what-has-begun:1".to_owned(),
+            devices: status.devices.iter().map(pair).collect(),
+            peer_to_peer: WirePolicy::Required.into(),
+            pre_commit_timeout_ms: 1,
+        };
+        let mut stream = client.migrate(request).await?.into_inner();
+        let mut events = Vec::new();
+        while let Some(response) = stream.message().await? {
+            events.extend(response.event);
+        }
+        Ok(events)
+    }
+
+    /// The traces of the VM's devices at both ends.
+    async fn testimonies(
+        &self,
+        watching: &Watching,
+        migration: &VMMigration,
+    ) -> anyhow::Result<(Trace, Trace)> {
+        let devices = &migration.status.as_ref().context("no status")?.devices;
+        let (a, b) = (self.lab.node(&watching.source.0)?, self.lab.node(&watching.target.0)?);
+        let sources: Vec<&str> = devices.iter().map(|device| device.source.as_str()).collect();
+        let targets: Vec<&str> = devices.iter().map(|device| device.target.as_str()).collect();
+        let source = watching.source.1.testimony(a).await?.of_devices(&sources)?;
+        let target = watching.target.1.testimony(b).await?.of_devices(&targets)?;
+        Ok((source, target))
+    }
+
+    /// Judges a migration that is said to have succeeded.
+    ///
+    /// # Errors
+    /// Names the invariant, the event, or the count that is wrong.
+    pub async fn judge_success(
+        &self,
+        watching: &Watching,
+        migration: &VMMigration,
+        peer_to_peer: PeerToPeer,
+    ) -> anyhow::Result<Verdict> {
+        let after = self.goes_on_at(&watching.target.0, &watching.before).await?;
+        let (source, target) = self.testimonies(watching, migration).await?;
+        let separation = witness::one_runner(&source, &target)?;
+        let stops = witness::quiesced_together(&source, peer_to_peer)?;
+        let reads = witness::captured_at_slack_water(&source)?;
+        let wakings = witness::woke_together(&target, Waking::AfterLoad, peer_to_peer)?;
+        let told = account::read(&self.events(migration).await?)?;
+        let agreed = account::agrees(&told, &source)? + account::agrees(&told, &target)?;
+        ensure!(agreed > 0, "the agents told of no state change");
+        let clock_error_ns = source.clock.error_ns() + target.clock.error_ns();
+        let apart_at_least_ns = separation.at_least_ns;
+        Ok(Verdict { apart_at_least_ns, clock_error_ns, stops, reads, wakings, agreed, after })
+    }
+
+    /// Judges a migration that is said to have been rolled back after its devices had been touched: the VM runs on at the source,
+    /// every device RUNNING, and nothing ever ran at the destination.
+    ///
+    /// # Errors
+    /// Names the invariant, the event, or the count that is wrong.
+    pub async fn judge_rollback(
+        &self,
+        watching: &Watching,
+        migration: &VMMigration,
+    ) -> anyhow::Result<Report> {
+        let after = self.goes_on_at(&watching.source.0, &watching.before).await?;
+        let (source, target) = self.testimonies(watching, migration).await?;
+        witness::quiesced_together(&source, PeerToPeer::Required)?;
+        witness::captured_at_slack_water(&source)?;
+        witness::woke_together(&source, Waking::AfterRollback, PeerToPeer::Required)?;
+        witness::never_ran(&target)?;
+        for device in source.devices.keys() {
+            let end = source.final_state(device);
+            ensure!(end == Some(State::Running), "{device} stands in {end:?} at the source, not in RUNNING");
+        }
+        Ok(after)
+    }
+
+    /// The guest goes on counting at a node, from where it was, without an error.
+    ///
+    /// # Errors
+    /// When it stands still, lost something, or runs elsewhere, too.
+    pub async fn goes_on_at(&self, node: &str, before: &Report) -> anyhow::Result<Report> {
+        let first = self.guest(node).await?;
+        let second = self.guest(node).await?;
+        ensure!(second.count > first.count, "the guest stands still at {}", second.count);
+        ensure!(first.count > before.count, "the guest has gone back from {} to {}", before.count, first.count);
+        ensure!(second.errors == before.errors, "the guest found errors: {second:?}");
+        for other in self.lab.nodes().iter().filter(|other| other.name() != node) {
+            ensure!(self.guest(other.name()).await.is_err(), "a VMM runs on {}, too", other.name());
+        }
+        Ok(second)
+    }
+}

@@ -1,0 +1,60 @@
+//! A program of the workspace that runs on this machine for as long as the lab wants it.
+
+use std::{
+    path::{Path, PathBuf},
+    process::Stdio,
+};
+
+use rustix::process::Signal;
+
+use super::{children, children::RunningChild, error::LabError};
+
+/// A running program. It is killed when this is dropped, and when the lab's process ends in whatever way.
+#[derive(Debug)]
+pub struct HostProgram {
+    child: RunningChild,
+    log: PathBuf,
+}
+
+impl HostProgram {
+    /// Starts the program of the workspace named `name`, which is beside the one that runs. What it says is added to `log`.
+    ///
+    /// # Errors
+    /// When it is not built, or cannot be started.
+    pub async fn start(
+        name: &str,
+        arguments: &[&str],
+        env: &[(&str, &str)],
+        log: &Path,
+    ) -> Result<Self, LabError> {
+        let program = beside_this_program(name)?;
+        let file = std::fs::File::options().create(true).append(true).open(log);
+        let file = file.map_err(LabError::io(format!("opening {}", log.display())))?;
+        let child = children::start(&program.to_string_lossy(), |command| {
+            command.args(arguments).envs(env.iter().copied()).stdout(Stdio::null()).stderr(file);
+        })
+        .await?;
+        Ok(Self { child, log: log.to_owned() })
+    }
+
+    /// What it has said so far.
+    #[must_use]
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Kills it, and returns when it has ended.
+    pub async fn kill(self) {
+        self.child.signal(Signal::KILL);
+        self.child.ended().await;
+    }
+}
+
+/// Where a program of the workspace is: a test's own program is one folder below the others.
+fn beside_this_program(name: &str) -> Result<PathBuf, LabError> {
+    let own = std::env::current_exe().map_err(LabError::io("finding this program"))?;
+    let folder = own.parent().unwrap_or(Path::new("/")).to_owned();
+    let candidates = [folder.join(name), folder.join("..").join(name)];
+    let found = candidates.into_iter().find(|path| path.is_file());
+    found.ok_or_else(|| LabError::NotBuilt { name: name.to_owned(), folder })
+}
