@@ -276,20 +276,26 @@ fn tuned(endpoint: Endpoint) -> Endpoint {
         .keep_alive_while_idle(true)
 }
 
-/// What a failed call means, for a person: the message and the causes below it, without the repetitions.
+/// What a failed call means, for a person: the words of the other end, or, if the call was lost on the way, why.
 /// (`transport error` alone, as tonic puts it, helps nobody.)
 pub fn words(status: &Status) -> String {
-    let mut text = if status.message().is_empty() {
-        status.code().description().to_owned()
-    } else {
-        status.message().to_owned()
-    };
-    if let Some(source) = status.source() {
-        for cause in chain(source).split(": ") {
-            append(&mut text, cause);
+    match status.source() {
+        Some(source) => {
+            let mut text = "connection lost".to_owned();
+            for cause in chain(source).split(": ").filter(|cause| *cause != "transport error") {
+                append(&mut text, cause);
+            }
+            text
         }
+        None if status.message().is_empty() => status.code().description().to_owned(),
+        None => status.message().to_owned(),
     }
-    text
+}
+
+/// Whether a call was lost on the way, and not refused by the other end. Then nobody knows whether it has been carried out.
+pub fn is_lost(status: &Status) -> bool {
+    // What came over the wire has no source; what was made here, from an error of the transport, has.
+    status.source().is_some() || status.code() == Code::Unavailable
 }
 
 /// An error and all its causes in one line, each said once.
@@ -315,12 +321,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_failed_call_is_told_with_its_causes_and_without_repetition() {
-        let mut status = Status::unavailable("transport error");
-        status.set_source(Arc::new(io::Error::other("connection reset")));
-        assert_eq!(words(&status), "transport error: connection reset");
-        assert_eq!(words(&Status::aborted("")), "The operation was aborted");
-        status.set_source(Arc::new(io::Error::other("transport error")));
-        assert_eq!(words(&status), "transport error");
+    fn a_call_that_was_lost_is_told_from_one_that_was_refused_and_both_are_told_without_repetition() {
+        let refused = Status::failed_precondition("the VM is paused");
+        assert_eq!((words(&refused).as_str(), is_lost(&refused)), ("the VM is paused", false));
+        let refused = Status::aborted("");
+        assert_eq!((words(&refused).as_str(), is_lost(&refused)), ("The operation was aborted", false));
+
+        let mut lost = Status::unknown("transport error");
+        lost.set_source(Arc::new(io::Error::other("connection reset")));
+        assert_eq!((words(&lost).as_str(), is_lost(&lost)), ("connection lost: connection reset", true));
+        lost.set_source(Arc::new(io::Error::other("transport error: connection reset: connection reset")));
+        assert_eq!(words(&lost), "connection lost: connection reset");
     }
 }

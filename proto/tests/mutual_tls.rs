@@ -1,6 +1,6 @@
 //! Who gets in over mutual TLS, who does not, and what each side is told.
 
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::expect_used, clippy::unwrap_used)]
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, SanType};
 use slackwater_proto::channel::{self, ConnectError};
 use slackwater_proto::identity::{Role, require_agent, require_operator};
+use slackwater_proto::limits::{KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT};
 use slackwater_proto::node::node_agent_client::NodeAgentClient;
 use slackwater_proto::node::node_agent_server::{NodeAgent, NodeAgentServer};
 use slackwater_proto::node::*;
@@ -19,7 +20,7 @@ use slackwater_proto::tonic::service::Routes;
 use slackwater_proto::tonic::{Code, Request, Response, Status};
 use tempfile::TempDir;
 use tokio::net::TcpListener;
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::ReceiverStream;
 
@@ -72,10 +73,12 @@ impl Authority {
 
 type Streamed<T> = ReceiverStream<Result<T, Status>>;
 
+type Watchers = Arc<Mutex<Vec<mpsc::Sender<Result<WatchResponse, Status>>>>>;
+
 /// An agent that lets the operator describe it and (for this test alone) agents reserve; a watch never ends.
 #[derive(Default)]
 struct Stub {
-    watchers: Mutex<Vec<tokio::sync::mpsc::Sender<Result<WatchResponse, Status>>>>,
+    watchers: Watchers,
 }
 
 #[slackwater_proto::tonic::async_trait]
@@ -92,7 +95,7 @@ impl NodeAgent for Stub {
     type WatchStream = Streamed<WatchResponse>;
 
     async fn watch(&self, _: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
-        let (sender, receiver) = tokio::sync::mpsc::channel(1);
+        let (sender, receiver) = mpsc::channel(1);
         self.watchers.lock().unwrap().push(sender);
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
@@ -123,12 +126,16 @@ struct Serving {
 }
 
 async fn serve(credentials: &Credentials, drain: Duration) -> Serving {
+    serve_stub(credentials, drain, Stub::default()).await
+}
+
+async fn serve_stub(credentials: &Credentials, drain: Duration, stub: Stub) -> Serving {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let (stop, stopped) = oneshot::channel::<()>();
     let credentials = credentials.clone();
     let task = tokio::spawn(async move {
-        let routes = Routes::new(NodeAgentServer::new(Stub::default()));
+        let routes = Routes::new(NodeAgentServer::new(stub));
         server::serve(listener, &credentials, routes, async { stopped.await.unwrap_or_default() }, drain)
             .await
     });
@@ -354,6 +361,45 @@ async fn a_server_that_stops_drains_and_breaks_off_what_does_not_end() {
     assert!(begun.elapsed() >= Duration::from_millis(300), "a call under way was not given its time");
 }
 
+/// Forwards one connection to `address` until it is told to stop, and then keeps both halves open: a cut link, not a closed one.
+async fn link_to(address: String) -> (String, oneshot::Sender<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let here = listener.local_addr().unwrap().to_string();
+    let (cut, is_cut) = oneshot::channel::<()>();
+    tokio::spawn(async move {
+        let (mut caller, _) = listener.accept().await.unwrap();
+        let mut called = tokio::net::TcpStream::connect(address).await.unwrap();
+        tokio::select! {
+            _ = tokio::io::copy_bidirectional(&mut caller, &mut called) => {}
+            _ = is_cut => std::future::pending().await,
+        }
+    });
+    (here, cut)
+}
+
+#[tokio::test]
+async fn both_ends_notice_a_cut_link_within_interval_and_timeout() {
+    let ca = Authority::new();
+    let stub = Stub::default();
+    let watchers = Arc::clone(&stub.watchers);
+    let serving = serve_stub(&ca.agent("node-a"), SOON, stub).await;
+    let (address, cut) = link_to(serving.address.clone()).await;
+    let channel = channel::connect(&ca.operator(), &address, "node-a").await.unwrap();
+    let mut watch = NodeAgentClient::new(channel).watch(WatchRequest {}).await.unwrap().into_inner();
+    let watcher = watchers.lock().unwrap().pop().unwrap();
+
+    cut.send(()).unwrap();
+    let limit = KEEP_ALIVE_INTERVAL + KEEP_ALIVE_TIMEOUT + Duration::from_secs(3);
+    let (caller, called) = tokio::join!(
+        tokio::time::timeout(limit, watch.message()),
+        tokio::time::timeout(limit, watcher.closed())
+    );
+    let error = caller.expect("the caller still waits").unwrap_err();
+    assert!(channel::is_lost(&error), "{error:?}");
+    assert!(channel::words(&error).starts_with("connection lost: "), "{}", channel::words(&error));
+    called.expect("the agent still serves it");
+}
+
 #[tokio::test]
 async fn a_channel_connects_again_after_the_agent_has_been_restarted() {
     let ca = Authority::new();
@@ -367,7 +413,9 @@ async fn a_channel_connects_again_after_the_agent_has_been_restarted() {
 
     let error = client.describe(DescribeRequest {}).await.unwrap_err();
     assert_eq!(error.code(), Code::Unavailable);
+    assert!(channel::is_lost(&error));
     let told = channel::words(&error);
+    assert!(told.starts_with("connection lost: cannot connect"), "{told}");
     assert!(told.contains("cannot connect to node-a at 127.0.0.1:") && told.contains("refused"), "{told}");
 
     let listener = TcpListener::bind(&first.address).await.unwrap();
