@@ -15,10 +15,10 @@ use std::time::Duration;
 
 use futures::{Stream, StreamExt};
 use rustix::process::{Pid, PidfdFlags, Signal, geteuid, pidfd_open, pidfd_send_signal};
-use slackwater_proto::channel::{ConnectError, open_unix, over_unix, words};
+use slackwater_proto::channel::{ConnectError, is_lost, open_unix, over_unix, words};
 use slackwater_proto::limits::vmm_client;
 use slackwater_proto::tonic::transport::Channel;
-use slackwater_proto::tonic::{Code, Response, Status, async_trait};
+use slackwater_proto::tonic::{Response, Status, async_trait};
 use slackwater_proto::vmm::vmm_client::VmmClient;
 use slackwater_proto::vmm::{
     AbortSaveRequest, DescribeRequest, DescribeResponse, DirtyTracking as WireDirtyTracking,
@@ -172,13 +172,13 @@ fn trust(socket: &Path, user: u32) -> Result<(), VmmError> {
     Err(VmmError::Trust { path: socket.display().to_string(), reason })
 }
 
-/// A status that came from the VMM is its word; one that was made here, from an error of the transport, is a loss.
+/// The VMM's own words, or that it was lost.
 fn failed(call: &'static str, status: &Status) -> VmmError {
-    let made_here = std::error::Error::source(status).is_some() || status.code() == Code::Unavailable;
-    if made_here {
-        return VmmError::Lost { call, message: words(status) };
+    let message = words(status);
+    if is_lost(status) {
+        return VmmError::Lost { call, message };
     }
-    VmmError::Refused { call, code: status.code(), message: words(status) }
+    VmmError::Refused { call, code: status.code(), message }
 }
 
 /// Checks what Describe answers.
