@@ -266,4 +266,4 @@ fn drive(mut machine: impl Machine, inbox: &Receiver<Request>, pace: Duration) -
 
 #[cfg(test)]
 #[path = "vcpu_tests.rs"]
-mod tests;
+pub(super) mod tests;

@@ -5,10 +5,10 @@ use super::*;
 
 /// A machine that notes what is done with it.
 #[derive(Clone, Default)]
-struct Fake(Arc<Mutex<Notes>>);
+pub(in crate::vmm) struct Fake(Arc<Mutex<Notes>>);
 
 #[derive(Default)]
-struct Notes {
+pub(in crate::vmm) struct Notes {
     steps: u64,
     settled: u64,
     /// A step waits for a signal, as KVM_RUN does while the guest has no exit.
@@ -48,10 +48,10 @@ impl Machine for Fake {
 }
 
 impl Fake {
-    fn steps(&self) -> u64 {
+    pub(in crate::vmm) fn steps(&self) -> u64 {
         self.0.lock().unwrap().steps
     }
-    async fn steps_beyond(&self, steps: u64) {
+    pub(in crate::vmm) async fn steps_beyond(&self, steps: u64) {
         while self.steps() <= steps {
             tokio::task::yield_now().await;
         }

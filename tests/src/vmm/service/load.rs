@@ -38,6 +38,9 @@ pub(super) fn channel() -> (Feed, Intake) {
 
 impl Feed {
     /// Passes the caller's stream on, until its end, its failure, or that of the load. Dropped before, the load fails.
+    ///
+    /// A call that its caller gives up looks like the end of the stream here (tonic's decoder makes it one): that the state is
+    /// whole is known from its own end record only.
     pub(super) async fn forward(
         self,
         mut stream: impl Stream<Item = Result<StartLoadRequest, Status>> + Unpin,

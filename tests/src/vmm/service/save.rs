@@ -71,7 +71,7 @@ impl Save {
     {
         let (chunks, incoming) = mpsc::channel(CHUNKS);
         let (finish, finishing) = oneshot::channel();
-        let (given, all_given) = oneshot::channel();
+        let (given, mut all_given) = oneshot::channel();
         let (publish, outcome) = watch::channel(None);
         let remaining_bytes = Arc::new(AtomicU64::new(shape.ram_bytes));
         let stream = SaveStream {
@@ -85,10 +85,13 @@ impl Save {
             remaining_bytes: remaining_bytes.clone(),
             outcome,
         };
-        let reader_gone = chunks.clone();
         let give = async move {
-            // The sender is dropped only with the save, which lives as long as this task.
-            let Ok(machine) = finishing.await else { return Err(SaveError::Aborted) };
+            let machine = tokio::select! {
+                // The sender is dropped only with the save, which lives as long as this task.
+                machine = finishing => machine.map_err(|_| SaveError::Aborted)?,
+                // Not given, so dropped: the stream, and its end of the channel.
+                _ = &mut all_given => return Err(SaveError::ReaderGone),
+            };
             give(chunks, ram, shape, machine, remaining_bytes, all_given).await
         };
         tokio::spawn(async move {
@@ -96,7 +99,6 @@ impl Save {
                 biased;
                 () = abort.cancelled() => Err(SaveError::Aborted),
                 outcome = give => outcome,
-                () = reader_gone.closed() => Err(SaveError::ReaderGone),
             };
             ended().await;
             publish.send_replace(Some(outcome));
