@@ -1,6 +1,6 @@
 # Sourced by the other scripts here: where built things are kept, and how they are built once and never half.
 #
-# A thing lives in $cache/<what>-<key>/, where <key> is the digest of the scripts that make it: a changed script makes a new
+# A thing lives in $cache/<what>-<key>/, where <key> is the digest of the script that makes it: a changed script makes a new
 # folder, and two checkouts of different ages do not disturb each other. It is built in <folder>.partial, which a second try
 # finds as the first left it, and renamed when it is whole. A lock keeps two runs apart.
 
@@ -14,12 +14,11 @@ die() {
   exit 1
 }
 
-# folder_of WHAT SCRIPT...: where WHAT, made by these scripts, is or will be.
+# folder_of WHAT: where WHAT, made by WHAT.sh, is or will be.
 folder_of() {
-  local what=$1 key
-  shift
-  key=$(cat "$setup/cache.sh" "${@/#/$setup/}" | sha256sum | cut -c1-12)
-  echo "$cache/$what-$key"
+  local key
+  key=$(sha256sum <"$setup/$1.sh" | cut -c1-12)
+  echo "$cache/$1-$key"
 }
 
 # build_once FOLDER FUNCTION: makes FOLDER, if it is not there yet, by calling FUNCTION with the folder to fill.

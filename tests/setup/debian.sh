@@ -6,21 +6,33 @@ debian_keyring=/usr/share/keyrings/debian-archive-keyring.gpg
 
 is_debian() { grep -qx 'ID=debian' /etc/os-release; }
 
-# Every archive address that apt is configured with, in both formats.
+# Every archive that apt is configured with, in both formats: its address, and one of its suites.
 configured_mirrors() {
   local file
   for file in /etc/apt/sources.list /etc/apt/sources.list.d/*.list; do
-    [ -f "$file" ] || continue
-    awk '$1 == "deb" { for (i = 2; i <= NF; i++) if ($i ~ /^(https?|file|mirror[+a-z]*|cdrom):/) { print $i, $(i + 1); break } }' "$file"
+    [ ! -f "$file" ] || mirrors_of_lines <"$file"
   done
   for file in /etc/apt/sources.list.d/*.sources; do
-    [ -f "$file" ] || continue
-    awk '/^URIs:/ { split($0, u, /[ \t]+/) } /^Suites:/ { split($0, s, /[ \t]+/); print u[2], s[2] }' "$file"
+    [ ! -f "$file" ] || mirrors_of_stanzas <"$file"
   done
 }
 
-# The mirror of Debian's main archive, and of its security archive (the main one stands in for it if none is configured:
-# then security suites are left out).
+# deb [OPTIONS] ADDRESS SUITE COMPONENT...
+mirrors_of_lines() {
+  sed -n 's/^deb[[:space:]]\{1,\}\(\[[^]]*\][[:space:]]*\)\{0,1\}//p' | awk '{ print $1, $2 }'
+}
+
+# URIs: and Suites: in any order, stanzas apart by an empty line.
+mirrors_of_stanzas() {
+  awk '
+    function told() { if (address != "" && suite != "") print address, suite; address = suite = "" }
+    /^[ \t]*$/ { told() }
+    /^URIs:/ { address = $2 }
+    /^Suites:/ { suite = $2 }
+    END { told() }'
+}
+
+# The mirror of Debian's main archive, and of its security archive, whose suites are left out where there is none.
 debian_mirror() {
   if [ -n "${SLACKWATER_DEBIAN_MIRROR:-}" ]; then echo "$SLACKWATER_DEBIAN_MIRROR"; return; fi
   if is_debian; then

@@ -3,12 +3,16 @@
 
 use std::{
     io,
+    os::fd::OwnedFd,
     process::{Child, Command, ExitStatus, Stdio},
     sync::mpsc,
     thread,
 };
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
+};
 use tokio::sync::{oneshot, watch};
 
 use super::error::LabError;
@@ -18,7 +22,8 @@ type Job = (Command, oneshot::Sender<io::Result<Child>>);
 /// A running program.
 #[derive(Debug)]
 pub(super) struct RunningChild {
-    pid: Option<Pid>,
+    /// Names this very process, even when its number has come to mean another.
+    process: OwnedFd,
     ending: watch::Receiver<Option<ExitStatus>>,
     /// Its standard output, if that was asked for as a pipe.
     pub(super) stdout: Option<std::process::ChildStdout>,
@@ -40,7 +45,7 @@ pub(super) async fn start(
     let mut child = answered.await.map_err(|_| gone(()))?.map_err(LabError::io(action.clone()))?;
     let (ended, ending) = watch::channel(None);
     let running = RunningChild {
-        pid: i32::try_from(child.id()).ok().and_then(Pid::from_raw),
+        process: process_of(&child).map_err(LabError::io(action))?,
         ending,
         stdout: child.stdout.take(),
     };
@@ -70,6 +75,11 @@ fn starter() -> mpsc::Sender<Job> {
         .clone()
 }
 
+fn process_of(child: &Child) -> io::Result<OwnedFd> {
+    let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+    Ok(pidfd_open(pid.ok_or(io::ErrorKind::InvalidData)?, PidfdFlags::empty())?)
+}
+
 impl RunningChild {
     /// Waits for it to end.
     pub(super) async fn ended(&self) -> Option<ExitStatus> {
@@ -77,17 +87,18 @@ impl RunningChild {
         ending.wait_for(Option::is_some).await.ok().and_then(|status| *status)
     }
 
-    /// Sends a signal, unless it has ended.
+    /// Sends a signal.
     pub(super) fn signal(&self, signal: Signal) {
-        if let (Some(pid), None) = (self.pid, *self.ending.borrow()) {
-            // It may end at the same time.
-            let _ = kill_process(pid, signal);
-        }
+        // One that has ended needs none.
+        let _ = pidfd_send_signal(&self.process, signal);
     }
 }
 
 impl Drop for RunningChild {
+    /// Kills it, and waits until it is gone, as what it writes to is about to be removed: that takes milliseconds.
     fn drop(&mut self) {
         self.signal(Signal::KILL);
+        let limit = Timespec { tv_sec: 5, tv_nsec: 0 };
+        let _ = poll(&mut [PollFd::new(&self.process, PollFlags::IN)], Some(&limit));
     }
 }

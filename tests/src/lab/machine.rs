@@ -36,6 +36,9 @@ const BOOT_PATIENCE: Duration = Duration::from_secs(90);
 /// The link's MTU: larger frames cost the emulated CPUs much less per byte.
 const LINK_MTU: u32 = 9000;
 
+/// Of the kernel's work at boot, what the lab has no use for: it is a third of the time that an emulated CPU takes.
+const QUICKER_BOOT: &str = "mitigations=off rcupdate.rcu_expedited=1 nokaslr lsm=capability audit=0 nmi_watchdog=0 cryptomgr.notests";
+
 /// What all nodes of a lab share.
 pub(super) struct Boot<'a> {
     pub(super) kernel: &'a Path,
@@ -143,7 +146,7 @@ fn arguments(
     monitor: &Path,
 ) {
     let append = format!(
-        "console=ttyS0 panic=-1 quiet mitigations=off slackwater.name={} slackwater.number={number} slackwater.mtu={LINK_MTU} \
+        "console=ttyS0 panic=-1 quiet {QUICKER_BOOT} slackwater.name={} slackwater.number={number} slackwater.mtu={LINK_MTU} \
          slackwater.devices={}",
         config.name,
         config.devices.join(","),
