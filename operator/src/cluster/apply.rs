@@ -7,7 +7,6 @@ use std::fmt::Debug;
 
 use kube::api::{DeleteParams, Patch, PatchParams, Preconditions};
 use kube::core::NamespaceResourceScope;
-use kube::runtime::events::Recorder;
 use kube::{Api, Client, Resource, ResourceExt};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -16,7 +15,7 @@ use slackwater_api::{AssignedVM, AssignedVMStatus, MIGRATION_FINALIZER, Migratio
 use slackwater_api::{VMMigration, VMMigrationStatus};
 
 /// Who owns metadata that the operator writes.
-const MANAGER: &str = "slackwater-operator";
+pub(super) const MANAGER: &str = "slackwater-operator";
 /// Who owns statuses.
 const STATUS_MANAGER: &str = "slackwater-operator-status";
 
@@ -24,7 +23,6 @@ const STATUS_MANAGER: &str = "slackwater-operator-status";
 #[derive(Clone)]
 pub struct Cluster {
     pub(super) client: Client,
-    pub(super) recorder: Recorder,
 }
 
 /// A write that did not come through.
@@ -47,8 +45,7 @@ pub enum WriteError {
 impl Cluster {
     /// For an API server.
     pub fn new(client: Client) -> Self {
-        let recorder = Recorder::new(client.clone(), MANAGER.into());
-        Self { client, recorder }
+        Self { client }
     }
 
     /// All objects of a kind.

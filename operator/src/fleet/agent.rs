@@ -22,7 +22,7 @@ pub(super) async fn follow(fleet: &Fleet, name: &str, address: &str) {
             Err(error) => error,
         };
         tracing::warn!(node = name, address, error, "an agent does not answer");
-        fleet.lost(name, address, error);
+        fleet.index.lost(name, address, error);
         if answered {
             pause = PAUSES.0;
         }
@@ -45,7 +45,7 @@ async fn watch(fleet: &Fleet, name: &str, address: &str, answered: &mut bool) ->
         for ignored in &report.ignored {
             tracing::warn!(node = name, "{ignored}");
         }
-        fleet.report(name, address, &channel, report);
+        fleet.index.report(name, address, Some(&channel), report);
     }
     Ok(())
 }

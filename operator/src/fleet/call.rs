@@ -113,7 +113,7 @@ impl Fleet {
     /// # Errors
     /// [`CallError`]
     pub async fn reserve(&self, node: &str, request: ReserveRequest) -> Result<(), CallError> {
-        let mut client = NodeAgentClient::new(self.channel(node)?);
+        let mut client = NodeAgentClient::new(self.index.channel(node)?);
         within(RESERVE_TIMEOUT, client.reserve(request)).await.map(drop)
     }
 
@@ -122,7 +122,7 @@ impl Fleet {
     /// # Errors
     /// [`CallError`]
     pub async fn migrate(&self, node: &str, request: MigrateRequest) -> Result<Events, CallError> {
-        let mut client = NodeAgentClient::new(self.channel(node)?);
+        let mut client = NodeAgentClient::new(self.index.channel(node)?);
         let stream =
             client.migrate(request).await.map_err(|status| CallError::from_status(&status))?.into_inner();
         let events = stream.filter_map(async |message| match message {
@@ -137,7 +137,7 @@ impl Fleet {
     /// # Errors
     /// [`CallError`]; a precondition means that the point of no return has passed.
     pub async fn abort(&self, node: &str, request: AbortRequest) -> Result<(), CallError> {
-        let mut client = NodeAgentClient::new(self.channel(node)?);
+        let mut client = NodeAgentClient::new(self.index.channel(node)?);
         client.abort(request).await.map(drop).map_err(|status| CallError::from_status(&status))
     }
 
@@ -146,7 +146,7 @@ impl Fleet {
     /// # Errors
     /// [`CallError`]; a precondition means that the VM may have run there.
     pub async fn release(&self, node: &str, request: ReleaseRequest) -> Result<(), CallError> {
-        let mut client = NodeAgentClient::new(self.channel(node)?);
+        let mut client = NodeAgentClient::new(self.index.channel(node)?);
         within(RELEASE_TIMEOUT, client.release(request)).await.map(drop)
     }
 }

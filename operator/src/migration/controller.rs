@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use kube::ResourceExt;
-use slackwater_api::{MIGRATION_FINALIZER, VMMigration};
+use slackwater_api::VMMigration;
 use tokio::task::JoinSet;
 
 use super::claims::Claims;
 use super::fact::{self, Draft};
-use super::run::Run;
+use super::run::{Run, has_finalizer};
 use super::step::{Step, next};
 use crate::cluster::{Cluster, Observed};
 use crate::conditions::Stamp;
@@ -59,7 +59,7 @@ pub async fn run(surroundings: Surroundings) {
             started.insert(uid.clone(), version);
             let run = Run::new(surroundings.clone(), object);
             tasks.spawn(async move {
-                run.to_the_end().await;
+                run.bring_to_its_end().await;
                 uid
             });
         }
@@ -77,7 +77,7 @@ pub async fn run(surroundings: Surroundings) {
 
 fn needs_attention(migration: &VMMigration) -> bool {
     if migration.metadata.deletion_timestamp.is_some() {
-        return migration.finalizers().iter().any(|finalizer| finalizer == MIGRATION_FINALIZER);
+        return has_finalizer(migration);
     }
     let mut draft = Draft::new(migration);
     let stamp = Stamp { generation: None, now: jiff::Timestamp::UNIX_EPOCH };

@@ -56,7 +56,7 @@ impl Run {
             };
             match followed {
                 Followed::Finished => return,
-                Followed::GaveUp => self.learn(|draft, stamp| fact::aborted(draft, stamp)),
+                Followed::GaveUp => self.learn(fact::aborted),
                 Followed::Refused(error) if never_asked => {
                     self.learn(|draft, stamp| fact::source_refused(draft, &error.to_string(), stamp));
                 }
@@ -94,11 +94,11 @@ impl Run {
 
     /// Gives up a migration whose stream is not open. `true`: it is over.
     async fn give_up(&mut self, accepted: &Accepted, pause: &mut Pause) -> bool {
-        self.learn(|draft, stamp| fact::aborting(draft, stamp));
+        self.learn(fact::aborting);
         self.write_progress().await;
         match self.around.fleet.abort(&accepted.source, accepted.abort(WHY)).await {
             Ok(()) => {
-                self.learn(|draft, stamp| fact::aborted(draft, stamp));
+                self.learn(fact::aborted);
                 self.write().await;
                 return true;
             }
@@ -126,7 +126,7 @@ impl Run {
         loop {
             if self.wants_abort() && !asked_to_abort {
                 asked_to_abort = true;
-                self.learn(|draft, stamp| fact::aborting(draft, stamp));
+                self.learn(fact::aborting);
                 self.write_progress().await;
                 abort.set(Either::Right(abort_at(
                     Arc::clone(&self.around.fleet),

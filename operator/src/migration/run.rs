@@ -33,6 +33,8 @@ pub(super) struct Run {
     /// The object is not there any more, finalizer or not.
     gone: bool,
     pub(super) draft: Draft,
+    /// The object has, or may have, our finalizer.
+    finalizer: bool,
     /// What stands in the API server, as far as this task has written it.
     written: VMMigrationStatus,
     /// This task has reserved, so it knows that the source was never asked.
@@ -58,6 +60,7 @@ impl Run {
             uid: object.uid().unwrap_or_default(),
             written: draft.status.clone(),
             draft,
+            finalizer: has_finalizer(&object),
             object,
             gone: false,
             source_never_asked: false,
@@ -66,7 +69,7 @@ impl Run {
     }
 
     /// Goes on until nothing is left to do, or the object is gone.
-    pub(super) async fn to_the_end(mut self) {
+    pub(super) async fn bring_to_its_end(mut self) {
         if !self.read_again().await {
             self.around.claims.release(&self.uid);
             return;
@@ -78,7 +81,7 @@ impl Run {
                 Step::Plan => self.plan().await,
                 Step::Reserve => self.reserve().await,
                 Step::GiveUp => {
-                    self.learn(|draft, stamp| fact::gave_up_before_asking(draft, stamp));
+                    self.learn(fact::gave_up_before_asking);
                     self.write().await;
                 }
                 Step::Migrate => self.migrate().await,
@@ -105,6 +108,7 @@ impl Run {
                 Ok(object) => {
                     self.draft = Draft::new(&object);
                     self.written = self.draft.status.clone();
+                    self.finalizer = has_finalizer(&object);
                     self.object = Arc::new(object);
                     return true;
                 }
@@ -216,7 +220,7 @@ impl Run {
         match self.around.fleet.reserve(&accepted.target, accepted.reserve(&vm_json)).await {
             Ok(()) => {
                 self.source_never_asked = true;
-                self.learn(|draft, stamp| fact::reserved(draft, stamp));
+                self.learn(fact::reserved);
             }
             Err(error) => {
                 tracing::warn!(migration = self.name(), target = accepted.target, %error, "reserving failed");
@@ -294,7 +298,7 @@ impl Run {
 
     /// A status that says "accepted" and not what: somebody has written to it.
     pub(super) async fn unreadable(&mut self) {
-        self.learn(|draft, stamp| fact::unreadable(draft, stamp));
+        self.learn(fact::unreadable);
         self.write().await;
     }
 
@@ -346,22 +350,23 @@ impl Run {
     async fn write_finalizer(&mut self, present: bool) -> bool {
         let mut pause = Pause::new();
         while !self.gone {
-            let has = self.object.finalizers().iter().any(|finalizer| finalizer == MIGRATION_FINALIZER);
-            // What the watch says of a finalizer that this task has just written is not to be relied upon; taking away one
-            // that is not there does no harm.
-            if present && has {
+            if present == self.finalizer {
                 return true;
             }
             match self.around.cluster.write_finalizer(&self.object, present).await {
-                Ok(()) => return true,
+                Ok(()) => self.finalizer = present,
                 Err(WriteError::Gone) => self.gone = true,
                 Err(error) => {
                     tracing::warn!(migration = self.name(), %error, "the finalizer could not be written; trying again");
                     self.rest(&mut pause).await;
-                    self.look();
                 }
             }
         }
         false
     }
+}
+
+/// The object has our finalizer.
+pub(super) fn has_finalizer(migration: &VMMigration) -> bool {
+    migration.finalizers().iter().any(|finalizer| finalizer == MIGRATION_FINALIZER)
 }

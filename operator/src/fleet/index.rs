@@ -1,0 +1,209 @@
+//! What is known of every agent, and who wants to hear of changes.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use slackwater_proto::tonic::transport::Channel;
+use tokio::sync::watch;
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use super::{Address, CallError};
+use crate::inventory::{Inventory, Link, Node, NodeReport};
+
+/// What is known of every agent.
+#[derive(Default)]
+pub(super) struct Index {
+    state: watch::Sender<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// Every MigrationNode has been seen at least once since the start.
+    primed: bool,
+    inventory: Arc<Inventory>,
+    channels: BTreeMap<String, Channel>,
+    /// Ends the task that follows a node when it is dropped.
+    guards: BTreeMap<String, DropGuard>,
+}
+
+/// A node that somebody must follow from now on, until the token is cancelled.
+pub(super) struct Newcomer {
+    pub(super) name: String,
+    pub(super) address: String,
+    pub(super) token: CancellationToken,
+}
+
+impl Index {
+    /// Makes the nodes those of the map. Gives the new ones and those with another address.
+    pub(super) fn follow(&self, wanted: &BTreeMap<String, Address>) -> Vec<Newcomer> {
+        let mut newcomers = Vec::new();
+        self.state.send_if_modified(|state| {
+            let first = !std::mem::replace(&mut state.primed, true);
+            let is_known = |name: &String, address: &Address| {
+                let node = state.inventory.get(name);
+                node.is_some_and(|node| node.address == address.own && node.peer_address == address.peers)
+            };
+            let fresh: Vec<_> = wanted.iter().filter(|(name, address)| !is_known(name, address)).collect();
+            let gone = state.inventory.keys().any(|name| !wanted.contains_key(name));
+            if fresh.is_empty() && !gone {
+                return first;
+            }
+            let inventory = Arc::make_mut(&mut state.inventory);
+            inventory.retain(|name, _| wanted.contains_key(name));
+            state.guards.retain(|name, _| wanted.contains_key(name));
+            state.channels.retain(|name, _| wanted.contains_key(name));
+            for (name, address) in fresh {
+                let node = Node {
+                    address: address.own.clone(),
+                    peer_address: address.peers.clone(),
+                    link: Link::Connecting,
+                    report: None,
+                };
+                inventory.insert(name.clone(), node);
+                state.channels.remove(name);
+                let token = CancellationToken::new();
+                state.guards.insert(name.clone(), token.clone().drop_guard());
+                newcomers.push(Newcomer { name: name.clone(), address: address.own.clone(), token });
+            }
+            true
+        });
+        newcomers
+    }
+
+    pub(super) fn inventory(&self) -> Arc<Inventory> {
+        Arc::clone(&self.state.borrow().inventory)
+    }
+
+    /// Nodes that are still connecting; `None` if the nodes themselves are not known yet.
+    pub(super) fn undecided(&self) -> Option<Vec<String>> {
+        let state = self.state.borrow();
+        let connecting =
+            |(name, node): (&String, &Node)| (node.link == Link::Connecting).then(|| name.clone());
+        state.primed.then(|| state.inventory.iter().filter_map(connecting).collect())
+    }
+
+    pub(super) fn changes(&self) -> Changes {
+        Changes { receiver: self.state.subscribe() }
+    }
+
+    pub(super) fn channel(&self, node: &str) -> Result<Channel, CallError> {
+        let state = self.state.borrow();
+        let Some(known) = state.inventory.get(node) else {
+            return Err(CallError::NoSuchNode { node: node.to_owned() });
+        };
+        match (state.channels.get(node), known.not_ready_reason()) {
+            (Some(channel), None) => Ok(channel.clone()),
+            (_, error) => {
+                Err(CallError::NotReady { node: node.to_owned(), error: error.unwrap_or_default() })
+            }
+        }
+    }
+
+    /// The agent of a node has said something, by this channel.
+    pub(super) fn report(&self, name: &str, address: &str, channel: Option<&Channel>, report: NodeReport) {
+        self.update(name, address, |node, channels| {
+            node.link = Link::Ready;
+            node.report = Some(report);
+            if let Some(channel) = channel {
+                channels.insert(name.to_owned(), channel.clone());
+            }
+        });
+    }
+
+    /// The agent of a node does not answer.
+    pub(super) fn lost(&self, name: &str, address: &str, error: String) {
+        self.update(name, address, |node, channels| {
+            node.link = Link::Down { error };
+            channels.remove(name);
+        });
+    }
+
+    /// Only if the node still has that address: a task that was just cancelled must not speak for its successor.
+    fn update(
+        &self,
+        name: &str,
+        address: &str,
+        change: impl FnOnce(&mut Node, &mut BTreeMap<String, Channel>),
+    ) {
+        self.state.send_if_modified(|state| {
+            let Some(known) = state.inventory.get(name).filter(|node| node.address == address) else {
+                return false;
+            };
+            let mut node = known.clone();
+            change(&mut node, &mut state.channels);
+            let modified = node != *known;
+            if modified {
+                Arc::make_mut(&mut state.inventory).insert(name.to_owned(), node);
+            }
+            modified
+        });
+    }
+}
+
+/// Tells when something about the agents has changed.
+pub struct Changes {
+    receiver: watch::Receiver<State>,
+}
+
+impl Changes {
+    /// Returns at the next change since the last call.
+    pub async fn next(&mut self) {
+        // The sender lives as long as the fleet, and with it everything that waits here.
+        if self.receiver.changed().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wanted(nodes: &[(&str, &str)]) -> BTreeMap<String, Address> {
+        let address = |own: &str| Address { own: own.to_owned(), peers: own.to_owned() };
+        nodes.iter().map(|(name, own)| ((*name).to_owned(), address(own))).collect()
+    }
+
+    fn woken(changes: &mut Changes) -> bool {
+        let woken = changes.receiver.has_changed().unwrap();
+        changes.receiver.mark_unchanged();
+        woken
+    }
+
+    #[test]
+    fn nobody_is_woken_by_what_was_known_already() {
+        let index = Index::default();
+        let mut changes = index.changes();
+        assert_eq!(index.undecided(), None);
+        assert_eq!(index.follow(&wanted(&[("a", "h:1")])).len(), 1);
+        assert!(woken(&mut changes));
+        assert_eq!(index.undecided(), Some(vec!["a".to_owned()]));
+        assert_eq!(index.follow(&wanted(&[("a", "h:1")])).len(), 0);
+        assert!(!woken(&mut changes));
+
+        index.report("a", "h:1", None, NodeReport::default());
+        assert!(woken(&mut changes));
+        index.report("a", "h:1", None, NodeReport::default());
+        assert!(!woken(&mut changes));
+        index.lost("a", "h:1", "x".into());
+        assert!(woken(&mut changes));
+        assert_eq!(index.undecided(), Some(vec![]));
+    }
+
+    #[test]
+    fn a_task_of_an_old_address_is_ended_and_not_listened_to() {
+        let index = Index::default();
+        let old = index.follow(&wanted(&[("a", "h:1")])).remove(0);
+        let new = index.follow(&wanted(&[("a", "h:2")])).remove(0);
+        assert!(old.token.is_cancelled() && !new.token.is_cancelled());
+        index.report("a", "h:1", None, NodeReport::default());
+        assert_eq!(index.inventory()["a"].link, Link::Connecting);
+        index.report("a", "h:2", None, NodeReport::default());
+        assert_eq!(index.inventory()["a"].link, Link::Ready);
+
+        let mut changes = index.changes();
+        assert!(index.follow(&wanted(&[])).is_empty());
+        assert!(woken(&mut changes) && new.token.is_cancelled());
+        assert!(matches!(index.channel("a"), Err(CallError::NoSuchNode { .. })));
+    }
+}

@@ -1,0 +1,329 @@
+//! An agent that does what a test tells it, served as a real one is: gRPC with mutual TLS.
+
+use std::future::pending;
+use std::net::TcpListener;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use futures::stream::{self, BoxStream};
+use futures::{Stream, StreamExt};
+use slackwater_proto::node::migration_event::What;
+use slackwater_proto::node::node_agent_server::{NodeAgent, NodeAgentServer};
+use slackwater_proto::node::{
+    AbortRequest, AbortResponse, DescribeRequest, DescribeResponse, DeviceDescription, DeviceStateChange,
+    Finished, MigrateRequest, MigrateResponse, MigrationEvent, MigrationFeatures, NodeDescription, Outcome,
+    Phase, ReleaseRequest, ReleaseResponse, ReserveRequest, ReserveResponse, Timings, VmDescription, VmRef,
+    VmState, WatchRequest, WatchResponse,
+};
+use slackwater_proto::server::serve;
+use slackwater_proto::tls::Credentials;
+use slackwater_proto::tonic::service::Routes;
+use slackwater_proto::tonic::{Request, Response, Status};
+use slackwater_tests::lab::Pki;
+use tokio::runtime::{Builder, Runtime};
+use tokio::sync::watch;
+
+/// A request that the agent got.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Call {
+    Reserve(ReserveRequest),
+    Migrate(MigrateRequest),
+    Abort(AbortRequest),
+    Release(ReleaseRequest),
+}
+
+/// What the agent answers to its next calls.
+#[derive(Default)]
+pub(crate) struct Script {
+    pub(crate) reserve: Option<Status>,
+    pub(crate) migrate: Option<Status>,
+    pub(crate) abort: Option<Status>,
+    pub(crate) release: Option<Status>,
+}
+
+struct State {
+    description: watch::Sender<NodeDescription>,
+    calls: watch::Sender<Vec<Call>>,
+    /// The events of the one attempt that a test plays.
+    events: watch::Sender<Vec<MigrationEvent>>,
+    /// Another number breaks every open stream of events.
+    breaks: watch::Sender<u32>,
+    script: Mutex<Script>,
+}
+
+/// The agent of a node. It ends when it is dropped.
+pub(crate) struct FakeAgent {
+    pub(crate) node: String,
+    pub(crate) address: String,
+    state: Arc<State>,
+    credentials: Arc<Credentials>,
+    process: Option<Runtime>,
+}
+
+impl Drop for FakeAgent {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+pub(crate) fn vm(namespace: &str, name: &str, devices: &[&str]) -> VmDescription {
+    VmDescription {
+        vm: Some(VmRef { namespace: namespace.into(), name: name.into() }),
+        state: VmState::Running.into(),
+        vmm_kind: "contract".into(),
+        devices: devices.iter().map(|device| (*device).to_owned()).collect(),
+        vm_json: format!("{{\"name\": \"{name}\"}}"),
+        ram_bytes: 64 << 20,
+        ..Default::default()
+    }
+}
+
+pub(crate) fn device(name: &str, model: &str, holder: &str) -> DeviceDescription {
+    DeviceDescription {
+        name: name.into(),
+        cdev: format!("/dev/vfio/devices/{name}"),
+        driver: "mtty".into(),
+        model: model.into(),
+        features: Some(MigrationFeatures { stop_copy: true, p2p: true, pre_copy: true }),
+        free: holder.is_empty(),
+        holder: holder.into(),
+        ..Default::default()
+    }
+}
+
+impl FakeAgent {
+    pub(crate) fn start(pki: &Pki, folder: &Path, node: &str) -> Self {
+        let description = NodeDescription {
+            node: node.into(),
+            agent_version: "0.1.0-fake".into(),
+            kernel_release: "6.12.0".into(),
+            boot_id: "b00t".into(),
+            ..Default::default()
+        };
+        let state = Arc::new(State {
+            description: watch::Sender::new(description),
+            calls: watch::Sender::default(),
+            events: watch::Sender::default(),
+            breaks: watch::Sender::default(),
+            script: Mutex::default(),
+        });
+        let (certificate, key) = pki.agent(node).unwrap().write(folder, node).unwrap();
+        let credentials = Credentials::read(&certificate, &key, &pki.write_ca(folder).unwrap()).unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let mut agent =
+            Self { node: node.into(), address, state, credentials: Arc::new(credentials), process: None };
+        agent.serve(listener);
+        agent
+    }
+
+    /// A runtime of its own is the agent's process, as it were: all of its connections end with it.
+    fn serve(&mut self, listener: TcpListener) {
+        let process = Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let routes = Routes::new(NodeAgentServer::new(Service(Arc::clone(&self.state))));
+        let credentials = Arc::clone(&self.credentials);
+        process.spawn(async move {
+            let listener = tokio::net::TcpListener::from_std(listener).unwrap();
+            serve(listener, &credentials, routes, pending(), Duration::ZERO).await.unwrap();
+        });
+        self.process = Some(process);
+    }
+
+    /// Ends the agent's process: its connections break, its address refuses. What it knows stays.
+    pub(crate) fn stop(&mut self) {
+        if let Some(process) = self.process.take() {
+            process.shutdown_background();
+        }
+    }
+
+    /// Starts it again at the same address.
+    pub(crate) async fn start_again(&mut self) {
+        self.stop();
+        let listener = loop {
+            // The old listener goes when its runtime's thread comes to it.
+            match TcpListener::bind(&self.address) {
+                Ok(listener) => break listener,
+                Err(_) => tokio::task::yield_now().await,
+            }
+        };
+        self.serve(listener);
+    }
+
+    /// Changes what the agent says of its node, and tells everybody who watches.
+    pub(crate) fn describe(&self, change: impl FnOnce(&mut NodeDescription)) {
+        self.state.description.send_modify(change);
+    }
+
+    pub(crate) fn script(&self, change: impl FnOnce(&mut Script)) {
+        change(&mut self.state.script.lock().unwrap());
+    }
+
+    pub(crate) fn calls(&self) -> Vec<Call> {
+        self.state.calls.borrow().clone()
+    }
+
+    /// Returns when the agent has got a call that `is` holds for: the first such.
+    pub(crate) async fn called<T>(&self, what: &str, is: impl Fn(&Call) -> Option<T>) -> T {
+        let mut calls = self.state.calls.subscribe();
+        let found = async {
+            loop {
+                if let Some(found) = calls.borrow_and_update().iter().find_map(&is) {
+                    return found;
+                }
+                calls.changed().await.unwrap();
+            }
+        };
+        let found = tokio::time::timeout(Duration::from_secs(30), found).await;
+        found.unwrap_or_else(|_| {
+            panic!("{} was not asked to {what}; it was asked {:#?}", self.node, self.calls())
+        })
+    }
+
+    /// Returns when somebody has asked to migrate for the `count`-th time.
+    pub(crate) async fn joined(&self, count: usize) {
+        let mut calls = self.state.calls.subscribe();
+        let joins =
+            |calls: &Vec<Call>| calls.iter().filter(|call| matches!(call, Call::Migrate(_))).count() >= count;
+        let joined = tokio::time::timeout(Duration::from_secs(30), calls.wait_for(joins)).await;
+        assert!(joined.is_ok(), "{} was asked {:#?}", self.node, self.calls());
+    }
+
+    /// Breaks every open stream of events; the migration goes on.
+    pub(crate) fn break_streams(&self) {
+        self.state.breaks.send_modify(|breaks| *breaks += 1);
+    }
+
+    pub(crate) fn phase(&self, phase: Phase) {
+        self.event(&self.node, What::Phase(phase.into()));
+    }
+
+    pub(crate) fn device_state(&self, node: &str, device: &str, to: u32) {
+        self.event(
+            node,
+            What::DeviceState(DeviceStateChange { device: device.into(), from: 2, to, took_ns: 1_000_000 }),
+        );
+    }
+
+    pub(crate) fn finish(&self, outcome: Outcome, reason: &str, message: &str) {
+        self.event(
+            &self.node,
+            What::Finished(Finished {
+                outcome: outcome.into(),
+                reason: reason.into(),
+                message: message.into(),
+                timings: Some(Timings {
+                    pre_copy_ns: 5_000_000,
+                    blackout_ns: 87_412_000,
+                    total_ns: 1_250_000_000,
+                }),
+                device_bytes: vec![60, 61],
+                vmm_bytes: 64 << 20,
+            }),
+        );
+    }
+
+    fn event(&self, node: &str, what: What) {
+        self.state.event(node, what);
+    }
+}
+
+impl State {
+    fn event(&self, node: &str, what: What) {
+        self.events.send_modify(|events| {
+            let sequence = events.len() as u64 + 1;
+            events.push(MigrationEvent {
+                sequence,
+                node: node.into(),
+                monotonic_ns: sequence * 1_000_000,
+                unix_ns: 1_790_000_000_000_000_000 + sequence as i64 * 1_000_000,
+                what: Some(what),
+            });
+        });
+    }
+
+    fn record(&self, call: Call) {
+        self.calls.send_modify(|calls| calls.push(call));
+    }
+
+    fn answer(&self, of: impl Fn(&Script) -> &Option<Status>) -> Result<(), Status> {
+        of(&self.script.lock().unwrap()).clone().map_or(Ok(()), Err)
+    }
+
+    /// All events from the first, then those to come, up to the end of the migration or the next break.
+    fn follow(self: &Arc<Self>) -> impl Stream<Item = Result<MigrateResponse, Status>> + use<> {
+        let (events, mut breaks) = (self.events.subscribe(), self.breaks.subscribe());
+        breaks.mark_unchanged();
+        stream::unfold((events, breaks, 0_usize, false), |(mut events, mut breaks, told, over)| async move {
+            if over {
+                return None;
+            }
+            loop {
+                let next = events.borrow_and_update().get(told).cloned();
+                if let Some(event) = next {
+                    let over = matches!(event.what, Some(What::Finished(_)));
+                    let response = MigrateResponse { event: Some(event) };
+                    return Some((Ok(response), (events, breaks, told + 1, over)));
+                }
+                tokio::select! {
+                    changed = events.changed() => changed.ok()?,
+                    _ = breaks.changed() => {
+                        return Some((Err(Status::unavailable("the test broke the stream")), (events, breaks, told, true)));
+                    }
+                }
+            }
+        })
+    }
+}
+
+struct Service(Arc<State>);
+
+#[slackwater_proto::tonic::async_trait]
+impl NodeAgent for Service {
+    type WatchStream = BoxStream<'static, Result<WatchResponse, Status>>;
+    type MigrateStream = BoxStream<'static, Result<MigrateResponse, Status>>;
+
+    async fn describe(&self, _: Request<DescribeRequest>) -> Result<Response<DescribeResponse>, Status> {
+        let node = self.0.description.borrow().clone();
+        Ok(Response::new(DescribeResponse { node: Some(node) }))
+    }
+
+    async fn watch(&self, _: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        let descriptions = tokio_stream::wrappers::WatchStream::new(self.0.description.subscribe());
+        Ok(Response::new(descriptions.map(|node| Ok(WatchResponse { node: Some(node) })).boxed()))
+    }
+
+    async fn reserve(&self, request: Request<ReserveRequest>) -> Result<Response<ReserveResponse>, Status> {
+        self.0.record(Call::Reserve(request.into_inner()));
+        self.0.answer(|script| &script.reserve).map(|()| Response::new(ReserveResponse {}))
+    }
+
+    async fn migrate(
+        &self,
+        request: Request<MigrateRequest>,
+    ) -> Result<Response<Self::MigrateStream>, Status> {
+        self.0.record(Call::Migrate(request.into_inner()));
+        self.0.answer(|script| &script.migrate)?;
+        Ok(Response::new(self.0.follow().boxed()))
+    }
+
+    async fn abort(&self, request: Request<AbortRequest>) -> Result<Response<AbortResponse>, Status> {
+        self.0.record(Call::Abort(request.into_inner()));
+        self.0.answer(|script| &script.abort)?;
+        let node = self.0.description.borrow().node.clone();
+        let finished = Finished {
+            outcome: Outcome::RolledBack.into(),
+            reason: "Aborted".into(),
+            message: "it was asked to give up".into(),
+            ..Default::default()
+        };
+        self.0.event(&node, What::Finished(finished));
+        Ok(Response::new(AbortResponse {}))
+    }
+
+    async fn release(&self, request: Request<ReleaseRequest>) -> Result<Response<ReleaseResponse>, Status> {
+        self.0.record(Call::Release(request.into_inner()));
+        self.0.answer(|script| &script.release).map(|()| Response::new(ReleaseResponse {}))
+    }
+}

@@ -1,0 +1,85 @@
+//! Streams that break and operators that crash: a migration goes on at the agents, and is joined again, not begun again.
+
+use slackwater_api::{MigrationPhase, Reservation};
+use slackwater_proto::node::{Outcome, Phase};
+use slackwater_proto::tonic::Status;
+
+use crate::fake_agent::Call;
+use crate::world::{World, is, message};
+
+#[tokio::test]
+async fn a_broken_stream_is_joined_again_and_a_restarted_operator_joins_by_what_stands_in_the_status() {
+    let mut world = World::start().await;
+    world.migrate("move-counter", |_| {}).await;
+    world.a.joined(1).await;
+    world.a.phase(Phase::Connected);
+    world.a.phase(Phase::PreCopy);
+    world
+        .until("move-counter", "be copying", |m| Some(m.status.as_ref()?.phase? == MigrationPhase::Copying))
+        .await;
+
+    world.a.break_streams();
+    world.a.joined(2).await;
+    world.a.phase(Phase::Capturing);
+    let stopped = world.until("move-counter", "be stopped", is("Stopped", "True")).await;
+
+    world.crash_and_restart_operator().await;
+    world.a.joined(3).await;
+    world.a.phase(Phase::Committed);
+    world.a.phase(Phase::Started);
+    world.a.finish(Outcome::Succeeded, "", "");
+    let done = world.until("move-counter", "have succeeded", is("Succeeded", "True")).await;
+
+    let status = done.status.unwrap();
+    assert_eq!((status.attempt, status.start_time), (Some(1), stopped.status.unwrap().start_time));
+    let phases: Vec<_> = status.timeline.iter().map(|entry| entry.phase.as_str()).collect();
+    assert_eq!(phases, ["CONNECTED", "PRE_COPY", "CAPTURING", "COMMITTED", "STARTED"]);
+    let asked: Vec<_> = world
+        .a
+        .calls()
+        .into_iter()
+        .filter_map(|call| if let Call::Migrate(m) = call { Some(m) } else { None })
+        .collect();
+    assert!(asked.iter().all(|again| *again == asked[0]), "{asked:#?}");
+    let reserved = world.b.calls().iter().filter(|call| matches!(call, Call::Reserve(_))).count();
+    assert_eq!(reserved, 1);
+    assert_eq!(
+        world.told("move-counter").await,
+        ["Accepted", "Prepared", "Stopped", "Committed", "Succeeded"]
+    );
+    world.assert_nothing_was_forbidden();
+}
+
+#[tokio::test]
+async fn an_operator_that_finds_its_migration_deleted_after_a_crash_gives_it_up() {
+    let mut world = World::start().await;
+    let object = world.migrate("move-counter", |_| {}).await;
+    world.a.joined(1).await;
+    world.until("move-counter", "be prepared", is("Prepared", "True")).await;
+    // It cannot abort at first, and is gone when it could.
+    world.a.script(|script| {
+        script.abort = Some(Status::unavailable("busy"));
+        script.migrate = Some(Status::unavailable("busy"));
+    });
+    world.delete("move-counter").await;
+    world.a.called("abort", |call| matches!(call, Call::Abort(_)).then_some(())).await;
+    world.crash_and_restart_operator().await;
+    world.a.script(|script| script.abort = None);
+    world.is_gone(&object).await;
+    assert!(world.b.calls().iter().any(|call| matches!(call, Call::Release(_))));
+    world.assert_nothing_was_forbidden();
+}
+
+#[tokio::test]
+async fn a_source_that_knows_nothing_any_more_leaves_the_migration_in_doubt_in_words() {
+    let world = World::start().await;
+    world.migrate("move-counter", |_| {}).await;
+    world.a.joined(1).await;
+    world.a.phase(Phase::PreCopy);
+    world.a.script(|script| script.migrate = Some(Status::not_found("there is no VM demo/counter here")));
+    world.a.break_streams();
+    let doubtful = world.until("move-counter", "be in doubt", is("Succeeded", "Unknown/SourceForgot")).await;
+    assert!(message(&doubtful, "Succeeded").contains("there is no VM demo/counter here"));
+    assert_eq!(doubtful.status.unwrap().reservation, Some(Reservation::Kept));
+    world.assert_nothing_was_forbidden();
+}

@@ -1,0 +1,10 @@
+//! The operator against a real API server (1.20), with agents that the tests play: what it asks of whom and when, and what it
+//! shows. That the agents then do it is shown elsewhere, on real devices.
+
+mod fake_agent;
+mod giving_up;
+mod joining;
+mod refusals;
+mod reports;
+mod success;
+mod world;

@@ -1,0 +1,259 @@
+//! A real API server with the chart installed by a real helm, the operator's own program with the rights that the chart gave
+//! its account, and two agents that a test plays.
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use k8s_openapi::api::events::v1::Event;
+use kube::api::{DeleteParams, ListParams, PostParams};
+use kube::runtime::conditions::is_deleted;
+use kube::runtime::wait::{Condition, await_condition};
+use kube::{Api, Client, ResourceExt};
+use slackwater_api::{
+    AssignedVM, MigrationNode, MigrationNodeSpec, PeerToPeer, Target, VMMigration, VMMigrationSpec, VmKind,
+    VmReference,
+};
+use slackwater_tests::lab::{Lab, LabConfig, Pki};
+use tokio::process::{Child, Command};
+
+use crate::fake_agent::{FakeAgent, device, vm};
+
+pub(crate) const NAMESPACE: &str = "demo";
+const SYSTEM: &str = "slackwater-system";
+const ACCOUNT: &str = "slackwater-operator";
+/// How long the operator may take to show something. Generous: two CPUs may run much else.
+const SOON: Duration = Duration::from_secs(60);
+
+pub(crate) struct World {
+    pub(crate) client: Client,
+    /// Runs demo/counter on a1 and a2.
+    pub(crate) a: FakeAgent,
+    /// Has b1 and b2 free.
+    pub(crate) b: FakeAgent,
+    operator: Child,
+    kubeconfig: PathBuf,
+    pub(crate) lab: Lab,
+}
+
+impl World {
+    pub(crate) async fn start() -> Self {
+        let lab = Lab::start(LabConfig::default().with_control_plane()).await.unwrap();
+        let plane = lab.control_plane().unwrap();
+        let chart = Path::new(env!("CARGO_MANIFEST_DIR")).join("../charts/slackwater");
+        plane.helm_install("slackwater", &chart, SYSTEM, &[]).await.unwrap();
+        plane.kubectl(&["create", "namespace", NAMESPACE]).await.unwrap();
+        let kubeconfig = plane.service_account_kubeconfig(SYSTEM, ACCOUNT).await.unwrap();
+        let client = plane.client().await.unwrap();
+
+        let pki = Pki::new("operator-test").unwrap();
+        let (certificate, key) = pki.operator().unwrap().write(lab.folder(), "operator").unwrap();
+        let ca = pki.write_ca(lab.folder()).unwrap();
+        assert!(certificate.exists() && key.exists() && ca.exists());
+        let a = FakeAgent::start(&pki, lab.folder(), "node-a");
+        let b = FakeAgent::start(&pki, lab.folder(), "node-b");
+        a.describe(|node| {
+            node.vms = vec![vm(NAMESPACE, "counter", &["a1", "a2"])];
+            node.devices = ["a1", "a2"].map(|name| device(name, "mtty-1", "VM demo/counter")).to_vec();
+        });
+        b.describe(|node| node.devices = ["b1", "b2"].map(|name| device(name, "mtty-1", "")).to_vec());
+
+        let operator = start_operator(lab.folder(), &kubeconfig);
+        let world = Self { client, a, b, operator, kubeconfig, lab };
+        for agent in [&world.a, &world.b] {
+            let spec = MigrationNodeSpec { address: agent.address.clone(), peer_address: None };
+            let node = MigrationNode::new(&agent.node, spec);
+            Api::all(world.client.clone()).create(&PostParams::default(), &node).await.unwrap();
+        }
+        for node in ["node-a", "node-b"] {
+            world
+                .node(node, "be Ready", |node| condition(&node.status.as_ref()?.conditions, "Ready", "True"))
+                .await;
+        }
+        world
+            .vm("counter", "be Migratable", |vm| {
+                condition(&vm.status.as_ref()?.conditions, "Migratable", "True")
+            })
+            .await;
+        world
+    }
+
+    pub(crate) fn folder(&self) -> &Path {
+        self.lab.folder()
+    }
+
+    /// Ends the operator as a crash would, and starts another.
+    pub(crate) async fn crash_and_restart_operator(&mut self) {
+        self.operator.kill().await.unwrap();
+        self.operator = start_operator(self.lab.folder(), &self.kubeconfig);
+    }
+
+    pub(crate) fn migrations(&self) -> Api<VMMigration> {
+        Api::namespaced(self.client.clone(), NAMESPACE)
+    }
+
+    /// Creates a VMMigration of demo/counter.
+    pub(crate) async fn migrate(&self, name: &str, change: impl FnOnce(&mut VMMigrationSpec)) -> VMMigration {
+        let mut spec = VMMigrationSpec {
+            vm_ref: VmReference { kind: VmKind::AssignedVM, name: "counter".into() },
+            target: Some(Target { node_name: "node-b".into() }),
+            peer_to_peer: PeerToPeer::Required,
+            pre_commit_timeout: "5m".into(),
+        };
+        change(&mut spec);
+        self.migrations().create(&PostParams::default(), &VMMigration::new(name, spec)).await.unwrap()
+    }
+
+    pub(crate) async fn delete(&self, name: &str) {
+        self.migrations().delete(name, &DeleteParams::default()).await.unwrap();
+    }
+
+    pub(crate) async fn is_gone(&self, object: &VMMigration) {
+        let uid = object.uid().unwrap();
+        let gone = is_deleted(&uid);
+        let name = object.name_any();
+        let gone = tokio::time::timeout(SOON, await_condition(self.migrations(), &name, gone)).await;
+        if gone.is_err() {
+            panic!("{name} is still there\n{}", self.log());
+        }
+    }
+
+    /// Returns the VMMigration when it is as wanted.
+    pub(crate) async fn until(
+        &self,
+        name: &str,
+        wanted: &str,
+        is: impl Fn(&VMMigration) -> Option<bool> + Send + 'static,
+    ) -> VMMigration {
+        self.wait(self.migrations(), name, wanted, is).await
+    }
+
+    pub(crate) async fn node(
+        &self,
+        name: &str,
+        wanted: &str,
+        is: impl Fn(&MigrationNode) -> Option<bool> + Send + 'static,
+    ) -> MigrationNode {
+        self.wait(Api::all(self.client.clone()), name, wanted, is).await
+    }
+
+    pub(crate) async fn vm(
+        &self,
+        name: &str,
+        wanted: &str,
+        is: impl Fn(&AssignedVM) -> Option<bool> + Send + 'static,
+    ) -> AssignedVM {
+        self.wait(Api::namespaced(self.client.clone(), NAMESPACE), name, wanted, is).await
+    }
+
+    async fn wait<K>(
+        &self,
+        api: Api<K>,
+        name: &str,
+        wanted: &str,
+        is: impl Fn(&K) -> Option<bool> + Send + 'static,
+    ) -> K
+    where
+        K: kube::Resource
+            + Clone
+            + std::fmt::Debug
+            + Send
+            + serde::de::DeserializeOwned
+            + serde::Serialize
+            + 'static,
+    {
+        let met = Wanted(is);
+        match tokio::time::timeout(SOON, await_condition(api.clone(), name, met)).await {
+            Ok(object) => object.unwrap().unwrap(),
+            Err(_) => {
+                let now = api.get_opt(name).await.unwrap();
+                let now = serde_json::to_string_pretty(&now).unwrap();
+                panic!("{name} did not come to {wanted}; it is\n{now}\nand the operator said\n{}", self.log())
+            }
+        }
+    }
+
+    /// The reasons of the events about an object, oldest first.
+    pub(crate) async fn told(&self, about: &str) -> Vec<String> {
+        let events: Api<Event> = Api::namespaced(self.client.clone(), NAMESPACE);
+        let mut events = events.list(&ListParams::default()).await.unwrap().items;
+        events.sort_by_key(|event| event.event_time.as_ref().map(|time| time.0));
+        let about =
+            |event: &Event| event.regarding.as_ref().and_then(|to| to.name.clone()).as_deref() == Some(about);
+        events.into_iter().filter(about).filter_map(|event| event.reason).collect()
+    }
+
+    pub(crate) fn log(&self) -> String {
+        std::fs::read_to_string(self.lab.folder().join("operator.log")).unwrap_or_default()
+    }
+
+    /// The rights that the chart gives were enough for everything that the operator did.
+    pub(crate) fn assert_nothing_was_forbidden(&self) {
+        let account = format!("system:serviceaccount:{SYSTEM}:{ACCOUNT}");
+        let requests = self.lab.control_plane().unwrap().audit().unwrap();
+        let own: Vec<_> = requests.into_iter().filter(|request| request.user == account).collect();
+        assert!(!own.is_empty(), "the operator asked the API server for nothing");
+        let forbidden: Vec<_> = own.iter().filter(|request| request.status == 403).collect();
+        assert!(forbidden.is_empty(), "{forbidden:#?}");
+    }
+}
+
+struct Wanted<F>(F);
+
+impl<K, F: Fn(&K) -> Option<bool>> Condition<K> for Wanted<F> {
+    fn matches_object(&self, object: Option<&K>) -> bool {
+        object.and_then(&self.0).unwrap_or(false)
+    }
+}
+
+/// A condition has a status (and, where given after a slash, a reason): `True`, `False/TargetIsSource`.
+pub(crate) fn condition(
+    conditions: &[k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition],
+    type_: &str,
+    wanted: &str,
+) -> Option<bool> {
+    let condition = conditions.iter().find(|condition| condition.type_ == type_)?;
+    let (status, reason) =
+        wanted.split_once('/').map_or((wanted, None), |(status, reason)| (status, Some(reason)));
+    Some(condition.status == status && reason.is_none_or(|reason| condition.reason == reason))
+}
+
+/// A condition of a VMMigration.
+pub(crate) fn is(
+    type_: &'static str,
+    wanted: &'static str,
+) -> impl Fn(&VMMigration) -> Option<bool> + Send + 'static {
+    move |migration| condition(&migration.status.as_ref()?.conditions, type_, wanted)
+}
+
+pub(crate) fn message(migration: &VMMigration, type_: &str) -> String {
+    let conditions = &migration.status.as_ref().unwrap().conditions;
+    conditions.iter().find(|condition| condition.type_ == type_).unwrap().message.clone()
+}
+
+fn start_operator(folder: &Path, kubeconfig: &Path) -> Child {
+    let log = std::fs::File::options().create(true).append(true).open(folder.join("operator.log")).unwrap();
+    Command::new(operator_program())
+        .arg("run")
+        .arg("--tls-cert")
+        .arg(folder.join("operator.crt"))
+        .arg("--tls-key")
+        .arg(folder.join("operator.key"))
+        .arg("--tls-ca")
+        .arg(folder.join("ca.crt"))
+        .env("KUBECONFIG", kubeconfig)
+        .env("NO_COLOR", "1")
+        .stdout(Stdio::null())
+        .stderr(log)
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap()
+}
+
+/// Beside this test's own program.
+fn operator_program() -> PathBuf {
+    let own = std::env::current_exe().unwrap();
+    let program = own.parent().unwrap().parent().unwrap().join("slackwater-operator");
+    assert!(program.is_file(), "{} is not there: cargo build -p slackwater-operator", program.display());
+    program
+}
