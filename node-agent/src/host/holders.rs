@@ -43,20 +43,14 @@ impl Holders {
         let mut held: BTreeMap<Held, Vec<Holder>> = BTreeMap::new();
         for process in fs::read_dir(proc).into_iter().flatten().flatten() {
             let Some(pid) = process.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
-            let mut of_process: Vec<Held> = fs::read_dir(process.path().join("fd"))
-                .into_iter()
-                .flatten()
-                .flatten()
-                .filter_map(|descriptor| held_by(&fs::read_link(descriptor.path()).ok()?))
-                .collect();
-            of_process.sort();
-            of_process.dedup();
-            for what in of_process {
+            let descriptors = fs::read_dir(process.path().join("fd")).into_iter().flatten().flatten();
+            let opened =
+                descriptors.filter_map(|descriptor| held_by(&fs::read_link(descriptor.path()).ok()?));
+            for what in opened {
                 let command = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
                 held.entry(what).or_default().push(Holder { pid, command: command.trim_end().to_owned() });
             }
         }
-        held.values_mut().for_each(|holders| holders.sort());
         Self(held)
     }
 
