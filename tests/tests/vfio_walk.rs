@@ -5,32 +5,33 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use serde_json::Value;
-use slackwater_tests::lab::{Lab, LabConfig, Node, NodeConfig};
+use slackwater_tests::lab::{Lab, LabConfig, LabError, Node, NodeConfig};
 
 /// A node with two devices of one type and one of another.
-async fn lab() -> Lab {
+async fn lab() -> Result<Lab, LabError> {
     let mut config = LabConfig::nodes([NodeConfig::new("node-a", ["mtty-1", "mtty-1", "mtty-2"])]);
     config.image.programs.push(env!("CARGO_BIN_EXE_slackwater-vfio-walk").into());
-    Lab::start(config).await.unwrap()
+    Lab::start(config).await
 }
 
 /// The lines that the walk printed. That it succeeded is asserted only after a look at them: they say why not.
-async fn walk(node: &Node, arguments: &[&str]) -> (Vec<Value>, Result<String, String>) {
+async fn walk(node: &Node, arguments: &[&str]) -> anyhow::Result<(Vec<Value>, Result<String, String>)> {
     let argv = [&["slackwater-vfio-walk"], arguments].concat();
-    let executed = node.exec_for(&argv, b"", Duration::from_secs(60)).await.unwrap();
-    let stdout = String::from_utf8(executed.stdout.clone()).unwrap();
-    let lines = stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    (lines, executed.success().map_err(|error| error.to_string()))
+    let executed = node.exec_for(&argv, b"", Duration::from_secs(60)).await?;
+    let lines = executed.stdout.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
+    let lines = lines.map(serde_json::from_slice).collect::<Result<_, _>>()?;
+    Ok((lines, executed.success().map_err(|error| error.to_string())))
 }
 
 #[tokio::test]
 async fn mtty_goes_every_way_between_its_states_that_the_table_says_and_no_other() {
-    let lab = lab().await;
+    let lab = lab().await.unwrap();
     let node = lab.node("node-a").unwrap();
     // Both types: their state differs in size.
     for (device, blob_bytes) in [(&node.devices()[0], 60), (&node.devices()[2], 96)] {
-        let (mut lines, ending) = walk(node, &["pairs", device, "--tracefs", "/sys/kernel/tracing"]).await;
-        let sum = lines.pop().expect(&format!("{ending:?}"));
+        let (mut lines, ending) =
+            walk(node, &["pairs", device, "--tracefs", "/sys/kernel/tracing"]).await.unwrap();
+        let sum = lines.pop().unwrap_or_else(|| panic!("it printed nothing: {ending:?}"));
         let wrong: Vec<_> = lines.iter().filter(|pair| pair["agree"] != true).collect();
         assert!(wrong.is_empty(), "{wrong:#?}");
 
@@ -53,10 +54,10 @@ async fn mtty_goes_every_way_between_its_states_that_the_table_says_and_no_other
 
 #[tokio::test]
 async fn borrowing_loading_and_refusals_are_at_the_real_driver_as_the_agent_expects_them() {
-    let lab = lab().await;
+    let lab = lab().await.unwrap();
     let node = lab.node("node-a").unwrap();
     let [device, like, unlike] = node.devices() else { panic!("three devices") };
-    let (lines, ending) = walk(node, &["checks", device, like, unlike]).await;
+    let (lines, ending) = walk(node, &["checks", device, like, unlike]).await.unwrap();
     let failed: Vec<_> = lines.iter().filter(|line| line["ok"] != true).collect();
     assert!(failed.is_empty(), "{failed:#?}");
     assert_eq!(lines.len(), 11, "{ending:?}");
