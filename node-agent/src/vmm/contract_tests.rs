@@ -32,17 +32,9 @@ fn serve(stub: Stub) -> Served {
     Served { _dir: dir, socket, _stop: stop }
 }
 
-fn short() -> Deadlines {
-    Deadlines {
-        run_state: Duration::from_millis(50),
-        quit: Duration::from_millis(50),
-        ..Deadlines::default()
-    }
-}
-
 async fn connected(stub: Stub) -> (Served, ContractVmm) {
     let served = serve(stub);
-    let vmm = ContractVmm::connect(&served.socket, short()).await.unwrap();
+    let vmm = ContractVmm::connect(&served.socket, Deadlines::default()).await.unwrap();
     (served, vmm)
 }
 
@@ -80,9 +72,11 @@ async fn every_call_reaches_the_vmm_and_its_refusals_come_back_in_its_words() {
 
 #[tokio::test]
 async fn a_call_that_is_not_answered_ends_at_its_deadline() {
-    let (_served, vmm) = connected(Stub::default()).await;
+    let served = serve(Stub::incoming());
+    let deadlines = Deadlines { run_state: Duration::from_millis(50), ..Deadlines::default() };
+    let vmm = ContractVmm::connect(&served.socket, deadlines).await.unwrap();
     assert_eq!(vmm.pause().await.unwrap_err().to_string(), "the VMM did not answer pause within 50 ms");
-    vmm.resume().await.unwrap();
+    vmm.describe().await.unwrap();
 }
 
 #[tokio::test]
@@ -90,11 +84,11 @@ async fn a_vmm_that_goes_away_is_lost_and_not_taken_for_one_that_refuses() {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("vmm.sock");
     let listener = bind_unix(&socket).unwrap();
-    let vmm = ContractVmm::connect(&socket, short()).await.unwrap();
+    let vmm = ContractVmm::connect(&socket, Deadlines::default()).await.unwrap();
     drop(listener);
     let error = vmm.describe().await.unwrap_err();
     assert!(matches!(error, VmmError::Lost { call: "describe", .. }), "{error:?}");
-    let error = ContractVmm::connect(&socket, short()).await.unwrap_err().to_string();
+    let error = ContractVmm::connect(&socket, Deadlines::default()).await.unwrap_err().to_string();
     let expected = format!(
         "the VMM cannot be reached: cannot connect to the socket {}: nobody listens on it (its process has ended)",
         socket.display()
@@ -107,7 +101,7 @@ async fn only_a_socket_that_nobody_else_could_have_made_is_trusted() {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("vmm.sock");
     let refusal = async |path: &Path| {
-        let error = ContractVmm::connect(path, short()).await.unwrap_err().to_string();
+        let error = ContractVmm::connect(path, Deadlines::default()).await.unwrap_err().to_string();
         error.replace(&dir.path().display().to_string(), "DIR")
     };
     assert_eq!(
