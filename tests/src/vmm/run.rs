@@ -40,7 +40,7 @@ pub struct Options {
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub ram_mib: u32,
     /// Microseconds for which the guest idles after each count. 0: it counts as fast as it can.
-    #[arg(long, default_value_t = 1000)]
+    #[arg(long, default_value_t = 10_000)]
     pub pace_us: u64,
     /// Take over a VM: wait for StartLoad, and leave the devices as they are. Without it, reset them and start a fresh guest.
     #[arg(long)]
