@@ -1,0 +1,80 @@
+# What a person does with this repository. `make help` lists it; README.md says more.
+#
+# CARGO_TARGET_DIR is honoured; without it everything that is built lies under ${XDG_CACHE_HOME:-~/.cache}/slackwater.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+# Cargo and the lab share the processors by themselves; two targets at once would only fight.
+.NOTPARALLEL:
+
+root := $(patsubst %/,%,$(dir $(realpath $(lastword $(MAKEFILE_LIST)))))
+cache := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/slackwater
+install := $(root)/tests/setup/install
+
+export CARGO_TARGET_DIR := $(or $(CARGO_TARGET_DIR),$(cache)/target)
+# Where rustup and `cargo install` put programs: a fresh machine's shell may not look there yet.
+export PATH := $(or $(CARGO_HOME),$(HOME)/.cargo)/bin:$(PATH)
+# A snapshot that differs is a failed test, and no new file in the tree.
+export INSTA_UPDATE ?= no
+
+rust_needed := $(shell sed -n 's/^rust-version = "\(.*\)"/\1/p' $(root)/Cargo.toml)
+bins := $(CARGO_TARGET_DIR)/debug
+
+# What lets tests cause faults: in the programs that the tests run, and never in those of the demo.
+faults := --features slackwater-node-agent/faults,slackwater-operator/faults
+# The programs that the lab starts.
+programs := --package slackwater-operator --package slackwater-node-agent --package slackwater-tests --bins
+
+cargo := cd "$(root)" && cargo
+
+.PHONY: help
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' "$(root)/Makefile" | expand -t 20
+
+.PHONY: demo
+demo: rust ## move a VM with its devices between two nodes of the lab, and verify it (DEMO="--devices 4": other arguments)
+	"$(install)" host-packages node-kernel kubernetes kubectl-helm
+	$(cargo) build --locked $(programs)
+	"$(bins)/slackwater-demo" $(DEMO)
+
+.PHONY: test
+test: rust rust-components ## everything that must hold: format, lints, unit tests, the lab's end-to-end tests
+	"$(install)"
+	$(cargo) fmt --all --check
+	$(cargo) clippy --locked --workspace --all-targets $(faults) -- -D warnings
+	$(cargo) build --locked $(programs) $(faults)
+	$(cargo) nextest run --locked --workspace $(faults) --no-fail-fast
+	$(cargo) test --locked --workspace --doc $(faults)
+
+.PHONY: lint
+lint: rust rust-components ## format, lints, and what the dependencies may be
+	"$(install)" cargo-deny
+	$(cargo) fmt --all --check
+	$(cargo) clippy --locked --workspace --all-targets -- -D warnings
+	$(cargo) clippy --locked --workspace --all-targets $(faults) -- -D warnings
+	$(cargo) deny --locked check bans licenses sources
+
+.PHONY: generate
+generate: rust ## write the CRDs' YAML from operator/api
+	$(cargo) run --locked --package slackwater-operator -- crds --out charts/slackwater/crds
+
+.PHONY: clean-lab
+clean-lab: ## remove what the set-up has built for the lab (about 10 minutes to make again)
+	rm -rf -- "$(cache)"/{node-kernel,kubernetes,kubectl-helm}-* "$(cache)"/{host-packages,cargo-tools}
+
+.PHONY: rust
+rust:
+	@command -v cargo >/dev/null && command -v rustc >/dev/null || { \
+	  echo "error: no Rust on this machine. Install stable Rust $(rust_needed) or newer with rustup, then run make again." >&2; exit 1; }
+	@has=$$(rustc --version | cut -d ' ' -f 2 | cut -d - -f 1); \
+	[ "$$(printf '%s\n' "$(rust_needed)" "$$has" | sort -V | head -n 1)" = "$(rust_needed)" ] || { \
+	  echo "error: Rust $(rust_needed) or newer is needed, and this is $$has: rustup update stable" >&2; exit 1; }
+
+.PHONY: rust-components
+rust-components:
+	@for component in fmt clippy; do \
+	  cargo $$component --version >/dev/null 2>&1 || { \
+	    echo "error: cargo $$component is missing: rustup component add rustfmt clippy" >&2; exit 1; }; \
+	done
