@@ -1,11 +1,16 @@
-//! Faults on the way, for tests: never part of a release. `blob.<index>` or `blob.vmm` is set to `corrupt`, `truncate`, `reorder`
-//! or `extend` (see [`crate::faults`]).
+//! Faults on the way, for tests: never part of a release. `blob.<index>` or `blob.vmm` is set to `corrupt`, `truncate`, `reorder`,
+//! `extend` or `stall` (see [`crate::faults`]).
+
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use slackwater_proto::transfer::BlobChunk;
 
 use crate::faults;
 use crate::handover::Blob;
+
+/// Between two looks at the file.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum BlobFault {
@@ -18,6 +23,7 @@ enum BlobFault {
 /// What is to go wrong with one blob.
 #[derive(Debug, Default)]
 pub(super) struct BlobFaults {
+    name: String,
     fault: Option<BlobFault>,
     held_back: Option<BlobChunk>,
 }
@@ -36,7 +42,14 @@ impl BlobFaults {
             "extend" => Some(BlobFault::Extend),
             _ => None,
         });
-        Self { fault, held_back: None }
+        Self { name, fault, held_back: None }
+    }
+
+    /// Waits for as long as the blob is to stall.
+    pub(super) async fn stall(&self) {
+        while faults::value(&self.name).as_deref() == Some("stall") {
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
     }
 
     /// What is sent in place of a chunk.

@@ -94,6 +94,8 @@ impl Outgoing {
         if data.is_empty() {
             return Ok(());
         }
+        #[cfg(feature = "faults")]
+        self.faults.stall().await;
         let length = data.len() as u64;
         let offset = self.tally.add(&data);
         let chunk = BlobChunk { offset, data };

@@ -36,7 +36,7 @@ async fn main() -> ExitCode {
     match demo(&Arguments::parse()).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("\nthe demo failed: {error:?}");
+            eprintln!("\nthe demo failed: {error:#}");
             ExitCode::FAILURE
         }
     }
@@ -116,7 +116,7 @@ fn told(guest: &slackwater_tests::vmm::guest::Report) -> String {
 
 /// What the status says happened when: phases, and each device's states.
 fn timeline(migration: &VMMigration, status: &VMMigrationStatus) {
-    println!("Timeline of {} (times since its start, each on its node's own clock)", migration.spec.vm_ref.name);
+    println!("Timeline of {} (times since its start, on the source's clock)", migration.spec.vm_ref.name);
     for entry in &status.timeline {
         println!("  {:>12}  {:<8} {}", entry.elapsed, entry.node, entry.phase);
     }

@@ -6,7 +6,8 @@ use anyhow::{Context, ensure};
 use kube::ResourceExt;
 use slackwater_api::VMMigration;
 use slackwater_proto::node::{
-    DevicePair, MigrateRequest, MigrationEvent, MigrationFeatures, MigrationRef, PeerToPeer as WirePolicy, VmRef,
+    DevicePair, MigrateRequest, MigrationEvent, MigrationFeatures, MigrationRef, PeerToPeer as WirePolicy,
+    VmRef,
 };
 
 use super::{Cluster, NAMESPACE, account};
@@ -51,7 +52,11 @@ impl fmt::Display for Verdict {
             ms(self.clock_error_ns)
         )?;
         writeln!(f, "  I2 quiesce together      {} stops, each after every device was quiesced", self.stops)?;
-        writeln!(f, "  I3 capture at slack water {} reads of final data, each after all stood still", self.reads)?;
+        writeln!(
+            f,
+            "  I3 capture at slack water {} reads of final data, each after all stood still",
+            self.reads
+        )?;
         writeln!(f, "  I4 wake together         {} wakings, each after all were ready", self.wakings)?;
         write!(f, "  agents' account          {} state changes, as the kernels saw them", self.agreed)
     }
@@ -176,7 +181,12 @@ impl Cluster {
         let first = self.guest(node).await?;
         let second = self.guest(node).await?;
         ensure!(second.count > first.count, "the guest stands still at {}", second.count);
-        ensure!(first.count > before.count, "the guest has gone back from {} to {}", before.count, first.count);
+        ensure!(
+            first.count > before.count,
+            "the guest has gone back from {} to {}",
+            before.count,
+            first.count
+        );
         ensure!(second.errors == before.errors, "the guest found errors: {second:?}");
         for other in self.lab.nodes().iter().filter(|other| other.name() != node) {
             ensure!(self.guest(other.name()).await.is_err(), "a VMM runs on {}, too", other.name());

@@ -352,12 +352,10 @@ impl Cluster {
     /// # Errors
     /// When the API server does not answer.
     pub async fn event_reasons(&self, about: &str) -> anyhow::Result<Vec<String>> {
-        let events: Api<k8s_openapi::api::core::v1::Event> =
-            Api::namespaced(self.client.clone(), NAMESPACE);
+        let events: Api<k8s_openapi::api::core::v1::Event> = Api::namespaced(self.client.clone(), NAMESPACE);
         let list = events.list(&ListParams::default()).await?;
-        let about = |event: &k8s_openapi::api::core::v1::Event| {
-            event.involved_object.name.as_deref() == Some(about)
-        };
+        let about =
+            |event: &k8s_openapi::api::core::v1::Event| event.involved_object.name.as_deref() == Some(about);
         Ok(list.items.into_iter().filter(about).filter_map(|event| event.reason).collect())
     }
 

@@ -10,6 +10,9 @@ use crate::vmm::guest::Report;
 pub const VMM_PROGRAM: &str = "/bin/slackwater-lab-vmm";
 
 const VMM: &str = "slackwater-lab-vmm";
+/// Microseconds that the VMM idles in each round of its guest: enough rounds to notice anything lost, and few enough for the
+/// kernel's trace of an emulated machine.
+const PACE_US: &str = "5000";
 
 /// A VM to start.
 #[derive(Clone, Debug)]
@@ -36,7 +39,7 @@ impl LabVm {
         for device in 0..self.devices {
             args.extend(["--device".to_owned(), format!("{{device.{device}.cdev}}")]);
         }
-        args.push("--incoming".to_owned());
+        args.extend(["--pace-us", PACE_US, "--incoming"].map(str::to_owned));
         serde_json::json!({
             "name": self.name,
             "namespace": NAMESPACE,
@@ -61,6 +64,7 @@ impl LabVm {
         for cdev in cdevs.split_whitespace() {
             arguments.extend(["--device".to_owned(), format!("/dev/vfio/devices/{cdev}")]);
         }
+        arguments.extend(["--pace-us", PACE_US].map(str::to_owned));
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
         node.spawn(&format!("vm-{}", self.name), &arguments, &[]).await?;
         self.until_counting(node).await?;

@@ -368,7 +368,7 @@ impl Shell {
                 self.tell_reserved.send_replace(Some(Ok(())));
             }
             Effect::SendReady => {
-                self.answer(handover_response::Message::Ready(Ready {}));
+                self.answer(handover_response::Message::Ready(Ready { at: now() }));
                 for step in std::mem::take(&mut self.steps) {
                     self.answer(handover_response::Message::DeviceStep(step));
                 }

@@ -13,7 +13,9 @@ use slackwater_proto::transfer::{
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
+use super::answers::PeerClock;
 use crate::handover::{Blob, Failure, Reason, blobs};
+use crate::host::clock::Clock;
 use crate::transfer::outgoing::{self, Outgoing, Receipt};
 
 /// Decisions that wait for the transport: Hello, and Commit or Abort.
@@ -52,7 +54,14 @@ pub struct Link {
     /// In the order of [`blobs`].
     pub blobs: Vec<BlobLink>,
     /// What the destination says after Ready.
-    pub answers: Streaming<HandoverResponse>,
+    pub answers: Answers,
+}
+
+/// What the destination says, and how to read its times.
+#[derive(Debug)]
+pub struct Answers {
+    pub(super) stream: Streaming<HandoverResponse>,
+    pub(super) peer_clock: PeerClock,
 }
 
 impl Peer {
@@ -76,14 +85,16 @@ impl Peer {
                 unreachable(format!("{} refused the hand-over: {}", self.node, words(&status)))
             })?
             .into_inner();
-        match answers.message().await {
-            Ok(Some(HandoverResponse { message: Some(handover_response::Message::Ready(_)) })) => {}
+        let peer_clock = match answers.message().await {
+            Ok(Some(HandoverResponse { message: Some(handover_response::Message::Ready(ready)) })) => {
+                PeerClock::learn(ready.at, Clock::now())
+            }
             Ok(Some(HandoverResponse { message: Some(handover_response::Message::Failed(failed)) })) => {
                 return Err(Failure::new(Reason::TargetFailed, failed.message));
             }
             Ok(_) => return Err(unreachable(format!("{} did not answer Hello with Ready", self.node))),
             Err(status) => return Err(unreachable(format!("{}: {}", self.node, words(&status)))),
-        }
+        };
         let mut links = Vec::with_capacity(devices + 1);
         for blob in blobs(devices) {
             let sent_bytes = Arc::<AtomicU64>::default();
@@ -91,7 +102,7 @@ impl Peer {
                 outgoing::open(channel().await?, self.attempt.clone(), blob, Arc::clone(&sent_bytes));
             links.push(BlobLink { blob, outgoing, receipt, sent_bytes });
         }
-        Ok(Link { decisions, blobs: links, answers })
+        Ok(Link { decisions, blobs: links, answers: Answers { stream: answers, peer_clock } })
     }
 }
 
@@ -101,7 +112,7 @@ pub struct Decisions(mpsc::Sender<HandoverRequest>);
 
 impl Link {
     /// Takes it apart.
-    pub fn split(self) -> (Decisions, Vec<BlobLink>, Streaming<HandoverResponse>) {
+    pub fn split(self) -> (Decisions, Vec<BlobLink>, Answers) {
         (Decisions(self.decisions), self.blobs, self.answers)
     }
 }

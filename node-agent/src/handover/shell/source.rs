@@ -10,7 +10,6 @@ use std::time::Duration;
 use futures::future::BoxFuture;
 use slackwater_proto::channel::words;
 use slackwater_proto::node::{Phase as ToldPhase, Progress};
-use slackwater_proto::tonic::Streaming;
 use slackwater_proto::transfer::HandoverResponse;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
@@ -19,7 +18,7 @@ use tracing::{info, warn};
 
 use super::answers::{self, Answer};
 use super::events::EventLog;
-use super::link::{BlobLink, Decisions, Link, Peer};
+use super::link::{Answers, BlobLink, Decisions, Link, Peer};
 use super::phases;
 use super::pump::{self, DevicePump};
 use super::timings::Marks;
@@ -314,18 +313,19 @@ impl Shell {
     }
 
     /// Passes on what the destination says, until it says nothing more.
-    fn hear(&self, mut answers: Streaming<HandoverResponse>) {
+    fn hear(&self, answers: Answers) {
+        let Answers { mut stream, peer_clock } = answers;
         let (signals, log, peer) =
             (self.signals.clone(), self.parts.log.clone(), self.parts.peer.node.clone());
         tokio::spawn(async move {
             loop {
                 let said = tokio::select! {
-                    said = answers.message() => said,
+                    said = stream.message() => said,
                     () = signals.closed() => return,
                 };
                 let event = match said {
                     Ok(Some(HandoverResponse { message: Some(message) })) => {
-                        match answers::understand(&peer, message) {
+                        match answers::understand(&peer, peer_clock, Clock::now(), message) {
                             Answer::Event(event) => Some(event),
                             Answer::Phase(at, phase, event) => {
                                 log.peer_phase(&peer, at, phase);

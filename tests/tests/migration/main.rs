@@ -1,0 +1,30 @@
+//! Migrations on real parts, from `kubectl apply` to the end: kernel VFIO, KVM, etcd, kube-apiserver, helm, kubectl. What happened
+//! is judged by the kernels' own traces.
+
+mod callers;
+mod damaged;
+mod interrupted;
+mod moved;
+mod refused;
+
+use slackwater_api::VMMigration;
+use slackwater_tests::cluster::has_condition;
+
+/// A condition's status, reason and message.
+fn condition(migration: &VMMigration, type_: &str) -> (String, String, String) {
+    let status = migration.status.as_ref().expect("a status");
+    let found = status.conditions.iter().find(|condition| condition.type_ == type_);
+    let found = found.unwrap_or_else(|| panic!("no condition {type_}: {:#?}", status.conditions));
+    (found.status.clone(), found.reason.clone(), found.message.clone())
+}
+
+/// It failed, for this reason, with this in its message.
+fn assert_failed(migration: &VMMigration, reason: &str, words: &[&str]) {
+    let (status, given, message) = condition(migration, "Succeeded");
+    assert_eq!((status.as_str(), given.as_str()), ("False", reason), "{message}");
+    for word in words {
+        assert!(message.contains(word), "{message:?} does not say {word:?}");
+    }
+    let conditions = &migration.status.as_ref().expect("a status").conditions;
+    assert_ne!(has_condition(conditions, "Committed", "True"), Some(true), "{conditions:#?}");
+}
