@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use clap::{Parser, Subcommand};
 use slackwater_node_agent::host::identity::NoIdentity;
 use slackwater_node_agent::host::vms::VmWatch;
@@ -18,6 +18,7 @@ use slackwater_node_agent::service::registry::Registry;
 use slackwater_node_agent::service::transfer::TransferService;
 use slackwater_node_agent::vmm::contract::Deadlines;
 use slackwater_node_agent::vmm::twin_exec::{self, TwinExec};
+use slackwater_proto::identity::Role;
 use slackwater_proto::limits::transfer_server;
 use slackwater_proto::node::node_agent_server::NodeAgentServer;
 use slackwater_proto::server;
@@ -99,6 +100,13 @@ async fn run(serve: Serve) -> anyhow::Result<()> {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(std::io::stderr).init();
     let credentials = Arc::new(Credentials::read(&serve.tls_cert, &serve.tls_key, &serve.tls_ca)?);
+    let expected = Role::Agent { node: serve.node_name.clone() };
+    ensure!(
+        *credentials.role() == expected,
+        "the certificate {} is for {}, but --node-name says that this is {expected}",
+        serve.tls_cert.display(),
+        credentials.role()
+    );
     let config = NodeConfig {
         node: serve.node_name,
         run_dir: serve.run_dir,

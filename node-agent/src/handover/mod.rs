@@ -98,12 +98,34 @@ pub enum Reason {
 }
 
 impl Reason {
+    const ALL: [Self; 14] = [
+        Self::DeviceFailed,
+        Self::VmmFailed,
+        Self::VmmExited,
+        Self::TwinFailed,
+        Self::TargetUnreachable,
+        Self::PeerLost,
+        Self::BlobRejected,
+        Self::TargetFailed,
+        Self::TimedOut,
+        Self::Aborted,
+        Self::SourceSilent,
+        Self::Released,
+        Self::RollbackFailed,
+        Self::StartFailed,
+    ];
+
+    /// The reason of this name, as the other end has written it.
+    pub fn of_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|reason| reason.as_str() == name)
+    }
+
     /// In CamelCase, as Kubernetes writes reasons.
     pub fn as_str(self) -> &'static str {
         match self {
             Reason::DeviceFailed => "DeviceFailed",
-            Reason::VmmFailed => "VmmFailed",
-            Reason::VmmExited => "VmmExited",
+            Reason::VmmFailed => "VMMFailed",
+            Reason::VmmExited => "VMMExited",
             Reason::TwinFailed => "TwinFailed",
             Reason::TargetUnreachable => "TargetUnreachable",
             Reason::PeerLost => "PeerLost",

@@ -276,6 +276,8 @@ impl Source {
                 if self.vcpus == Vcpus::Pausing {
                     self.vcpus = Vcpus::Paused;
                 }
+                // A call that broke off may have been heard of first: this is why it did.
+                self.failure.take_if(|failure| failure.reason == Reason::VmmFailed);
                 // Once the destination has all of it, the VM is better served by going on.
                 if !(self.phase == Phase::Capturing && self.all_sent()) {
                     let message =
@@ -306,9 +308,10 @@ impl Source {
                 self.phase = Phase::Settling;
             }
             Phase::AwaitingStarted => match failure.reason {
-                Reason::PeerLost | Reason::TargetFailed => self.finish(End::InDoubt(failure), effects),
                 Reason::StartFailed => self.finish(End::Lost(failure), effects),
-                _ => {}
+                // What happens to this end is of no matter any more.
+                Reason::TimedOut | Reason::Aborted | Reason::VmmFailed | Reason::VmmExited => {}
+                _ => self.finish(End::InDoubt(failure), effects),
             },
             // Whoever is lost now is lost when COMMITTED is on stable storage.
             Phase::Committing => self.failure = self.failure.take().or(Some(failure)),
@@ -492,13 +495,22 @@ impl Source {
     }
 
     fn take_failure(&mut self) -> Failure {
-        self.failure.take().unwrap_or_else(|| Failure::new(Reason::Aborted, "the migration was given up"))
+        match self.failure.take() {
+            Some(failure) => failure,
+            None if self.vmm_gone => vmm_exited(),
+            None => Failure::new(Reason::Aborted, "the migration was given up"),
+        }
     }
 
     fn finish(&mut self, end: End, effects: &mut Vec<Effect>) {
         self.phase = Phase::Finished;
         effects.push(Effect::Finish(end));
     }
+}
+
+fn vmm_exited() -> Failure {
+    let message = "the VMM's process ended while its VM was being migrated, and the VM with it";
+    Failure::new(Reason::VmmExited, message)
 }
 
 /// Where a device waits for the others before any of them gives up its state.

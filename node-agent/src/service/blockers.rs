@@ -14,7 +14,7 @@ pub(super) fn of_vm(run_state: RunState, devices: &[DeviceFeatures]) -> Vec<Bloc
     let mut found = Vec::new();
     if run_state != RunState::Running {
         let message = "the VM does not run: somebody has paused it, and a migration would resume it";
-        found.push(blocker("VmPaused", message.to_owned(), false));
+        found.push(blocker("VMPaused", message.to_owned(), false));
     }
     let mut features = Vec::new();
     for (name, known) in devices {
@@ -57,7 +57,7 @@ pub(super) fn of_vm(run_state: RunState, devices: &[DeviceFeatures]) -> Vec<Bloc
 
 /// The VMM does not answer, or its vm.json is broken.
 pub(super) fn unreachable(why: &str) -> Vec<Blocker> {
-    vec![blocker("VmmUnreachable", why.to_owned(), false)]
+    vec![blocker("VMMUnreachable", why.to_owned(), false)]
 }
 
 fn blocker(reason: &str, message: String, lifted_by_assume_isolated: bool) -> Blocker {
@@ -95,7 +95,7 @@ mod tests {
         let without = [device("a", Ok(Features::default()))];
         assert_eq!(
             reasons(RunState::Paused, &without),
-            [("VmPaused".to_owned(), false), ("DeviceNotMigratable".to_owned(), false)]
+            [("VMPaused".to_owned(), false), ("DeviceNotMigratable".to_owned(), false)]
         );
     }
 }

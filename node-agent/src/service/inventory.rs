@@ -209,7 +209,7 @@ impl Inventory {
         described.vm_json = known.text.clone();
         if let Some(migration) = self.registry.holder_of_vm(namespace, name) {
             // A VM that is paused because it is being migrated has nothing in its way but that migration.
-            described.blockers.retain(|blocker| blocker.reason != "VmPaused");
+            described.blockers.retain(|blocker| blocker.reason != "VMPaused");
             described.migration_id = migration;
         }
         described

@@ -1,6 +1,5 @@
 //! `slackwater.node.v1`, served to the operator.
 
-use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
 
@@ -16,7 +15,7 @@ use slackwater_proto::tls::Credentials;
 use slackwater_proto::tonic::{Request, Response, Status, async_trait};
 use slackwater_proto::transfer::Attempt;
 use tokio::sync::Mutex;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use super::inventory::Inventory;
 use super::registry::{Part, Registry};
@@ -29,7 +28,6 @@ use crate::handover::shell::link::Peer;
 use crate::handover::shell::source::{SourceParts, SourceRun};
 use crate::handover::{Failure, Reason};
 use crate::host::identity::{IdentityOf, VfIdentity};
-use crate::host::vms;
 use crate::vfio::state::MigrationState;
 use crate::vfio::worker::DeviceHandle;
 use crate::vmm::{Description, RunState, Vmm, twin};
@@ -108,8 +106,8 @@ impl NodeService {
                 return Err(status);
             }
         };
-        let (leaving, directory) = (Arc::clone(&vmm), entry.directory.clone());
-        let files = [known.socket.clone(), directory.join(twin::LOG_FILE)];
+        let (leaving, directory, socket) = (Arc::clone(&vmm), entry.directory.clone(), known.socket.clone());
+        let (cgroup_root, limit) = (self.config.cgroup_root.clone(), self.config.deadlines.quit);
         let (vf_identity, of) = (
             Arc::clone(&self.vf_identity),
             IdentityOf { migration_id: reference.id.clone(), devices: Vec::new(), claim: Vec::new() },
@@ -119,11 +117,8 @@ impl NodeService {
                 if let Err(error) = vf_identity.withdraw(&of).await {
                     warn!(migration = of.migration_id, %error, "an identity could not be withdrawn");
                 }
-                if let Err(error) = leaving.end().await {
-                    warn!(migration = of.migration_id, %error, "the VM runs elsewhere, but its old VMM is still here");
-                }
-                if let Err(error) = vms::retire(&directory, &files.each_ref().map(PathBuf::as_path)) {
-                    warn!(migration = of.migration_id, %error, "the VM's directory could not be removed");
+                if let Err(error) = twin::end(&leaving, &cgroup_root, &directory, &socket, limit).await {
+                    error!(migration = of.migration_id, %error, "the VM runs elsewhere, but something of it is left here");
                 }
             }
             .boxed()

@@ -139,9 +139,9 @@ pub struct TimelineEntry {
     pub phase: String,
     /// The node on which it happened.
     pub node: String,
-    /// By that node's wall clock.
+    /// By the source's wall clock; of what happened at the target it is an estimate, late by a message's way at most.
     pub time: MicroTime,
-    /// Since that node's first event of this attempt, by its monotonic clock. Two nodes have two clocks.
+    /// Since the first event of this attempt, by the same clock.
     pub elapsed: String,
 }
 
@@ -176,9 +176,9 @@ pub struct DeviceStep {
     pub node: String,
     /// The kernel's name of the new state: RUNNING_P2P, STOP_COPY, RESUMING, ...
     pub state: String,
-    /// By that node's wall clock.
+    /// By the source's wall clock; of what happened at the target it is an estimate, late by a message's way at most.
     pub time: MicroTime,
-    /// Since that node's first event of this attempt, by its monotonic clock. Two nodes have two clocks.
+    /// Since the first event of this attempt, by the same clock.
     pub elapsed: String,
     /// How long the change took, reading back included.
     pub took: String,

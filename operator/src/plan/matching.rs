@@ -83,8 +83,10 @@ fn alike(want: &Device, have: &Device, checks: Checks) -> bool {
     want.driver == have.driver && (want.model == have.model || !checks.device_model)
 }
 
+/// Whether a target can do all that the source's device can. But for PRE_COPY: who only loads has no use for it.
 fn covers(have: &Device, features: &[MigrationFeature]) -> bool {
-    features.iter().all(|feature| have.features.known().contains(feature))
+    let needed = features.iter().filter(|feature| **feature != MigrationFeature::PreCopy);
+    needed.into_iter().all(|feature| have.features.known().contains(feature))
 }
 
 /// A matching of as many left nodes as possible (augmenting paths). `edges[left]` holds right nodes, preferred first.

@@ -48,7 +48,7 @@ async fn a_migration_that_is_interrupted_before_its_commit_leaves_the_vm_running
     cluster.migrate("second", "target: {nodeName: node-b}").await.unwrap();
     let second = cluster.until_ended("second").await.unwrap();
     let (status, reason, message) = crate::condition(&second, "Accepted");
-    assert_eq!((status.as_str(), reason.as_str()), ("False", "VMAlreadyMigrating"), "{message}");
+    assert_eq!((status.as_str(), reason.as_str()), ("False", "MigrationInProgress"), "{message}");
     assert!(message.contains("slow"), "{message}");
     let migration = cluster.until_ended("slow").await.unwrap();
     assert_failed(&migration, "TimedOut", &["20s", "preCommitTimeout"]);

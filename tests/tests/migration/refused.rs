@@ -48,7 +48,7 @@ async fn what_cannot_work_is_refused_in_words_before_any_device_is_touched() {
         ),
         ("other-type", "target: {nodeName: node-c}", "NoMatchingDevices", vec!["node-c", "mtty-2", "mtty-1"]),
         ("nowhere", "target: {nodeName: node-z}", "TargetNotFound", vec!["node-z"]),
-        ("anywhere", "", "NoMatchingDevices", vec!["node-b", "node-c"]),
+        ("anywhere", "", "NoSuitableNode", vec!["node-b", "node-c"]),
     ];
     for (name, fields, reason, words) in cases {
         cluster.migrate(name, fields).await.unwrap();

@@ -49,11 +49,8 @@ pub(super) fn understand(peer: &str, clock: PeerClock, heard: Clock, message: Me
         Message::Starting(starting) => Answer::Phase(clock(starting.at), Phase::Starting, None),
         Message::Started(_) => Answer::Event(Event::Started),
         Message::Failed(failed) => {
-            let reason = if failed.reason == Reason::StartFailed.as_str() {
-                Reason::StartFailed
-            } else {
-                Reason::TargetFailed
-            };
+            // A reason that is not known here comes from a newer agent.
+            let reason = Reason::of_name(&failed.reason).unwrap_or(Reason::TargetFailed);
             Answer::Event(Event::Failed(Failure::new(reason, format!("{peer}: {}", failed.message))))
         }
         Message::DeviceStep(step) => Answer::Device(

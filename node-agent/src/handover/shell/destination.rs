@@ -161,7 +161,8 @@ impl DestinationRun {
     /// If none is expected now, or it did not arrive whole: the reservation is given back then.
     pub async fn receive(&self, blob: Blob, stream: Streaming<SendBlobRequest>) -> Result<(), Status> {
         let (answer, answered) = oneshot::channel();
-        let gone = || Status::failed_precondition("the reservation has been given back");
+        // Why is said on the hand-over's stream; the source waits for it there.
+        let gone = || Status::aborted("the reservation has been given back");
         self.signals.send(Signal::OpenBlob(blob, answer)).map_err(|_| gone())?;
         let OpenBlob { receiver, given_up, _under_way } = answered.await.map_err(|_| gone())??;
         let received = tokio::select! {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
-use slackwater_proto::channel::words;
+use slackwater_proto::channel::{is_lost, words};
 use slackwater_proto::tonic::{Code, Status};
 
 use super::link::BlobLink;
@@ -100,7 +100,10 @@ pub(super) async fn vmm(stream: impl Stream<Item = Result<Bytes, VmmError>>, mut
 async fn settle(link: BlobLink) -> Result<(), Failure> {
     let BlobLink { blob, outgoing, receipt, .. } = link;
     match outgoing.finish().await {
-        Ok(_) => receipt.verified().await.map_err(|status| rejected(blob, &status)),
+        Ok(_) => match receipt.verified().await {
+            Ok(()) => Ok(()),
+            Err(status) => Err(rejected(blob, &status).await),
+        },
         Err(StreamEnded) => Err(refused(blob, receipt).await),
     }
 }
@@ -111,14 +114,18 @@ async fn refused(blob: Blob, receipt: Receipt) -> Failure {
         Ok(()) => {
             Failure::new(Reason::BlobRejected, format!("the destination stopped taking {}", named(blob)))
         }
-        Err(status) => rejected(blob, &status),
+        Err(status) => rejected(blob, &status).await,
     }
 }
 
-fn rejected(blob: Blob, status: &Status) -> Failure {
-    let reason = match status.code() {
-        Code::DataLoss | Code::InvalidArgument => Reason::BlobRejected,
-        Code::Unavailable | Code::Cancelled | Code::DeadlineExceeded | Code::Unknown => Reason::PeerLost,
+async fn rejected(blob: Blob, status: &Status) -> Failure {
+    let reason = match (status.code(), blob) {
+        // The destination has given up, and says why on the hand-over's stream: nothing that is known here is better.
+        (Code::Aborted, _) => std::future::pending().await,
+        _ if is_lost(status) => Reason::PeerLost,
+        (Code::DataLoss, _) => Reason::BlobRejected,
+        (Code::FailedPrecondition, Blob::Device(_)) => Reason::DeviceFailed,
+        (Code::FailedPrecondition, Blob::Vmm) => Reason::VmmFailed,
         _ => Reason::TargetFailed,
     };
     Failure::new(reason, format!("sending {}: {}", named(blob), words(status)))

@@ -310,7 +310,7 @@ async fn a_target_device_that_refuses_its_blob_is_rolled_back_with_its_words() {
     let mut rig = rig(only("target 0", |device| device.refuse_load(Errno::INVAL))).await;
     let finished = rig.migrate().await;
     assert_eq!(finished.outcome(), Outcome::RolledBack, "{finished:?}");
-    assert_eq!(finished.reason, "TargetFailed");
+    assert_eq!(finished.reason, "DeviceFailed");
     assert!(finished.message.contains("target 0") && finished.message.contains("EINVAL"), "{finished:?}");
     rig.assert_rolled_back().await;
 }
@@ -455,7 +455,7 @@ async fn a_twin_that_dies_before_the_commit_is_rolled_back() {
     twin.kill();
     run.ended().await;
     let finished = run.log().end().unwrap();
-    assert_eq!((finished.outcome(), finished.reason.as_str()), (Outcome::RolledBack, "TargetFailed"));
+    assert_eq!((finished.outcome(), finished.reason.as_str()), (Outcome::RolledBack, "TwinFailed"));
     rig.assert_rolled_back().await;
 }
 
@@ -471,7 +471,7 @@ async fn a_vm_whose_vmm_dies_is_lost_and_the_end_says_so() {
     rig.vm.kill();
     run.ended().await;
     let finished = run.log().end().unwrap();
-    assert_eq!((finished.outcome(), finished.reason.as_str()), (Outcome::Lost, "VmmExited"));
+    assert_eq!((finished.outcome(), finished.reason.as_str()), (Outcome::Lost, "VMMExited"));
     assert!(matches!(rig.destination.ended().await, Some(End::Discarded(_))));
 }
 
