@@ -11,7 +11,9 @@ use super::borrowing;
 use crate::handover::shell::destination::{Site, Twin as Landed};
 use crate::handover::{Failure, Reason};
 use crate::host::identity::{IdentityOf, VfIdentity};
+use crate::vfio::error::DeviceError;
 use crate::vfio::state::MigrationState;
+use crate::vfio::worker::DeviceHandle;
 use crate::vmm::Vmm;
 use crate::vmm::twin::{self, Twin, TwinPlan};
 
@@ -51,17 +53,21 @@ impl NodeSite {
         let devices = borrowing::devices(&vmm, &description)
             .map_err(|failure| failed(failure.reason, failure.message))?;
         for device in &devices {
-            let state =
-                device.state().await.map_err(|error| failed(Reason::DeviceFailed, error.to_string()))?;
-            if state != MigrationState::Running {
-                let message =
-                    format!("{} stands in {state} under the new twin, and must be in RUNNING", device.name());
-                return Err(failed(Reason::DeviceFailed, message));
-            }
+            running(device).await.map_err(|error| failed(Reason::DeviceFailed, error.to_string()))?;
         }
         let vmm: Arc<dyn Vmm> = vmm;
         Ok(Landed { vmm, devices })
     }
+}
+
+/// A device that nobody has used since somebody left it half-way stands where it was left: a reset takes it to RUNNING.
+async fn running(device: &DeviceHandle) -> Result<(), DeviceError> {
+    let state = device.state().await?;
+    if state != MigrationState::Running {
+        warn!(device = device.name(), %state, "a free device was left half-way, and is reset");
+        device.reset().await?;
+    }
+    Ok(())
 }
 
 impl Site for NodeSite {

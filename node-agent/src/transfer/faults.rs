@@ -55,13 +55,8 @@ impl BlobFaults {
     /// What is sent in place of a chunk.
     pub(super) fn chunk(&mut self, chunk: BlobChunk) -> Vec<BlobChunk> {
         match self.fault {
-            Some(BlobFault::Corrupt) => {
-                let mut data = BytesMut::from(chunk.data.as_ref());
-                if let Some(last) = data.last_mut() {
-                    *last ^= 0x01;
-                }
-                vec![BlobChunk { offset: chunk.offset, data: data.freeze() }]
-            }
+            // Only the last chunk is touched, when it is known to be the last: a driver may refuse a header by itself.
+            Some(BlobFault::Corrupt) => self.held_back.replace(chunk).into_iter().collect(),
             // Only the beginning arrives, less a byte.
             Some(BlobFault::Truncate) if chunk.offset == 0 => {
                 let keep = chunk.data.len().saturating_sub(1);
@@ -83,6 +78,14 @@ impl BlobFaults {
     pub(super) fn end(&mut self, length_bytes: u64) -> Vec<BlobChunk> {
         let extra = (self.fault == Some(BlobFault::Extend))
             .then(|| BlobChunk { offset: length_bytes, data: Bytes::from_static(b"!") });
-        self.held_back.take().into_iter().chain(extra).collect()
+        let mut last = self.held_back.take();
+        if let (Some(BlobFault::Corrupt), Some(chunk)) = (self.fault, &mut last) {
+            let mut data = BytesMut::from(chunk.data.as_ref());
+            if let Some(byte) = data.last_mut() {
+                *byte ^= 0x01;
+            }
+            chunk.data = data.freeze();
+        }
+        last.into_iter().chain(extra).collect()
     }
 }

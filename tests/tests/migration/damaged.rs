@@ -48,7 +48,7 @@ async fn a_device_of_another_type_is_refused_by_its_own_driver_in_its_own_words(
     let migration = cluster.until_ended("mismatched").await.unwrap();
     let (_, reason, message) = crate::condition(&migration, "Succeeded");
     println!("{reason}: {message}");
-    assert_failed(&migration, &reason, &["5a1ac0de-0002-4000-8000-000000000000", "EINVAL"]);
+    assert_failed(&migration, &reason, &["5a1ac0de-0002-4000-8000-000000000000", "EFAULT"]);
     cluster.until_vm_at("node-a").await.unwrap();
     cluster.until_free("node-b", 1).await.unwrap();
     cluster.judge_rollback(&watching, &migration).await.unwrap();

@@ -499,6 +499,11 @@ impl Shell {
         let signals = self.signals.clone();
         tokio::spawn(async move {
             for device in devices {
+                // The copy here is dead for good; and some drivers keep its state past the last close, for whoever opens the
+                // device next.
+                if let Err(error) = device.reset().await {
+                    warn!(%error, "a device that is given back could not be reset");
+                }
                 device.release().await;
             }
             release().await;
