@@ -56,13 +56,9 @@ impl BlobFaults {
     pub(super) fn chunk(&mut self, chunk: BlobChunk) -> Vec<BlobChunk> {
         match self.fault {
             // Only the last chunk is touched, when it is known to be the last: a driver may refuse a header by itself.
-            Some(BlobFault::Corrupt) => self.held_back.replace(chunk).into_iter().collect(),
-            // Only the beginning arrives, less a byte.
-            Some(BlobFault::Truncate) if chunk.offset == 0 => {
-                let keep = chunk.data.len().saturating_sub(1);
-                vec![BlobChunk { offset: 0, data: chunk.data.slice(..keep) }]
+            Some(BlobFault::Corrupt | BlobFault::Truncate) => {
+                self.held_back.replace(chunk).into_iter().collect()
             }
-            Some(BlobFault::Truncate) => Vec::new(),
             Some(BlobFault::Reorder) => match self.held_back.take() {
                 Some(first) => vec![chunk, first],
                 None => {
@@ -79,10 +75,12 @@ impl BlobFaults {
         let extra = (self.fault == Some(BlobFault::Extend))
             .then(|| BlobChunk { offset: length_bytes, data: Bytes::from_static(b"!") });
         let mut last = self.held_back.take();
-        if let (Some(BlobFault::Corrupt), Some(chunk)) = (self.fault, &mut last) {
+        if let Some(chunk) = &mut last {
             let mut data = BytesMut::from(chunk.data.as_ref());
-            if let Some(byte) = data.last_mut() {
-                *byte ^= 0x01;
+            match (self.fault, data.last_mut()) {
+                (Some(BlobFault::Corrupt), Some(byte)) => *byte ^= 0x01,
+                (Some(BlobFault::Truncate), Some(_)) => data.truncate(data.len() - 1),
+                _ => {}
             }
             chunk.data = data.freeze();
         }

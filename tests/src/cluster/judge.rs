@@ -10,7 +10,7 @@ use slackwater_proto::node::{
     VmRef,
 };
 
-use super::{Cluster, NAMESPACE, account};
+use super::{Cluster, NAMESPACE, account, has_condition};
 use crate::vmm::guest::Report;
 use crate::witness::{self, PeerToPeer, State, Trace, Waking, Watch};
 
@@ -162,9 +162,13 @@ impl Cluster {
     ) -> anyhow::Result<Report> {
         let after = self.goes_on_at(&watching.source.0, &watching.before).await?;
         let (source, target) = self.testimonies(watching, migration).await?;
-        witness::quiesced_together(&source, PeerToPeer::Required)?;
-        witness::captured_at_slack_water(&source)?;
-        witness::woke_together(&source, Waking::AfterRollback, PeerToPeer::Required)?;
+        let conditions = migration.status.as_ref().map(|status| status.conditions.as_slice());
+        // One that was given up while the guest ran has stopped nothing.
+        if has_condition(conditions.unwrap_or_default(), "Stopped", "True") == Some(true) {
+            witness::quiesced_together(&source, PeerToPeer::Required)?;
+            witness::captured_at_slack_water(&source)?;
+            witness::woke_together(&source, Waking::AfterRollback, PeerToPeer::Required)?;
+        }
         witness::never_ran(&target)?;
         for device in source.devices.keys() {
             let end = source.final_state(device);
