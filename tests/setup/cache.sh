@@ -47,7 +47,7 @@ step() {
   shift 2
   say "$text"
   (
-    while sleep 30; do say "  ... still at it, $((SECONDS - begin)) s: $text"; done
+    while sleep 30 >/dev/null 2>&1; do say "  ... still at it, $((SECONDS - begin)) s: $text"; done
   ) 9>&- &
   beat=$!
   # A subshell of its own, without `||`: inside the left side of `||` a function would go on after an error.

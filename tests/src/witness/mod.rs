@@ -21,6 +21,7 @@
 //! # }
 //! ```
 
+mod assemble;
 mod invariants;
 mod parse;
 mod state;
