@@ -1,6 +1,8 @@
 //! Migrations on real parts, from `kubectl apply` to the end: kernel VFIO, KVM, etcd, kube-apiserver, helm, kubectl. What happened
 //! is judged by the kernels' own traces.
 
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod callers;
 mod damaged;
 mod interrupted;
