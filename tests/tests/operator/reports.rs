@@ -66,13 +66,18 @@ async fn nodes_and_vms_are_shown_as_they_are_with_what_stands_in_the_way_and_rem
             tokio::task::yield_now().await;
         }
     };
-    let note = tokio::time::timeout(Duration::from_secs(30), told).await.expect(&world.log());
+    let note = tokio::time::timeout(Duration::from_secs(30), told)
+        .await
+        .unwrap_or_else(|_| panic!("{}", world.log()));
     assert!(note.contains("VM later/early cannot be shown") && note.contains("\"later\""), "{note}");
     world.lab.control_plane().unwrap().kubectl(&["create", "namespace", "later"]).await.unwrap();
     let later: Api<AssignedVM> = Api::namespaced(world.client.clone(), "later");
     let early =
         await_condition(later, "early", |vm: Option<&AssignedVM>| vm.is_some_and(|vm| vm.status.is_some()));
-    tokio::time::timeout(Duration::from_secs(30), early).await.expect(&world.log()).unwrap();
+    tokio::time::timeout(Duration::from_secs(30), early)
+        .await
+        .unwrap_or_else(|_| panic!("{}", world.log()))
+        .unwrap();
 
     // A VM that has ended.
     world.a.describe(|node| node.vms.clear());
@@ -80,7 +85,10 @@ async fn nodes_and_vms_are_shown_as_they_are_with_what_stands_in_the_way_and_rem
     let vms: Api<AssignedVM> = Api::namespaced(world.client.clone(), NAMESPACE);
     let uid = blocked.uid().unwrap();
     let gone = await_condition(vms, "counter", is_deleted(&uid));
-    tokio::time::timeout(Duration::from_secs(30), gone).await.expect(&world.log()).unwrap();
+    tokio::time::timeout(Duration::from_secs(30), gone)
+        .await
+        .unwrap_or_else(|_| panic!("{}", world.log()))
+        .unwrap();
     world.assert_nothing_was_forbidden();
 }
 
