@@ -4,6 +4,7 @@
 //! finalizer would take the status away.
 
 use std::fmt::Debug;
+use std::time::Duration;
 
 use kube::api::{DeleteParams, Patch, PatchParams, Preconditions};
 use kube::core::NamespaceResourceScope;
@@ -13,7 +14,10 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use slackwater_api::{AssignedVM, AssignedVMStatus, MIGRATION_FINALIZER, MigrationNode, MigrationNodeStatus};
 use slackwater_api::{VMMigration, VMMigrationStatus};
+use tokio::time::timeout;
 
+/// How long the API server may take to answer: whoever waits for it has agents to listen to.
+const PATIENCE: Duration = Duration::from_secs(15);
 /// Who owns metadata that the operator writes.
 pub(super) const MANAGER: &str = "slackwater-operator";
 /// Who owns statuses.
@@ -37,6 +41,9 @@ pub enum WriteError {
         /// Its name.
         namespace: String,
     },
+    /// It did not answer.
+    #[error("the API server has not answered within {} s", PATIENCE.as_secs())]
+    TooLate,
     /// Anything else. Trying again may help.
     #[error("the API server did not take it: {0}")]
     Write(#[source] Box<kube::Error>),
@@ -59,7 +66,7 @@ impl Cluster {
     /// [`WriteError`]
     pub async fn migration(&self, migration: &VMMigration) -> Result<VMMigration, WriteError> {
         let api = self.namespaced::<VMMigration>(migration);
-        let now = api.get(&migration.name_any()).await.map_err(classify)?;
+        let now = asked(api.get(&migration.name_any())).await?;
         if now.uid() == migration.uid() { Ok(now) } else { Err(WriteError::Gone) }
     }
 
@@ -85,7 +92,7 @@ impl Cluster {
         merge(&mut body, json!({"metadata": {"finalizers": finalizers}}));
         let api = self.namespaced::<VMMigration>(migration);
         let params = PatchParams::apply(MANAGER).force();
-        api.patch(&migration.name_any(), &params, &Patch::Apply(&body)).await.map(drop).map_err(classify)
+        asked(api.patch(&migration.name_any(), &params, &Patch::Apply(&body))).await.map(drop)
     }
 
     /// Writes the whole status of a MigrationNode.
@@ -112,7 +119,7 @@ impl Cluster {
             "metadata": {"name": name, "namespace": namespace},
         });
         let params = PatchParams::apply(MANAGER).force();
-        api.patch(name, &params, &Patch::Apply(&body)).await.map_err(|error| match classify(error) {
+        asked(api.patch(name, &params, &Patch::Apply(&body))).await.map_err(|error| match error {
             WriteError::Gone => WriteError::NoNamespace { namespace: namespace.to_owned() },
             other => other,
         })
@@ -137,7 +144,7 @@ impl Cluster {
     pub async fn remove_vm(&self, vm: &AssignedVM) -> Result<(), WriteError> {
         let preconditions = Preconditions { uid: vm.uid(), resource_version: None };
         let params = DeleteParams { preconditions: Some(preconditions), ..Default::default() };
-        match self.namespaced::<AssignedVM>(vm).delete(&vm.name_any(), &params).await.map_err(classify) {
+        match asked(self.namespaced::<AssignedVM>(vm).delete(&vm.name_any(), &params)).await {
             Ok(_) | Err(WriteError::Gone) => Ok(()),
             Err(error) => Err(error),
         }
@@ -158,7 +165,7 @@ impl Cluster {
         let mut body = identity(object);
         merge(&mut body, json!({"status": status}));
         let params = PatchParams::apply(STATUS_MANAGER).force();
-        api.patch_status(&object.name_any(), &params, &Patch::Apply(&body)).await.map(drop).map_err(classify)
+        asked(api.patch_status(&object.name_any(), &params, &Patch::Apply(&body))).await.map(drop)
     }
 }
 
@@ -182,11 +189,21 @@ fn merge(into: &mut Value, from: Value) {
     }
 }
 
+/// A request to the API server, with its failures told apart.
+pub(super) async fn asked<T>(request: impl Future<Output = kube::Result<T>>) -> Result<T, WriteError> {
+    match timeout(PATIENCE, request).await {
+        Ok(answer) => answer.map_err(classify),
+        Err(_) => Err(WriteError::TooLate),
+    }
+}
+
 fn classify(error: kube::Error) -> WriteError {
     match &error {
         kube::Error::Api(status) if status.code == 404 => WriteError::Gone,
-        // With server-side apply, forced, a conflict can only be about the UID.
-        kube::Error::Api(status) if status.code == 409 && status.message.contains("UID") => WriteError::Gone,
+        // "Precondition failed: UID ..." for another object of the name, "uid mismatch: ..." for none.
+        kube::Error::Api(status) if status.code == 409 && status.message.to_lowercase().contains("uid") => {
+            WriteError::Gone
+        }
         _ => WriteError::Write(Box::new(error)),
     }
 }

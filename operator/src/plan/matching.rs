@@ -1,7 +1,7 @@
 //! Which free device of a node can take over from which device of a VM.
 //!
-//! A device can take over if its driver and model are the same and it has every feature of the other: then the state that
-//! the one gives is a state that the other takes. Finding a pair for each is a matching in a bipartite graph; taking the
+//! A device can take over if its driver and model are the same and it can be stopped in the same ways: then the state that the
+//! one gives is a state that the other takes. Finding a pair for each is a matching in a bipartite graph; taking the
 //! first that fits could give away the only device that another one needs.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -83,10 +83,13 @@ fn alike(want: &Device, have: &Device, checks: Checks) -> bool {
     want.driver == have.driver && (want.model == have.model || !checks.device_model)
 }
 
-/// Whether a target can do all that the source's device can. But for PRE_COPY: who only loads has no use for it.
+/// The features that a device needs to take over from another which has them, with the kernel's names. Not PRE_COPY: who only
+/// loads has no use for it.
+const NEEDED: [(MigrationFeature, &str); 2] =
+    [(MigrationFeature::StopCopy, "STOP_COPY"), (MigrationFeature::P2p, "P2P")];
+
 fn covers(have: &Device, features: &[MigrationFeature]) -> bool {
-    let needed = features.iter().filter(|feature| **feature != MigrationFeature::PreCopy);
-    needed.into_iter().all(|feature| have.features.known().contains(feature))
+    NEEDED.iter().all(|(feature, _)| !features.contains(feature) || have.features.known().contains(feature))
 }
 
 /// A matching of as many left nodes as possible (augmenting paths). `edges[left]` holds right nodes, preferred first.
@@ -192,16 +195,12 @@ fn other_models(devices: &[(&str, &Device)], driver: &str, model: &str) -> Strin
 }
 
 fn missing_features(have: &Device, wants: &[&Wanted<'_>]) -> Vec<&'static str> {
-    [
-        (MigrationFeature::StopCopy, "STOP_COPY"),
-        (MigrationFeature::P2p, "P2P"),
-        (MigrationFeature::PreCopy, "PRE_COPY"),
-    ]
-    .into_iter()
-    .filter(|(feature, _)| {
-        wants.iter().any(|(_, _, features)| features.contains(feature))
-            && !have.features.known().contains(feature)
-    })
-    .map(|(_, name)| name)
-    .collect()
+    NEEDED
+        .into_iter()
+        .filter(|(feature, _)| {
+            wants.iter().any(|(_, _, features)| features.contains(feature))
+                && !have.features.known().contains(feature)
+        })
+        .map(|(_, name)| name)
+        .collect()
 }
