@@ -1,32 +1,68 @@
 //! The lab's VMM on a real KVM with real VFIO devices. The walk itself (src/bin/slackwater-vmm-walk) runs in a node of the lab,
-//! as an agent would; this starts it there and judges what it printed.
+//! as an agent would; this starts it there and judges what it printed, and what the kernel saw meanwhile.
 
 use std::time::Duration;
 
 use serde_json::Value;
-use slackwater_tests::lab::{Lab, LabConfig, NodeConfig};
+use slackwater_tests::lab::{Lab, LabConfig, LabError, Node, NodeConfig};
 use slackwater_tests::vmm::guest::Report;
+use slackwater_tests::witness;
+
+async fn lab(devices: &[&str]) -> Result<Lab, LabError> {
+    let mut config = LabConfig::nodes([NodeConfig::new("node-a", devices.iter().copied())]);
+    config.image.programs.push(env!("CARGO_BIN_EXE_slackwater-vmm-walk").into());
+    Lab::start(config).await
+}
+
+/// The lines that the walk printed. That it succeeded is asserted only after a look at them: they say why not.
+async fn walk(node: &Node, what: &str) -> anyhow::Result<(Vec<Value>, Result<String, String>)> {
+    let mut argv = vec!["slackwater-vmm-walk", what];
+    argv.extend(node.devices().iter().map(String::as_str));
+    let executed = node.exec_for(&argv, b"", Duration::from_secs(240)).await?;
+    let lines = executed.stdout.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
+    let lines = lines.map(serde_json::from_slice).collect::<Result<_, _>>()?;
+    Ok((lines, executed.success().map_err(|error| error.to_string())))
+}
 
 #[tokio::test]
-async fn a_vm_counts_pauses_saves_loads_and_finds_out_what_was_lost() {
-    let mut config = LabConfig::nodes([NodeConfig::new("node-a", ["mtty-1"; 4])]);
-    config.image.programs.push(env!("CARGO_BIN_EXE_slackwater-vmm-walk").into());
-    let lab = Lab::start(config).await.unwrap();
-    let node = lab.node("node-a").unwrap();
-    let mut argv = vec!["slackwater-vmm-walk"];
-    argv.extend(node.devices().iter().map(String::as_str));
-    let executed = node.exec_for(&argv, b"", Duration::from_secs(240)).await.unwrap();
-    let lines = executed.stdout.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
-    let lines: Vec<Value> = lines.map(|line| serde_json::from_slice(line).unwrap()).collect();
+async fn a_vm_counts_saves_loads_and_finds_out_what_was_lost() {
+    let lab = lab(&["mtty-1"; 4]).await.unwrap();
+    let (lines, ending) = walk(lab.node("node-a").unwrap(), "checks").await.unwrap();
     let failed: Vec<_> = lines.iter().filter(|line| line["ok"] != true).collect();
     assert!(failed.is_empty(), "{failed:#?}");
-    assert_eq!(lines.len(), 9, "{:?}", String::from_utf8_lossy(&executed.stderr));
-    executed.success().unwrap();
+    assert_eq!(lines.len(), 9, "{ending:?}");
+    assert_eq!(ending.map(drop), Ok(()));
+}
+
+#[tokio::test]
+async fn the_kernel_sees_no_vcpu_run_between_the_answer_to_a_pause_and_the_resume() {
+    let lab = lab(&["mtty-1"; 2]).await.unwrap();
+    let node = lab.node("node-a").unwrap();
+    let watch = witness::watch(node).await.unwrap();
+    let (lines, ending) = walk(node, "pauses").await.unwrap();
+    assert_eq!(ending.map(drop), Ok(()));
+    let vcpus = watch.testimony(node).await.unwrap().vcpus;
+    let pauses: Vec<(u64, u64)> = lines
+        .iter()
+        .map(|line| (line["paused_ns"].as_u64().unwrap(), line["resumed_ns"].as_u64().unwrap()))
+        .collect();
+    assert_eq!(pauses.len(), 30);
+    assert!(vcpus.gap_ns.is_none(), "the kernel's buffers are too small for this test: {:?}", vcpus.gap_ns);
+    for (paused, resumed) in &pauses {
+        let run = vcpus.runs.iter().find(|run| run.overlaps(*paused, *resumed));
+        assert!(run.is_none(), "paused at {paused}, resumed at {resumed}, but {run:?}");
+    }
+    // The same clock, and the same vCPU: it ran between any two pauses.
+    for pair in pauses.windows(2) {
+        let [(_, from), (to, _)] = pair else { continue };
+        assert!(vcpus.runs.iter().any(|run| run.overlaps(*from, *to)), "no run from {from} to {to}");
+    }
+    println!("{} runs, {} pauses", vcpus.runs.len(), pauses.len());
 }
 
 #[tokio::test]
 async fn what_a_guest_counted_is_read_by_the_pid_of_its_vmm() {
-    let lab = Lab::start(LabConfig::nodes([NodeConfig::new("node-a", ["mtty-1", "mtty-2"])])).await.unwrap();
+    let lab = lab(&["mtty-1", "mtty-2"]).await.unwrap();
     let node = lab.node("node-a").unwrap();
     let devices = "/dev/vfio/devices/vfio0,/dev/vfio/devices/vfio1";
     let run = ["slackwater-lab-vmm", "run", "--socket", "/run/vmm.sock", "--device", devices];

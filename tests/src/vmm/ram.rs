@@ -7,7 +7,10 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 use memmap2::MmapRaw;
-use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::fs::{MemfdFlags, SeekFrom, memfd_create, seek};
+use rustix::io::Errno;
+
+use super::saved::RamSource;
 
 /// The name of the memfd: `/proc/PID/fd` shows it as `/memfd:guest-ram (deleted)`.
 pub const MEMFD_NAME: &str = "guest-ram";
@@ -71,17 +74,30 @@ impl GuestRam {
     /// # Errors
     /// If reading or writing fails.
     pub fn clear(&self) -> io::Result<()> {
-        // Pages that are zero are left alone, so that a RAM never used takes no memory; and no hole is punched, since a page that
-        // a device has pinned would then be another than the guest's.
+        // No hole is punched: a page that a device has pinned would then be another than the guest's.
         let zero = [0; PAGE_BYTES];
-        let mut page = [0; PAGE_BYTES];
-        for gpa in (0..self.bytes).step_by(PAGE_BYTES) {
-            self.read(gpa, &mut page)?;
-            if page != zero {
-                self.write(gpa, &zero)?;
-            }
+        let mut gpa = 0;
+        while let Some(used) = self.next_used(gpa)? {
+            gpa = used - used % PAGE_BYTES as u64;
+            self.write(gpa, &zero)?;
+            gpa += PAGE_BYTES as u64;
         }
         Ok(())
+    }
+}
+
+impl RamSource for GuestRam {
+    /// The kernel knows which pages have never been touched: a guest that uses little of its RAM is saved in little time.
+    fn next_used(&self, gpa: u64) -> io::Result<Option<u64>> {
+        match seek(&self.file, SeekFrom::Data(gpa)) {
+            Ok(used) => Ok(Some(used)),
+            Err(Errno::NXIO) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn read(&self, gpa: u64, bytes: &mut [u8]) -> io::Result<()> {
+        Self::read(self, gpa, bytes)
     }
 }
 
@@ -96,6 +112,16 @@ mod tests {
         assert_eq!(ram.write(8191, &[1, 2]).unwrap_err().kind(), io::ErrorKind::InvalidInput);
         assert_eq!(ram.write(u64::MAX, &[1, 2]).unwrap_err().kind(), io::ErrorKind::InvalidInput);
         assert_eq!(ram.read(8192, &mut [0]).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn pages_that_nobody_has_touched_are_known() {
+        let ram = GuestRam::new(16 << 20).unwrap();
+        assert_eq!(ram.next_used(0).unwrap(), None);
+        ram.write(5 << 20, &[0]).unwrap();
+        assert!((4 << 20..=5 << 20).contains(&ram.next_used(0).unwrap().unwrap()));
+        assert_eq!(ram.next_used(15 << 20).unwrap(), None);
+        assert_eq!(ram.next_used(16 << 20).unwrap(), None);
     }
 
     #[test]

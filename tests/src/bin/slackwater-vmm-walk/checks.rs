@@ -79,10 +79,9 @@ async fn pauses(d: &Devices<'_>) -> Result<()> {
     for _ in 0..20 {
         vmm.counts(3).await?;
         vmm.client.pause(PauseRequest {}).await?;
-        let (paused, time) = (vmm.guest()?, vmm.vcpu_time()?);
+        let paused = vmm.guest()?;
         ensure!(vmm.run_state().await? == RunState::Paused);
         ensure!(vmm.guest()? == paused, "it counts on: {paused:?}, {:?}", vmm.guest()?);
-        ensure!(vmm.vcpu_time()? == time, "the vCPU's thread goes on");
         vmm.client.resume(ResumeRequest {}).await?;
     }
     let report = vmm.counts(10).await?;

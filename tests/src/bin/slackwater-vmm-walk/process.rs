@@ -6,6 +6,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
 use slackwater_node_agent::vfio::borrow::VmmProcess;
 use slackwater_node_agent::vfio::kernel::KernelDevice;
 use slackwater_proto::channel::connect_unix;
@@ -29,6 +30,21 @@ pub(crate) struct Vmm {
     process: Child,
     log: Lines<BufReader<ChildStderr>>,
     socket: PathBuf,
+}
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        // A check that failed leaves it running. Its devices are to be free for the next check: wait for its end. What there is to
+        // say about it has been said.
+        if self.process.id().is_some() {
+            self.process.start_kill().unwrap_or_default();
+            let pid = i32::try_from(self.pid).ok().and_then(Pid::from_raw);
+            if let Some(pid) = pid {
+                let exited = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+                waitid(WaitId::Pid(pid), exited).unwrap_or_default();
+            }
+        }
+    }
 }
 
 /// The character device of a mediated device.
@@ -94,19 +110,6 @@ impl Vmm {
         }
     }
 
-    /// CPU time of the vCPU's thread, in nanoseconds.
-    pub(crate) fn vcpu_time(&self) -> Result<u64> {
-        for task in std::fs::read_dir(format!("/proc/{}/task", self.pid))? {
-            let task = task?.path();
-            if std::fs::read_to_string(task.join("comm"))?.trim() == "vcpu0" {
-                let text = std::fs::read_to_string(task.join("schedstat"))?;
-                let first = text.split(' ').next().context("an empty schedstat")?;
-                return Ok(first.parse()?);
-            }
-        }
-        bail!("there is no thread vcpu0")
-    }
-
     pub(crate) async fn run_state(&mut self) -> Result<RunState> {
         Ok(self.client.describe(DescribeRequest {}).await?.into_inner().run_state())
     }
@@ -130,8 +133,8 @@ impl Vmm {
 
     /// Sends SIGTERM, and returns when the process has ended well.
     pub(crate) async fn terminate(mut self) -> Result<()> {
-        let pid = rustix::process::Pid::from_raw(i32::try_from(self.pid)?).context("pid 0")?;
-        rustix::process::kill_process(pid, rustix::process::Signal::TERM)?;
+        let pid = Pid::from_raw(i32::try_from(self.pid)?).context("pid 0")?;
+        kill_process(pid, Signal::TERM)?;
         self.ended().await
     }
 
@@ -139,6 +142,7 @@ impl Vmm {
         let ending = timeout(PATIENCE, self.process.wait()).await.context("it does not end")??;
         let mut log = vec![];
         while let Some(line) = self.log.next_line().await? {
+            eprintln!("{line}");
             log.push(line);
         }
         ensure!(ending.success(), "{ending}: {}", log.join(" "));

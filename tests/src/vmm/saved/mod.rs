@@ -15,7 +15,7 @@ mod read;
 mod write;
 
 pub use read::{ReadError, read};
-pub use write::write;
+pub use write::{RamSource, write};
 
 use super::ram::PAGE_BYTES;
 

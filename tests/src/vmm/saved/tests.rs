@@ -22,14 +22,25 @@ fn ram(pages: &[(usize, u8)]) -> Vec<u8> {
     ram
 }
 
+/// RAM that knows its pages that are zero from the 300th on, and says of all others that they may be used.
+struct Bytes<'a>(&'a [u8]);
+
+impl RamSource for Bytes<'_> {
+    fn next_used(&self, gpa: u64) -> io::Result<Option<u64>> {
+        let from = gpa as usize;
+        let used = |at: &usize| *at < 300 * 4096 || self.0[*at] != 0;
+        Ok((from..self.0.len()).find(used).map(|at| at as u64))
+    }
+    fn read(&self, gpa: u64, bytes: &mut [u8]) -> io::Result<()> {
+        bytes.copy_from_slice(&self.0[gpa as usize..][..bytes.len()]);
+        Ok(())
+    }
+}
+
 fn saved(ram: &[u8]) -> Vec<u8> {
     let mut out = Vec::new();
     let mut progress = Vec::new();
-    let fill = |gpa: u64, bytes: &mut [u8]| {
-        bytes.copy_from_slice(&ram[gpa as usize..][..bytes.len()]);
-        Ok(())
-    };
-    write(&mut out, SHAPE, &machine(), fill, |bytes| progress.push(bytes)).unwrap();
+    write(&mut out, SHAPE, &machine(), &Bytes(ram), |bytes| progress.push(bytes)).unwrap();
     assert!(progress.is_sorted() && progress.last() == Some(&SHAPE.ram_bytes));
     out
 }

@@ -7,6 +7,7 @@ mod load;
 mod save;
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use slackwater_proto::tonic::{Request, Response, Status, Streaming, async_trait};
 use slackwater_proto::vmm::vmm_server::Vmm;
@@ -19,7 +20,7 @@ use slackwater_proto::vmm::{
 use tokio::sync::Mutex;
 use tokio::task::spawn_blocking;
 use tokio_util::sync::CancellationToken;
-use tracing::info;
+use tracing::{info, warn};
 
 use self::save::Save;
 pub use self::save::SaveStream;
@@ -165,10 +166,14 @@ impl LabVmm {
         }
         let (feed, intake) = load::channel();
         let loading = tokio::spawn(async move {
-            let (ram, shape) = (Arc::clone(&self.0.vm.ram), self.0.shape);
+            let (ram, shape, since) = (Arc::clone(&self.0.vm.ram), self.0.shape, Instant::now());
             let loaded = spawn_blocking(move || intake.load(shape, &ram)).await;
             let loaded = loaded.unwrap_or_else(|_| Err(Status::internal("the load failed")));
             let mut progress = self.0.progress.lock().await;
+            match &loaded {
+                Ok(_) => info!(milliseconds = since.elapsed().as_millis(), "a VM has come"),
+                Err(status) => warn!(why = status.message(), "what has come is refused"),
+            }
             progress.state = progress.state.load_ended(loaded.is_ok());
             progress.loaded = Some(Arc::new(loaded?));
             Ok(())

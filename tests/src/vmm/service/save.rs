@@ -9,6 +9,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
+use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
 use futures::Stream;
@@ -17,6 +18,7 @@ use slackwater_proto::vmm::StartSaveResponse;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::spawn_blocking;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+use tracing::info;
 
 use crate::vmm::machine_state::MachineState;
 use crate::vmm::ram::GuestRam;
@@ -144,11 +146,11 @@ async fn give(
     remaining_bytes: Arc<AtomicU64>,
     all_given: oneshot::Receiver<()>,
 ) -> Outcome {
-    let fail = chunks.clone();
+    let (fail, since) = (chunks.clone(), Instant::now());
     let written = spawn_blocking(move || {
         let mut out = Chunks { chunks, buffer: BytesMut::new() };
         let scanned = |bytes| remaining_bytes.store(shape.ram_bytes - bytes, Ordering::Relaxed);
-        saved::write(&mut out, shape, &machine, |gpa, bytes| ram.read(gpa, bytes), scanned)?;
+        saved::write(&mut out, shape, &machine, ram.as_ref(), scanned)?;
         out.flush()
     });
     match written.await {
@@ -166,7 +168,9 @@ async fn give(
         }
     }
     drop(fail);
-    all_given.await.map_err(|_| SaveError::ReaderGone)
+    all_given.await.map_err(|_| SaveError::ReaderGone)?;
+    info!(milliseconds = since.elapsed().as_millis(), "all of the VM has been given");
+    Ok(())
 }
 
 /// Cuts what is written into pieces. BrokenPipe: nobody reads them.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use futures::StreamExt;
 use slackwater_proto::channel::connect_unix;
 use slackwater_proto::limits::{vmm_client, vmm_server};
-use slackwater_proto::server::{bind_unix, serve_unix};
+use slackwater_proto::server::{ServeError, bind_unix, serve_unix};
 use slackwater_proto::tonic::service::Routes;
 use slackwater_proto::tonic::transport::Channel;
 use slackwater_proto::tonic::{Code, Streaming};
@@ -24,6 +24,7 @@ struct Fixture {
     machine: Fake,
     ram: Arc<GuestRam>,
     quit: CancellationToken,
+    server: tokio::task::JoinHandle<Result<(), ServeError>>,
     _folder: TempDir,
 }
 
@@ -46,9 +47,10 @@ impl Fixture {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("vmm.sock");
         let listener = bind_unix(&path).unwrap();
-        tokio::spawn(serve_unix(listener, routes, quit.clone().cancelled_owned(), Duration::from_secs(2)));
+        let serving = serve_unix(listener, routes, quit.clone().cancelled_owned(), Duration::from_secs(60));
+        let server = tokio::spawn(serving);
         let client = vmm_client(connect_unix(&path).await.unwrap());
-        Self { client, machine, ram, quit, _folder: folder }
+        Self { client, machine, ram, quit, server, _folder: folder }
     }
 
     async fn run_state(&mut self) -> RunState {
@@ -323,6 +325,12 @@ async fn quit_stops_the_vcpu_ends_a_save_and_answers() {
     vmm.client.quit(QuitRequest {}).await.unwrap();
     assert!(vmm.quit.is_cancelled());
     let steps = vmm.machine.steps();
+    // Though nobody reads the save's stream.
+    timeout(Duration::from_secs(10), &mut vmm.server)
+        .await
+        .expect("the server does not end")
+        .unwrap()
+        .unwrap();
     assert_eq!(read_all(stream).await.unwrap_err().code(), Code::Aborted);
     assert_eq!(vmm.machine.steps(), steps);
 }
