@@ -11,6 +11,7 @@ pub(in crate::vmm) struct Fake(Arc<Mutex<Notes>>);
 pub(in crate::vmm) struct Notes {
     steps: u64,
     settled: u64,
+    settling_takes: Duration,
     /// A step waits for a signal, as KVM_RUN does while the guest has no exit.
     sticks: bool,
     idles: bool,
@@ -33,6 +34,8 @@ impl Machine for Fake {
         Ok(if idles { Step::Idle } else { Step::Next })
     }
     fn settle(&mut self) -> Result<(), MachineError> {
+        let takes = self.0.lock().unwrap().settling_takes;
+        std::thread::sleep(takes);
         self.0.lock().unwrap().settled += 1;
         Ok(())
     }
@@ -83,6 +86,16 @@ async fn a_pause_settles_the_machine_once_and_a_second_pause_does_not_touch_it()
     assert_eq!(fake.0.lock().unwrap().settled, 0);
     vcpu.resume().await.unwrap();
     vcpu.pause().await.unwrap();
+    vcpu.pause().await.unwrap();
+    assert_eq!(fake.0.lock().unwrap().settled, 1);
+}
+
+#[tokio::test]
+async fn a_pause_is_answered_only_when_the_machine_has_settled() {
+    let fake = Fake::default();
+    fake.0.lock().unwrap().settling_takes = Duration::from_millis(100);
+    let vcpu = Vcpu::spawn(fake.clone(), HOUR).unwrap();
+    vcpu.resume().await.unwrap();
     vcpu.pause().await.unwrap();
     assert_eq!(fake.0.lock().unwrap().settled, 1);
 }
