@@ -19,7 +19,7 @@ use tokio_util::task::task_tracker::{TaskTracker, TaskTrackerToken};
 use tracing::{info, warn};
 
 use super::receiving::Receiver;
-use super::{VmmCall, refused, traced};
+use super::{VmmCall, of_twin, refused, traced};
 use crate::handover::destination::{Destination, Effect, End, Event};
 use crate::handover::{Blob, Failure, Reason};
 use crate::host::clock::Clock;
@@ -475,10 +475,7 @@ impl Shell {
         tokio::spawn(async move {
             let event = match call(vmm.as_ref()).await {
                 Ok(()) => done,
-                Err(error) => {
-                    let message = format!("at the destination, {error}");
-                    Event::Failed(Failure::new(Reason::VmmFailed, message))
-                }
+                Err(error) => Event::Failed(of_twin(&error)),
             };
             let _ = signals.send(Signal::Event(event));
         });

@@ -42,6 +42,15 @@ fn traced(device: &str, reached: &Reached) -> (Clock, DeviceStateChange) {
     (at, change)
 }
 
+/// A call to the twin that failed: the twin's own refusal, or its end, whichever way that is heard of first.
+fn of_twin(error: &VmmError) -> Failure {
+    let reason = match error {
+        VmmError::Lost { .. } => Reason::TwinFailed,
+        _ => Reason::VmmFailed,
+    };
+    Failure::new(reason, format!("at the destination, {error}"))
+}
+
 /// A state change that failed at one end: where the device stands, and why, in words.
 fn refused(end: &str, error: &SetStateError) -> (Option<MigrationState>, Failure) {
     (error.found(), Failure::new(Reason::DeviceFailed, format!("at the {end}, {error}")))

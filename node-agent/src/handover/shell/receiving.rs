@@ -5,6 +5,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::ReceiverStream;
 
+use super::of_twin;
 use crate::handover::{Failure, Reason};
 use crate::transfer::incoming::Sink;
 use crate::vfio::worker::DeviceHandle;
@@ -42,7 +43,7 @@ async fn word(loaded: &mut Option<JoinHandle<Result<(), VmmError>>>) -> Result<(
     match loaded.take() {
         Some(task) => match task.await {
             Ok(Ok(())) => Ok(()),
-            Ok(Err(error)) => Err(failed(error.to_string())),
+            Ok(Err(error)) => Err(of_twin(&error)),
             Err(error) => Err(failed(format!("loading the twin ended early: {error}"))),
         },
         None => Err(failed("the twin has already refused its state".to_owned())),

@@ -33,6 +33,8 @@ use crate::vmm::{RunState, Vmm, VmmError};
 
 /// How often progress is told while bytes are moving.
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
+/// How long a process whose socket has closed may take to be gone.
+const ENDING: Duration = Duration::from_secs(1);
 
 /// All that one attempt needs at the source.
 pub struct SourceParts {
@@ -485,7 +487,15 @@ impl Shell {
         tokio::spawn(async move {
             let event = match call(vmm.as_ref()).await {
                 Ok(()) => done,
-                Err(error) => failed(Failure::new(Reason::VmmFailed, error.to_string())),
+                Err(error) => {
+                    // A call breaks off because the process is ending: that it has ended is the better reason.
+                    if matches!(error, VmmError::Lost { .. })
+                        && tokio::time::timeout(ENDING, vmm.exited()).await.is_ok()
+                    {
+                        let _ = signals.send(Signal::Event(Event::VmmExited));
+                    }
+                    failed(Failure::new(Reason::VmmFailed, error.to_string()))
+                }
             };
             let _ = signals.send(Signal::Event(event));
         });
