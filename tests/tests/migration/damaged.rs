@@ -15,7 +15,7 @@ async fn a_blob_that_is_damaged_on_the_way_is_never_loaded_and_the_vm_runs_on_wh
         ("blob.0=truncate", "BlobRejected", vec!["device 0", "59 bytes", "60"]),
         ("blob.1=reorder", "BlobRejected", vec!["device 1", "begins at byte 24"]),
         // Here the driver itself is the first to notice.
-        ("blob.0=extend", "DeviceFailed", vec!["device 0", "ENOMEM"]),
+        ("blob.0=extend", "DeviceFailed", vec!["5a1ac0de-0002-4000-8000-000000000000", "ENOMEM"]),
         ("blob.vmm=corrupt", "BlobRejected", vec!["RAM and machine state"]),
     ];
     for (number, (fault, reason, words)) in cases.into_iter().enumerate() {
