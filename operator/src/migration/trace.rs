@@ -67,7 +67,10 @@ impl Trace {
             }),
             _ => None,
         };
-        self.events.iter().filter_map(step).take(SHOWN).collect()
+        // What the target did before the source connected to it is told late.
+        let mut events: Vec<_> = self.events.iter().collect();
+        events.sort_by_key(|event| event.unix_ns);
+        events.into_iter().filter_map(step).take(SHOWN).collect()
     }
 
     /// Since the first of all events. The agent that streams them has put both nodes' times on its own wall clock.
@@ -124,6 +127,16 @@ mod tests {
             .map(|s| (s.node.as_str(), s.state.as_str(), s.elapsed.as_str(), s.took.as_str()))
             .collect();
         assert_eq!(seen, [("a", "PRE_COPY", "0ms", "1.5ms"), ("b", "RESUMING", "9.15s", "1.5ms")]);
+    }
+
+    #[test]
+    fn what_is_told_late_stands_where_it_happened() {
+        let mut trace = Trace::default();
+        trace.push(event(1, "a", 200, change("x", 6)));
+        trace.push(event(2, "b", 100, change("y", 4)));
+        let device = DeviceMigration { source: "x".into(), target: "y".into(), ..Default::default() };
+        let states: Vec<_> = trace.steps(&device, "a", "b").into_iter().map(|step| step.state).collect();
+        assert_eq!(states, ["RESUMING", "PRE_COPY"]);
     }
 
     #[test]
