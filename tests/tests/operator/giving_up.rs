@@ -5,7 +5,7 @@ use slackwater_proto::node::{Outcome, Phase, ReleaseReason};
 use slackwater_proto::tonic::Status;
 
 use crate::fake_agent::{Call, FakeAgent};
-use crate::world::{World, is, message};
+use crate::world::{NAMESPACE, World, is, message};
 
 async fn released(agent: &FakeAgent) -> ReleaseReason {
     agent.called("release", |call| if let Call::Release(r) = call { Some(r.reason()) } else { None }).await
@@ -27,7 +27,7 @@ async fn deleting_the_object_before_the_commit_aborts_at_the_source_and_releases
     assert_eq!(why, "the VMMigration was deleted");
     assert_eq!(released(&world.b).await, ReleaseReason::AbortedAtSource);
     world.is_gone(&object).await;
-    assert_eq!(world.told("move-counter").await, ["Accepted", "Prepared", "Aborting", "Failed"]);
+    world.told(NAMESPACE, "move-counter", &["Accepted", "Prepared", "Aborting", "Failed"]).await;
     world.assert_nothing_was_forbidden();
 }
 

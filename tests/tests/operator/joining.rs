@@ -5,7 +5,7 @@ use slackwater_proto::node::{Outcome, Phase};
 use slackwater_proto::tonic::Status;
 
 use crate::fake_agent::Call;
-use crate::world::{World, is, message};
+use crate::world::{NAMESPACE, World, is, message};
 
 #[tokio::test]
 async fn a_broken_stream_is_joined_again_and_a_restarted_operator_joins_by_what_stands_in_the_status() {
@@ -23,6 +23,8 @@ async fn a_broken_stream_is_joined_again_and_a_restarted_operator_joins_by_what_
     world.a.phase(Phase::Capturing);
     let stopped = world.until("move-counter", "be stopped", is("Stopped", "True")).await;
 
+    // A crash may lose an event that was not posted yet; what it loses is not this test's matter.
+    world.told(NAMESPACE, "move-counter", &["Accepted", "Prepared", "Stopped"]).await;
     world.crash_and_restart_operator().await;
     world.a.joined(3).await;
     world.a.phase(Phase::Committed);
@@ -43,10 +45,9 @@ async fn a_broken_stream_is_joined_again_and_a_restarted_operator_joins_by_what_
     assert!(asked.iter().all(|again| *again == asked[0]), "{asked:#?}");
     let reserved = world.b.calls().iter().filter(|call| matches!(call, Call::Reserve(_))).count();
     assert_eq!(reserved, 1);
-    assert_eq!(
-        world.told("move-counter").await,
-        ["Accepted", "Prepared", "Stopped", "Committed", "Succeeded"]
-    );
+    world
+        .told(NAMESPACE, "move-counter", &["Accepted", "Prepared", "Stopped", "Committed", "Succeeded"])
+        .await;
     world.assert_nothing_was_forbidden();
 }
 

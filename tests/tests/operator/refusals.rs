@@ -15,7 +15,7 @@ async fn a_spec_that_cannot_work_is_refused_in_words_and_no_agent_is_asked() {
         assert_eq!(message(&object, "Accepted"), message(&object, "Succeeded"));
         assert!(object.status.as_ref().unwrap().completion_time.is_some());
         assert!(object.metadata.finalizers.is_none(), "nothing was asked for it, so it may go");
-        assert_eq!(world.told(name).await, ["Refused"]);
+        world.told(NAMESPACE, name, &["Refused"]).await;
     };
 
     world.migrate("unknown-vm", |spec| spec.vm_ref.name = "conter".into()).await;

@@ -1,7 +1,5 @@
 //! What the agents report, shown as MigrationNodes and AssignedVMs.
 
-use k8s_openapi::api::events::v1::Event;
-use kube::api::ListParams;
 use kube::runtime::conditions::is_deleted;
 use kube::runtime::wait::await_condition;
 use kube::{Api, ResourceExt};
@@ -54,21 +52,7 @@ async fn nodes_and_vms_are_shown_as_they_are_with_what_stands_in_the_way_and_rem
 
     // A VM whose namespace is not there yet.
     world.b.describe(|node| node.vms = vec![vm("later", "early", &[])]);
-    let told = async {
-        let events: Api<Event> = Api::namespaced(world.client.clone(), "kube-system");
-        loop {
-            let events = events.list(&ListParams::default()).await.unwrap();
-            if let Some(event) =
-                events.iter().find(|event| event.reason.as_deref() == Some("NamespaceMissing"))
-            {
-                return event.note.clone().unwrap();
-            }
-            tokio::task::yield_now().await;
-        }
-    };
-    let note = tokio::time::timeout(Duration::from_secs(30), told)
-        .await
-        .unwrap_or_else(|_| panic!("{}", world.log()));
+    let note = world.told("kube-system", "node-b", &["NamespaceMissing"]).await.concat();
     assert!(note.contains("VM later/early cannot be shown") && note.contains("\"later\""), "{note}");
     world.lab.control_plane().unwrap().kubectl(&["create", "namespace", "later"]).await.unwrap();
     let later: Api<AssignedVM> = Api::namespaced(world.client.clone(), "later");

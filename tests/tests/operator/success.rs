@@ -106,10 +106,9 @@ async fn an_applied_migration_is_planned_prepared_committed_and_shown_with_its_t
     let row: Vec<&str> =
         table.lines().find(|line| line.contains("move-counter")).unwrap().split_whitespace().collect();
     assert_eq!(row[1..6], ["counter", "node-a", "node-b", "Succeeded", "87.412ms"]);
-    assert_eq!(
-        world.told("move-counter").await,
-        ["Accepted", "Prepared", "Stopped", "Committed", "Succeeded"]
-    );
+    world
+        .told(NAMESPACE, "move-counter", &["Accepted", "Prepared", "Stopped", "Committed", "Succeeded"])
+        .await;
     assert!(b.calls().iter().all(|call| !matches!(call, Call::Release(_))), "{:?}", b.calls());
 
     // What has ended leaves nothing behind: the object goes at once, operator or not.

@@ -1,14 +1,18 @@
 //! A real API server with the chart installed by a real helm, the operator's own program with the rights that the chart gave
 //! its account, and two agents that a test plays.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::process::Stdio;
 use std::time::Duration;
 
+use futures::TryStreamExt as _;
 use k8s_openapi::api::events::v1::Event;
-use kube::api::{DeleteParams, ListParams, PostParams};
+use kube::api::{DeleteParams, PostParams};
 use kube::runtime::conditions::is_deleted;
 use kube::runtime::wait::{Condition, await_condition};
+use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Api, Client, ResourceExt};
 use slackwater_api::{
     AssignedVM, MigrationNode, MigrationNodeSpec, PeerToPeer, Target, VMMigration, VMMigrationSpec, VmKind,
@@ -173,14 +177,33 @@ impl World {
         }
     }
 
-    /// The reasons of the events about an object, oldest first.
-    pub(crate) async fn told(&self, about: &str) -> Vec<String> {
-        let events: Api<Event> = Api::namespaced(self.client.clone(), NAMESPACE);
-        let mut events = events.list(&ListParams::default()).await.unwrap().items;
-        events.sort_by_key(|event| event.event_time.as_ref().map(|time| time.0));
-        let about =
-            |event: &Event| event.regarding.as_ref().and_then(|to| to.name.clone()).as_deref() == Some(about);
-        events.into_iter().filter(about).filter_map(|event| event.reason).collect()
+    /// The notes of the events in `namespace` about an object, oldest first, as soon as their reasons are `wanted`.
+    ///
+    /// An event is posted after the status that it tells of, so whoever has seen the status waits for it.
+    pub(crate) async fn told(&self, namespace: &str, about: &str, wanted: &[&str]) -> Vec<String> {
+        let events: Api<Event> = Api::namespaced(self.client.clone(), namespace);
+        let mut seen = BTreeMap::new();
+        let told = async {
+            let mut changes = pin!(watcher(events, watcher::Config::default()).applied_objects());
+            while let Some(event) = changes.try_next().await.unwrap() {
+                if event.regarding.as_ref().and_then(|to| to.name.as_deref()) != Some(about) {
+                    continue;
+                }
+                let posted = event.event_time.as_ref().map(|time| time.0);
+                let told = (event.reason.clone().unwrap_or_default(), event.note.clone().unwrap_or_default());
+                seen.insert((posted, event.name_any()), told);
+                if seen.values().map(|(reason, _)| reason.as_str()).eq(wanted.iter().copied()) {
+                    return;
+                }
+            }
+        };
+        if tokio::time::timeout(SOON, told).await.is_err() {
+            panic!(
+                "{wanted:?} were to be told about {about}, and these were: {seen:#?}\nthe operator said\n{}",
+                self.log()
+            )
+        }
+        seen.into_values().map(|(_, note)| note).collect()
     }
 
     pub(crate) fn log(&self) -> String {
