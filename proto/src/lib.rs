@@ -25,14 +25,22 @@ mod watched_io;
 #[allow(missing_docs, unreachable_pub, unused_qualifications, clippy::all, clippy::pedantic)]
 mod generated {
     pub mod node {
-        tonic::include_proto!("slackwater.node.v1");
+        pub mod v1 {
+            tonic::include_proto!("slackwater.node.v1");
+        }
     }
     pub mod transfer {
-        tonic::include_proto!("slackwater.transfer.v1");
+        pub mod v1 {
+            tonic::include_proto!("slackwater.transfer.v1");
+        }
     }
     pub mod vmm {
-        tonic::include_proto!("slackwater.vmm.v1");
+        pub mod v1 {
+            tonic::include_proto!("slackwater.vmm.v1");
+        }
     }
 }
 
-pub use generated::{node, transfer, vmm};
+pub use generated::node::v1 as node;
+pub use generated::transfer::v1 as transfer;
+pub use generated::vmm::v1 as vmm;
