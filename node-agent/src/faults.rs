@@ -6,7 +6,7 @@
 //! | fault | what it does |
 //! |---|---|
 //! | `halt.source=<phase>`, `halt.destination=<phase>` | the hand-over stands still from that phase on: [`halted`] |
-//! | `device.error=<STATE>[@<device>]` | a change to that state fails: [`faulty`](crate::vfio::faulty) |
+//! | `device.error=<STATE>[@<device>]` | a change to that state (or `read`, `write`, `reset`) fails: [`faulty`](crate::vfio::faulty) |
 //! | `device.hang=<STATE>:<seconds>[@<device>]` | a change to that state takes so much longer |
 //! | `blob.<index>`, `blob.vmm` | a blob is damaged on the way, or stalls ([`transfer`](crate::transfer)) |
 //! | `ignore-device-model=yes` | a device of another model may be reserved |

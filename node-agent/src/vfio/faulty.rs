@@ -5,7 +5,7 @@
 //! | `device.error=<STATE>[@<device>]` | asking for STATE fails with EIO and is not carried out: the device stays where it stands |
 //! | `device.hang=<STATE>:<seconds>[@<device>]` | asking for STATE takes so much longer, or until the fault is cleared, and is carried out |
 //!
-//! Without `@<device>` every device of the node does so. A reset is not affected: it is the way out of a device's error.
+//! In place of STATE: `read` (of final data, in STOP_COPY), `write`, `reset`. Without `@<device>` every device of the node does so.
 
 use std::time::Duration;
 
@@ -36,16 +36,29 @@ impl FaultyDevice {
         Self { device: Box::new(device), faults: Box::new(faults::value) }
     }
 
-    /// The value of a fault, if it concerns a change of this device to this state: what stands between the state and the device.
-    fn concerning(&self, fault: &str, to: MigrationState) -> Option<(String, String)> {
+    /// The value of a fault, if it concerns this call to this device; and what stands between the call and the device.
+    fn concerning(&self, fault: &str, call: &str) -> Option<(String, String)> {
         let value = (self.faults)(fault)?;
         let (what, device) = value.split_once('@').map_or((value.as_str(), None), |(w, d)| (w, Some(d)));
         if device.is_some_and(|device| device != self.device.name()) {
             return None;
         }
         let (state, rest) = what.split_once(':').unwrap_or((what, ""));
-        let rest = (state == to.name()).then(|| rest.to_owned())?;
+        let rest = (state == call).then(|| rest.to_owned())?;
         Some((value, rest))
+    }
+
+    /// Hangs before a call, or refuses it, if it is to.
+    fn go_wrong(&self, call: &str) -> Result<(), OsError> {
+        if let Some((value, seconds)) = self.concerning(HANG, call) {
+            warn!(device = self.name(), "a fault: the device hangs at {call}, {seconds} s at most");
+            faults::hang(HANG, &value, Duration::from_secs(seconds.parse().unwrap_or(0)));
+        }
+        if self.concerning(ERROR, call).is_some() {
+            warn!(device = self.name(), "a fault: the device refuses {call}");
+            return Err(OsError(Errno::IO));
+        }
+        Ok(())
     }
 }
 
@@ -63,14 +76,7 @@ impl Device for FaultyDevice {
     }
 
     fn request(&mut self, to: MigrationState) -> Result<(), OsError> {
-        if let Some((value, seconds)) = self.concerning(HANG, to) {
-            warn!(device = self.name(), "a fault: the device hangs on its way to {to}, {seconds} s at most");
-            faults::hang(HANG, &value, Duration::from_secs(seconds.parse().unwrap_or(0)));
-        }
-        if self.concerning(ERROR, to).is_some() {
-            warn!(device = self.name(), "a fault: the device refuses {to}");
-            return Err(OsError(Errno::IO));
-        }
+        self.go_wrong(to.name())?;
         self.device.request(to)
     }
 
@@ -79,10 +85,17 @@ impl Device for FaultyDevice {
     }
 
     fn read_data(&mut self, max_bytes: usize) -> Result<DataRead, DeviceError> {
+        let is_set = (self.faults)(ERROR).is_some() || (self.faults)(HANG).is_some();
+        if is_set && self.device.state()? == MigrationState::StopCopy {
+            let failed = |errno| DeviceError::ReadData { device: self.name().to_owned(), errno };
+            self.go_wrong("read").map_err(failed)?;
+        }
         self.device.read_data(max_bytes)
     }
 
     fn write_data(&mut self, data: &[u8]) -> Result<(), DeviceError> {
+        let (device, bytes) = (self.name().to_owned(), data.len());
+        self.go_wrong("write").map_err(|errno| DeviceError::WriteData { device, taken: 0, bytes, errno })?;
         self.device.write_data(data)
     }
 
@@ -99,6 +112,8 @@ impl Device for FaultyDevice {
     }
 
     fn reset(&mut self) -> Result<(), DeviceError> {
+        let failed = |errno| DeviceError::Reset { device: self.name().to_owned(), errno };
+        self.go_wrong("reset").map_err(failed)?;
         self.device.reset()
     }
 }
@@ -149,11 +164,24 @@ mod tests {
     }
 
     #[test]
-    fn a_reset_leads_out_of_an_error() {
+    fn a_reset_leads_out_of_an_error_but_not_of_its_own() {
         let (mut device, _) = faulty("vf0", "device.error=RUNNING");
         device.set_state(Stop).unwrap();
         assert!(device.set_state(Running).is_err());
         device.reset().unwrap();
         assert_eq!(device.state().unwrap(), Running);
+        assert!(matches!(faulty("vf0", "device.error=reset").0.reset(), Err(DeviceError::Reset { .. })));
+    }
+
+    #[test]
+    fn reading_fails_when_the_final_data_are_read() {
+        let (mut device, _) = faulty("vf0", "device.error=read");
+        device.set_state(PreCopy).unwrap();
+        device.read_data(1).unwrap();
+        device.set_state(StopCopy).unwrap();
+        assert!(matches!(device.read_data(1), Err(DeviceError::ReadData { errno: OsError(Errno::IO), .. })));
+        let (mut device, _) = faulty("vf0", "device.error=write");
+        device.set_state(MigrationState::Resuming).unwrap();
+        assert!(matches!(device.write_data(b"x"), Err(DeviceError::WriteData { taken: 0, .. })));
     }
 }
