@@ -25,6 +25,8 @@ pub(super) fn devices(vmm: &ContractVmm, description: &Description) -> Result<Ve
     let mut handles = Vec::with_capacity(description.devices.len());
     for named in &description.devices {
         let borrowed = device(vmm, named).map_err(failed)?;
+        #[cfg(feature = "faults")]
+        let borrowed = crate::vfio::faulty::FaultyDevice::new(borrowed);
         let handle = DeviceHandle::serve(Box::new(borrowed)).map_err(|error| {
             failed(format!("{}: no thread could be started to serve it: {error}", named.name))
         })?;

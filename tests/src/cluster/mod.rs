@@ -4,9 +4,12 @@
 //! What a test then does is what a user does: `kubectl apply`, and look.
 
 mod account;
+mod agents;
+mod interference;
 mod judge;
 mod vm;
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -24,10 +27,11 @@ use slackwater_proto::tonic::transport::Channel;
 use tokio::time::timeout;
 
 pub use account::{DeviceAccount, Span};
+pub use interference::Damaged;
 pub use judge::{Verdict, Watching};
 pub use vm::{LabVm, VMM_PROGRAM};
 
-use crate::lab::{HostProgram, Issued, Lab, LabConfig, NodeConfig, Pki};
+use crate::lab::{HostProgram, Issued, Lab, LabConfig, NodeConfig, Pki, Relay};
 use crate::vmm::guest::Report;
 
 /// The namespace of the VMs.
@@ -39,10 +43,6 @@ pub const ACCOUNT: &str = "slackwater-operator";
 /// How long the product may take to show something. Generous: two emulated nodes may share one processor.
 pub const SOON: Duration = Duration::from_secs(90);
 
-const AGENT: &str = "slackwater-node-agent";
-const TLS: &str = "/etc/slackwater";
-const FAULTS: &str = "/run/slackwater-faults";
-
 /// The product, installed.
 pub struct Cluster {
     /// The cluster's client, with the administrator's rights.
@@ -52,6 +52,8 @@ pub struct Cluster {
     operator: Option<HostProgram>,
     operator_faults: String,
     kubeconfig: PathBuf,
+    /// The operator's ways to the agents, by node.
+    relays: BTreeMap<String, Relay>,
     /// What it all runs on.
     pub lab: Lab,
 }
@@ -81,7 +83,11 @@ impl Cluster {
         pki.operator()?.write(lab.folder(), "operator")?;
         pki.write_ca(lab.folder())?;
         let operator_faults = operator_faults.to_owned();
-        let mut cluster = Self { client, pki, operator: None, operator_faults, kubeconfig, lab };
+        let mut relays = BTreeMap::new();
+        for node in lab.nodes() {
+            relays.insert(node.name().to_owned(), Relay::to(node.agent_address()?).await?);
+        }
+        let mut cluster = Self { client, pki, operator: None, operator_faults, kubeconfig, relays, lab };
         for node in cluster.lab.nodes() {
             cluster.start_agent(node.name()).await?;
         }
@@ -114,42 +120,8 @@ impl Cluster {
         }
     }
 
-    /// Starts the agent in a node, with a certificate of its own.
-    ///
-    /// # Errors
-    /// When it does not come up.
-    pub async fn start_agent(&self, name: &str) -> anyhow::Result<()> {
-        let node = self.lab.node(name)?;
-        let Issued { certificate_pem, key_pem } = self.pki.agent(name)?;
-        for (file, content) in
-            [("tls.crt", &*certificate_pem), ("tls.key", &*key_pem), ("ca.crt", self.pki.ca_pem())]
-        {
-            node.put(&format!("{TLS}/{file}"), 0o600, content.as_bytes()).await?;
-        }
-        let arguments = format!(
-            "/bin/{AGENT} serve --node-name {name} --listen 0.0.0.0:7443 --run-dir /run/slackwater \
-             --tls-cert {TLS}/tls.crt --tls-key {TLS}/tls.key --tls-ca {TLS}/ca.crt --twin-program {VMM_PROGRAM}"
-        );
-        let arguments: Vec<&str> = arguments.split_whitespace().collect();
-        node.spawn(AGENT, &arguments, &[("SLACKWATER_FAULTS_FILE", FAULTS), ("RUST_BACKTRACE", "1")]).await?;
-        node.wait_line(AGENT, "serving", SOON).await?;
-        Ok(())
-    }
-
-    /// Sets the agent's faults, one `name=value` a line; none clears them. Takes agents built with the feature `faults`.
-    ///
-    /// # Errors
-    /// When the node cannot be reached.
-    pub async fn set_faults(&self, node: &str, faults: &str) -> anyhow::Result<()> {
-        Ok(self.lab.node(node)?.put(FAULTS, 0o600, faults.as_bytes()).await?)
-    }
-
-    /// What the agent of a node has said.
-    pub async fn agent_log(&self, node: &str) -> String {
-        match self.lab.node(node) {
-            Ok(node) => node.get_text(&format!("/var/log/{AGENT}.log")).await.unwrap_or_default(),
-            Err(error) => error.to_string(),
-        }
+    fn relay(&self, node: &str) -> anyhow::Result<&Relay> {
+        self.relays.get(node).with_context(|| format!("there is no node {node}"))
     }
 
     /// Makes the nodes known, and waits until the operator has reached them all.
@@ -161,7 +133,7 @@ impl Cluster {
                 "---\napiVersion: slackwater.dev/v1alpha1\nkind: MigrationNode\nmetadata: {{name: {}}}\n\
                  spec: {{address: '{}', peerAddress: '{}'}}",
                 node.name(),
-                node.agent_address()?,
+                self.relay(node.name())?.address(),
                 node.link_address()
             )?;
         }

@@ -1,5 +1,7 @@
 //! The VM that counts, started in a node and made known to the agent.
 
+use std::time::Duration;
+
 use anyhow::{Context, ensure};
 
 use super::{NAMESPACE, SOON};
@@ -9,10 +11,10 @@ use crate::vmm::guest::Report;
 /// The lab's VMM, in a node.
 pub const VMM_PROGRAM: &str = "/bin/slackwater-lab-vmm";
 
-const VMM: &str = "slackwater-lab-vmm";
-/// Microseconds that the VMM idles in each round of its guest: enough rounds to notice anything lost, and few enough for the
-/// kernel's trace of an emulated machine.
-const PACE_US: &str = "5000";
+pub(super) const VMM: &str = "slackwater-lab-vmm";
+/// The VMM idles so long in each round of its guest: enough rounds to notice anything lost, and few enough for the kernel's trace
+/// of an emulated machine.
+const PACE: Duration = Duration::from_millis(5);
 
 /// A VM to start.
 #[derive(Clone, Debug)]
@@ -21,13 +23,26 @@ pub struct LabVm {
     pub name: String,
     /// How many of the node's devices it gets: the first ones.
     pub devices: usize,
+    /// For how long it idles in each round.
+    pub pace: Duration,
 }
 
 impl LabVm {
     /// The VM `counter`.
     #[must_use]
     pub fn counter(devices: usize) -> Self {
-        Self { name: "counter".to_owned(), devices }
+        Self { name: "counter".to_owned(), devices, pace: PACE }
+    }
+
+    /// The same, idling so long in each round: a VM that is watched for minutes must leave room in the kernel's trace.
+    #[must_use]
+    pub fn paced(mut self, pace: Duration) -> Self {
+        self.pace = pace;
+        self
+    }
+
+    fn pace_arguments(&self) -> [String; 2] {
+        ["--pace-us".to_owned(), self.pace.as_micros().to_string()]
     }
 
     fn directory(&self) -> String {
@@ -39,7 +54,8 @@ impl LabVm {
         for device in 0..self.devices {
             args.extend(["--device".to_owned(), format!("{{device.{device}.cdev}}")]);
         }
-        args.extend(["--pace-us", PACE_US, "--incoming"].map(str::to_owned));
+        args.extend(self.pace_arguments());
+        args.push("--incoming".to_owned());
         serde_json::json!({
             "name": self.name,
             "namespace": NAMESPACE,
@@ -64,7 +80,7 @@ impl LabVm {
         for cdev in cdevs.split_whitespace() {
             arguments.extend(["--device".to_owned(), format!("/dev/vfio/devices/{cdev}")]);
         }
-        arguments.extend(["--pace-us", PACE_US].map(str::to_owned));
+        arguments.extend(self.pace_arguments());
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
         node.spawn(&format!("vm-{}", self.name), &arguments, &[]).await?;
         self.until_counting(node).await?;
@@ -77,7 +93,7 @@ impl LabVm {
 
     async fn until_counting(&self, node: &Node) -> anyhow::Result<()> {
         let deadline = tokio::time::Instant::now() + SOON;
-        let mut looks = tokio::time::interval(std::time::Duration::from_millis(100));
+        let mut looks = tokio::time::interval(Duration::from_millis(100));
         loop {
             looks.tick().await;
             match guest(node).await {

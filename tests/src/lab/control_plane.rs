@@ -24,6 +24,7 @@ use kube::{
     api::PostParams,
     config::{KubeConfigOptions, Kubeconfig},
 };
+use rustix::process::Signal;
 use serde_json::json;
 use tokio::{
     process::Command,
@@ -55,7 +56,7 @@ pub struct ControlPlane {
     audit_log: Option<PathBuf>,
     tools: PathBuf,
     // The API server goes first when this is dropped.
-    _running: Option<[RunningChild; 2]>,
+    running: Option<[RunningChild; 2]>,
 }
 
 impl ControlPlane {
@@ -69,7 +70,7 @@ impl ControlPlane {
                 folder,
                 audit_log: None,
                 tools,
-                _running: None,
+                running: None,
             });
         }
         let programs = match std::env::var_os("KUBEBUILDER_ASSETS") {
@@ -87,14 +88,14 @@ impl ControlPlane {
             folder,
             audit_log: Some(audit_log),
             tools,
-            _running: Some([api_server, etcd]),
+            running: Some([api_server, etcd]),
         };
         plane.ready().await?;
         Ok(plane)
     }
 
     async fn ready(&self) -> Result<(), LabError> {
-        let Some([api_server, etcd]) = &self._running else { return Ok(()) };
+        let Some([api_server, etcd]) = &self.running else { return Ok(()) };
         let client = self.client().await?;
         let ready = async {
             let mut ticks = interval(READY_INTERVAL);
@@ -121,6 +122,31 @@ impl ControlPlane {
             _ = api_server.ended() => Err(ended("kube-apiserver")),
             _ = etcd.ended() => Err(ended("etcd")),
         }
+    }
+
+    /// From now on the API server answers nobody. Its connections stay open, so that nobody is told either.
+    ///
+    /// # Errors
+    /// When the cluster is not the lab's own.
+    pub fn freeze_api_server(&self) -> Result<(), LabError> {
+        self.signal_api_server(Signal::STOP)
+    }
+
+    /// It goes on.
+    ///
+    /// # Errors
+    /// When the cluster is not the lab's own.
+    pub fn thaw_api_server(&self) -> Result<(), LabError> {
+        self.signal_api_server(Signal::CONT)
+    }
+
+    fn signal_api_server(&self, signal: Signal) -> Result<(), LabError> {
+        let foreign = || {
+            LabError::ControlPlane(format!("the API server of the cluster of {CLUSTER_VARIABLE} is left alone"))
+        };
+        let [api_server, _] = self.running.as_ref().ok_or_else(foreign)?;
+        api_server.signal(signal);
+        Ok(())
     }
 
     /// The administrator's kubeconfig.

@@ -38,6 +38,7 @@ mod pki;
 mod program;
 pub mod protocol;
 mod qmp;
+mod relay;
 mod switch;
 
 use std::path::{Path, PathBuf};
@@ -56,6 +57,7 @@ pub use machine::AGENT_PORT;
 pub use node::{Executed, Node};
 pub use pki::{Issued, Pki, Subject};
 pub use program::HostProgram;
+pub use relay::Relay;
 
 use folder::LabFolder;
 use machine::Boot;

@@ -43,6 +43,12 @@ impl HostProgram {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 
+    /// Whether it runs.
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        !self.child.has_ended()
+    }
+
     /// Kills it, and returns when it has ended.
     pub async fn kill(self) {
         self.child.signal(Signal::KILL);

@@ -1,0 +1,187 @@
+//! A device that goes wrong on demand, around one that does not: for tests, never part of a release.
+//!
+//! | fault (see [`crate::faults`]) | what it does |
+//! |---|---|
+//! | `device.error=<STATE>[@<device>]` | asking for STATE fails with EIO and is not carried out: the device stays where it stands |
+//! | `device.hang=<STATE>:<seconds>[@<device>]` | asking for STATE takes so much longer, or until the fault is cleared, and is carried out |
+//!
+//! In place of STATE: `read` (of final data, in STOP_COPY), `write`, `reset`. Without `@<device>` every device of the node does so.
+
+use std::time::Duration;
+
+use rustix::io::Errno;
+use tracing::warn;
+
+use super::device::{DataRead, Device, PrecopyInfo};
+use super::error::DeviceError;
+use super::os_error::OsError;
+use super::state::{Features, MigrationState};
+use crate::faults;
+
+const ERROR: &str = "device.error";
+const HANG: &str = "device.hang";
+
+/// Where faults are set: by name, as of now.
+type Faults = Box<dyn Fn(&str) -> Option<String> + Send>;
+
+/// A device, and what goes wrong with it.
+pub struct FaultyDevice {
+    device: Box<dyn Device>,
+    faults: Faults,
+}
+
+impl FaultyDevice {
+    /// Goes wrong as [`crate::faults`] says.
+    pub fn new(device: impl Device + 'static) -> Self {
+        Self { device: Box::new(device), faults: Box::new(faults::value) }
+    }
+
+    /// The value of a fault, if it concerns this call to this device; and what stands between the call and the device.
+    fn concerning(&self, fault: &str, call: &str) -> Option<(String, String)> {
+        let value = (self.faults)(fault)?;
+        let (what, device) = value.split_once('@').map_or((value.as_str(), None), |(w, d)| (w, Some(d)));
+        if device.is_some_and(|device| device != self.device.name()) {
+            return None;
+        }
+        let (state, rest) = what.split_once(':').unwrap_or((what, ""));
+        let rest = (state == call).then(|| rest.to_owned())?;
+        Some((value, rest))
+    }
+
+    /// Hangs before a call, or refuses it, if it is to.
+    fn go_wrong(&self, call: &str) -> Result<(), OsError> {
+        if let Some((value, seconds)) = self.concerning(HANG, call) {
+            warn!(device = self.name(), "a fault: the device hangs at {call}, {seconds} s at most");
+            faults::hang(HANG, &value, Duration::from_secs(seconds.parse().unwrap_or(0)));
+        }
+        if self.concerning(ERROR, call).is_some() {
+            warn!(device = self.name(), "a fault: the device refuses {call}");
+            return Err(OsError(Errno::IO));
+        }
+        Ok(())
+    }
+}
+
+impl Device for FaultyDevice {
+    fn name(&self) -> &str {
+        self.device.name()
+    }
+
+    fn features(&self) -> Features {
+        self.device.features()
+    }
+
+    fn state(&mut self) -> Result<MigrationState, DeviceError> {
+        self.device.state()
+    }
+
+    fn request(&mut self, to: MigrationState) -> Result<(), OsError> {
+        self.go_wrong(to.name())?;
+        self.device.request(to)
+    }
+
+    fn load_failed(&self) -> bool {
+        self.device.load_failed()
+    }
+
+    fn read_data(&mut self, max_bytes: usize) -> Result<DataRead, DeviceError> {
+        let is_set = (self.faults)(ERROR).is_some() || (self.faults)(HANG).is_some();
+        if is_set && self.device.state()? == MigrationState::StopCopy {
+            let failed = |errno| DeviceError::ReadData { device: self.name().to_owned(), errno };
+            self.go_wrong("read").map_err(failed)?;
+        }
+        self.device.read_data(max_bytes)
+    }
+
+    fn write_data(&mut self, data: &[u8]) -> Result<(), DeviceError> {
+        let (device, bytes) = (self.name().to_owned(), data.len());
+        self.go_wrong("write").map_err(|errno| DeviceError::WriteData { device, taken: 0, bytes, errno })?;
+        self.device.write_data(data)
+    }
+
+    fn close_data(&mut self) {
+        self.device.close_data();
+    }
+
+    fn estimate_bytes(&mut self) -> Result<u64, DeviceError> {
+        self.device.estimate_bytes()
+    }
+
+    fn precopy_info(&mut self) -> Result<PrecopyInfo, DeviceError> {
+        self.device.precopy_info()
+    }
+
+    fn reset(&mut self) -> Result<(), DeviceError> {
+        let failed = |errno| DeviceError::Reset { device: self.name().to_owned(), errno };
+        self.go_wrong("reset").map_err(failed)?;
+        self.device.reset()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vfio::error::SetStateError;
+    use crate::vfio::fake::{CallLog, FakeDevice};
+    use MigrationState::{PreCopy, Running, RunningP2p, Stop, StopCopy};
+
+    fn faulty(name: &str, set: &'static str) -> (FaultyDevice, CallLog) {
+        let log = CallLog::new();
+        let mut device = FaultyDevice::new(FakeDevice::new(name).log(&log));
+        device.faults = Box::new(|name| {
+            let (key, value) = set.split_once('=')?;
+            (key == name).then(|| value.to_owned())
+        });
+        (device, log)
+    }
+
+    #[test]
+    fn a_change_that_is_to_fail_is_not_carried_out_and_others_are() {
+        let (mut device, log) = faulty("vf0", "device.error=STOP_COPY");
+        device.set_state(RunningP2p).unwrap();
+        let error = device.set_state(StopCopy).unwrap_err();
+        assert!(matches!(error, SetStateError::Refused { errno: OsError(Errno::IO), .. }), "{error}");
+        assert_eq!(error.found(), Some(RunningP2p));
+        assert_eq!(log.changes(), ["vf0 asked RUNNING_P2P", "vf0 reached RUNNING_P2P"]);
+        device.set_state(Stop).unwrap();
+    }
+
+    #[test]
+    fn a_fault_of_another_device_or_of_a_state_that_only_begins_alike_is_not_this_ones() {
+        for set in ["device.error=PRE_COPY@vf1", "device.error=PRE_COPY_P2P", "device.error="] {
+            let (mut device, _) = faulty("vf0", set);
+            assert!(device.set_state(PreCopy).is_ok(), "{set}");
+        }
+        assert!(faulty("vf1", "device.error=PRE_COPY@vf1").0.set_state(PreCopy).is_err());
+    }
+
+    #[test]
+    fn a_device_that_hangs_gets_there_all_the_same() {
+        // The file of faults is not there, so the hang is cleared as soon as it has begun.
+        let (mut device, log) = faulty("vf0", "device.hang=STOP:3600@vf0");
+        assert_eq!(device.set_state(Stop).unwrap().to, Stop);
+        assert_eq!(log.changes(), ["vf0 asked STOP", "vf0 reached STOP"]);
+    }
+
+    #[test]
+    fn a_reset_leads_out_of_an_error_but_not_of_its_own() {
+        let (mut device, _) = faulty("vf0", "device.error=RUNNING");
+        device.set_state(Stop).unwrap();
+        assert!(device.set_state(Running).is_err());
+        device.reset().unwrap();
+        assert_eq!(device.state().unwrap(), Running);
+        assert!(matches!(faulty("vf0", "device.error=reset").0.reset(), Err(DeviceError::Reset { .. })));
+    }
+
+    #[test]
+    fn reading_fails_when_the_final_data_are_read() {
+        let (mut device, _) = faulty("vf0", "device.error=read");
+        device.set_state(PreCopy).unwrap();
+        device.read_data(1).unwrap();
+        device.set_state(StopCopy).unwrap();
+        assert!(matches!(device.read_data(1), Err(DeviceError::ReadData { errno: OsError(Errno::IO), .. })));
+        let (mut device, _) = faulty("vf0", "device.error=write");
+        device.set_state(MigrationState::Resuming).unwrap();
+        assert!(matches!(device.write_data(b"x"), Err(DeviceError::WriteData { taken: 0, .. })));
+    }
+}

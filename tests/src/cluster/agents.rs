@@ -1,0 +1,111 @@
+//! The agents in the nodes: how they are started, with what, and what they say.
+
+use std::time::Duration;
+
+use slackwater_proto::node::{DescribeRequest, JournalState, MigrationRef, NodeDescription, ResolveRequest};
+
+use super::{Cluster, SOON, VMM_PROGRAM};
+use crate::lab::Issued;
+
+/// The agent's program, its cgroup and its log.
+pub(super) const AGENT: &str = "slackwater-node-agent";
+/// A small file system of its own, in RAM, so that a test can fill it.
+pub(super) const STATE_DISK: &str = "/var/lib/slackwater";
+/// Where the agent keeps its journal: a folder on that disk.
+pub(super) const STATE_DIR: &str = "/var/lib/slackwater/state";
+
+const STATE_DISK_SIZE: &str = "2m";
+const TLS: &str = "/etc/slackwater";
+const FAULTS: &str = "/run/slackwater-faults";
+
+impl Cluster {
+    /// Starts the agent in a node, with a certificate of its own.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub async fn start_agent(&self, name: &str) -> anyhow::Result<()> {
+        let node = self.lab.node(name)?;
+        let Issued { certificate_pem, key_pem } = self.pki.agent(name)?;
+        for (file, content) in
+            [("tls.crt", &*certificate_pem), ("tls.key", &*key_pem), ("ca.crt", self.pki.ca_pem())]
+        {
+            node.put(&format!("{TLS}/{file}"), 0o600, content.as_bytes()).await?;
+        }
+        node.shell(&format!(
+            "mkdir -p {STATE_DISK} && mount -t tmpfs -o size={STATE_DISK_SIZE} state {STATE_DISK} && mkdir -m 700 {STATE_DIR}"
+        ))
+        .await?;
+        self.restart_agent(name).await
+    }
+
+    /// Starts the agent of a node again, as its supervisor would after its end.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub async fn restart_agent(&self, name: &str) -> anyhow::Result<()> {
+        let node = self.lab.node(name)?;
+        let arguments = format!(
+            "/bin/{AGENT} serve --node-name {name} --listen 0.0.0.0:7443 --run-dir /run/slackwater --state-dir {STATE_DIR} \
+             --tls-cert {TLS}/tls.crt --tls-key {TLS}/tls.key --tls-ca {TLS}/ca.crt --twin-program {VMM_PROGRAM}"
+        );
+        let arguments: Vec<&str> = arguments.split_whitespace().collect();
+        node.spawn(AGENT, &arguments, &[("SLACKWATER_FAULTS_FILE", FAULTS), ("RUST_BACKTRACE", "1")]).await?;
+        node.wait_line(AGENT, "serving", SOON).await?;
+        Ok(())
+    }
+
+    /// Kills the agent of a node with all that lives in its cgroup (SIGKILL), as a supervisor does that gives up on it.
+    ///
+    /// # Errors
+    /// When the node cannot be reached.
+    pub async fn kill_agent(&self, node: &str) -> anyhow::Result<()> {
+        Ok(self.lab.node(node)?.kill_group(AGENT).await?)
+    }
+
+    /// Sets the agent's faults, one `name=value` a line; none clears them. Takes agents built with the feature `faults`.
+    ///
+    /// # Errors
+    /// When the node cannot be reached.
+    pub async fn set_faults(&self, node: &str, faults: &str) -> anyhow::Result<()> {
+        // Whole at once: the agent reads it at any time.
+        let node = self.lab.node(node)?;
+        node.put(&format!("{FAULTS}.new"), 0o600, faults.as_bytes()).await?;
+        node.shell(&format!("mv {FAULTS}.new {FAULTS}")).await?;
+        Ok(())
+    }
+
+    /// Waits until the agent of a node has said something since it was last started.
+    ///
+    /// # Errors
+    /// When it does not, or ends before.
+    pub async fn until_agent_says(&self, node: &str, words: &str, limit: Duration) -> anyhow::Result<String> {
+        Ok(self.lab.node(node)?.wait_line(AGENT, words, limit).await?)
+    }
+
+    /// What the agents of a node have said.
+    pub async fn agent_log(&self, node: &str) -> String {
+        match self.lab.node(node) {
+            Ok(node) => node.get_text(&format!("/var/log/{AGENT}.log")).await.unwrap_or_default(),
+            Err(error) => error.to_string(),
+        }
+    }
+
+    /// What the agent of a node says of it.
+    ///
+    /// # Errors
+    /// When it cannot be asked.
+    pub async fn described(&self, node: &str) -> anyhow::Result<NodeDescription> {
+        let mut client = self.agent_client(node, &self.pki.operator()?).await?;
+        Ok(client.describe(DescribeRequest {}).await?.into_inner().node.unwrap_or_default())
+    }
+
+    /// What the agent of a node has journalled of an attempt.
+    ///
+    /// # Errors
+    /// When it cannot be asked, or refuses to say.
+    pub async fn journalled(&self, node: &str, migration: MigrationRef) -> anyhow::Result<JournalState> {
+        let mut client = self.agent_client(node, &self.pki.operator()?).await?;
+        let request = ResolveRequest { migration: Some(migration), peer: None };
+        Ok(client.resolve(request).await?.into_inner().own.unwrap_or_default())
+    }
+}

@@ -1,0 +1,136 @@
+//! What may befall the product: links that are cut, disks that are full, journals that are damaged, processes that are killed.
+
+use anyhow::{Context, ensure};
+
+use super::Cluster;
+use super::agents::{STATE_DIR, STATE_DISK};
+use crate::lab::Node;
+
+/// A file of a node's journal as it was before it was damaged.
+#[derive(Clone, Debug)]
+pub struct Damaged {
+    /// Where it is.
+    pub path: String,
+    original: Vec<u8>,
+}
+
+impl Cluster {
+    /// Cuts a node off from the other nodes and from the operator. Neither is told.
+    ///
+    /// # Errors
+    /// When there is no such node.
+    pub async fn cut_off(&self, node: &str) -> anyhow::Result<()> {
+        self.relay(node)?.cut();
+        Ok(self.lab.cut_link(node).await?)
+    }
+
+    /// Ends that.
+    ///
+    /// # Errors
+    /// When there is no such node.
+    pub async fn join_again(&self, node: &str) -> anyhow::Result<()> {
+        self.relay(node)?.restore();
+        Ok(self.lab.restore_link(node).await?)
+    }
+
+    /// Fills the disk that the agent of a node has its journal on, to the last byte.
+    ///
+    /// # Errors
+    /// When there is room left afterwards.
+    pub async fn fill_state_disk(&self, node: &str) -> anyhow::Result<()> {
+        let node = self.lab.node(node)?;
+        // The shell's last word is that of the test: a second file cannot hold a byte.
+        node.shell(&format!(
+            "cat /dev/zero >{STATE_DISK}/filler 2>/dev/null; if echo x >{STATE_DISK}/more 2>/dev/null; then exit 1; fi; \
+             rm -f {STATE_DISK}/more"
+        ))
+        .await
+        .context("the disk of the journal could not be filled")?;
+        Ok(())
+    }
+
+    /// Makes room again.
+    ///
+    /// # Errors
+    /// When the node cannot be reached.
+    pub async fn empty_state_disk(&self, node: &str) -> anyhow::Result<()> {
+        self.lab.node(node)?.shell(&format!("rm -f {STATE_DISK}/filler")).await?;
+        Ok(())
+    }
+
+    /// Changes a byte in the middle of each file that the agent of a node has in its journal of a migration. It must not run.
+    ///
+    /// # Errors
+    /// When there is no such file.
+    pub async fn damage_journal(&self, node: &str, migration: &str) -> anyhow::Result<Vec<Damaged>> {
+        let node = self.lab.node(node)?;
+        let listed = node.shell(&format!("find {STATE_DIR} -type f | grep -F -e {migration} || true")).await?;
+        let mut damaged = Vec::new();
+        for path in listed.lines().map(str::to_owned) {
+            let original = node.get(&path).await?;
+            let mut bytes = original.clone();
+            let middle = bytes.len() / 2;
+            *bytes.get_mut(middle).with_context(|| format!("{path} is empty"))? ^= 0x10;
+            node.put(&path, 0o600, &bytes).await?;
+            damaged.push(Damaged { path, original });
+        }
+        ensure!(!damaged.is_empty(), "node {} has nothing journalled of {migration}", node.name());
+        Ok(damaged)
+    }
+
+    /// Puts back what was damaged, as from a backup. The agent must not run.
+    ///
+    /// # Errors
+    /// When the node cannot be reached.
+    pub async fn mend_journal(&self, node: &str, damaged: &[Damaged]) -> anyhow::Result<()> {
+        let node = self.lab.node(node)?;
+        for file in damaged {
+            node.put(&file.path, 0o600, &file.original).await?;
+        }
+        Ok(())
+    }
+
+    /// Kills the VMM in a node (SIGKILL): a VM's, or a twin.
+    ///
+    /// # Errors
+    /// When there is not exactly one.
+    pub async fn kill_vmm(&self, node: &str) -> anyhow::Result<()> {
+        let node = self.lab.node(node)?;
+        let pid = only_vmm(node).await?;
+        Ok(node.kill(pid).await?)
+    }
+
+    /// The VMMs in a node, by their process ids.
+    ///
+    /// # Errors
+    /// When the node cannot be asked.
+    pub async fn vmms(&self, node: &str) -> anyhow::Result<Vec<u32>> {
+        vmms(self.lab.node(node)?).await
+    }
+
+    /// The operator runs.
+    #[must_use]
+    pub fn operator_runs(&self) -> bool {
+        self.operator.as_ref().is_some_and(crate::lab::HostProgram::is_running)
+    }
+
+    /// What the operator has said.
+    #[must_use]
+    pub fn operator_log(&self) -> String {
+        self.operator.as_ref().map(crate::lab::HostProgram::log).unwrap_or_default()
+    }
+}
+
+async fn vmms(node: &Node) -> anyhow::Result<Vec<u32>> {
+    let pids = node.exec(&["pidof", super::vm::VMM]).await?;
+    let pids = String::from_utf8_lossy(&pids.stdout).into_owned();
+    Ok(pids.split_whitespace().map(str::parse).collect::<Result<_, _>>()?)
+}
+
+async fn only_vmm(node: &Node) -> anyhow::Result<u32> {
+    let pids = vmms(node).await?;
+    match pids.as_slice() {
+        [pid] => Ok(*pid),
+        _ => anyhow::bail!("{} VMMs run on {}", pids.len(), node.name()),
+    }
+}
