@@ -124,7 +124,7 @@ impl CallError {
 pub type Events = std::pin::Pin<Box<dyn Stream<Item = Result<MigrationEvent, CallError>> + Send>>;
 
 /// A request that names its migration.
-pub trait Fenced: Clone {
+pub(super) trait Fenced: Clone {
     /// Where it is named.
     fn migration(&mut self) -> &mut Option<MigrationRef>;
 }

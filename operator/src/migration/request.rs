@@ -164,6 +164,9 @@ mod tests {
             target: Some(Target { node_name: "node-b".into() }),
             peer_to_peer: PeerToPeer::Required,
             pre_commit_timeout: timeout.into(),
+            attempts: 1,
+            cancel: false,
+            resolve: None,
         }
     }
 
