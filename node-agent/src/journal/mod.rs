@@ -310,9 +310,7 @@ fn lock(state_dir: &Path) -> Result<File, JournalError> {
         Err(TryLockError::Error(source)) => return Err(JournalError::Open { file: path, source }),
     }
     // For a person who is refused; that it could not be written harms nobody.
-    let _ = file
-        .set_len(0)
-        .and_then(|()| file.rewind())
-        .and_then(|()| write!(file, "{}", std::process::id()));
+    let _ =
+        file.set_len(0).and_then(|()| file.rewind()).and_then(|()| write!(file, "{}", std::process::id()));
     Ok(file)
 }
