@@ -100,14 +100,6 @@ pub fn finished(draft: &mut Draft, trace: &Trace, finished: &Finished, stamp: St
                 format!("{source} refuses to migrate VM {vm}: {said}. Nothing was touched; the VM runs on.");
             ending::rolled_back(draft, &reason("SourceRefused"), &message, stamp);
         }
-        Outcome::InDoubt => {
-            committed(draft, stamp);
-            let message = format!(
-                "The migration is committed, and {target} has not been heard since: {said}. VM {vm} is kept paused at \
-                 {source}. Do not resume it there: it may run on {target} already. Bring {target} back, or its link."
-            );
-            ending::in_doubt(draft, &reason("InDoubt"), &message, stamp);
-        }
         Outcome::Lost => {
             let message = format!("VM {vm} runs nowhere: {said}.");
             draft.status.reservation = Some(Reservation::Kept);
