@@ -136,7 +136,10 @@ impl Entry {
     /// Why it failed, if it did. A reason that is not known here is another agent's version's.
     pub fn failure(&self) -> Option<Failure> {
         let entry = self.failure.as_ref()?;
-        Some(Failure::new(Reason::of_name(&entry.reason).unwrap_or(Reason::TargetFailed), entry.message.clone()))
+        Some(Failure::new(
+            Reason::of_name(&entry.reason).unwrap_or(Reason::TargetFailed),
+            entry.message.clone(),
+        ))
     }
 
     /// The multi-device policy.
@@ -244,7 +247,7 @@ pub fn word_of(state: &JournalState) -> Word {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
     /// A source's entry, as tests need one.

@@ -126,6 +126,10 @@ impl World {
         let mut choice = choices.iter().cycle();
         while !self.pending.is_empty() || self.ask() {
             assert!(self.done < 2000, "the run does not end");
+            self.done += 1;
+            if self.pending.is_empty() {
+                continue;
+            }
             if self.trouble.cut_after == Some(self.done) && self.link_up {
                 self.cut();
             }
@@ -141,7 +145,6 @@ impl World {
                 Pending::ToDestination(event) if self.link_up => self.destination_event(event),
                 Pending::ToSource(_) | Pending::ToDestination(_) => {}
             }
-            self.done += 1;
             // I1
             assert!(!(self.source_runs && self.destination_runs), "I1: both ends run the VM");
             assert!(
@@ -162,7 +165,9 @@ impl World {
         let ended = self.destination_end.is_some();
         let record = self.destination_records.last().copied();
         let failure = match &self.destination_end {
-            Some(destination::End::Stuck(failure) | destination::End::Discarded(failure)) => Some(failure.clone()),
+            Some(destination::End::Stuck(failure) | destination::End::Discarded(failure)) => {
+                Some(failure.clone())
+            }
             _ => None,
         };
         self.source_event(source::Event::PeerSays(Word { record, ended, failure, stated_because: None }));
@@ -376,7 +381,10 @@ impl World {
                     if at == MigrationState::Resuming {
                         assert_eq!(self.arrived.len(), self.features.len() + 1, "I5: leaves RESUMING early");
                     } else if to != MigrationState::Resuming {
-                        assert!(self.destination_records.contains(&Record::Starting), "woken before STARTING");
+                        assert!(
+                            self.destination_records.contains(&Record::Starting),
+                            "woken before STARTING"
+                        );
                         self.check_waking(&self.destination_devices, at, &way);
                         assert!(!self.aborted, "I1: woken although the source keeps the VM");
                         self.destination_started = true;

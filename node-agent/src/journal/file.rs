@@ -133,7 +133,14 @@ impl Copies {
             let spare = allocated(directory, &spare_name, space, &[])?;
             let live = allocated(directory, &new_name, space, &bytes)?;
             directory.introduce(&new_name, name)?;
-            Ok(Self { directory: Arc::clone(directory), name: name.to_owned(), space, live, spare, exchanges: true })
+            Ok(Self {
+                directory: Arc::clone(directory),
+                name: name.to_owned(),
+                space,
+                live,
+                spare,
+                exchanges: true,
+            })
         };
         made().inspect_err(|_| {
             // As far as it goes: what is left over means nothing, and is cleared away at the next start.
@@ -156,7 +163,14 @@ impl Copies {
         }
         let spare = allocated(directory, &format!("{name}{SPARE}"), space, &[])?;
         directory.sync()?;
-        Ok(Self { directory: Arc::clone(directory), name: name.to_owned(), space, live, spare, exchanges: true })
+        Ok(Self {
+            directory: Arc::clone(directory),
+            name: name.to_owned(),
+            space,
+            live,
+            spare,
+            exchanges: true,
+        })
     }
 
     /// Replaces the content.

@@ -7,7 +7,7 @@
 //!                     /epoch        the highest operator epoch that has been seen
 //! ```
 //!
-//! This module knows files, not protocols: what a record says is its caller's, which writes JSON. [`file`](self) keeps two promises:
+//! This module knows files, not protocols: what a record says is its caller's, which writes JSON. It keeps two promises:
 //! what [`JournalFile::write`] has returned from is found again after a power cut, and a write that fails, or is cut off anywhere,
 //! leaves what stood before. Space for all later records of a migration is taken when its file is made.
 //!
@@ -104,6 +104,9 @@ impl fmt::Display for Key {
     }
 }
 
+/// A journal that is here, with its content or why it cannot be read.
+pub type Found = (Key, Result<Vec<u8>, JournalError>);
+
 /// All journals of this node. Nobody else can open them while this, a clone of it, or a [`JournalFile`] lives.
 #[derive(Clone, Debug)]
 pub struct Journal {
@@ -124,10 +127,9 @@ impl Journal {
         let lock = lock(state_dir)?;
         let directory = Directory::open(path)?;
         // The directories themselves must be found again, too.
-        for made_in in [Some(state_dir), state_dir.parent().filter(|parent| !parent.as_os_str().is_empty())] {
-            if let Some(path) = made_in {
-                Directory::open(path.to_owned())?.sync()?;
-            }
+        let parent = state_dir.parent().filter(|parent| !parent.as_os_str().is_empty());
+        for path in [Some(state_dir), parent].into_iter().flatten() {
+            Directory::open(path.to_owned())?.sync()?;
         }
         let journal =
             Self { directory: Arc::new(directory), lock: Arc::new(lock), epoch: Arc::new(Mutex::new(None)) };
@@ -137,7 +139,7 @@ impl Journal {
 
     /// Every journal that is here, in the order of their keys, each with its content or why it cannot be read.
     /// Files that are not named as a journal are passed over.
-    pub fn read_all(&self) -> Result<Vec<(Key, Result<Vec<u8>, JournalError>)>, JournalError> {
+    pub fn read_all(&self) -> Result<Vec<Found>, JournalError> {
         let mut keys: Vec<Key> = self.names()?.iter().filter_map(|name| Key::of_file_name(name)).collect();
         keys.sort();
         Ok(keys
@@ -310,9 +312,7 @@ fn lock(state_dir: &Path) -> Result<File, JournalError> {
         Err(TryLockError::Error(source)) => return Err(JournalError::Open { file: path, source }),
     }
     // For a person who is refused; that it could not be written harms nobody.
-    let _ = file
-        .set_len(0)
-        .and_then(|()| file.rewind())
-        .and_then(|()| write!(file, "{}", std::process::id()));
+    let _ =
+        file.set_len(0).and_then(|()| file.rewind()).and_then(|()| write!(file, "{}", std::process::id()));
     Ok(file)
 }

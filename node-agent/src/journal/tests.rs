@@ -328,7 +328,9 @@ fn leftovers_are_cleared_away_where_that_is_safe_and_strange_files_are_left() {
     journal.create(&key("ended"), b"1").unwrap().finish(b"2").unwrap();
     drop(journal.create(&key("alive"), b"1").unwrap());
     drop(journal);
-    for name in ["ended.source.spare", "gone.source.spare", "gone.source.new", "epoch.new", "README", "X.source.new"] {
+    for name in
+        ["ended.source.spare", "gone.source.spare", "gone.source.new", "epoch.new", "README", "X.source.new"]
+    {
         fs::write(path(&dir, name), b"left over").unwrap();
     }
     let journal = Journal::open(dir.path()).unwrap();
@@ -344,7 +346,12 @@ fn the_oldest_finished_journals_go_and_no_others() {
     for (age, id) in ["e", "d", "c", "b", "a"].into_iter().enumerate() {
         journal.create(&key(id), b"1").unwrap().finish(b"ended").unwrap();
         let written = start + std::time::Duration::from_secs(age as u64);
-        File::options().write(true).open(path(&dir, &format!("{id}.source"))).unwrap().set_modified(written).unwrap();
+        File::options()
+            .write(true)
+            .open(path(&dir, &format!("{id}.source")))
+            .unwrap()
+            .set_modified(written)
+            .unwrap();
     }
     drop(journal.create(&key("open"), b"ended").unwrap());
     // `d` is not finished by what it says.

@@ -167,6 +167,15 @@ impl Registry {
         }
     }
 
+    /// What is known of a migration cannot be used: whoever asks for any attempt of it hears why.
+    pub fn hold_unreadable(&self, id: &str, why: String) {
+        let mut inner = self.lock();
+        inner.counted += 1;
+        let order = inner.counted;
+        let attempt = inner.migrations.get(id).map_or(0, |known| known.attempt);
+        inner.migrations.insert(id.to_owned(), Known { attempt, part: Some(Part::Unreadable(why)), order });
+    }
+
     /// Takes a VM and devices for a migration: all of them or none.
     ///
     /// # Errors

@@ -64,7 +64,8 @@ impl Cluster {
     /// When there is no such file.
     pub async fn damage_journal(&self, node: &str, migration: &str) -> anyhow::Result<Vec<Damaged>> {
         let node = self.lab.node(node)?;
-        let listed = node.shell(&format!("find {STATE_DIR} -type f | grep -F -e {migration} || true")).await?;
+        let listed =
+            node.shell(&format!("find {STATE_DIR} -type f | grep -F -e {migration} || true")).await?;
         let mut damaged = Vec::new();
         for path in listed.lines().map(str::to_owned) {
             let original = node.get(&path).await?;

@@ -262,7 +262,9 @@ impl Destination {
             Event::PeerSays(word) => match word.record {
                 Some(Record::Committed) => self.commit(effects),
                 Some(Record::Aborted) if !self.may_have_run() => {
-                    let failure = word.failure.unwrap_or_else(|| Failure::new(Reason::Released, "the source keeps the VM"));
+                    let failure = word
+                        .failure
+                        .unwrap_or_else(|| Failure::new(Reason::Released, "the source keeps the VM"));
                     self.discard(failure, effects);
                 }
                 _ => {}
@@ -410,7 +412,8 @@ impl Destination {
                 self.enter(Phase::WakingP2p, effects);
                 // One that runs already was woken by an agent that has begun again since.
                 self.order(effects, |track| {
-                    (track.features.p2p && track.at != MigrationState::Running).then_some(MigrationState::RunningP2p)
+                    (track.features.p2p && track.at != MigrationState::Running)
+                        .then_some(MigrationState::RunningP2p)
                 });
             }
             Phase::WakingP2p if self.devices.settled() => {

@@ -28,10 +28,9 @@ impl Destination {
 
     pub(super) fn go_on_from(&mut self, record: Record, twin_there: bool, effects: &mut Vec<Effect>) {
         self.recorded.insert(record);
-        let failure = self
-            .failure
-            .take()
-            .unwrap_or_else(|| Failure::new(Reason::AgentRestarted, "the destination's agent was started again"));
+        let failure = self.failure.take().unwrap_or_else(|| {
+            Failure::new(Reason::AgentRestarted, "the destination's agent was started again")
+        });
         let gone = |reason| Failure::new(reason, "the twin's process is gone");
         match record {
             Record::Loaded if !twin_there => self.discard(gone(Reason::TwinFailed), effects),

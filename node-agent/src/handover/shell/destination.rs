@@ -7,7 +7,7 @@ use std::time::Duration;
 use futures::Stream;
 use futures::future::BoxFuture;
 use slackwater_proto::channel::words;
-use slackwater_proto::node::{JournalRecord, JournalState};
+use slackwater_proto::node::JournalState;
 use slackwater_proto::tonic::{Status, Streaming};
 use slackwater_proto::transfer::{
     self, DeviceStep, Failed, HandoverRequest, HandoverResponse, Loaded, Ready, SendBlobRequest, Started,
@@ -364,7 +364,10 @@ impl Shell {
     fn machine(&mut self) -> Destination {
         let Some(found) = self.parts.recovered.take() else { return Destination::new(&self.parts.features) };
         let twin_there = found.twin.is_some();
-        let features = found.twin.as_ref().map(|twin| twin.devices.iter().map(DeviceHandle::features).collect::<Vec<_>>());
+        let features = found
+            .twin
+            .as_ref()
+            .map(|twin| twin.devices.iter().map(DeviceHandle::features).collect::<Vec<_>>());
         if let Some(twin) = &found.twin {
             self.watch_twin(twin);
         }

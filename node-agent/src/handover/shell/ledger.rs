@@ -22,8 +22,17 @@ type Change = Box<dyn FnOnce(&mut Entry) + Send>;
 enum Job {
     /// Goes into the next record.
     Amend(Change),
-    Record { record: Record, failure: Option<Failure>, again: bool, done: Done },
-    Finish { failure: Option<Failure>, ended: Ended, done: Done },
+    Record {
+        record: Record,
+        failure: Option<Failure>,
+        again: bool,
+        done: Done,
+    },
+    Finish {
+        failure: Option<Failure>,
+        ended: Ended,
+        done: Done,
+    },
 }
 
 /// Where it is asked for; clones are handles to the same.
@@ -59,7 +68,13 @@ impl Ledger {
         Self { jobs, state: watch::channel(entry.state()).1 }
     }
 
-    fn keep(journal: Arc<Journal>, key: Key, file: Option<JournalFile>, entry: Entry, state: JournalState) -> Self {
+    fn keep(
+        journal: Arc<Journal>,
+        key: Key,
+        file: Option<JournalFile>,
+        entry: Entry,
+        state: JournalState,
+    ) -> Self {
         let (jobs, mut asked) = mpsc::unbounded_channel();
         let (tell, state) = watch::channel(state);
         let mut keeper = Keeper { journal, key, file, entry, state: tell };

@@ -27,7 +27,9 @@ mod tests {
 
     #[test]
     fn no_phase_from_the_commit_on_is_bounded() {
-        for phase in [Phase::Committing, Phase::AwaitingStarted, Phase::Releasing, Phase::Settling, Phase::Waking] {
+        for phase in
+            [Phase::Committing, Phase::AwaitingStarted, Phase::Releasing, Phase::Settling, Phase::Waking]
+        {
             assert_eq!(of(phase), None, "{phase:?}");
         }
     }

@@ -22,7 +22,7 @@ use super::ledger::Ledger;
 use super::link::{Answers, BlobLink, Decisions, Link, Peer};
 use super::pump::{self, DevicePump};
 use super::{VmmCall, limits, phases, refused, resume, traced};
-use crate::handover::entry::{Ended, EndEntry, Marks};
+use crate::handover::entry::{EndEntry, Ended, Marks};
 use crate::handover::policy::StopPlan;
 use crate::handover::source::{Effect, End, Event, Phase, Source};
 use crate::handover::{Blob, Failure, Reason, Record, Word};
@@ -291,7 +291,12 @@ impl Shell {
                 // Whether the agent before had begun a save is not known; a VMM without one refuses to abort it.
                 self.save_started = true;
                 Source::recover(
-                    &self.parts.features, &found.found, self.parts.plan, found.record, found.failure, found.vmm_gone,
+                    &self.parts.features,
+                    &found.found,
+                    self.parts.plan,
+                    found.record,
+                    found.failure,
+                    found.vmm_gone,
                 )
             }
         }
@@ -376,8 +381,7 @@ impl Shell {
         let pause = self.ask_pause;
         let (first, longest) = ASK_AGAIN;
         self.ask_pause = (pause * 2).clamp(first, longest);
-        let (peer, own, signals) =
-            (self.parts.peer.clone(), self.parts.ledger.state(), self.signals.clone());
+        let (peer, own, signals) = (self.parts.peer.clone(), self.parts.ledger.state(), self.signals.clone());
         tokio::spawn(async move {
             let answered = async {
                 tokio::time::sleep(pause).await;
@@ -397,7 +401,8 @@ impl Shell {
     fn doubt(&self, failure: &Failure) {
         warn!(
             migration = self.parts.peer.attempt.migration_id,
-            reason = failure.reason.as_str(), message = failure.message,
+            reason = failure.reason.as_str(),
+            message = failure.message,
             "source: the migration cannot come to its end yet"
         );
         let doubt = Doubt { reason: failure.reason.as_str().to_owned(), message: failure.message.clone() };
@@ -715,7 +720,10 @@ impl Shell {
             vmm_bytes: finished.vmm_bytes,
         };
         let failure = (finished.outcome() != Outcome::Succeeded).then(|| {
-            Failure::new(Reason::of_name(&finished.reason).unwrap_or(Reason::Aborted), finished.message.clone())
+            Failure::new(
+                Reason::of_name(&finished.reason).unwrap_or(Reason::Aborted),
+                finished.message.clone(),
+            )
         });
         self.parts.ledger.finish(failure, ended).await;
         self.parts.log.finished(now, finished);

@@ -284,8 +284,9 @@ impl Source {
             Event::Loaded => self.loaded = true,
             Event::Recorded(record) => {
                 self.recorded.insert(record);
-                if let (Record::Aborted, Phase::Settling, Some(failure)) = (record, self.phase, &self.failure) {
-                    effects.push(Effect::SendAbort(failure.message.clone()));
+                if (record, self.phase) == (Record::Aborted, Phase::Settling) {
+                    let why = self.failure.as_ref().map(|failure| failure.message.clone());
+                    effects.push(Effect::SendAbort(why.unwrap_or_else(|| rollback::vmm_exited().message)));
                 }
             }
             Event::RecordFailed(record, failure) => self.record_failed(record, failure, effects),
@@ -386,13 +387,16 @@ impl Source {
         if self.phase != Phase::AwaitingStarted {
             return;
         }
-        let failed = |reason, message: &str| word.failure.clone().unwrap_or_else(|| Failure::new(reason, message));
+        let failed =
+            |reason, message: &str| word.failure.clone().unwrap_or_else(|| Failure::new(reason, message));
         match word.record {
             Some(Record::Running) => self.started(effects),
             Some(Record::Discarded) => {
-                let mut failure = failed(Reason::TargetFailed, "the destination has given the VM up before it started");
+                let mut failure =
+                    failed(Reason::TargetFailed, "the destination has given the VM up before it started");
                 if let Some(why) = &word.stated_because {
-                    failure.message = format!("an administrator states that the destination never started the VM: {why}");
+                    failure.message =
+                        format!("an administrator states that the destination never started the VM: {why}");
                 }
                 self.settle(failure, effects);
             }
@@ -402,8 +406,12 @@ impl Source {
             }
             record => {
                 let (reason, message) = match record {
-                    None => (Reason::TargetForgot, "the destination has no journal of this migration any more"),
-                    Some(_) => (Reason::TargetSlow, "the destination answers, and has not started the VM yet"),
+                    None => {
+                        (Reason::TargetForgot, "the destination has no journal of this migration any more")
+                    }
+                    Some(_) => {
+                        (Reason::TargetSlow, "the destination answers, and has not started the VM yet")
+                    }
                 };
                 if self.doubt.is_some() || reason == Reason::TargetForgot {
                     self.doubt(Failure::new(reason, message), effects);

@@ -7,7 +7,11 @@ use crate::vfio::state::MigrationState;
 impl Source {
     /// The migration is given up. Nothing goes back before everything in flight has ended and ABORTED is recorded.
     pub(super) fn settle(&mut self, failure: Failure, effects: &mut Vec<Effect>) {
-        effects.extend([Effect::Report(Phase::Settling), Effect::CloseStreams, Effect::Record(Record::Aborted)]);
+        effects.extend([
+            Effect::Report(Phase::Settling),
+            Effect::CloseStreams,
+            Effect::Record(Record::Aborted),
+        ]);
         self.failure = Some(failure);
         self.phase = Phase::Settling;
     }
