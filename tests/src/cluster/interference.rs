@@ -64,7 +64,8 @@ impl Cluster {
     /// When there is no such file.
     pub async fn damage_journal(&self, node: &str, migration: &str) -> anyhow::Result<Vec<Damaged>> {
         let node = self.lab.node(node)?;
-        let listed = node.shell(&format!("find {STATE_DIR} -type f | grep -F -e {migration} || true")).await?;
+        let listed =
+            node.shell(&format!("find {STATE_DIR} -type f | grep -F -e {migration} || true")).await?;
         let mut damaged = Vec::new();
         for path in listed.lines().map(str::to_owned) {
             let original = node.get(&path).await?;
@@ -87,6 +88,15 @@ impl Cluster {
         for file in damaged {
             node.put(&file.path, 0o600, &file.original).await?;
         }
+        Ok(())
+    }
+
+    /// Removes all that the agent of a node has on its disk. It must not run.
+    ///
+    /// # Errors
+    /// When the node cannot be reached.
+    pub async fn forget_state(&self, node: &str) -> anyhow::Result<()> {
+        self.lab.node(node)?.shell(&format!("rm -rf {STATE_DISK}/filler {STATE_DIR}/*")).await?;
         Ok(())
     }
 

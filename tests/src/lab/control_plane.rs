@@ -65,13 +65,7 @@ impl ControlPlane {
         std::fs::create_dir_all(&folder).map_err(LabError::io(format!("making {}", folder.display())))?;
         let tools = installed("kubectl-helm")?.join("bin");
         if let Some(kubeconfig) = std::env::var_os(CLUSTER_VARIABLE) {
-            return Ok(Self {
-                kubeconfig: kubeconfig.into(),
-                folder,
-                audit_log: None,
-                tools,
-                running: None,
-            });
+            return Ok(Self { kubeconfig: kubeconfig.into(), folder, audit_log: None, tools, running: None });
         }
         let programs = match std::env::var_os("KUBEBUILDER_ASSETS") {
             Some(assets) => PathBuf::from(assets),
@@ -83,13 +77,8 @@ impl ControlPlane {
         write_files(&folder, &kubeconfig, port)?;
         let etcd = start_etcd(&programs, &folder, etcd_port, peer_port).await?;
         let api_server = start_api_server(&programs, &folder, etcd_port, port).await?;
-        let plane = Self {
-            kubeconfig,
-            folder,
-            audit_log: Some(audit_log),
-            tools,
-            running: Some([api_server, etcd]),
-        };
+        let plane =
+            Self { kubeconfig, folder, audit_log: Some(audit_log), tools, running: Some([api_server, etcd]) };
         plane.ready().await?;
         Ok(plane)
     }
@@ -142,7 +131,9 @@ impl ControlPlane {
 
     fn signal_api_server(&self, signal: Signal) -> Result<(), LabError> {
         let foreign = || {
-            LabError::ControlPlane(format!("the API server of the cluster of {CLUSTER_VARIABLE} is left alone"))
+            LabError::ControlPlane(format!(
+                "the API server of the cluster of {CLUSTER_VARIABLE} is left alone"
+            ))
         };
         let [api_server, _] = self.running.as_ref().ok_or_else(foreign)?;
         api_server.signal(signal);
