@@ -258,8 +258,8 @@ pub fn cells() -> Vec<Cell> {
 pub fn expected(phase: Phase, fault: Fault) -> Expected {
     use Expected::{CannotOccur, Ends, InDoubtUntil};
     use Fault::{
-        AgentKilled, ApiServerAway, DeviceError, DeviceHang, JournalCorrupted, JournalFull, LinkCutAndRestored,
-        LinkCutForGood, OperatorKilled, SourceVmmKilled, TwinKilled,
+        AgentKilled, ApiServerAway, DeviceError, DeviceHang, JournalCorrupted, JournalFull,
+        LinkCutAndRestored, LinkCutForGood, OperatorKilled, SourceVmmKilled, TwinKilled,
     };
     use Side::{Destination, Source};
 
@@ -284,7 +284,9 @@ pub fn expected(phase: Phase, fault: Fault) -> Expected {
         (SourceVmmKilled, Phase::Load | Phase::Loaded) => Ends(MOVED),
         (SourceVmmKilled, _) if phase.is_committed() => Ends(MOVED),
         // The source had not been asked for anything, and refuses then: there is no VM any more.
-        (SourceVmmKilled, Phase::Reserve) => Ends(End::Lost(&["VMMExited", "SourceRefused", "SourceNotReady"])),
+        (SourceVmmKilled, Phase::Reserve) => {
+            Ends(End::Lost(&["VMMExited", "SourceRefused", "SourceNotReady"]))
+        }
         (SourceVmmKilled, _) => Ends(End::Lost(&["VMMExited"])),
 
         (TwinKilled, Phase::Reserve) => Ends(End::AtSource(&["TwinFailed", "ReserveRefused"])),
@@ -297,17 +299,23 @@ pub fn expected(phase: Phase, fault: Fault) -> Expected {
         (LinkCutAndRestored, Phase::Reserve) => Ends(NOT_RESERVED),
         (LinkCutAndRestored, Phase::Committed | Phase::Starting) => InDoubtUntil(Until::LinkIsBack, MOVED),
         (LinkCutForGood, Phase::Reserve) => Ends(End::AtSource(&["TargetUnreachable"])),
-        (LinkCutForGood, Phase::Committed | Phase::Starting) => InDoubtUntil(Until::OperatorHasRelayed, MOVED),
+        (LinkCutForGood, Phase::Committed | Phase::Starting) => {
+            InDoubtUntil(Until::OperatorHasRelayed, MOVED)
+        }
         (LinkCutAndRestored | LinkCutForGood, Phase::Release) => Ends(MOVED),
         (LinkCutAndRestored | LinkCutForGood, _) => Ends(PEER_LOST),
 
         // Full before the first record is written; later ones have had their place on the disk since then.
         (JournalFull(Source), Phase::Reserve) => Ends(End::AtSource(&["JournalFailed", "SourceRefused"])),
-        (JournalFull(Destination), Phase::Reserve) => Ends(End::AtSource(&["JournalFailed", "ReserveRefused"])),
+        (JournalFull(Destination), Phase::Reserve) => {
+            Ends(End::AtSource(&["JournalFailed", "ReserveRefused"]))
+        }
         (JournalFull(_), _) => Ends(MOVED),
 
         (JournalCorrupted(Source), Phase::Reserve) => CannotOccur("the source has journalled nothing yet"),
-        (JournalCorrupted(Source), _) if phase.is_committed() => InDoubtUntil(Until::JournalIsReadable, MOVED),
+        (JournalCorrupted(Source), _) if phase.is_committed() => {
+            InDoubtUntil(Until::JournalIsReadable, MOVED)
+        }
         (JournalCorrupted(Source), _) => InDoubtUntil(Until::JournalIsReadable, RESTARTED),
         (JournalCorrupted(Destination), Phase::Reserve) => Ends(NOT_RESERVED),
         (JournalCorrupted(Destination), Phase::Committed | Phase::Starting) => {

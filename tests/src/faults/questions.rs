@@ -14,11 +14,11 @@ use super::matrix::{Cell, End, Expected, Side};
 use super::report::Outcome;
 use super::scene::Played;
 use super::stage::{DEVICES, Ends};
-use crate::cluster::{Cluster, NAMESPACE, SOON, has_condition};
+use crate::cluster::{Cluster, NAMESPACE, SOON, Watching, has_condition};
 use crate::vmm::guest::Report;
 use crate::witness::{
-    PeerToPeer, State, Trace, Violation, Waking, captured_at_slack_water, never_ran, one_runner, quiesced_together,
-    woke_together,
+    PeerToPeer, State, Trace, Violation, Waking, captured_at_slack_water, never_ran, one_runner,
+    quiesced_together, woke_together,
 };
 
 /// Within so long the guest must be seen to count on, if it does.
@@ -63,7 +63,14 @@ pub async fn ask(cluster: &Cluster, cell: &Cell, ends: Ends, played: &Played) ->
         note("the status of the VM", is_told_lost(cluster).await);
     }
     note("the status", tells_the_truth(expected, cluster, played).await);
-    Ok(Outcome { cell: *cell, seen: seen.to_string(), problems, home, took: Duration::ZERO, evidence: String::new() })
+    Ok(Outcome {
+        cell: *cell,
+        seen: seen.to_string(),
+        problems,
+        home,
+        took: Duration::ZERO,
+        evidence: String::new(),
+    })
 }
 
 impl std::fmt::Display for Seen {
@@ -81,7 +88,11 @@ impl std::fmt::Display for Seen {
     }
 }
 
-async fn look(cluster: &Cluster, ends: Ends, played: &Played) -> anyhow::Result<Seen> {
+/// Where the guest counts on; none: nowhere.
+///
+/// # Errors
+/// When it does so at both ends.
+pub async fn runner(cluster: &Cluster, ends: Ends) -> anyhow::Result<Option<(Side, Report)>> {
     let mut running = Vec::new();
     for side in [Side::Source, Side::Destination] {
         if let Some(guest) = counts(cluster, ends.at(side)).await {
@@ -89,12 +100,32 @@ async fn look(cluster: &Cluster, ends: Ends, played: &Played) -> anyhow::Result<
         }
     }
     ensure!(running.len() < 2, "the VM runs on both nodes: {running:?}");
-    let (at, guest) = running.pop().map_or((None, None), |(side, guest)| (Some(side), Some(guest)));
+    Ok(running.pop())
+}
+
+/// Only the end at which the VM runs now has ever run it since, or the source before the destination: by the kernels' traces.
+///
+/// # Errors
+/// With the first sign that it was not so.
+pub async fn one_ran(cluster: &Cluster, home: Side, watching: &Watching) -> anyhow::Result<()> {
+    let (source, destination) = cluster.traces(watching).await?;
+    match home {
+        Side::Source => never_ran(&destination)?,
+        Side::Destination => drop(one_runner(&source, &destination)?),
+    }
+    Ok(())
+}
+
+async fn look(cluster: &Cluster, ends: Ends, played: &Played) -> anyhow::Result<Seen> {
+    let (at, guest) =
+        runner(cluster, ends).await?.map_or((None, None), |(side, guest)| (Some(side), Some(guest)));
     let status = status(played)?;
     let succeeded = status.conditions.iter().find(|condition| condition.type_ == "Succeeded");
     let succeeded = succeeded.context("no condition Succeeded")?;
-    let doubted = cluster.event_reasons(&played.migration.name_any()).await?.iter().any(|reason| reason == "InDoubt");
-    let in_doubt = |status: &VMMigrationStatus| has_condition(&status.conditions, "InDoubt", "True") == Some(true);
+    let doubted =
+        cluster.event_reasons(&played.migration.name_any()).await?.iter().any(|reason| reason == "InDoubt");
+    let in_doubt =
+        |status: &VMMigrationStatus| has_condition(&status.conditions, "InDoubt", "True") == Some(true);
     Ok(Seen {
         at,
         guest,
@@ -142,7 +173,12 @@ fn guest_is_sound(seen: &Seen, before: &Report) -> anyhow::Result<()> {
 }
 
 /// The kernels' word. What was not kept of the vCPUs' runs while nothing was at stake is no objection; what was seen is.
-async fn judged_by_trace(cluster: &Cluster, expected: End, ends: Ends, played: &Played) -> anyhow::Result<()> {
+async fn judged_by_trace(
+    cluster: &Cluster,
+    expected: End,
+    ends: Ends,
+    played: &Played,
+) -> anyhow::Result<()> {
     let (source, destination) = cluster.traces(&played.watching).await?;
     let seen = |judged: Result<usize, Violation>| match judged {
         Err(violation) if violation.at_ns.is_some() => Err(violation),
@@ -201,16 +237,23 @@ fn doubt_was_told(cell: &Cell, seen: &Seen, played: &Played) -> anyhow::Result<(
 async fn tells_the_truth(expected: End, cluster: &Cluster, played: &Played) -> anyhow::Result<()> {
     let name = played.migration.name_any();
     let now = cluster.migrations().get(&name).await?.status.context("no status")?;
-    ensure!(has_condition(&now.conditions, "InDoubt", "True") != Some(true), "it is still said to be in doubt: {now:#?}");
+    ensure!(
+        has_condition(&now.conditions, "InDoubt", "True") != Some(true),
+        "it is still said to be in doubt: {now:#?}"
+    );
     ensure!(now.completion_time.is_some(), "it has no completionTime");
-    let message =
-        |type_: &str| now.conditions.iter().find(|c| c.type_ == type_).map(|c| c.message.clone()).unwrap_or_default();
+    let message = |type_: &str| {
+        now.conditions.iter().find(|c| c.type_ == type_).map(|c| c.message.clone()).unwrap_or_default()
+    };
     let phases: &[MigrationPhase] = match expected {
         End::AtSource(_) => &[MigrationPhase::RolledBack, MigrationPhase::Refused],
         End::AtDestination | End::DiedAtDestination => &[MigrationPhase::Succeeded],
         End::Lost(_) => {
             let told = message("Succeeded");
-            ensure!(!told.contains("runs on") && !told.contains("runs at"), "it is lost, and the status says {told}");
+            ensure!(
+                !told.contains("runs on") && !told.contains("runs at"),
+                "it is lost, and the status says {told}"
+            );
             &[MigrationPhase::Lost, MigrationPhase::RolledBack, MigrationPhase::Refused]
         }
     };
@@ -227,13 +270,24 @@ async fn is_told_lost(cluster: &Cluster) -> anyhow::Result<()> {
     };
     let waiting = kube::runtime::wait::await_condition(api.clone(), "counter", lost);
     if timeout(SOON, waiting).await.is_err() {
-        bail!("the AssignedVM says that it runs: {:#?}", api.get_opt("counter").await?.and_then(|vm| vm.status));
+        bail!(
+            "the AssignedVM says that it runs: {:#?}",
+            api.get_opt("counter").await?.and_then(|vm| vm.status)
+        );
     }
     Ok(())
 }
 
 /// Everything is where it belongs, or comes there soon.
-async fn is_clean(cluster: &Cluster, ends: Ends, home: &str, reference: &MigrationRef) -> anyhow::Result<()> {
+///
+/// # Errors
+/// With all that is not.
+pub async fn is_clean(
+    cluster: &Cluster,
+    ends: Ends,
+    home: &str,
+    reference: &MigrationRef,
+) -> anyhow::Result<()> {
     let deadline = Instant::now() + SOON;
     let mut looks = interval(Duration::from_millis(500));
     loop {
@@ -271,11 +325,16 @@ async fn left_at(
     expect("devices of the VM", of_vm.to_string(), number(DEVICES));
     expect("free devices", free.to_string(), (DEVICES - if is_home { DEVICES } else { 0 }).to_string());
     expect("VMs that the agent knows", described.vms.len().to_string(), number(1));
-    let held: Vec<&str> = described.vms.iter().map(|vm| vm.migration_id.as_str()).filter(|id| !id.is_empty()).collect();
+    let held: Vec<&str> =
+        described.vms.iter().map(|vm| vm.migration_id.as_str()).filter(|id| !id.is_empty()).collect();
     expect("migrations that hold a VM", held.join(" "), String::new());
     let journal = cluster.journalled(node, reference.clone()).await?;
     let open = !journal.ended && journal.record() != JournalRecord::Unspecified;
-    expect("the journal", if open { journal.record().as_str_name() } else { "closed" }.to_owned(), "closed".to_owned());
+    expect(
+        "the journal",
+        if open { journal.record().as_str_name() } else { "closed" }.to_owned(),
+        "closed".to_owned(),
+    );
 
     // What the node's kernel says.
     let counted = counted(cluster, node).await?;

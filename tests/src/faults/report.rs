@@ -27,14 +27,7 @@ impl Outcome {
     #[must_use]
     pub fn failed(cell: Cell, why: String) -> Self {
         let seen = "no end was seen".to_owned();
-        Self {
-            cell,
-            seen,
-            problems: vec![why],
-            home: None,
-            took: Duration::ZERO,
-            evidence: String::new(),
-        }
+        Self { cell, seen, problems: vec![why], home: None, took: Duration::ZERO, evidence: String::new() }
     }
 
     /// It ended as it was written down.
@@ -62,7 +55,9 @@ pub fn markdown(all: &[Cell], outcomes: &[Outcome]) -> String {
     );
     for cell in all {
         let (phase, fault, expected) = (cell.phase.name(), cell.fault.name(), cell.expected);
-        let outcome = outcomes.iter().find(|outcome| (outcome.cell.phase, outcome.cell.fault) == (cell.phase, cell.fault));
+        let outcome = outcomes
+            .iter()
+            .find(|outcome| (outcome.cell.phase, outcome.cell.fault) == (cell.phase, cell.fault));
         let (seen, ok, seconds) = match (outcome, expected) {
             (Some(outcome), _) if outcome.ok() => {
                 (outcome.seen.clone(), "yes", format!("{:.0}", outcome.took.as_secs_f64()))
@@ -89,9 +84,11 @@ mod tests {
     #[test]
     fn every_cell_has_its_row_and_a_problem_is_told_in_it() {
         let all = cells();
-        let cell = *all.iter().find(|cell| (cell.phase, cell.fault) == (Phase::Stop, Fault::TwinKilled)).unwrap();
+        let cell =
+            *all.iter().find(|cell| (cell.phase, cell.fault) == (Phase::Stop, Fault::TwinKilled)).unwrap();
         let text = markdown(&all, &[Outcome::failed(cell, "a | b\nc".to_owned())]);
-        let rows: Vec<&str> = text.lines().filter(|line| line.starts_with("| ") && !line.starts_with("| phase")).collect();
+        let rows: Vec<&str> =
+            text.lines().filter(|line| line.starts_with("| ") && !line.starts_with("| phase")).collect();
         assert_eq!(rows.len(), all.len());
         assert!(text.contains("1 run, 0 as expected"), "{text}");
         let row = rows.iter().find(|row| row.contains("| stop | twin-killed |")).unwrap();

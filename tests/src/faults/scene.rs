@@ -57,7 +57,12 @@ impl Scene<'_> {
         if let Some((node, words)) = halted {
             let at_phase = self.cluster.until_agent_says(node, &words, SOON).await;
             if at_phase.is_err() {
-                let now = self.cluster.migrations().get_opt(self.name).await?.and_then(|migration| migration.status);
+                let now = self
+                    .cluster
+                    .migrations()
+                    .get_opt(self.name)
+                    .await?
+                    .and_then(|migration| migration.status);
                 at_phase.with_context(|| format!("the phase was not reached; the status is {now:#?}"))?;
             }
         }

@@ -149,7 +149,7 @@ impl Stage {
             Err(error) => Outcome::failed(*cell, format!("{error:#}")),
         };
         if !outcome.ok() {
-            outcome.evidence = self.evidence(begin).await;
+            outcome.evidence = self.evidence(begin.elapsed()).await;
             if let Err(error) = self.rebuild().await {
                 outcome.problems.push(format!("and then it could not be cleared away: {error:#}"));
             }
@@ -170,10 +170,10 @@ impl Stage {
         Ok(outcome)
     }
 
-    /// What all parts have said since then, for whoever has to find out.
-    async fn evidence(&self, since: std::time::Instant) -> String {
+    /// What all parts have said lately, for whoever has to find out.
+    pub async fn evidence(&self, lately: Duration) -> String {
         let mut text = String::new();
-        let lines = 120 + usize::try_from(since.elapsed().as_secs()).unwrap_or(0);
+        let lines = 120 + usize::try_from(lately.as_secs()).unwrap_or(0);
         let mut add = |who: &str, log: &str| {
             let all: Vec<&str> = log.lines().collect();
             let last = all.get(all.len().saturating_sub(lines)..).unwrap_or_default();
