@@ -7,6 +7,7 @@
 pub mod faults;
 pub mod handover;
 pub mod host;
+pub mod journal;
 pub mod service;
 pub mod transfer;
 pub mod vfio;

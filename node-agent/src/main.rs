@@ -11,6 +11,7 @@ use anyhow::{Context, ensure};
 use clap::{Parser, Subcommand};
 use slackwater_node_agent::host::identity::NoIdentity;
 use slackwater_node_agent::host::vms::VmWatch;
+use slackwater_node_agent::journal::Journal;
 use slackwater_node_agent::service::NodeConfig;
 use slackwater_node_agent::service::inventory::Inventory;
 use slackwater_node_agent::service::node::NodeService;
@@ -57,6 +58,9 @@ struct Serve {
     /// VMs make themselves known in <RUN_DIR>/vms/<namespace>.<name>/vm.json.
     #[arg(long, default_value = "/run/slackwater")]
     run_dir: PathBuf,
+    /// What must outlive the agent and the node's boot: the journal of migrations. One agent at a time.
+    #[arg(long, default_value = "/var/lib/slackwater")]
+    state_dir: PathBuf,
     /// The agent's certificate, PEM.
     #[arg(long)]
     tls_cert: PathBuf,
@@ -115,6 +119,7 @@ async fn run(serve: Serve) -> anyhow::Result<()> {
         twin_start_limit: Duration::from_secs(serve.twin_start_seconds),
         deadlines: Deadlines::default(),
     };
+    let journal = Arc::new(Journal::open(&serve.state_dir)?);
     let registry = Arc::new(Registry::default());
     let vms = VmWatch::start(&config.run_dir)?;
     let inventory = Arc::new(Inventory::new(config.clone(), Arc::clone(&registry), vms));
@@ -123,8 +128,10 @@ async fn run(serve: Serve) -> anyhow::Result<()> {
         Arc::clone(&credentials),
         inventory,
         Arc::clone(&registry),
+        journal,
         Arc::new(NoIdentity),
     );
+    node.recover().await?;
     let routes =
         Routes::new(NodeAgentServer::new(node)).add_service(transfer_server(TransferService::new(registry)));
     let listener = TcpListener::bind(&serve.listen)

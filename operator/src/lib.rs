@@ -3,6 +3,7 @@
 //! | module | what it knows |
 //! |---|---|
 //! | [`inventory`], [`plan`], [`conditions`] | plain data and decisions: no Kubernetes client, no gRPC, no clock |
+//! | [`leadership`], [`epoch`] | which of several operators acts, and what the agents tell them apart by |
 //! | [`fleet`] | the agents: one open `Watch` for each |
 //! | [`migration`] | one VMMigration, from its plan to its end |
 //! | [`publish`] | MigrationNodes and AssignedVMs, written from what the agents report |
@@ -17,6 +18,7 @@ pub mod crds;
 pub mod epoch;
 pub mod fleet;
 pub mod inventory;
+pub mod leadership;
 pub mod migration;
 pub mod operator;
 pub mod plan;

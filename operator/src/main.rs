@@ -1,9 +1,12 @@
 //! The operator's command line.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
+use slackwater_api::parse_duration;
+use slackwater_operator::leadership::Terms;
 use slackwater_operator::plan::Checks;
 use slackwater_operator::{crds, operator};
 use slackwater_proto::tls::Credentials;
@@ -42,6 +45,22 @@ struct Run {
     /// The CA that the agents' certificates were issued by (PEM).
     #[arg(long, env = "SLACKWATER_TLS_CA")]
     tls_ca: PathBuf,
+    /// The namespace of the Lease by which one of several operators leads. Without it, the namespace of the kubeconfig's
+    /// context, or of the pod.
+    #[arg(long, env = "SLACKWATER_LEASE_NAMESPACE")]
+    lease_namespace: Option<String>,
+    /// The name of that Lease.
+    #[arg(long, env = "SLACKWATER_LEASE_NAME", default_value = "slackwater-operator")]
+    lease_name: String,
+    /// For how long other operators wait after the leader's last renewal, in whole seconds.
+    #[arg(long, default_value = "15s", value_parser = parse_duration)]
+    lease_duration: Duration,
+    /// After how long without a renewal the leader gives up. Shorter than the duration.
+    #[arg(long, default_value = "10s", value_parser = parse_duration)]
+    lease_renew_deadline: Duration,
+    /// The pause between two renewals, and between two looks of an operator that waits.
+    #[arg(long, default_value = "2s", value_parser = parse_duration)]
+    lease_retry: Duration,
 }
 
 #[tokio::main]
@@ -67,6 +86,14 @@ async fn run_operator(run: Run) -> anyhow::Result<()> {
 
     let credentials = Credentials::read(&run.tls_cert, &run.tls_key, &run.tls_ca)?;
     let client = kube::Client::try_default().await.context("no way to the API server")?;
+    let terms = Terms {
+        namespace: run.lease_namespace.unwrap_or_else(|| client.default_namespace().to_owned()),
+        name: run.lease_name,
+        duration: run.lease_duration,
+        renew_deadline: run.lease_renew_deadline,
+        retry: run.lease_retry,
+    };
+    terms.check()?;
     let stop = CancellationToken::new();
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -80,7 +107,7 @@ async fn run_operator(run: Run) -> anyhow::Result<()> {
         stopping.cancel();
     });
     tracing::info!(version = env!("CARGO_PKG_VERSION"), "the operator starts");
-    operator::run(client, credentials, checks(), stop).await?;
+    operator::run(client, credentials, terms, checks(), stop).await?;
     Ok(())
 }
 

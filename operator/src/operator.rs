@@ -9,28 +9,48 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::cluster::{Cluster, observe};
+use crate::epoch::Epoch;
 use crate::fleet::Fleet;
+use crate::leadership::{Leadership, Lost, Terms};
 use crate::migration::claims::Claims;
 use crate::migration::controller::{self, Surroundings};
 use crate::plan::Checks;
 use crate::publish::{nodes, vms};
 
-/// Runs until `stop`. Migrations that are under way go on at the agents; the next operator joins them.
+/// Waits until this operator leads, and then acts until `stop`. Migrations that are under way go on at the agents; the next
+/// operator joins them.
 ///
 /// # Errors
-/// One of the loops has ended by itself: a watch is gone for good.
+/// [`Ended`]. All that acted by the leadership has ended by then.
 pub async fn run(
     client: Client,
     credentials: Credentials,
+    terms: Terms,
     checks: Checks,
     stop: CancellationToken,
 ) -> Result<(), Ended> {
+    let Some((mut leadership, epoch)) = Leadership::acquire(&client, terms, &stop).await else {
+        return Ok(());
+    };
+    let ended = tokio::select! {
+        // First, so that nothing goes on by a leadership that is lost.
+        biased;
+        lost = leadership.keep() => return Err(Ended::LeadershipLost(lost)),
+        () = stop.cancelled() => Ok(()),
+        kind = act(client, credentials, epoch, checks) => Err(Ended::WatchEnded { kind }),
+    };
+    leadership.release().await;
+    ended
+}
+
+/// All loops. Ends, with the kind of the objects, when one of them does.
+async fn act(client: Client, credentials: Credentials, epoch: Epoch, checks: Checks) -> &'static str {
     let tasks = TaskTracker::new();
     let cluster = Cluster::new(client);
     let observed_nodes = observe::<MigrationNode>(cluster.all(), &tasks);
     let observed_vms = observe::<AssignedVM>(cluster.all(), &tasks);
     let observed_migrations = observe::<VMMigration>(cluster.all(), &tasks);
-    let fleet = Fleet::new(credentials, tasks.clone());
+    let fleet = Fleet::new(credentials, epoch, tasks.clone());
     let claims = Arc::new(Claims::default());
 
     let surroundings = Surroundings {
@@ -40,19 +60,23 @@ pub async fn run(
         claims: Arc::clone(&claims),
         checks,
     };
-    let ended = tokio::select! {
-        () = stop.cancelled() => return Ok(()),
+    tokio::select! {
         () = nodes::run(cluster.clone(), observed_nodes.clone(), Arc::clone(&fleet)) => "MigrationNode",
         () = vms::run(cluster, observed_vms, observed_nodes, fleet, claims) => "AssignedVM",
         () = controller::run(surroundings) => "VMMigration",
-    };
-    Err(Ended { kind: ended })
+    }
 }
 
-/// A loop has ended by itself.
+/// Why the operator has ended by itself.
 #[derive(Debug, thiserror::Error)]
-#[error("watching {kind} objects has ended")]
-pub struct Ended {
-    /// The kind whose loop it was.
-    pub kind: &'static str,
+pub enum Ended {
+    /// A watch is gone for good.
+    #[error("watching {kind} objects has ended")]
+    WatchEnded {
+        /// The kind whose loop it was.
+        kind: &'static str,
+    },
+    /// Another operator may lead now.
+    #[error("the leadership is lost, so this operator ends; start it again to have it wait for its turn")]
+    LeadershipLost(#[source] Lost),
 }

@@ -16,12 +16,14 @@
 //!  Releasing
 //! ```
 //!
-//! Any failure before Committing ends in a rollback at the source and a discard at the destination; after it there is only
-//! forward. [`source`] and [`destination`] are pure: `step(state, event) -> (state, effects)`, without a clock, a runtime or a
+//! Any failure before Committing ends in a rollback at the source and a discard at the destination. After it the source goes by
+//! what the destination has journalled, and by nothing else: RUNNING ends it, DISCARDED lets it roll back, and until it hears
+//! one of these it asks. [`source`] and [`destination`] are pure: `step(state, event) -> (state, effects)`, without a clock, a runtime or a
 //! transport. [`shell`] performs the effects and turns what happens into events.
 
 pub mod destination;
 pub mod devices;
+pub mod entry;
 pub mod policy;
 pub mod shell;
 #[cfg(test)]
@@ -42,9 +44,9 @@ pub fn blobs(devices: usize) -> impl Iterator<Item = Blob> {
     (0..devices).map(Blob::Device).chain([Blob::Vmm])
 }
 
-/// What must be on stable storage before the message that depends on it is sent. Nothing is written yet: the journal that will
-/// hold these is the next step, and until then the shell confirms each record at once.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+/// What must be on stable storage before the message, or the deed, that depends on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum Record {
     /// Source: a save has begun.
     Saving,
@@ -54,6 +56,8 @@ pub enum Record {
     Aborted,
     /// Source: the VM runs elsewhere and its devices are given back.
     Released,
+    /// Destination: devices and a twin may be held.
+    Reserved,
     /// Destination: everything has been verified and loaded.
     Loaded,
     /// Destination: from here on the source's copy is dead.
@@ -62,6 +66,26 @@ pub enum Record {
     Running,
     /// Destination: given up, before anything started.
     Discarded,
+}
+
+/// What the other end has journalled of this attempt: as it says itself, or as somebody relays it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Word {
+    /// Its last record. None: it has no journal of this attempt.
+    pub record: Option<Record>,
+    /// Nothing goes on there any more.
+    pub ended: bool,
+    /// Why it gave up or could not start, where it did.
+    pub failure: Option<Failure>,
+    /// An administrator states the record in the other end's place, and this is why.
+    pub stated_because: Option<String>,
+}
+
+impl Word {
+    /// That it stands at a record, and goes on.
+    pub fn of(record: Record) -> Self {
+        Self { record: Some(record), ended: false, failure: None, stated_because: None }
+    }
 }
 
 /// The kind of a failure: a condition's reason, an event's reason and a metric's label.
@@ -95,10 +119,18 @@ pub enum Reason {
     RollbackFailed,
     /// The destination could not start what it had loaded.
     StartFailed,
+    /// The agent ended in the middle, and began again.
+    AgentRestarted,
+    /// A record could not be made durable.
+    JournalFailed,
+    /// The destination has no journal of what it was sent.
+    TargetForgot,
+    /// The destination answers, and has not started the VM yet.
+    TargetSlow,
 }
 
 impl Reason {
-    const ALL: [Self; 14] = [
+    const ALL: [Self; 18] = [
         Self::DeviceFailed,
         Self::VmmFailed,
         Self::VmmExited,
@@ -113,6 +145,10 @@ impl Reason {
         Self::Released,
         Self::RollbackFailed,
         Self::StartFailed,
+        Self::AgentRestarted,
+        Self::JournalFailed,
+        Self::TargetForgot,
+        Self::TargetSlow,
     ];
 
     /// The reason of this name, as the other end has written it.
@@ -137,6 +173,10 @@ impl Reason {
             Reason::Released => "Released",
             Reason::RollbackFailed => "RollbackFailed",
             Reason::StartFailed => "StartFailed",
+            Reason::AgentRestarted => "AgentRestarted",
+            Reason::JournalFailed => "JournalFailed",
+            Reason::TargetForgot => "TargetForgot",
+            Reason::TargetSlow => "TargetSlow",
         }
     }
 }

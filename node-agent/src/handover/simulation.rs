@@ -1,12 +1,12 @@
-//! Both halves of the hand-over together, in a world that completes effects in any order, loses the link, and lets any effect
-//! fail. After every step the world itself, not the machines, checks the invariants I1 to I6.
+//! Both halves of the hand-over together, in a world that completes effects in any order, loses the link for a while, and lets any
+//! effect fail, records too. After every step the world itself, not the machines, checks the invariants I1 to I6.
 
 use proptest::prelude::*;
 
 use super::destination::{self, Destination};
 use super::policy::StopPlan;
 use super::source::{self, Source};
-use super::{Blob, Failure, Reason, blobs};
+use super::{Blob, Failure, Reason, Record, Word, blobs};
 use crate::vfio::state::{Features, MigrationState, path};
 
 /// What may go wrong in one run.
@@ -16,7 +16,7 @@ struct Trouble {
     failing: Option<usize>,
     /// A refused state change leaves the device in ERROR.
     to_error: bool,
-    /// After this many effects the link is gone for good.
+    /// After this many effects the link is gone, until nothing more can happen without it.
     cut_after: Option<usize>,
     /// After this many effects somebody asks for an abort.
     abort_after: Option<usize>,
@@ -54,6 +54,10 @@ struct World {
     aborted: bool,
     reserved: bool,
     arrived: Vec<Blob>,
+    /// The source waits for an answer to what the destination has journalled.
+    asking: bool,
+    source_records: Vec<Record>,
+    destination_records: Vec<Record>,
     done: usize,
     link_up: bool,
     failed: bool,
@@ -85,6 +89,9 @@ impl World {
             aborted: false,
             reserved: false,
             arrived: Vec::new(),
+            asking: false,
+            source_records: Vec::new(),
+            destination_records: Vec::new(),
             done: 0,
             link_up: true,
             failed: false,
@@ -117,8 +124,12 @@ impl World {
     fn run(&mut self, choices: &[usize]) {
         self.destination_event(destination::Event::Start);
         let mut choice = choices.iter().cycle();
-        while !self.pending.is_empty() {
+        while !self.pending.is_empty() || self.ask() {
             assert!(self.done < 2000, "the run does not end");
+            self.done += 1;
+            if self.pending.is_empty() {
+                continue;
+            }
             if self.trouble.cut_after == Some(self.done) && self.link_up {
                 self.cut();
             }
@@ -134,7 +145,6 @@ impl World {
                 Pending::ToDestination(event) if self.link_up => self.destination_event(event),
                 Pending::ToSource(_) | Pending::ToDestination(_) => {}
             }
-            self.done += 1;
             // I1
             assert!(!(self.source_runs && self.destination_runs), "I1: both ends run the VM");
             assert!(
@@ -143,6 +153,25 @@ impl World {
             );
         }
         self.operator_cleans_up();
+    }
+
+    /// Nothing happens any more by itself: what keeps the source waiting is asked. The link is back by then.
+    fn ask(&mut self) -> bool {
+        if !std::mem::take(&mut self.asking) {
+            return false;
+        }
+        self.link_up = true;
+        self.destination_event(destination::Event::PeerSays(Word::of(Record::Committed)));
+        let ended = self.destination_end.is_some();
+        let record = self.destination_records.last().copied();
+        let failure = match &self.destination_end {
+            Some(destination::End::Stuck(failure) | destination::End::Discarded(failure)) => {
+                Some(failure.clone())
+            }
+            _ => None,
+        };
+        self.source_event(source::Event::PeerSays(Word { record, ended, failure, stated_because: None }));
+        true
     }
 
     fn cut(&mut self) {
@@ -177,9 +206,16 @@ impl World {
                 self.tell_destination(destination::Event::PeerConnected);
                 return;
             }
-            Effect::Record(record) => {
-                self.aborted |= record == super::Record::Aborted;
+            Effect::Record(record) if fails => Event::RecordFailed(record, trouble("record")),
+            Effect::Record(record) | Effect::RecordAgain(record) => {
+                self.aborted |= record == Record::Aborted;
+                self.source_records.push(record);
                 Event::Recorded(record)
+            }
+            Effect::Doubt(_) => return,
+            Effect::AskPeer => {
+                self.asking = true;
+                return;
             }
             Effect::StartSave if fails => Event::Failed(trouble("start save")),
             Effect::StartSave => Event::SaveStarted,
@@ -212,6 +248,7 @@ impl World {
             Effect::Capture(index) => return self.capture(Blob::Device(index), fails),
             Effect::SendCommit => {
                 assert!(!self.aborted, "COMMIT after ABORTED");
+                assert!(self.source_records.contains(&Record::Committed), "COMMIT before COMMITTED");
                 self.tell_destination(destination::Event::CommitReceived);
                 return;
             }
@@ -344,6 +381,10 @@ impl World {
                     if at == MigrationState::Resuming {
                         assert_eq!(self.arrived.len(), self.features.len() + 1, "I5: leaves RESUMING early");
                     } else if to != MigrationState::Resuming {
+                        assert!(
+                            self.destination_records.contains(&Record::Starting),
+                            "woken before STARTING"
+                        );
                         self.check_waking(&self.destination_devices, at, &way);
                         assert!(!self.aborted, "I1: woken although the source keeps the VM");
                         self.destination_started = true;
@@ -360,7 +401,13 @@ impl World {
             Effect::SendReady => return self.tell_source(source::Event::PeerReady),
             Effect::FinishLoad if fails => Event::Failed(trouble("finish load")),
             Effect::FinishLoad => Event::LoadFinished,
-            Effect::Record(record) => Event::Recorded(record),
+            Effect::Record(record) if fails => Event::RecordFailed(record, trouble("record")),
+            Effect::Record(record) | Effect::RecordAgain(record) => {
+                let started = self.destination_records.contains(&Record::Starting);
+                assert!(record != Record::Discarded || !started, "DISCARDED after STARTING");
+                self.destination_records.push(record);
+                Event::Recorded(record)
+            }
             Effect::SendLoaded => return self.tell_source(source::Event::Loaded),
             Effect::SendStarting => return,
             Effect::ActivateIdentity if fails => Event::Failed(trouble("identity")),
@@ -410,10 +457,8 @@ impl World {
                     self.destination.phase()
                 );
             }
-            Some(source::End::InDoubt(_)) => assert!(!self.source_runs && self.source.committed()),
             Some(source::End::Lost(_)) => assert!(!self.source_runs),
-            // The reservation itself failed, or the source waits for a lost peer without having been told: neither happens
-            // unless it was never started.
+            // The reservation itself failed, and the source was never asked.
             None => assert!(!self.reserved && self.source_runs, "the source never came to an end"),
         }
         if !self.failed && self.link_up && self.trouble.abort_after.is_none() {

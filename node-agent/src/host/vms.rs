@@ -73,6 +73,11 @@ pub fn directory(run_dir: &Path, vm: &VmJson) -> PathBuf {
     run_dir.join("vms").join(vm.directory_name())
 }
 
+/// Where the VM of this namespace and name has its directory, without its vm.json to ask.
+pub fn directory_of(run_dir: &Path, namespace: &str, name: &str) -> PathBuf {
+    run_dir.join("vms").join(format!("{namespace}.{name}"))
+}
+
 /// Makes the VM known whose directory this is: writes its `vm.json` at once or not at all, durably.
 ///
 /// # Errors

@@ -3,7 +3,9 @@
 mod blockers;
 mod borrowing;
 pub mod inventory;
+mod journalling;
 pub mod node;
+mod recovery;
 pub mod registry;
 mod request;
 mod reservation;

@@ -1,15 +1,17 @@
 //! `slackwater.node.v1`, served to the operator.
 
+use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
 
+use futures::future::BoxFuture;
 use futures::{FutureExt, Stream, StreamExt};
 use slackwater_proto::identity;
 use slackwater_proto::node::node_agent_server::NodeAgent;
 use slackwater_proto::node::{
-    AbortRequest, AbortResponse, DescribeRequest, DescribeResponse, DevicePair, MigrateRequest,
-    MigrateResponse, ReleaseReason, ReleaseRequest, ReleaseResponse, ReserveRequest, ReserveResponse,
-    WatchRequest, WatchResponse,
+    AbortRequest, AbortResponse, DescribeRequest, DescribeResponse, DevicePair, JournalState, MigrateRequest,
+    MigrateResponse, MigrationRef, ReleaseReason, ReleaseRequest, ReleaseResponse, ReserveRequest,
+    ReserveResponse, ResolveRequest, ResolveResponse, WatchRequest, WatchResponse,
 };
 use slackwater_proto::tls::Credentials;
 use slackwater_proto::tonic::{Request, Response, Status, async_trait};
@@ -18,18 +20,23 @@ use tokio::sync::Mutex;
 use tracing::{error, info, warn};
 
 use super::inventory::Inventory;
-use super::registry::{Part, Registry};
-use super::{NodeConfig, borrowing, request, reservation};
+use super::recovery;
+use super::registry::{Part, Registry, Stale};
+use super::{NodeConfig, borrowing, journalling, request, reservation};
 use crate::handover::destination::End;
+use crate::handover::entry::word_of;
 use crate::handover::policy::stop_plan;
 use crate::handover::shell::destination::{DestinationParts, DestinationRun, Site};
 use crate::handover::shell::events::EventLog;
+use crate::handover::shell::ledger::Ledger;
 use crate::handover::shell::link::Peer;
 use crate::handover::shell::source::{SourceParts, SourceRun};
 use crate::handover::{Failure, Reason};
 use crate::host::identity::{IdentityOf, VfIdentity};
+use crate::journal::{Journal, JournalError, Role};
 use crate::vfio::state::MigrationState;
 use crate::vfio::worker::DeviceHandle;
+use crate::vmm::contract::ContractVmm;
 use crate::vmm::{Description, RunState, Vmm, twin};
 
 /// The service.
@@ -38,6 +45,7 @@ pub struct NodeService {
     credentials: Arc<Credentials>,
     inventory: Arc<Inventory>,
     registry: Arc<Registry>,
+    journal: Arc<Journal>,
     vf_identity: Arc<dyn VfIdentity>,
     /// Reservations and migrations begin one after the other: what one has checked, the next cannot change before it is taken.
     beginning: Mutex<()>,
@@ -50,24 +58,74 @@ impl NodeService {
         credentials: Arc<Credentials>,
         inventory: Arc<Inventory>,
         registry: Arc<Registry>,
+        journal: Arc<Journal>,
         vf_identity: Arc<dyn VfIdentity>,
     ) -> Self {
-        Self { config, credentials, inventory, registry, vf_identity, beginning: Mutex::new(()) }
+        Self { config, credentials, inventory, registry, journal, vf_identity, beginning: Mutex::new(()) }
+    }
+
+    /// Takes up what an earlier agent has left in the journal. To be called before anybody is served.
+    ///
+    /// # Errors
+    /// If the journal's directory cannot be read. A single file that cannot be read is told, and held.
+    pub async fn recover(&self) -> Result<(), JournalError> {
+        let around = recovery::Around {
+            config: self.config.clone(),
+            credentials: Arc::clone(&self.credentials),
+            inventory: Arc::clone(&self.inventory),
+            registry: Arc::clone(&self.registry),
+            journal: Arc::clone(&self.journal),
+            vf_identity: Arc::clone(&self.vf_identity),
+        };
+        recovery::recover(around).await
+    }
+
+    /// Refuses who is not up to date. A newer operator's epoch is durable before anything is done for it.
+    async fn fence(&self, reference: &MigrationRef) -> Result<(), Status> {
+        let epoch = reference.operator_epoch;
+        if epoch > self.registry.highest_epoch() {
+            let journal = Arc::clone(&self.journal);
+            let written = tokio::task::spawn_blocking(move || journal.set_epoch(epoch)).await;
+            let written = written.map_err(|error| Status::internal(error.to_string()))?;
+            written.map_err(|error| {
+                Status::unavailable(format!("the operator's epoch {epoch} could not be recorded: {error}"))
+            })?;
+        }
+        self.registry.fence(reference).map_err(|stale| {
+            let mut status = Status::failed_precondition(stale.to_string());
+            if let Stale::Epoch { known, .. } = stale
+                && let Ok(known) = known.to_string().parse()
+            {
+                status.metadata_mut().insert("slackwater-known-epoch", known);
+            }
+            status
+        })
+    }
+
+    /// This node's part in an attempt, if it is one that can be asked.
+    fn part(&self, reference: &MigrationRef) -> Result<Option<Part>, Status> {
+        match self.registry.part(&reference.id, reference.attempt) {
+            Some(Part::Recovering) => Err(Status::unavailable(
+                "the agent was started again, and is still finding the VM and its devices; try again",
+            )),
+            Some(Part::Unreadable(why)) => Err(Status::failed_precondition(why)),
+            part => Ok(part),
+        }
     }
 
     /// Begins a migration away from here, or joins it if it has begun.
     async fn source(&self, given: MigrateRequest) -> Result<SourceRun, Status> {
         let (reference, vm, policy, pre_commit_timeout) = request::migrate(&given).map_err(invalid)?;
         let _one_at_a_time = self.beginning.lock().await;
-        self.registry.fence(&reference).map_err(precondition)?;
-        match self.registry.part(&reference.id, reference.attempt) {
+        self.fence(&reference).await?;
+        match self.part(&reference)? {
             Some(Part::Source(run)) => return Ok(run),
             Some(Part::Destination(..)) => {
                 return Err(Status::failed_precondition(
                     "this node is the destination of this migration, and cannot be its source, too",
                 ));
             }
-            None => {}
+            Some(Part::Recovering | Part::Unreadable(_)) | None => {}
         }
         if given.target_node == self.config.node {
             return Err(Status::invalid_argument(format!(
@@ -106,23 +164,17 @@ impl NodeService {
                 return Err(status);
             }
         };
-        let (leaving, directory, socket) = (Arc::clone(&vmm), entry.directory.clone(), known.socket.clone());
-        let (cgroup_root, limit) = (self.config.cgroup_root.clone(), self.config.deadlines.quit);
-        let (vf_identity, of) = (
+        let key = journalling::key(&reference.id, Role::Source)?;
+        let entry_of_source = journalling::source(&reference, &vm, &given, policy, vmm.process().identity());
+        let ledger = Ledger::new(Arc::clone(&self.journal), key, entry_of_source);
+        let release = release(
+            Arc::clone(&vmm),
+            &self.config,
+            entry.directory.clone(),
+            known.socket.clone(),
             Arc::clone(&self.vf_identity),
-            IdentityOf { migration_id: reference.id.clone(), devices: Vec::new(), claim: Vec::new() },
+            &reference.id,
         );
-        let release = move || {
-            async move {
-                if let Err(error) = vf_identity.withdraw(&of).await {
-                    warn!(migration = of.migration_id, %error, "an identity could not be withdrawn");
-                }
-                if let Err(error) = twin::end(&leaving, &cgroup_root, &directory, &socket, limit).await {
-                    error!(migration = of.migration_id, %error, "the VM runs elsewhere, but something of it is left here");
-                }
-            }
-            .boxed()
-        };
         let vmm: Arc<dyn Vmm> = vmm;
         let run = SourceRun::start(SourceParts {
             peer: Peer {
@@ -135,21 +187,15 @@ impl NodeService {
             devices,
             features,
             plan,
+            ledger,
+            recovered: None,
             pre_commit_timeout,
-            release: Box::new(release),
+            release,
             log: EventLog::new(&self.config.node),
         });
         info!(migration = reference.id, attempt = reference.attempt, vm = named, "source: begun");
         self.registry.join(&reference, Part::Source(run.clone()));
-        let (registry, ended, id) = (Arc::clone(&self.registry), run.clone(), reference.id);
-        tokio::spawn(async move {
-            use slackwater_proto::node::Outcome;
-            ended.ended().await;
-            // In doubt, the VM may run elsewhere: nobody may touch this copy before that is settled.
-            if ended.log().end().is_none_or(|end| end.outcome() != Outcome::InDoubt) {
-                registry.give_back(&id);
-            }
-        });
+        give_back_source(&self.registry, &run, reference.id);
         Ok(run)
     }
 
@@ -157,8 +203,8 @@ impl NodeService {
     async fn destination(&self, given: ReserveRequest) -> Result<DestinationRun, Status> {
         let (reference, vm, policy, silence_timeout) = request::reserve(&given).map_err(invalid)?;
         let _one_at_a_time = self.beginning.lock().await;
-        self.registry.fence(&reference).map_err(precondition)?;
-        match self.registry.part(&reference.id, reference.attempt) {
+        self.fence(&reference).await?;
+        match self.part(&reference)? {
             Some(Part::Destination(run, earlier)) if same_reservation(&earlier, &given) => return Ok(run),
             Some(Part::Destination(..)) => {
                 return Err(Status::failed_precondition(
@@ -170,7 +216,7 @@ impl NodeService {
                     "this node is the source of this migration, and cannot be its destination, too",
                 ));
             }
-            None => {}
+            Some(Part::Recovering | Part::Unreadable(_)) | None => {}
         }
         if given.source_node == self.config.node {
             return Err(Status::invalid_argument(format!(
@@ -204,23 +250,69 @@ impl NodeService {
         )?;
         self.registry.take(&reference.id, &vm, names).map_err(precondition)?;
         let site: Arc<dyn Site> = Arc::new(site);
+        let key = journalling::key(&reference.id, Role::Destination)?;
+        let ledger = Ledger::new(
+            Arc::clone(&self.journal),
+            key,
+            journalling::destination(&reference, &vm, &given, policy),
+        );
         let run = DestinationRun::start(DestinationParts {
             migration_id: reference.id.clone(),
             features: targets.features,
             site,
             silence_timeout,
+            ledger,
+            recovered: None,
         });
         info!(migration = reference.id, attempt = reference.attempt, "destination: reserving");
         self.registry.join(&reference, Part::Destination(run.clone(), Box::new(given)));
-        let (registry, ended, id) = (Arc::clone(&self.registry), run.clone(), reference.id);
-        tokio::spawn(async move {
-            // What could not be started is kept as it is, for a person to look at.
-            if !matches!(ended.ended().await, Some(End::Stuck(_))) {
-                registry.give_back(&id);
-            }
-        });
+        give_back_destination(&self.registry, &run, reference.id);
         Ok(run)
     }
+}
+
+/// Gives back what is left of a VM here, once it runs elsewhere.
+pub(super) fn release(
+    leaving: Arc<ContractVmm>,
+    config: &NodeConfig,
+    directory: PathBuf,
+    socket: PathBuf,
+    vf_identity: Arc<dyn VfIdentity>,
+    migration_id: &str,
+) -> Box<dyn FnOnce() -> BoxFuture<'static, ()> + Send> {
+    let (cgroup_root, limit) = (config.cgroup_root.clone(), config.deadlines.quit);
+    let of = IdentityOf { migration_id: migration_id.to_owned(), devices: Vec::new(), claim: Vec::new() };
+    Box::new(move || {
+        async move {
+            if let Err(error) = vf_identity.withdraw(&of).await {
+                warn!(migration = of.migration_id, %error, "an identity could not be withdrawn");
+            }
+            if let Err(error) = twin::end(&leaving, &cgroup_root, &directory, &socket, limit).await {
+                error!(migration = of.migration_id, %error, "the VM runs elsewhere, but something of it is left here");
+            }
+        }
+        .boxed()
+    })
+}
+
+/// What a migration has taken at its source is given back when it has ended there.
+pub(super) fn give_back_source(registry: &Arc<Registry>, run: &SourceRun, id: String) {
+    let (registry, run) = (Arc::clone(registry), run.clone());
+    tokio::spawn(async move {
+        run.ended().await;
+        registry.give_back(&id);
+    });
+}
+
+/// What a migration has taken at its destination is given back when it has ended there.
+pub(super) fn give_back_destination(registry: &Arc<Registry>, run: &DestinationRun, id: String) {
+    let (registry, run) = (Arc::clone(registry), run.clone());
+    tokio::spawn(async move {
+        // What could not be started is kept as it is, for a person to look at.
+        if !matches!(run.ended().await, Some(End::Stuck(_))) {
+            registry.give_back(&id);
+        }
+    });
 }
 
 fn invalid(error: request::InvalidField) -> Status {
@@ -313,8 +405,8 @@ impl NodeAgent for NodeService {
         identity::require_operator(&call)?;
         let given = call.into_inner();
         let reference = request::migration(given.migration.as_ref()).map_err(invalid)?;
-        self.registry.fence(&reference).map_err(precondition)?;
-        if let Some(Part::Source(run)) = self.registry.part(&reference.id, reference.attempt) {
+        self.fence(&reference).await?;
+        if let Some(Part::Source(run)) = self.part(&reference)? {
             run.abort(given.why).await.map_err(precondition)?;
         }
         Ok(Response::new(AbortResponse {}))
@@ -334,10 +426,33 @@ impl NodeAgent for NodeService {
                 )));
             }
         };
-        self.registry.fence(&reference).map_err(precondition)?;
-        if let Some(Part::Destination(run, _)) = self.registry.part(&reference.id, reference.attempt) {
+        self.fence(&reference).await?;
+        if let Some(Part::Destination(run, _)) = self.part(&reference)? {
             run.release(Failure::new(Reason::Released, message)).await.map_err(precondition)?;
         }
         Ok(Response::new(ReleaseResponse {}))
+    }
+
+    async fn resolve(&self, call: Request<ResolveRequest>) -> Result<Response<ResolveResponse>, Status> {
+        identity::require_operator(&call)?;
+        let given = call.into_inner();
+        let reference = request::migration(given.migration.as_ref()).map_err(invalid)?;
+        self.fence(&reference).await?;
+        let own = match (self.part(&reference)?, given.peer) {
+            (Some(Part::Source(run)), peer) => {
+                if let Some(peer) = peer {
+                    run.peer_says(word_of(&peer));
+                }
+                run.journalled()
+            }
+            (Some(Part::Destination(run, _)), peer) => {
+                if let Some(peer) = peer {
+                    run.peer_says(word_of(&peer));
+                }
+                run.journalled()
+            }
+            _ => JournalState::default(),
+        };
+        Ok(Response::new(ResolveResponse { own: Some(own) }))
     }
 }

@@ -53,6 +53,10 @@ pub enum Part {
     Source(SourceRun),
     /// The VM lands here.
     Destination(DestinationRun, Box<ReserveRequest>),
+    /// An agent that has begun again is still finding the VM and its devices.
+    Recovering,
+    /// What was journalled cannot be read, or not be acted by: nothing is guessed. In words, with the file.
+    Unreadable(String),
 }
 
 #[derive(Debug)]
@@ -98,7 +102,18 @@ impl Registry {
         self.changed.subscribe()
     }
 
-    /// Refuses who is not up to date, and remembers the newest.
+    /// The highest operator epoch that an earlier agent has seen.
+    pub fn restore_epoch(&self, epoch: u64) {
+        let mut inner = self.lock();
+        inner.highest_epoch = inner.highest_epoch.max(epoch);
+    }
+
+    /// The highest operator epoch that has been seen.
+    pub fn highest_epoch(&self) -> u64 {
+        self.lock().highest_epoch
+    }
+
+    /// Refuses who is not up to date, and remembers the newest, which the caller has made durable.
     ///
     /// # Errors
     /// [`Stale`].
@@ -121,7 +136,13 @@ impl Registry {
     /// This node's part in an attempt, if it has one.
     pub fn part(&self, id: &str, attempt: u32) -> Option<Part> {
         let inner = self.lock();
-        inner.migrations.get(id).filter(|known| known.attempt == attempt)?.part.clone()
+        let known = inner.migrations.get(id)?;
+        match &known.part {
+            // Which attempt it is about cannot be known.
+            Some(part @ Part::Unreadable(_)) => Some(part.clone()),
+            part if known.attempt == attempt => part.clone(),
+            _ => None,
+        }
     }
 
     /// This node takes part.
@@ -144,6 +165,15 @@ impl Registry {
                 None => break,
             };
         }
+    }
+
+    /// What is known of a migration cannot be used: whoever asks for any attempt of it hears why.
+    pub fn hold_unreadable(&self, id: &str, why: String) {
+        let mut inner = self.lock();
+        inner.counted += 1;
+        let order = inner.counted;
+        let attempt = inner.migrations.get(id).map_or(0, |known| known.attempt);
+        inner.migrations.insert(id.to_owned(), Known { attempt, part: Some(Part::Unreadable(why)), order });
     }
 
     /// Takes a VM and devices for a migration: all of them or none.

@@ -11,6 +11,7 @@ use super::borrowing;
 use crate::handover::shell::destination::{Site, Twin as Landed};
 use crate::handover::{Failure, Reason};
 use crate::host::identity::{IdentityOf, VfIdentity};
+use crate::host::vms;
 use crate::vfio::error::DeviceError;
 use crate::vfio::state::MigrationState;
 use crate::vfio::worker::DeviceHandle;
@@ -55,8 +56,9 @@ impl NodeSite {
         for device in &devices {
             running(device).await.map_err(|error| failed(Reason::DeviceFailed, error.to_string()))?;
         }
+        let process = Some(vmm.process().identity().into());
         let vmm: Arc<dyn Vmm> = vmm;
-        Ok(Landed { vmm, devices })
+        Ok(Landed { vmm, devices, process })
     }
 }
 
@@ -86,9 +88,9 @@ impl Site for NodeSite {
 
     fn keep(&self) -> BoxFuture<'_, ()> {
         async {
-            if let Some(twin) = self.twin.lock().await.take()
-                && let Err(error) = twin.keep(&self.vm_json)
-            {
+            // From here on nothing of it depends on the agent.
+            self.twin.lock().await.take();
+            if let Err(error) = vms::publish(&self.plan.directory, &self.vm_json) {
                 error!(migration = self.of.migration_id, %error, "the VM runs here, but its vm.json could not be written");
             }
         }
@@ -97,9 +99,13 @@ impl Site for NodeSite {
 
     fn discard(&self) -> BoxFuture<'_, ()> {
         async {
-            if let Some(twin) = self.twin.lock().await.take()
-                && let Err(error) = twin.discard(self.plan.deadlines.quit).await
-            {
+            let limit = self.plan.deadlines.quit;
+            let cleared = match self.twin.lock().await.take() {
+                Some(twin) => twin.discard(limit).await,
+                // It was started by an agent that has ended since, or never.
+                None => twin::clear(&self.plan, limit).await,
+            };
+            if let Err(error) = cleared {
                 error!(migration = self.of.migration_id, %error, "a twin could not be cleared away");
             }
             if let Err(error) = self.identity.withdraw(&self.of).await {

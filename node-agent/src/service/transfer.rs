@@ -5,15 +5,17 @@ use std::sync::Arc;
 
 use futures::Stream;
 use slackwater_proto::identity;
-use slackwater_proto::tonic::{Request, Response, Status, Streaming, async_trait};
+use slackwater_proto::node::JournalState;
+use slackwater_proto::tonic::{Code, Request, Response, Status, Streaming, async_trait};
 use slackwater_proto::transfer::transfer_server::Transfer;
 use slackwater_proto::transfer::{
-    Attempt, HandoverRequest, HandoverResponse, SendBlobRequest, SendBlobResponse, blob_header,
-    handover_request, send_blob_request,
+    Attempt, HandoverRequest, HandoverResponse, SendBlobRequest, SendBlobResponse, SettleRequest,
+    SettleResponse, blob_header, handover_request, send_blob_request,
 };
 
 use super::registry::{Part, Registry};
 use crate::handover::Blob;
+use crate::handover::entry::word_of;
 use crate::handover::shell::destination::DestinationRun;
 
 /// The service.
@@ -36,6 +38,10 @@ impl TransferService {
                 identity::require_node(caller, &request.source_node)?;
                 Ok(run)
             }
+            Some(Part::Recovering) => Err(Status::unavailable(
+                "the agent was started again, and is still finding the twin and its devices; try again",
+            )),
+            Some(Part::Unreadable(why)) => Err(Status::failed_precondition(why)),
             _ => Err(Status::not_found(format!(
                 "nothing is reserved here for attempt {} of migration {}",
                 attempt.attempt, attempt.migration_id
@@ -82,5 +88,19 @@ impl Transfer for TransferService {
         let run = self.reservation(&caller, header.attempt)?;
         run.receive(blob, stream).await?;
         Ok(Response::new(SendBlobResponse {}))
+    }
+
+    async fn settle(&self, request: Request<SettleRequest>) -> Result<Response<SettleResponse>, Status> {
+        let caller = identity::require_agent(&request)?;
+        let given = request.into_inner();
+        let destination = match self.reservation(&caller, given.attempt) {
+            Ok(run) => {
+                run.peer_says(word_of(&given.source.unwrap_or_default()));
+                run.journalled()
+            }
+            Err(status) if status.code() == Code::NotFound => JournalState::default(),
+            Err(status) => return Err(status),
+        };
+        Ok(Response::new(SettleResponse { destination: Some(destination) }))
     }
 }

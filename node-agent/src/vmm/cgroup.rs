@@ -103,18 +103,26 @@ impl Cgroup {
         if kind.f_type as i64 != CGROUP2_SUPER_MAGIC {
             return Err(CgroupError::NotV2 { path: root.to_owned() });
         }
+        let group = Self::named(root, name)?;
+        fs::create_dir_all(&group.path)
+            .map_err(|source| CgroupError::Make { path: group.path.clone(), source })?;
+        match group.processes()?.first() {
+            Some(pid) => Err(CgroupError::InUse { path: group.path, pid: *pid }),
+            None => Ok(group),
+        }
+    }
+
+    /// The group `<root>/slackwater/<name>`, whether it is there or not.
+    ///
+    /// # Errors
+    /// [`CgroupError::Name`].
+    pub fn named(root: &Path, name: &str) -> Result<Self, CgroupError> {
         let mut components = Path::new(name).components();
         if !matches!((components.next(), components.next()), (Some(Component::Normal(only)), None) if only == name)
         {
             return Err(CgroupError::Name { name: name.to_owned() });
         }
-        let path = root.join(PARENT).join(name);
-        fs::create_dir_all(&path).map_err(|source| CgroupError::Make { path: path.clone(), source })?;
-        let group = Self { path };
-        match group.processes()?.first() {
-            Some(pid) => Err(CgroupError::InUse { path: group.path, pid: *pid }),
-            None => Ok(group),
-        }
+        Ok(Self { path: root.join(PARENT).join(name) })
     }
 
     /// The group in which a process lives, if that is a twin's: `None` for a VMM that was started by somebody else.

@@ -17,6 +17,7 @@ pub mod contract;
 #[cfg(any(test, feature = "faults"))]
 pub mod fake;
 mod file_events;
+pub mod gone;
 #[cfg(test)]
 mod stub;
 pub mod twin;

@@ -178,14 +178,6 @@ impl Twin {
         &self.description
     }
 
-    /// Lets it go on alone, as the VM: nothing of it depends on the agent. `vm_json` makes it known.
-    ///
-    /// # Errors
-    /// If `vm.json` cannot be written. The twin goes on all the same, unknown.
-    pub fn keep(self, vm_json: &str) -> io::Result<()> {
-        vms::publish(&self.remains.directory, vm_json)
-    }
-
     /// Ends it and clears everything away. The agent's duplicates of its devices must have been dropped, or the devices stay in use.
     ///
     /// # Errors
@@ -201,6 +193,27 @@ impl Remains {
         self.cgroup.clear(limit).await.map_err(TwinError::Cgroup)?;
         retire(&self.directory, &self.socket)
     }
+}
+
+/// Clears away a twin that an earlier agent may have started by this plan, and that never ran: all of it, or what is left.
+///
+/// # Errors
+/// What is left, if something is.
+pub async fn clear(plan: &TwinPlan, limit: Duration) -> Result<(), TwinError> {
+    if plan.directory.join("vm.json").exists() {
+        return Err(TwinError::AlreadyHere { directory: plan.directory.clone() });
+    }
+    let cgroup = Cgroup::named(&plan.cgroup_root, &plan.cgroup_name).map_err(TwinError::Cgroup)?;
+    cgroup.clear(limit).await.map_err(TwinError::Cgroup)?;
+    retire(&plan.directory, &plan.socket)
+}
+
+/// Clears away what is left of a VM that runs elsewhere now and whose process has ended.
+///
+/// # Errors
+/// What is left, if something is.
+pub fn forget(directory: &Path, socket: &Path) -> Result<(), TwinError> {
+    retire(directory, socket)
 }
 
 /// Ends a VM that runs elsewhere now, or may: its VMM, the cgroup if it was once a twin here, and its directory, but for what others

@@ -188,7 +188,7 @@ async fn a_twin_that_is_kept_becomes_a_vm_and_can_be_ended_with_all_that_belongs
     let Some(place) = Place::new(&["serve", "{socket}"]) else { return };
     let twin = start(place.plan.clone()).await.unwrap();
     let vmm = Arc::clone(twin.vmm());
-    twin.keep("{}").unwrap();
+    vms::publish(&place.plan.directory, "{}").unwrap();
     assert_eq!(fs::read_to_string(place.plan.directory.join("vm.json")).unwrap(), "{}");
     vmm.describe().await.unwrap();
 

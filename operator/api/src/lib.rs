@@ -27,11 +27,11 @@ pub use assigned_vm::{
 pub use device::{Features, MigrationFeature};
 pub use duration::{DurationError, format_duration, parse_duration};
 pub use migration::{
-    MAX_PRE_COMMIT_TIMEOUT, MIN_PRE_COMMIT_TIMEOUT, PeerToPeer, Target, VMMigration, VMMigrationSpec, VmKind,
-    VmReference,
+    JUSTIFICATION_CHARACTERS, MAX_ATTEMPTS, MAX_PRE_COMMIT_TIMEOUT, MIN_PRE_COMMIT_TIMEOUT, PeerToPeer, Resolve, RunOn,
+    Target, VMMigration, VMMigrationSpec, VmKind, VmReference,
 };
 pub use migration_status::{
-    DeviceMigration, DeviceStep, MigrationPhase, Reservation, TimelineEntry, Timings, TransferredBytes,
+    DeviceMigration, DeviceStep, EndedAttempt, MigrationPhase, Reservation, TimelineEntry, Timings, TransferredBytes,
     VMMigrationStatus,
 };
 pub use node::{MigrationNode, MigrationNodeSpec, MigrationNodeStatus, NodeDevice};
@@ -54,6 +54,10 @@ pub mod condition {
     pub const COMMITTED: &str = "Committed";
     /// VMMigration: how it ended.
     pub const SUCCEEDED: &str = "Succeeded";
+    /// VMMigration: it goes on only when a node comes back, or by an administrator's word.
+    pub const IN_DOUBT: &str = "InDoubt";
+    /// VMMigration: what became of `spec.resolve`.
+    pub const RESOLVE_ACCEPTED: &str = "ResolveAccepted";
     /// AssignedVM: exactly one reachable agent reports it, and its VMM answers. MigrationNode: the agent answers.
     pub const READY: &str = "Ready";
     /// AssignedVM: nothing known now stands in the way of a migration.

@@ -14,8 +14,13 @@ pub const MIN_PRE_COMMIT_TIMEOUT: Duration = Duration::from_secs(1);
 /// The greatest `spec.preCommitTimeout`.
 pub const MAX_PRE_COMMIT_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 
-/// Moves one VM, with its assigned devices, to another node, once. Deleting the object gives the migration up, if it
-/// has not been committed yet. The spec cannot be changed.
+/// The most `spec.attempts`.
+pub const MAX_ATTEMPTS: i32 = 10;
+/// The least and the most characters of `spec.resolve.justification`.
+pub const JUSTIFICATION_CHARACTERS: std::ops::RangeInclusive<usize> = 10..=1024;
+
+/// Moves one VM, with its assigned devices, to another node, once. `cancel: true`, or deleting the object, gives the
+/// migration up, if it has not been committed yet. Only `cancel` and `resolve` can be changed.
 #[derive(CustomResource, KubeSchema, Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[kube(
     group = "slackwater.dev",
@@ -27,8 +32,11 @@ pub const MAX_PRE_COMMIT_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
     category = "slackwater",
     namespaced,
     derive = "PartialEq",
-    doc = "A VMMigration moves one VM, with its assigned devices, to another node, once. Deleting it gives the migration up, if it has not been committed yet.",
+    doc = "A VMMigration moves one VM, with its assigned devices, to another node, once. `spec.cancel: true`, or deleting it, gives the migration up, if it has not been committed yet.",
     status = "VMMigrationStatus",
+    validation = Rule::new(RESOLVE_STAYS)
+        .message("an accepted resolve cannot be changed or removed; only a refused one may be replaced")
+        .field_path(".spec.resolve"),
     printcolumn(name = "VM", type_ = "string", json_path = ".spec.vmRef.name"),
     printcolumn(name = "From", type_ = "string", json_path = ".status.sourceNode"),
     printcolumn(name = "To", type_ = "string", json_path = ".status.targetNode"),
@@ -44,12 +52,29 @@ pub const MAX_PRE_COMMIT_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
         name = "Reason",
         type_ = "string",
         json_path = ".status.conditions[?(@.type==\"Succeeded\")].reason"
+    ),
+    printcolumn(
+        name = "Attempt",
+        type_ = "integer",
+        json_path = ".status.attempt",
+        priority = 1,
+        description = "Counts from 1"
+    ),
+    printcolumn(
+        name = "In Doubt",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type==\"InDoubt\")].status",
+        priority = 1,
+        description = "Whether the migration waits for a node, or for a person"
     )
 )]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
-    validation = Rule::new("self == oldSelf")
-        .message("the spec of a VMMigration cannot be changed; delete it and create another one"),
+    validation = Rule::new(MOVE_STAYS)
+        .message("of the spec of a VMMigration only cancel and resolve can be changed; delete it and create another one"),
+    validation = Rule::new("!oldSelf.cancel || self.cancel")
+        .message("a cancel cannot be taken back; create another VMMigration")
+        .field_path(".cancel"),
 )]
 pub struct VMMigrationSpec {
     /// The VM to move, in the namespace of the VMMigration.
@@ -69,10 +94,71 @@ pub struct VMMigrationSpec {
             .message("preCommitTimeout must be from 1s to 24h"),
     )]
     pub pre_commit_timeout: String,
+    /// How often to try. After an attempt that was rolled back, with the target's reservation given back, the next one is
+    /// planned anew, 5s later, then 10s, up to 60s. From 1 to 10.
+    #[serde(default = "default_attempts")]
+    #[schemars(range(min = 1, max = 10))]
+    pub attempts: i32,
+    /// Gives the migration up, if it has not been committed yet: the VM runs on where it is, and this object stays as a
+    /// record. Can be set at any time, and not be taken back.
+    #[serde(default)]
+    pub cancel: bool,
+    /// An administrator's word on a migration that is in doubt, where an agent cannot be asked. Refused, and without any
+    /// effect, unless the condition InDoubt is True and names it as a remedy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resolve: Option<Resolve>,
+}
+
+/// Everything but `cancel` and `resolve` is as it was.
+const MOVE_STAYS: &str = "self.vmRef == oldSelf.vmRef && self.peerToPeer == oldSelf.peerToPeer && self.preCommitTimeout == \
+     oldSelf.preCommitTimeout && self.attempts == oldSelf.attempts && has(self.target) == has(oldSelf.target) && \
+     (!has(self.target) || self.target == oldSelf.target)";
+
+/// `resolve` is set once, unless the operator has refused what was set.
+const RESOLVE_STAYS: &str = "!has(oldSelf.spec.resolve) || (has(self.spec.resolve) && (self.spec.resolve == \
+     oldSelf.spec.resolve || (has(self.status) && has(self.status.conditions) && self.status.conditions.exists(c, c.type == \
+     'ResolveAccepted' && c.status == 'False'))))";
+
+fn default_attempts() -> i32 {
+    1
 }
 
 fn default_pre_commit_timeout() -> String {
     "5m".to_owned()
+}
+
+/// Where the VM shall run, by an administrator's word in the place of an agent that cannot be asked. What is stated is
+/// not checked by anything: if it is not true, the VM runs twice.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("self.runOn != 'Source' || self.destinationNeverStarted")
+        .message("runOn: Source needs destinationNeverStarted: true"),
+)]
+pub struct Resolve {
+    /// Source: the source takes the VM back. Destination: the destination starts it.
+    pub run_on: RunOn,
+    /// The destination has not started the VM, and cannot do so any more: its node is off, or its agent and the waiting VMM
+    /// have been ended for good. Needed for `runOn: Source`.
+    #[serde(default)]
+    pub destination_never_started: bool,
+    /// The source will not resume the VM: its node is off for good, or the VMM there has been ended. Needed for
+    /// `runOn: Destination`, unless the condition Committed is True (then the source's own journal keeps it from that).
+    #[serde(default)]
+    pub source_never_resumes: bool,
+    /// How that is known, for whoever reads it later; it is recorded in an event and in the agent's journal. 10 to 1024
+    /// characters.
+    #[schemars(length(min = 10, max = 1024))]
+    pub justification: String,
+}
+
+/// One of the two ends of a migration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum RunOn {
+    /// The node that the VM comes from.
+    Source,
+    /// The node that it was to go to.
+    Destination,
 }
 
 /// Names the VM of a migration.

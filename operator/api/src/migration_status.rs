@@ -17,12 +17,14 @@ pub struct VMMigrationStatus {
     /// A summary of the conditions for a column in a table. Programs read the conditions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub phase: Option<MigrationPhase>,
-    /// Accepted, Prepared, Stopped, Committed, Succeeded.
+    /// Accepted, Prepared, Stopped, Committed, Succeeded, of the current attempt; InDoubt and ResolveAccepted where it came
+    /// to that.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     pub conditions: Vec<Condition>,
-    /// The spec as it was when it was accepted or refused. A migration does what it was accepted for, whatever becomes of
-    /// its spec.
+    /// The spec as it was when it was accepted or refused, with the cancel and the resolve that were seen since. A migration
+    /// does what it was accepted for, whatever becomes of its spec.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_spec: Option<VMMigrationSpec>,
     /// The node on which the VM ran when the migration was accepted.
@@ -34,9 +36,15 @@ pub struct VMMigrationStatus {
     /// host:port at which the source's agent reaches the target's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub target_address: Option<String>,
-    /// Counts from 1. The agents refuse what belongs to an older attempt.
+    /// The current attempt. Counts from 1. The agents refuse what belongs to an older one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub attempt: Option<i32>,
+    /// The attempts that have ended, oldest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub attempts: Vec<EndedAttempt>,
+    /// When the next attempt is planned. Absent while one is under way, and when there will be none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next_attempt_time: Option<Time>,
     /// What the target's agent holds for this migration.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reservation: Option<Reservation>,
@@ -60,6 +68,18 @@ pub struct VMMigrationStatus {
     pub devices: Vec<DeviceMigration>,
 }
 
+/// How an attempt ended.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct EndedAttempt {
+    /// Which one; counts from 1.
+    pub attempt: i32,
+    /// As the reason of the condition Succeeded.
+    pub reason: String,
+    /// For a person.
+    pub message: String,
+}
+
 /// A summary of the conditions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum MigrationPhase {
@@ -77,11 +97,13 @@ pub enum MigrationPhase {
     Starting,
     /// The VM runs at the target.
     Succeeded,
-    /// It is being given up, because the object was deleted.
+    /// It is being given up, because it was cancelled or the object was deleted.
     Aborting,
+    /// An attempt was rolled back; the VM runs at the source, and another attempt follows.
+    Retrying,
     /// Given up; the VM runs at the source.
     RolledBack,
-    /// Nobody can tell yet on which node the VM will run. It is paused at the source.
+    /// It waits for a node that cannot be asked, or for a person: see the condition InDoubt.
     InDoubt,
     /// The VM runs nowhere.
     Lost,

@@ -5,7 +5,10 @@ use std::time::Duration;
 use futures::{Stream, StreamExt};
 use slackwater_proto::channel::words;
 use slackwater_proto::node::node_agent_client::NodeAgentClient;
-use slackwater_proto::node::{AbortRequest, MigrateRequest, MigrationEvent, ReleaseRequest, ReserveRequest};
+use slackwater_proto::node::{
+    AbortRequest, JournalState, MigrateRequest, MigrationEvent, MigrationRef, ReleaseRequest, ReserveRequest,
+    ResolveRequest,
+};
 use slackwater_proto::tonic::{Code, Status};
 
 use super::Fleet;
@@ -14,6 +17,12 @@ use super::Fleet;
 const RESERVE_TIMEOUT: Duration = Duration::from_secs(120);
 /// Giving back ends a VMM and resets devices.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(60);
+/// An agent answers this from its journal.
+const RESOLVE_TIMEOUT: Duration = Duration::from_secs(5);
+/// The metadata by which an agent that refuses an epoch names the highest that it has seen.
+const KNOWN_EPOCH: &str = "slackwater-known-epoch";
+/// How often a call is made again with a higher epoch. Each time somebody else has raised it in between.
+const RAISES: u32 = 3;
 
 /// A call that did not come through.
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +46,8 @@ pub enum CallError {
     Refused {
         /// The state of something forbids it.
         precondition: bool,
+        /// The epoch that it has seen, and that ours is below.
+        known_epoch: Option<u64>,
         /// Why, in its own words.
         message: String,
     },
@@ -61,7 +72,12 @@ impl CallError {
             | Code::OutOfRange
             | Code::Unimplemented
             | Code::Unauthenticated => {
-                Self::Refused { precondition: status.code() == Code::FailedPrecondition, message }
+                let known_epoch = status.metadata().get(KNOWN_EPOCH);
+                Self::Refused {
+                    precondition: status.code() == Code::FailedPrecondition,
+                    known_epoch: known_epoch.and_then(|epoch| epoch.to_str().ok()?.parse().ok()),
+                    message,
+                }
             }
             Code::Ok
             | Code::Cancelled
@@ -107,14 +123,35 @@ impl CallError {
 /// The events of an attempt, as they arrive.
 pub type Events = std::pin::Pin<Box<dyn Stream<Item = Result<MigrationEvent, CallError>> + Send>>;
 
+/// A request that names its migration.
+pub(super) trait Fenced: Clone {
+    /// Where it is named.
+    fn migration(&mut self) -> &mut Option<MigrationRef>;
+}
+
+macro_rules! fenced {
+    ($($request:ty),+) => {$(
+        impl Fenced for $request {
+            fn migration(&mut self) -> &mut Option<MigrationRef> {
+                &mut self.migration
+            }
+        }
+    )+};
+}
+fenced!(ReserveRequest, MigrateRequest, AbortRequest, ReleaseRequest, ResolveRequest);
+
 impl Fleet {
     /// Asks the target to reserve.
     ///
     /// # Errors
     /// [`CallError`]
     pub async fn reserve(&self, node: &str, request: ReserveRequest) -> Result<(), CallError> {
-        let mut client = NodeAgentClient::new(self.index.channel(node)?);
-        within(RESERVE_TIMEOUT, client.reserve(request)).await.map(drop)
+        let client = NodeAgentClient::new(self.index.channel(node)?);
+        let call = |request| {
+            let mut client = client.clone();
+            async move { within(RESERVE_TIMEOUT, client.reserve(request)).await.map(drop) }
+        };
+        self.fenced(request, call).await
     }
 
     /// Asks the source to migrate, or joins what it is busy with.
@@ -122,9 +159,12 @@ impl Fleet {
     /// # Errors
     /// [`CallError`]
     pub async fn migrate(&self, node: &str, request: MigrateRequest) -> Result<Events, CallError> {
-        let mut client = NodeAgentClient::new(self.index.channel(node)?);
-        let stream =
-            client.migrate(request).await.map_err(|status| CallError::from_status(&status))?.into_inner();
+        let client = NodeAgentClient::new(self.index.channel(node)?);
+        let call = |request| {
+            let mut client = client.clone();
+            async move { client.migrate(request).await.map_err(|status| CallError::from_status(&status)) }
+        };
+        let stream = self.fenced(request, call).await?.into_inner();
         let events = stream.filter_map(async |message| match message {
             Ok(message) => message.event.map(Ok),
             Err(status) => Some(Err(CallError::from_status(&status))),
@@ -132,13 +172,17 @@ impl Fleet {
         Ok(Box::pin(events))
     }
 
-    /// Asks the source to give a migration up. Returns when the VM runs there again.
+    /// Asks the source to give a migration up. Returns when it has ended there; how, its journal says.
     ///
     /// # Errors
-    /// [`CallError`]; a precondition means that the point of no return has passed.
+    /// [`CallError`]; a precondition can mean that the point of no return has passed.
     pub async fn abort(&self, node: &str, request: AbortRequest) -> Result<(), CallError> {
-        let mut client = NodeAgentClient::new(self.index.channel(node)?);
-        client.abort(request).await.map(drop).map_err(|status| CallError::from_status(&status))
+        let client = NodeAgentClient::new(self.index.channel(node)?);
+        let call = |request| {
+            let mut client = client.clone();
+            async move { client.abort(request).await.map(drop).map_err(|status| CallError::from_status(&status)) }
+        };
+        self.fenced(request, call).await
     }
 
     /// Asks the target to give back what it reserved.
@@ -146,8 +190,47 @@ impl Fleet {
     /// # Errors
     /// [`CallError`]; a precondition means that the VM may have run there.
     pub async fn release(&self, node: &str, request: ReleaseRequest) -> Result<(), CallError> {
-        let mut client = NodeAgentClient::new(self.index.channel(node)?);
-        within(RELEASE_TIMEOUT, client.release(request)).await.map(drop)
+        let client = NodeAgentClient::new(self.index.channel(node)?);
+        let call = |request| {
+            let mut client = client.clone();
+            async move { within(RELEASE_TIMEOUT, client.release(request)).await.map(drop) }
+        };
+        self.fenced(request, call).await
+    }
+
+    /// Asks either end what it has journalled; tells it the other's word, if the request has one.
+    ///
+    /// # Errors
+    /// [`CallError`]
+    pub async fn resolve(&self, node: &str, request: ResolveRequest) -> Result<JournalState, CallError> {
+        let client = NodeAgentClient::new(self.index.channel(node)?);
+        let call = |request| {
+            let mut client = client.clone();
+            async move { within(RESOLVE_TIMEOUT, client.resolve(request)).await }
+        };
+        let answer = self.fenced(request, call).await?;
+        Ok(answer.into_inner().own.unwrap_or_default())
+    }
+
+    /// Makes a call with this leadership's epoch; if the agent has heard a higher one, has ours raised above it and calls again.
+    async fn fenced<R: Fenced, T, C: Future<Output = Result<T, CallError>>>(
+        &self,
+        mut request: R,
+        call: impl Fn(R) -> C,
+    ) -> Result<T, CallError> {
+        let mut tries = 0;
+        loop {
+            let epoch = self.epoch.now();
+            if let Some(migration) = request.migration() {
+                migration.operator_epoch = epoch;
+            }
+            tries += 1;
+            match call(request.clone()).await {
+                Err(CallError::Refused { known_epoch: Some(known), .. })
+                    if tries <= RAISES && known >= epoch && self.epoch.above(known).await => {}
+                answer => return answer,
+            }
+        }
     }
 }
 

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use slackwater_proto::tls::Credentials;
 use tokio_util::task::TaskTracker;
 
+use crate::epoch::Epoch;
 use crate::inventory::Inventory;
 
 pub use call::{CallError, Events};
@@ -29,13 +30,14 @@ pub struct Address {
 pub struct Fleet {
     index: Index,
     credentials: Credentials,
+    epoch: Epoch,
     tasks: TaskTracker,
 }
 
 impl Fleet {
-    /// Without any node yet. The nodes' tasks run on `tasks`.
-    pub fn new(credentials: Credentials, tasks: TaskTracker) -> Arc<Self> {
-        Arc::new(Self { index: Index::default(), credentials, tasks })
+    /// Without any node yet. The nodes' tasks run on `tasks`; `epoch` goes into every call that an agent acts by.
+    pub fn new(credentials: Credentials, epoch: Epoch, tasks: TaskTracker) -> Arc<Self> {
+        Arc::new(Self { index: Index::default(), credentials, epoch, tasks })
     }
 
     /// Makes the nodes those of the map: starts to follow new ones and those with another address, forgets others.

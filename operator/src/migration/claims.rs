@@ -142,6 +142,9 @@ mod tests {
             target: None,
             peer_to_peer: PeerToPeer::Required,
             pre_commit_timeout: "5m".into(),
+            attempts: 1,
+            cancel: false,
+            resolve: None,
         };
         let object = |uid: &str, reservation| {
             let mut object = VMMigration::new(uid, spec.clone());

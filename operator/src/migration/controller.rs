@@ -81,5 +81,7 @@ fn needs_attention(migration: &VMMigration) -> bool {
     }
     let mut draft = Draft::new(migration);
     let stamp = Stamp { generation: None, now: jiff::Timestamp::UNIX_EPOCH };
-    next(&draft.status, false) != Step::Done || fact::spec_changed(&mut draft, &migration.spec, stamp)
+    next(&draft.status, draft.wish) != Step::Done
+        || fact::spec_changed(&mut draft, &migration.spec, stamp)
+        || fact::unjudged(&draft, &migration.spec).is_some()
 }

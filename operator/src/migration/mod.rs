@@ -6,15 +6,21 @@
 //! | [`fact`] | what the status says of what has become known (pure) |
 //! | [`trace`] | the events of an attempt (pure) |
 //! | [`request`] | what the agents are asked (pure) |
+//! | [`resolver`] | what is relayed between two agents that cannot settle it themselves (pure) |
+//! | [`words`] | the agents' words, as the resolver has them (pure) |
 //! | [`claims`] | which VMs and devices are spoken for |
 //! | [`controller`] | which objects need attention |
-//! | `run`, `follow` | one migration: asks the agents and writes the status |
+//! | `run`, `follow`, `inquiry`, `retry` | one migration: asks the agents and writes the status |
 
 pub mod claims;
 pub mod controller;
 pub mod fact;
 mod follow;
+mod inquiry;
 pub mod request;
+pub mod resolver;
+mod retry;
 mod run;
 pub mod step;
 pub mod trace;
+pub mod words;

@@ -3,12 +3,11 @@
 use std::time::Duration;
 
 use slackwater_api::{
-    DeviceMigration, MAX_PRE_COMMIT_TIMEOUT, MIN_PRE_COMMIT_TIMEOUT, MigrationFeature, PeerToPeer,
+    DeviceMigration, MAX_ATTEMPTS, MAX_PRE_COMMIT_TIMEOUT, MIN_PRE_COMMIT_TIMEOUT, MigrationFeature, PeerToPeer,
     VMMigrationSpec, VMMigrationStatus, format_duration, parse_duration,
 };
 use slackwater_proto::node as proto;
 
-use crate::epoch::operator_epoch;
 use crate::inventory::VmKey;
 use crate::plan::{Refusal, Request};
 
@@ -28,6 +27,9 @@ pub fn read_spec(namespace: &str, spec: &VMMigrationSpec) -> Result<Request, Ref
             "spec.preCommitTimeout is {}; it must be from 1s to 24h.",
             spec.pre_commit_timeout
         )));
+    }
+    if !(1..=MAX_ATTEMPTS).contains(&spec.attempts) {
+        return Err(invalid(format!("spec.attempts is {}; it must be from 1 to {MAX_ATTEMPTS}.", spec.attempts)));
     }
     Ok(Request {
         vm: VmKey { namespace: namespace.to_owned(), name: spec.vm_ref.name.clone() },
@@ -75,8 +77,9 @@ impl Accepted {
         })
     }
 
+    /// The epoch is that of whoever sends it: see [`Fleet`](crate::fleet::Fleet).
     fn migration(&self) -> proto::MigrationRef {
-        proto::MigrationRef { id: self.id.clone(), attempt: self.attempt, operator_epoch: operator_epoch() }
+        proto::MigrationRef { id: self.id.clone(), attempt: self.attempt, operator_epoch: 0 }
     }
 
     fn vm_ref(&self) -> proto::VmRef {
@@ -113,6 +116,11 @@ impl Accepted {
     /// For the source.
     pub fn abort(&self, why: &str) -> proto::AbortRequest {
         proto::AbortRequest { migration: Some(self.migration()), why: why.to_owned() }
+    }
+
+    /// For either end. `peer`: the other end's word.
+    pub fn resolve(&self, peer: Option<proto::JournalState>) -> proto::ResolveRequest {
+        proto::ResolveRequest { migration: Some(self.migration()), peer }
     }
 
     /// For the target.
@@ -156,6 +164,9 @@ mod tests {
             target: Some(Target { node_name: "node-b".into() }),
             peer_to_peer: PeerToPeer::Required,
             pre_commit_timeout: timeout.into(),
+            attempts: 1,
+            cancel: false,
+            resolve: None,
         }
     }
 

@@ -9,13 +9,16 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use kube::ResourceExt;
-use slackwater_api::{MIGRATION_FINALIZER, Reservation, VMMigration, VMMigrationStatus};
+use slackwater_api::{MIGRATION_FINALIZER, Reservation, VMMigration, VMMigrationSpec, VMMigrationStatus};
 use slackwater_proto::node::ReleaseReason;
 
 use super::controller::Surroundings;
 use super::fact::{self, Draft};
+use super::inquiry::Inquiry;
 use super::request::{Accepted, read_spec};
-use super::step::{Step, holds_claim, next};
+use super::resolver::Decision;
+use super::step::{Step, Wish, holds_claim, next};
+use super::trace::Trace;
 use crate::cluster::WriteError;
 use crate::conditions::Stamp;
 use crate::inventory::{Link, VmState};
@@ -41,6 +44,12 @@ pub(super) struct Run {
     pub(super) source_never_asked: bool,
     /// The source has said that it cannot be given up any more.
     pub(super) abort_too_late: bool,
+    /// The source has given the migration up, and only has to tell how it ended.
+    pub(super) given_up: bool,
+    pub(super) inquiry: Inquiry,
+    /// What an administrator has decided. It is acted upon when it stands in the status.
+    pub(super) decided: Option<Decision>,
+    pub(super) trace: Trace,
 }
 
 /// A pause that grows.
@@ -65,6 +74,10 @@ impl Run {
             gone: false,
             source_never_asked: false,
             abort_too_late: false,
+            given_up: false,
+            inquiry: Inquiry::new(),
+            decided: None,
+            trace: Trace::default(),
         }
     }
 
@@ -77,7 +90,7 @@ impl Run {
         loop {
             self.look();
             self.note_spec_change().await;
-            match next(&self.draft.status, self.is_deleting()) {
+            match next(&self.draft.status, self.draft.wish) {
                 Step::Plan => self.plan().await,
                 Step::Reserve => self.reserve().await,
                 Step::GiveUp => {
@@ -86,6 +99,7 @@ impl Run {
                 }
                 Step::Migrate => self.migrate().await,
                 Step::Release(reason) => self.release(reason).await,
+                Step::Retry => self.retry().await,
                 Step::Done => break,
             }
         }
@@ -129,6 +143,15 @@ impl Run {
             Some(seen) => self.object = seen,
             None => self.gone = true,
         }
+        let wish = if self.gone { Wish::Delete } else { fact::wish_of(&self.object) };
+        // A cancel cannot be taken back.
+        if !(self.draft.wish == Wish::Cancel && wish == Wish::Migrate) {
+            self.draft.wish = wish;
+        }
+    }
+
+    pub(super) fn spec(&self) -> VMMigrationSpec {
+        self.object.spec.clone()
     }
 
     pub(super) fn is_deleting(&self) -> bool {
@@ -151,16 +174,26 @@ impl Run {
 
     pub(super) async fn note_spec_change(&mut self) {
         let spec = self.object.spec.clone();
-        if self.learn(|draft, stamp| fact::spec_changed(draft, &spec, stamp)) {
+        let changed = self.learn(|draft, stamp| fact::spec_changed(draft, &spec, stamp));
+        if self.judge_resolve() || changed {
             self.write_progress().await;
+        }
+        // Before an agent is told of a decision, it stands where the next operator finds it.
+        if self.draft.status == self.written
+            && let Some(decision) = self.decided.take()
+        {
+            self.inquiry.decide(decision);
         }
     }
 
-    async fn plan(&mut self) {
+    pub(super) async fn plan(&mut self) {
         if !self.agents_have_been_asked().await {
             return;
         }
-        let spec = self.object.spec.clone();
+        // What was accepted once counts for every attempt.
+        let again = self.draft.status.attempt.is_some();
+        let accepted = self.draft.status.observed_spec.clone().filter(|_| again);
+        let spec = accepted.unwrap_or_else(|| self.object.spec.clone());
         let namespace = self.object.namespace().unwrap_or_default();
         let inventory = self.around.fleet.inventory();
         let checks = self.around.checks;
@@ -174,7 +207,10 @@ impl Run {
         match planned {
             Err(refusal) => {
                 tracing::info!(migration = self.name(), reason = refusal.reason(), %refusal, "refused");
-                self.learn(|draft, stamp| fact::refused(draft, &spec, &refusal, stamp));
+                self.learn(|draft, stamp| match again {
+                    true => fact::no_plan_this_time(draft, &spec, &refusal, stamp),
+                    false => fact::refused(draft, &spec, &refusal, stamp),
+                });
             }
             Ok(plan) => {
                 tracing::info!(
@@ -188,12 +224,15 @@ impl Run {
                     return;
                 }
                 self.learn(|draft, stamp| fact::planned(draft, &spec, &plan, stamp));
+                // All that was known is of the attempt before.
+                (self.inquiry, self.trace) = (Inquiry::new(), Trace::default());
+                (self.abort_too_late, self.given_up) = (false, false);
             }
         }
         self.write().await;
     }
 
-    /// `false`: the object has been deleted meanwhile.
+    /// `false`: it has been deleted or cancelled meanwhile.
     async fn agents_have_been_asked(&mut self) -> bool {
         let mut changes = self.around.fleet.changes();
         loop {
@@ -202,13 +241,16 @@ impl Run {
                 Some(nodes) => format!("Waiting for the first answer of {}.", nodes.join(", ")),
                 None => "The MigrationNodes are not known yet.".to_owned(),
             };
-            self.learn(|draft, stamp| fact::waiting(draft, &message, stamp));
+            // Between two attempts the status has more to say.
+            if self.draft.status.attempt.is_none() {
+                self.learn(|draft, stamp| fact::waiting(draft, &message, stamp));
+            }
             self.write_progress().await;
             tokio::select! {
                 () = changes.next() => {}
                 _ = self.around.migrations.changed() => self.look(),
             }
-            if self.is_deleting() {
+            if self.draft.wish != Wish::Migrate {
                 return false;
             }
         }
@@ -259,7 +301,7 @@ impl Run {
                 () = changes.next() => {}
                 _ = self.around.migrations.changed() => self.look(),
             }
-            if self.is_deleting() {
+            if self.draft.wish != Wish::Migrate {
                 return None;
             }
         }

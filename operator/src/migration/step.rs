@@ -2,12 +2,13 @@
 //! one stopped.
 //!
 //! ```text
-//!                 refused ──────────────────────────────────────────────────▶ Done
-//!  (nothing) ─ Plan ─▶ Requested ─ Reserve ─▶ Held ─ Migrate ─▶ Used ───────▶ Done
-//!                          │                   │ └─ in doubt, lost ─▶ Kept ─▶ Done
-//!                   failed │       rolled back │
-//!                          ▼                   ▼
-//!            ReleasingNeverStarted   ReleasingAbortedAtSource ─ Release ─▶ Released ─▶ Done
+//!                 refused, cancelled ───────────────────────────────────────────▶ Done
+//!  (nothing) ─ Plan ─▶ Requested ─ Reserve ─▶ Held ─ Migrate ─▶ Used ──────────▶ Done
+//!      ▲                   │                   │ └─ lost ─▶ Kept ──────────────▶ Done
+//!      │            failed │       rolled back │
+//!      │                   ▼                   ▼
+//!      │     ReleasingNeverStarted   ReleasingAbortedAtSource ─ Release ─▶ Released ─▶ Done
+//!      └──────────────────────── Retry, while attempts remain ────────────────┘
 //! ```
 //! Each state is written to the API server **before** the call that it is about. So `Requested` says that the source has
 //! not been asked for anything, and that is what makes `NEVER_STARTED` a true word to the target.
@@ -22,34 +23,56 @@ pub enum Step {
     Plan,
     /// Ask the target to reserve.
     Reserve,
-    /// It was deleted before the source was asked: nothing has to be reserved any more.
+    /// It was cancelled or deleted while nothing was under way: nothing has to be reserved any more.
     GiveUp,
     /// Ask the source to migrate, or join the migration that it is busy with.
     Migrate,
     /// Ask the target to give back what it reserved.
     Release(ReleaseReason),
+    /// Plan the next attempt, when it is time.
+    Retry,
     /// Nothing.
     Done,
 }
 
-/// Decides what comes next. `deleting`: somebody has deleted the object.
-pub fn next(status: &VMMigrationStatus, deleting: bool) -> Step {
+/// What its user wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wish {
+    /// That it is carried out.
+    Migrate,
+    /// That it is given up: it was cancelled.
+    Cancel,
+    /// That it is given up, and nothing is left of it: it was deleted.
+    Delete,
+}
+
+/// Decides what comes next.
+pub fn next(status: &VMMigrationStatus, wish: Wish) -> Step {
+    let ended = status.completion_time.is_some();
     match status.reservation {
-        None if deleting || status.completion_time.is_some() => Step::Done,
+        None if ended || wish == Wish::Delete => Step::Done,
+        None if wish == Wish::Cancel => Step::GiveUp,
         None => Step::Plan,
-        Some(Reservation::Requested) if deleting => Step::GiveUp,
+        Some(Reservation::Requested) if wish != Wish::Migrate => Step::GiveUp,
         Some(Reservation::Requested) => Step::Reserve,
         Some(Reservation::Held) => Step::Migrate,
         Some(Reservation::ReleasingNeverStarted) => Step::Release(ReleaseReason::NeverStarted),
         Some(Reservation::ReleasingAbortedAtSource) => Step::Release(ReleaseReason::AbortedAtSource),
-        Some(Reservation::Released | Reservation::Used | Reservation::Kept) => Step::Done,
+        Some(Reservation::Released) if ended => Step::Done,
+        Some(Reservation::Released) if wish != Wish::Migrate => Step::GiveUp,
+        Some(Reservation::Released) => Step::Retry,
+        // Version 0.1.0 took a doubt for an end.
+        Some(Reservation::Kept) if !ended => Step::Migrate,
+        Some(Reservation::Used | Reservation::Kept) => Step::Done,
     }
 }
 
 /// The migration has been accepted, and its VM and the devices at the target are still spoken for.
 pub fn holds_claim(status: &VMMigrationStatus) -> bool {
     match status.reservation {
-        None | Some(Reservation::Released | Reservation::Used) => false,
+        None | Some(Reservation::Used) => false,
+        // Another attempt follows.
+        Some(Reservation::Released) => status.completion_time.is_none(),
         Some(
             Reservation::Requested
             | Reservation::Held
@@ -68,22 +91,40 @@ mod tests {
         VMMigrationStatus { reservation: Some(reservation), ..Default::default() }
     }
 
-    #[test]
-    fn a_deleted_migration_is_never_planned_nor_reserved_for() {
-        assert_eq!(next(&VMMigrationStatus::default(), true), Step::Done);
-        assert_eq!(next(&with(Reservation::Requested), true), Step::GiveUp);
+    fn over(reservation: Option<Reservation>) -> VMMigrationStatus {
+        let completion_time = Some(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time::default());
+        VMMigrationStatus { reservation, completion_time, ..Default::default() }
     }
 
     #[test]
-    fn after_the_source_may_have_been_asked_the_target_never_hears_never_started() {
-        for deleting in [false, true] {
-            assert_eq!(next(&with(Reservation::Held), deleting), Step::Migrate);
+    fn a_deleted_or_cancelled_migration_is_never_planned_nor_reserved_for() {
+        assert_eq!(next(&VMMigrationStatus::default(), Wish::Delete), Step::Done);
+        assert_eq!(next(&VMMigrationStatus::default(), Wish::Cancel), Step::GiveUp);
+        for wish in [Wish::Delete, Wish::Cancel] {
+            assert_eq!(next(&with(Reservation::Requested), wish), Step::GiveUp);
+            assert_eq!(next(&with(Reservation::Released), wish), Step::GiveUp);
         }
     }
 
     #[test]
-    fn what_is_in_doubt_keeps_its_vm_from_being_migrated_again() {
-        assert_eq!(next(&with(Reservation::Kept), false), Step::Done);
+    fn after_the_source_may_have_been_asked_the_target_never_hears_never_started() {
+        for wish in [Wish::Migrate, Wish::Cancel, Wish::Delete] {
+            assert_eq!(next(&with(Reservation::Held), wish), Step::Migrate);
+        }
+    }
+
+    #[test]
+    fn what_an_older_operator_left_in_doubt_is_taken_up_again() {
+        assert_eq!(next(&with(Reservation::Kept), Wish::Migrate), Step::Migrate);
+        assert_eq!(next(&over(Some(Reservation::Kept)), Wish::Migrate), Step::Done);
         assert!(holds_claim(&with(Reservation::Kept)));
+    }
+
+    #[test]
+    fn between_two_attempts_the_vm_stays_spoken_for() {
+        assert_eq!(next(&with(Reservation::Released), Wish::Migrate), Step::Retry);
+        assert!(holds_claim(&with(Reservation::Released)));
+        assert_eq!(next(&over(Some(Reservation::Released)), Wish::Migrate), Step::Done);
+        assert!(!holds_claim(&over(Some(Reservation::Released))));
     }
 }

@@ -14,41 +14,67 @@ const SHOWN: usize = 64;
 const KERNEL_STATES: [&str; 8] =
     ["ERROR", "STOP", "RUNNING", "STOP_COPY", "RESUMING", "RUNNING_P2P", "PRE_COPY", "PRE_COPY_P2P"];
 
-/// The events of one attempt, in order and each once.
+/// The events of one attempt, each once, in the order in which they were told.
+///
+/// An agent that is joined again tells all from the start. One that has been restarted numbers anew, and may tell less than it
+/// did before; what it told before is kept.
 #[derive(Debug, Clone, Default)]
 pub struct Trace {
     events: Vec<MigrationEvent>,
+    /// Of the stream that is being listened to.
     last_sequence: u64,
+    /// How many of the events came by earlier streams.
+    earlier: usize,
 }
 
 impl Trace {
-    /// Takes the next event. `false`: it has been seen before (an agent that is joined again tells all from the start).
+    /// Another stream begins.
+    pub fn begin_again(&mut self) {
+        self.last_sequence = 0;
+        self.earlier = self.events.len();
+    }
+
+    /// Takes the next event. `false`: it has been seen before.
     pub fn push(&mut self, event: MigrationEvent) -> bool {
         if event.sequence <= self.last_sequence {
             return false;
         }
         self.last_sequence = event.sequence;
-        self.events.push(event);
+        let is_same = |known: &MigrationEvent| {
+            (known.unix_ns, &known.node, &known.what) == (event.unix_ns, &event.node, &event.what)
+        };
+        if self.events.iter().take(self.earlier).any(is_same) {
+            return false;
+        }
+        // Of progress the last word counts, and nobody keeps it.
+        if !matches!(event.what, Some(What::Progress(_))) {
+            self.events.push(event);
+        }
         true
     }
 
-    /// Nothing has been told yet.
-    pub fn is_empty(&self) -> bool {
-        self.events.is_empty()
+    /// The stream that is being listened to has told nothing yet.
+    pub fn is_silent(&self) -> bool {
+        self.last_sequence == 0
     }
 
-    /// What happened when.
-    pub fn timeline(&self) -> Vec<TimelineEntry> {
-        let entry = |event: &MigrationEvent| match &event.what {
-            Some(What::Phase(phase)) => Some(TimelineEntry {
-                phase: phase_name(*phase),
-                node: event.node.clone(),
-                time: wall_clock(event.unix_ns),
-                elapsed: self.elapsed(event),
-            }),
-            _ => None,
-        };
-        self.events.iter().filter_map(entry).take(SHOWN).collect()
+    /// What happened when: what a status shows already, and what is new. Each phase is reached once.
+    pub fn timeline(&self, shown: &[TimelineEntry]) -> Vec<TimelineEntry> {
+        let mut timeline = shown.to_vec();
+        let earlier = shown.first().and_then(start_of);
+        for event in &self.events {
+            let Some(What::Phase(phase)) = &event.what else { continue };
+            let phase = phase_name(*phase);
+            if timeline.len() < SHOWN && !is_shown(&timeline, &phase, &event.node) {
+                timeline.push(TimelineEntry {
+                    phase,
+                    node: event.node.clone(),
+                    time: wall_clock(event.unix_ns),
+                    elapsed: self.elapsed(event, earlier),
+                });
+            }
+        }
+        timeline
     }
 
     /// Every state in which a device was read back, at either end.
@@ -62,7 +88,7 @@ impl Trace {
                 node: event.node.clone(),
                 state: state_name(change.to),
                 time: wall_clock(event.unix_ns),
-                elapsed: self.elapsed(event),
+                elapsed: self.elapsed(event, None),
                 took: format_duration(Duration::from_nanos(change.took_ns)),
             }),
             _ => None,
@@ -73,12 +99,29 @@ impl Trace {
         events.into_iter().filter_map(step).take(SHOWN).collect()
     }
 
-    /// Since the first of all events. The agent that streams them has put both nodes' times on its own wall clock.
-    fn elapsed(&self, event: &MigrationEvent) -> String {
-        let start = self.events.iter().map(|event| event.unix_ns).min().unwrap_or(event.unix_ns);
-        let elapsed = event.unix_ns.saturating_sub(start);
+    /// Since the first of all events, those that were told to an earlier operator included. The agent that streams them has put
+    /// both nodes' times on its own wall clock.
+    fn elapsed(&self, event: &MigrationEvent, earlier: Option<i64>) -> String {
+        let start = self.events.iter().map(|event| event.unix_ns).chain(earlier).min();
+        let elapsed = event.unix_ns.saturating_sub(start.unwrap_or(event.unix_ns));
         format_duration(Duration::from_nanos(u64::try_from(elapsed).unwrap_or_default()))
     }
+}
+
+/// A phase stands in a timeline.
+pub fn is_shown(timeline: &[TimelineEntry], phase: &str, node: &str) -> bool {
+    timeline.iter().any(|entry| entry.phase == phase && entry.node == node)
+}
+
+/// When the attempt began, by an entry of its timeline, in nanoseconds since the Unix epoch.
+fn start_of(entry: &TimelineEntry) -> Option<i64> {
+    let (number, factor) = match entry.elapsed.strip_suffix("ms") {
+        Some(number) => (number, 1e6),
+        None => (entry.elapsed.strip_suffix('s')?, 1e9),
+    };
+    let elapsed = Duration::try_from_secs_f64(number.parse::<f64>().ok()? * factor / 1e9).ok()?;
+    let time = i64::try_from(entry.time.0.as_nanosecond()).ok()?;
+    time.checked_sub(i64::try_from(elapsed.as_nanos()).ok()?)
 }
 
 fn wall_clock(unix_ns: i64) -> MicroTime {
@@ -90,7 +133,8 @@ fn state_name(number: u32) -> String {
     known.map_or_else(|| format!("state {number}"), |name| (*name).to_owned())
 }
 
-fn phase_name(number: i32) -> String {
+/// The name of a phase, by its number.
+pub fn phase_name(number: i32) -> String {
     let name = Phase::try_from(number).map(|phase| phase.as_str_name());
     name.map_or_else(|_| format!("phase {number}"), |name| name.trim_start_matches("PHASE_").to_owned())
 }
@@ -139,16 +183,59 @@ mod tests {
         assert_eq!(states, ["RESUMING", "PRE_COPY"]);
     }
 
+    fn phase(p: Phase) -> What {
+        What::Phase(p.into())
+    }
+
+    fn names(timeline: &[TimelineEntry]) -> Vec<&str> {
+        timeline.iter().map(|entry| entry.phase.as_str()).collect()
+    }
+
     #[test]
     fn an_event_told_again_is_not_counted_again() {
         let mut trace = Trace::default();
-        let phase = |p: Phase| What::Phase(p.into());
         assert!(trace.push(event(1, "a", 0, phase(Phase::Connected))));
         assert!(!trace.push(event(1, "a", 0, phase(Phase::Connected))));
         assert!(trace.push(event(2, "a", 40, phase(Phase::PreCopy))));
-        let timeline = trace.timeline();
-        assert_eq!(timeline.iter().map(|e| e.phase.as_str()).collect::<Vec<_>>(), ["CONNECTED", "PRE_COPY"]);
+        trace.begin_again();
+        assert!(!trace.push(event(1, "a", 0, phase(Phase::Connected))));
+        assert!(!trace.push(event(2, "a", 40, phase(Phase::PreCopy))));
+        assert!(trace.push(event(3, "a", 60, phase(Phase::Pausing))));
+        let timeline = trace.timeline(&[]);
+        assert_eq!(names(&timeline), ["CONNECTED", "PRE_COPY", "PAUSING"]);
         assert_eq!(timeline[1].elapsed, "40ms");
+    }
+
+    #[test]
+    fn what_an_agent_told_before_it_was_restarted_is_kept() {
+        let mut trace = Trace::default();
+        trace.push(event(1, "a", 10, phase(Phase::Connected)));
+        trace.push(event(2, "a", 50, change("x", 3)));
+        trace.push(event(3, "a", 60, phase(Phase::Committed)));
+        trace.begin_again();
+        // It knows from its journal that it has committed, and not exactly when.
+        assert!(trace.push(event(1, "a", 900, phase(Phase::Committed))));
+        assert!(trace.push(event(2, "a", 990, phase(Phase::Started))));
+        let timeline = trace.timeline(&[]);
+        assert_eq!(names(&timeline), ["CONNECTED", "COMMITTED", "STARTED"]);
+        assert_eq!((timeline[1].elapsed.as_str(), timeline[2].elapsed.as_str()), ("50ms", "980ms"));
+        let device = DeviceMigration { source: "x".into(), ..Default::default() };
+        assert_eq!(trace.steps(&device, "a", "b").len(), 1);
+    }
+
+    #[test]
+    fn what_an_earlier_operator_has_shown_is_kept_with_its_times() {
+        let mut earlier = Trace::default();
+        earlier.push(event(1, "b", 0, change("y", 4)));
+        earlier.push(event(2, "a", 1_500, phase(Phase::Connected)));
+        earlier.push(event(3, "a", 2_000, phase(Phase::Committed)));
+        let shown = earlier.timeline(&[]);
+        // The agent has been restarted, too.
+        let mut trace = Trace::default();
+        trace.push(event(1, "a", 2_750, phase(Phase::Started)));
+        let timeline = trace.timeline(&shown);
+        assert_eq!(timeline[..2], shown[..]);
+        assert_eq!((timeline[2].phase.as_str(), timeline[2].elapsed.as_str()), ("STARTED", "2.75s"));
     }
 
     #[test]

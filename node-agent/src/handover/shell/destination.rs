@@ -7,6 +7,7 @@ use std::time::Duration;
 use futures::Stream;
 use futures::future::BoxFuture;
 use slackwater_proto::channel::words;
+use slackwater_proto::node::JournalState;
 use slackwater_proto::tonic::{Status, Streaming};
 use slackwater_proto::transfer::{
     self, DeviceStep, Failed, HandoverRequest, HandoverResponse, Loaded, Ready, SendBlobRequest, Started,
@@ -18,10 +19,12 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::task_tracker::{TaskTracker, TaskTrackerToken};
 use tracing::{info, warn};
 
+use super::ledger::Ledger;
 use super::receiving::Receiver;
-use super::{VmmCall, of_twin, refused, traced};
+use super::{VmmCall, of_twin, refused, resume, traced};
 use crate::handover::destination::{Destination, Effect, End, Event};
-use crate::handover::{Blob, Failure, Reason};
+use crate::handover::entry::{Ended, Process};
+use crate::handover::{Blob, Failure, Reason, Record, Word};
 use crate::host::clock::Clock;
 use crate::transfer::incoming::{self, ReceiveError};
 use crate::vfio::state::{Features, MigrationState};
@@ -34,6 +37,8 @@ pub struct Twin {
     pub vmm: Arc<dyn Vmm>,
     /// Its devices, borrowed from it, in the VM's order.
     pub devices: Vec<DeviceHandle>,
+    /// Its process, for the journal: an agent that begins again finds it by this.
+    pub process: Option<Process>,
 }
 
 /// The place where the VM lands: what is the node's own about starting a twin, keeping it, or clearing it away.
@@ -58,6 +63,22 @@ pub struct DestinationParts {
     pub site: Arc<dyn Site>,
     /// For so long the source may leave a reservation unused.
     pub silence_timeout: Duration,
+    /// The journal of this attempt.
+    pub ledger: Ledger,
+    /// Where an agent that has begun again found it; None for a new attempt.
+    pub recovered: Option<Recovered>,
+}
+
+/// What an agent that has begun again found of an attempt.
+pub struct Recovered {
+    /// What stood in the journal.
+    pub record: Record,
+    /// The twin, if its process is still the one that was started.
+    pub twin: Option<Twin>,
+    /// Where each of its devices was read back; None where it could not be.
+    pub found: Vec<Option<MigrationState>>,
+    /// Why it is given up, if it is.
+    pub failure: Failure,
 }
 
 /// The twin may have run: nothing can be given back.
@@ -90,6 +111,7 @@ pub struct DestinationRun {
     signals: mpsc::UnboundedSender<Signal>,
     reserved: watch::Receiver<Option<Result<(), Failure>>>,
     end: watch::Receiver<Option<End>>,
+    ledger: Ledger,
 }
 
 impl DestinationRun {
@@ -98,6 +120,7 @@ impl DestinationRun {
         let (signals, heard) = mpsc::unbounded_channel();
         let (tell_reserved, reserved) = watch::channel(None);
         let (tell_end, end) = watch::channel(None);
+        let ledger = parts.ledger.clone();
         let shell = Shell {
             parts,
             signals: signals.clone(),
@@ -109,13 +132,35 @@ impl DestinationRun {
             streams: CancellationToken::new(),
             stream_tasks: TaskTracker::new(),
             tell_reserved,
+            failure: None,
+            stated: None,
             end: None,
         };
         tokio::spawn(async move {
             let end = shell.run().await;
             tell_end.send_replace(Some(end));
         });
-        Self { signals, reserved, end }
+        Self { signals, reserved, end, ledger }
+    }
+
+    /// An attempt that ended under an earlier agent: there is nothing left of it but its journal.
+    pub fn over(ledger: Ledger, end: End) -> Self {
+        let (signals, _) = mpsc::unbounded_channel();
+        let reserved = match &end {
+            End::Discarded(failure) => Err(failure.clone()),
+            End::Running | End::Stuck(_) => Ok(()),
+        };
+        Self { signals, reserved: watch::channel(Some(reserved)).1, end: watch::channel(Some(end)).1, ledger }
+    }
+
+    /// What stands in its journal.
+    pub fn journalled(&self) -> JournalState {
+        self.ledger.state()
+    }
+
+    /// What the source has journalled: by its own question, or relayed.
+    pub fn peer_says(&self, word: Word) {
+        let _ = self.signals.send(Signal::Event(Event::PeerSays(word)));
     }
 
     /// Waits until the devices stand in RESUMING.
@@ -267,19 +312,30 @@ struct Shell {
     streams: CancellationToken,
     stream_tasks: TaskTracker,
     tell_reserved: watch::Sender<Option<Result<(), Failure>>>,
+    /// Why the machine gives up, if it does: it goes into the journal.
+    failure: Option<Failure>,
+    /// An administrator has stated the source's word, and why.
+    stated: Option<String>,
     end: Option<End>,
 }
 
 impl Shell {
     async fn run(mut self) -> End {
-        let mut machine = Destination::new(&self.parts.features);
+        let mut machine = self.machine();
         let silence = tokio::time::sleep(self.parts.silence_timeout);
         tokio::pin!(silence);
         let mut silence_over = false;
         let mut event = Event::Start;
         loop {
+            #[cfg(feature = "faults")]
+            let before = machine.phase();
             let (next, effects) = machine.step(event);
             machine = next;
+            #[cfg(feature = "faults")]
+            if machine.phase() != before {
+                crate::faults::halted("destination", &format!("{:?}", machine.phase()).to_lowercase()).await;
+            }
+            self.failure = machine.failure().cloned();
             for effect in effects {
                 self.perform(effect);
             }
@@ -305,8 +361,27 @@ impl Shell {
         }
     }
 
+    fn machine(&mut self) -> Destination {
+        let Some(found) = self.parts.recovered.take() else { return Destination::new(&self.parts.features) };
+        let twin_there = found.twin.is_some();
+        let features = found
+            .twin
+            .as_ref()
+            .map(|twin| twin.devices.iter().map(DeviceHandle::features).collect::<Vec<_>>());
+        if let Some(twin) = &found.twin {
+            self.watch_twin(twin);
+        }
+        self.twin = found.twin;
+        let features = features.unwrap_or_default();
+        Destination::recover(&features, &found.found, found.record, found.failure, twin_there)
+    }
+
     fn accept(&mut self, signal: Signal, machine: &Destination) -> Option<Event> {
         match signal {
+            Signal::Event(Event::PeerSays(word)) => {
+                self.stated.clone_from(&word.stated_because);
+                Some(Event::PeerSays(word))
+            }
             Signal::Event(event) => Some(event),
             Signal::Peer(answers) => {
                 self.answers = Some(answers);
@@ -314,6 +389,8 @@ impl Shell {
             }
             Signal::TwinReady(twin) => {
                 self.watch_twin(&twin);
+                let process = twin.process.clone();
+                self.parts.ledger.amend(move |entry| entry.vmm = process);
                 self.twin = Some(twin);
                 Some(Event::TwinReady)
             }
@@ -377,8 +454,8 @@ impl Shell {
             Effect::FinishLoad => {
                 self.call(|vmm| vmm.finish_load(), Event::LoadFinished);
             }
-            // The journal's place: nothing is written yet, so every record is confirmed at once.
-            Effect::Record(record) => self.signal(Event::Recorded(record)),
+            Effect::Record(record) => self.record(record, false),
+            Effect::RecordAgain(record) => self.record(record, true),
             Effect::SendLoaded => self.answer(handover_response::Message::Loaded(Loaded { at: now() })),
             Effect::SendStarting => self.answer(handover_response::Message::Starting(Starting { at: now() })),
             Effect::ActivateIdentity => {
@@ -391,7 +468,7 @@ impl Shell {
                     let _ = signals.send(Signal::Event(event));
                 });
             }
-            Effect::Resume => self.call(|vmm| vmm.resume(), Event::Resumed),
+            Effect::Resume => self.call(resume, Event::Resumed),
             Effect::SendStarted => self.answer(handover_response::Message::Started(Started { at: now() })),
             Effect::SendFailed(failure) => {
                 if let Some(answers) = &self.answers {
@@ -403,8 +480,19 @@ impl Shell {
         }
     }
 
-    fn signal(&self, event: Event) {
-        let _ = self.signals.send(Signal::Event(event));
+    fn record(&self, record: Record, again: bool) {
+        let (signals, stated) = (self.signals.clone(), self.stated.clone());
+        self.parts.ledger.amend(move |entry| entry.stated_because = stated);
+        self.parts.ledger.record(record, self.failure.clone(), again, move |result| {
+            let event = match result {
+                Ok(()) => Event::Recorded(record),
+                Err(failure) => {
+                    warn!(%failure, "a record could not be made durable");
+                    Event::RecordFailed(record, failure)
+                }
+            };
+            let _ = signals.send(Signal::Event(event));
+        });
     }
 
     fn answer(&mut self, message: handover_response::Message) {
@@ -517,9 +605,15 @@ impl Shell {
                     first
                 });
             }
-            End::Stuck(_) => {}
+            End::Stuck(failure) => warn!(%failure, "the VM could not be started, and stays as it is"),
         }
         info!(migration = self.parts.migration_id, ?end, "destination: the migration has ended");
+        let failure = match &end {
+            End::Running => None,
+            End::Discarded(failure) | End::Stuck(failure) => Some(failure.clone()),
+        };
+        let ended = Ended { outcome: 0, timings_ns: [0; 3], device_bytes: Vec::new(), vmm_bytes: 0 };
+        self.parts.ledger.finish(failure, ended).await;
         end
     }
 }

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use futures::Stream;
 use slackwater_proto::node::{
-    DeviceStateChange, Finished, MigrationEvent, Phase, Progress, migration_event::What,
+    DeviceStateChange, Doubt, Finished, MigrationEvent, Phase, Progress, migration_event::What,
 };
 use tokio::sync::watch;
 
@@ -48,6 +48,11 @@ impl EventLog {
     /// How much has been sent.
     pub fn progress(&self, at: Clock, progress: Progress) {
         self.push(&self.node, at, What::Progress(progress));
+    }
+
+    /// Something keeps the migration from its end.
+    pub fn doubt(&self, at: Clock, doubt: Doubt) {
+        self.push(&self.node, at, What::Doubt(doubt));
     }
 
     /// The end. Nothing is recorded after it.

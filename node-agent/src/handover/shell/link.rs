@@ -2,24 +2,31 @@
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::time::Duration;
 
 use slackwater_proto::channel::{connect, words};
 use slackwater_proto::limits::transfer_client;
+use slackwater_proto::node::JournalState;
 use slackwater_proto::tls::Credentials;
 use slackwater_proto::tonic::Streaming;
 use slackwater_proto::transfer::{
-    Abort, Attempt, Commit, HandoverRequest, HandoverResponse, Hello, handover_request, handover_response,
+    Abort, Attempt, Commit, HandoverRequest, HandoverResponse, Hello, SettleRequest, handover_request,
+    handover_response,
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::answers::PeerClock;
-use crate::handover::{Blob, Failure, Reason, blobs};
+use crate::handover::entry::word_of;
+use crate::handover::{Blob, Failure, Reason, Word, blobs};
 use crate::host::clock::Clock;
 use crate::transfer::outgoing::{self, Outgoing, Receipt};
 
 /// Decisions that wait for the transport: Hello, and Commit or Abort.
 const DECISIONS: usize = 4;
+
+/// For one question to the destination, connecting included.
+const SETTLE_LIMIT: Duration = Duration::from_secs(10);
 
 /// Whom to connect to, and for what.
 #[derive(Clone, Debug)]
@@ -103,6 +110,29 @@ impl Peer {
             links.push(BlobLink { blob, outgoing, receipt, sent_bytes });
         }
         Ok(Link { decisions, blobs: links, answers: Answers { stream: answers, peer_clock } })
+    }
+}
+
+impl Peer {
+    /// Says what stands in the source's journal, and hears what stands in the destination's.
+    ///
+    /// # Errors
+    /// PeerLost, if it does not answer in time.
+    pub async fn settle(&self, own: JournalState) -> Result<Word, Failure> {
+        let silent = |why: String| {
+            Failure::new(Reason::PeerLost, format!("the destination {} does not answer: {why}", self.node))
+        };
+        let asked = async {
+            let channel = connect(&self.credentials, &self.address, &self.node)
+                .await
+                .map_err(|error| silent(error.to_string()))?;
+            let request = SettleRequest { attempt: Some(self.attempt.clone()), source: Some(own) };
+            let answer = transfer_client(channel).settle(request).await;
+            Ok(answer.map_err(|status| silent(words(&status)))?.into_inner())
+        };
+        let answer = tokio::time::timeout(SETTLE_LIMIT, asked).await;
+        let answer = answer.unwrap_or_else(|_| Err(silent(format!("not within {SETTLE_LIMIT:?}"))))?;
+        Ok(word_of(&answer.destination.unwrap_or_default()))
     }
 }
 

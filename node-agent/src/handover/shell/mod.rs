@@ -3,6 +3,8 @@
 mod answers;
 pub mod destination;
 pub mod events;
+pub mod ledger;
+mod limits;
 pub mod link;
 mod phases;
 mod pump;
@@ -20,7 +22,7 @@ use crate::host::clock::Clock;
 use crate::vfio::error::SetStateError;
 use crate::vfio::state::MigrationState;
 use crate::vfio::worker::Reached;
-use crate::vmm::{Vmm, VmmError};
+use crate::vmm::{RunState, Vmm, VmmError};
 
 /// A call to a VMM that is answered by nothing but success or failure.
 type VmmCall = for<'a> fn(&'a dyn Vmm) -> BoxFuture<'a, Result<(), VmmError>>;
@@ -49,6 +51,17 @@ fn of_twin(error: &VmmError) -> Failure {
         _ => Reason::VmmFailed,
     };
     Failure::new(reason, format!("at the destination, {error}"))
+}
+
+/// Lets the vCPUs run, if they do not yet: after a pause that failed, or an agent that ended, it is not known whether they do, and
+/// to resume a VM that runs would be refused.
+fn resume(vmm: &dyn Vmm) -> BoxFuture<'_, Result<(), VmmError>> {
+    Box::pin(async move {
+        match vmm.describe().await?.run_state {
+            RunState::Running => Ok(()),
+            RunState::Paused | RunState::Incoming => vmm.resume().await,
+        }
+    })
 }
 
 /// A state change that failed at one end: where the device stands, and why, in words.

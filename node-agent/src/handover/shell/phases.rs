@@ -17,6 +17,7 @@ pub(super) fn told(phase: source::Phase) -> Option<Phase> {
         S::Releasing => Some(Phase::Started),
         S::Settling => Some(Phase::RollingBack),
         S::New
+        | S::Saving
         | S::Connecting
         | S::Committing
         | S::LeavingCapture
@@ -33,7 +34,7 @@ pub(super) fn last(end: &source::End) -> Option<Phase> {
     match end {
         source::End::Succeeded => Some(Phase::Released),
         source::End::RolledBack(_) => Some(Phase::RolledBack),
-        source::End::Refused(_) | source::End::InDoubt(_) | source::End::Lost(_) => None,
+        source::End::Refused(_) | source::End::Lost(_) => None,
     }
 }
 
@@ -43,7 +44,6 @@ pub(super) fn finished(end: source::End) -> Finished {
         source::End::Succeeded => (Outcome::Succeeded, None),
         source::End::RolledBack(failure) => (Outcome::RolledBack, Some(failure)),
         source::End::Refused(failure) => (Outcome::Refused, Some(failure)),
-        source::End::InDoubt(failure) => (Outcome::InDoubt, Some(failure)),
         source::End::Lost(failure) => (Outcome::Lost, Some(failure)),
     };
     let (reason, message) = match failure {

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use futures::future::BoxFuture;
 use slackwater_proto::channel::words;
-use slackwater_proto::node::{Phase as ToldPhase, Progress};
+use slackwater_proto::node::{Doubt, JournalRecord, JournalState, Outcome, Phase as ToldPhase, Progress};
 use slackwater_proto::transfer::HandoverResponse;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
@@ -18,23 +18,25 @@ use tracing::{info, warn};
 
 use super::answers::{self, Answer};
 use super::events::EventLog;
+use super::ledger::Ledger;
 use super::link::{Answers, BlobLink, Decisions, Link, Peer};
-use super::phases;
 use super::pump::{self, DevicePump};
-use super::timings::Marks;
-use super::{VmmCall, refused, traced};
+use super::{VmmCall, limits, phases, refused, resume, traced};
+use crate::handover::entry::{EndEntry, Ended, Marks};
 use crate::handover::policy::StopPlan;
-use crate::handover::source::{Effect, End, Event, Source};
-use crate::handover::{Blob, Failure, Reason};
+use crate::handover::source::{Effect, End, Event, Phase, Source};
+use crate::handover::{Blob, Failure, Reason, Record, Word};
 use crate::host::clock::Clock;
 use crate::vfio::state::{Features, MigrationState};
 use crate::vfio::worker::DeviceHandle;
-use crate::vmm::{RunState, Vmm, VmmError};
+use crate::vmm::{Vmm, VmmError};
 
 /// How often progress is told while bytes are moving.
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 /// How long a process whose socket has closed may take to be gone.
 const ENDING: Duration = Duration::from_secs(1);
+/// The pause before the destination is asked again what it has journalled: the first, and the longest.
+const ASK_AGAIN: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(5));
 
 /// All that one attempt needs at the source.
 pub struct SourceParts {
@@ -48,12 +50,30 @@ pub struct SourceParts {
     pub features: Vec<Features>,
     /// The order of stops.
     pub plan: StopPlan,
+    /// The journal of this attempt.
+    pub ledger: Ledger,
+    /// Where an agent that has begun again found it; None for a new attempt.
+    pub recovered: Option<Recovered>,
     /// The commit must have happened by then.
     pub pre_commit_timeout: Duration,
     /// Gives back what is left of the VM here, once it runs elsewhere.
     pub release: Box<dyn FnOnce() -> BoxFuture<'static, ()> + Send>,
     /// Where everything is told.
     pub log: EventLog,
+}
+
+/// What an agent that has begun again found of an attempt.
+pub struct Recovered {
+    /// What stood in the journal.
+    pub record: Record,
+    /// Where each device was read back; None where it could not be.
+    pub found: Vec<Option<MigrationState>>,
+    /// Why it is given up, if it is.
+    pub failure: Failure,
+    /// The VMM's process has ended.
+    pub vmm_gone: bool,
+    /// What the timings need, from the same boot.
+    pub marks: Marks,
 }
 
 /// Somebody wants the migration given up.
@@ -71,7 +91,9 @@ pub struct PastTheCommit;
 #[derive(Clone, Debug)]
 pub struct SourceRun {
     wishes: mpsc::Sender<AbortWish>,
+    signals: mpsc::UnboundedSender<Signal>,
     log: EventLog,
+    ledger: Ledger,
     done: watch::Receiver<bool>,
 }
 
@@ -80,12 +102,31 @@ impl SourceRun {
     pub fn start(parts: SourceParts) -> Self {
         let (wishes, wanted) = mpsc::channel(1);
         let (finished, done) = watch::channel(false);
-        let log = parts.log.clone();
+        let (log, ledger) = (parts.log.clone(), parts.ledger.clone());
+        let shell = Shell::new(parts);
+        let signals = shell.signals.clone();
         tokio::spawn(async move {
-            Shell::new(parts).run(wanted).await;
+            shell.run(wanted).await;
             finished.send_replace(true);
         });
-        Self { wishes, log, done }
+        Self { wishes, signals, log, ledger, done }
+    }
+
+    /// An attempt that ended under an earlier agent: there is nothing left of it but its log and its journal.
+    pub fn over(log: EventLog, ledger: Ledger) -> Self {
+        let ((wishes, _), (signals, _), (_, done)) =
+            (mpsc::channel(1), mpsc::unbounded_channel(), watch::channel(true));
+        Self { wishes, signals, log, ledger, done }
+    }
+
+    /// What stands in its journal.
+    pub fn journalled(&self) -> JournalState {
+        self.ledger.state()
+    }
+
+    /// Somebody relays what the destination has journalled.
+    pub fn peer_says(&self, word: Word) {
+        let _ = self.signals.send(Signal::Event(Event::PeerSays(word)));
     }
 
     /// Its events.
@@ -116,15 +157,15 @@ impl SourceRun {
     }
 
     fn ended_without_commit(&self) -> Result<(), PastTheCommit> {
-        use slackwater_proto::node::Outcome;
-        match self.log.end().map(|end| end.outcome()) {
-            Some(Outcome::Succeeded | Outcome::InDoubt) => Err(PastTheCommit),
+        match self.journalled().record() {
+            JournalRecord::Committed | JournalRecord::Released => Err(PastTheCommit),
             _ => Ok(()),
         }
     }
 }
 
 /// What the tasks tell the machine's task.
+#[derive(Debug)]
 enum Signal {
     Event(Event),
     Connected(Box<Link>),
@@ -145,6 +186,12 @@ struct Shell {
     save_started: bool,
     told_progress: u64,
     marks: Marks,
+    /// Why the machine gives up, if it does: it goes into the journal.
+    failure: Option<Failure>,
+    /// An administrator has stated the destination's word, and why.
+    stated: Option<String>,
+    /// The pause before the destination is asked the next time.
+    ask_pause: Duration,
     end: Option<End>,
 }
 
@@ -164,27 +211,43 @@ impl Shell {
             save_started: false,
             told_progress: 0,
             marks: Marks::default(),
+            failure: None,
+            stated: None,
+            ask_pause: Duration::ZERO,
             end: None,
         }
     }
 
     async fn run(mut self, mut wishes: mpsc::Receiver<AbortWish>) {
-        self.marks.begin(Clock::now().monotonic_ns);
-        let mut machine = Source::new(&self.parts.features, self.parts.plan);
+        let mut machine = self.machine();
         let deadline = tokio::time::sleep(self.parts.pre_commit_timeout);
         tokio::pin!(deadline);
         let mut deadline_passed = false;
+        let phase_limit = tokio::time::sleep(Duration::MAX);
+        tokio::pin!(phase_limit);
+        let mut bounded: Option<(Phase, Duration)> = None;
         let mut progress = tokio::time::interval(PROGRESS_EVERY);
         self.watch_vmm();
         let mut event = Event::Start;
         loop {
+            let before = machine.phase();
             let (next, effects) = machine.step(event);
             machine = next;
+            let phase = machine.phase();
+            if phase != before {
+                #[cfg(feature = "faults")]
+                crate::faults::halted("source", &format!("{phase:?}").to_lowercase()).await;
+                bounded = limits::of(phase).map(|limit| (phase, limit));
+                if let Some((_, limit)) = bounded {
+                    phase_limit.as_mut().reset(tokio::time::Instant::now() + limit);
+                }
+            }
+            self.failure = machine.failure().cloned();
             for effect in effects {
                 self.perform(effect);
             }
             if let Some(end) = self.end.take() {
-                self.finish(end);
+                self.finish(end).await;
                 return;
             }
             event = loop {
@@ -196,6 +259,11 @@ impl Shell {
                             "the migration was not committed within {:?} (preCommitTimeout); it stood in {:?}",
                             self.parts.pre_commit_timeout, machine.phase()
                         );
+                        break Event::Failed(Failure::new(Reason::TimedOut, message));
+                    }
+                    () = &mut phase_limit, if bounded.is_some() => {
+                        let Some((phase, limit)) = bounded.take() else { continue };
+                        let message = format!("the migration stood in {phase:?} for {limit:?}, and was given up");
                         break Event::Failed(Failure::new(Reason::TimedOut, message));
                     }
                     Some(wish) = wishes.recv() => {
@@ -212,8 +280,34 @@ impl Shell {
         }
     }
 
+    fn machine(&mut self) -> Source {
+        match self.parts.recovered.take() {
+            None => {
+                self.marks.begin(Clock::now().monotonic_ns);
+                Source::new(&self.parts.features, self.parts.plan)
+            }
+            Some(found) => {
+                self.marks = found.marks;
+                // Whether the agent before had begun a save is not known; a VMM without one refuses to abort it.
+                self.save_started = true;
+                Source::recover(
+                    &self.parts.features,
+                    &found.found,
+                    self.parts.plan,
+                    found.record,
+                    found.failure,
+                    found.vmm_gone,
+                )
+            }
+        }
+    }
+
     fn accept(&mut self, signal: Signal) -> Event {
         match signal {
+            Signal::Event(Event::PeerSays(word)) => {
+                self.stated.clone_from(&word.stated_because);
+                Event::PeerSays(word)
+            }
             Signal::Event(event) => event,
             Signal::Connected(link) => {
                 self.connected(*link);
@@ -236,8 +330,10 @@ impl Shell {
                 }
             }
             Effect::Connect => self.connect(),
-            // The journal's place: nothing is written yet, so every record is confirmed at once.
-            Effect::Record(record) => self.signal(Event::Recorded(record)),
+            Effect::Record(record) => self.record(record, false),
+            Effect::RecordAgain(record) => self.record(record, true),
+            Effect::AskPeer => self.ask_peer(),
+            Effect::Doubt(failure) => self.doubt(&failure),
             Effect::StartSave => self.start_save(),
             Effect::SetState(index, to) => self.set_state(index, to),
             Effect::PreCopy(index) => self.pre_copy(index),
@@ -248,6 +344,7 @@ impl Shell {
                 if let Some(decisions) = &self.decisions {
                     decisions.commit();
                 }
+                self.expect_start();
             }
             Effect::SendAbort(why) => {
                 if let Some(decisions) = &self.decisions {
@@ -262,8 +359,69 @@ impl Shell {
         }
     }
 
-    fn signal(&self, event: Event) {
-        let _ = self.signals.send(Signal::Event(event));
+    fn record(&self, record: Record, again: bool) {
+        let (signals, marks, stated) = (self.signals.clone(), self.marks, self.stated.clone());
+        self.parts.ledger.amend(move |entry| {
+            if let EndEntry::Source { marks: place, .. } = &mut entry.end {
+                *place = marks;
+            }
+            entry.stated_because = stated;
+        });
+        self.parts.ledger.record(record, self.failure.clone(), again, move |result| {
+            let event = match result {
+                Ok(()) => Event::Recorded(record),
+                Err(failure) => Event::RecordFailed(record, failure),
+            };
+            let _ = signals.send(Signal::Event(event));
+        });
+    }
+
+    /// Asks at once, and later and later when it is asked again.
+    fn ask_peer(&mut self) {
+        let pause = self.ask_pause;
+        let (first, longest) = ASK_AGAIN;
+        self.ask_pause = (pause * 2).clamp(first, longest);
+        let (peer, own, signals) = (self.parts.peer.clone(), self.parts.ledger.state(), self.signals.clone());
+        tokio::spawn(async move {
+            let answered = async {
+                tokio::time::sleep(pause).await;
+                peer.settle(own).await
+            };
+            let event = tokio::select! {
+                answer = answered => match answer {
+                    Ok(word) => Event::PeerSays(word),
+                    Err(failure) => Event::PeerSilent(failure),
+                },
+                () = signals.closed() => return,
+            };
+            let _ = signals.send(Signal::Event(event));
+        });
+    }
+
+    fn doubt(&self, failure: &Failure) {
+        warn!(
+            migration = self.parts.peer.attempt.migration_id,
+            reason = failure.reason.as_str(),
+            message = failure.message,
+            "source: the migration cannot come to its end yet"
+        );
+        let doubt = Doubt { reason: failure.reason.as_str().to_owned(), message: failure.message.clone() };
+        self.parts.log.doubt(Clock::now(), doubt);
+    }
+
+    /// Says so when STARTED takes long. Nothing else follows from that.
+    fn expect_start(&self) {
+        let (signals, peer) = (self.signals.clone(), self.parts.peer.node.clone());
+        tokio::spawn(async move {
+            tokio::select! {
+                () = tokio::time::sleep(limits::START_EXPECTED) => {
+                    let message = format!("{peer} has not started the VM {:?} after the commit", limits::START_EXPECTED);
+                    let overdue = Event::StartOverdue(Failure::new(Reason::TargetSlow, message));
+                    let _ = signals.send(Signal::Event(overdue));
+                }
+                () = signals.closed() => {}
+            }
+        });
     }
 
     fn reach(&mut self, phase: ToldPhase) {
@@ -540,13 +698,14 @@ impl Shell {
         }
     }
 
-    fn finish(&mut self, end: End) {
+    async fn finish(&mut self, end: End) {
         if let Some(phase) = phases::last(&end) {
             self.reach(phase);
         }
         let now = Clock::now();
         let mut finished = phases::finished(end);
-        finished.timings = Some(self.marks.timings(now.monotonic_ns));
+        let timings = self.marks.timings(now.monotonic_ns);
+        finished.timings = Some(timings);
         finished.device_bytes = self.device_bytes();
         finished.vmm_bytes = self.vmm_bytes();
         info!(
@@ -554,20 +713,23 @@ impl Shell {
             outcome = ?finished.outcome(), reason = finished.reason, message = finished.message,
             "source: the migration has ended"
         );
+        let ended = Ended {
+            outcome: finished.outcome,
+            timings_ns: [timings.pre_copy_ns, timings.blackout_ns, timings.total_ns],
+            device_bytes: finished.device_bytes.clone(),
+            vmm_bytes: finished.vmm_bytes,
+        };
+        let failure = (finished.outcome() != Outcome::Succeeded).then(|| {
+            Failure::new(
+                Reason::of_name(&finished.reason).unwrap_or(Reason::Aborted),
+                finished.message.clone(),
+            )
+        });
+        self.parts.ledger.finish(failure, ended).await;
         self.parts.log.finished(now, finished);
     }
 }
 
 fn lost(peer: &str, why: &str) -> Event {
     Event::Failed(Failure::new(Reason::PeerLost, format!("the destination {peer} was lost: {why}")))
-}
-
-/// After a pause that failed it is not known whether the vCPUs run; to resume a VM that runs would be refused.
-fn resume(vmm: &dyn Vmm) -> BoxFuture<'_, Result<(), VmmError>> {
-    Box::pin(async move {
-        match vmm.describe().await?.run_state {
-            RunState::Running => Ok(()),
-            RunState::Paused | RunState::Incoming => vmm.resume().await,
-        }
-    })
 }

@@ -8,7 +8,7 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, SanType};
 use rustix::io::Errno;
-use slackwater_proto::identity::Role;
+use slackwater_proto::identity;
 use slackwater_proto::node::{Finished, MigrationRef, Outcome, ReserveRequest};
 use slackwater_proto::server;
 use slackwater_proto::tls::Credentials;
@@ -18,11 +18,15 @@ use tokio::net::TcpListener;
 
 use super::destination::{DestinationParts, DestinationRun, Site, Twin};
 use super::events::EventLog;
+use super::ledger::Ledger;
 use super::link::Peer;
 use super::source::{PastTheCommit, SourceParts, SourceRun};
-use crate::handover::Failure;
 use crate::handover::destination::End;
+use crate::handover::entry::Entry;
+use crate::handover::entry::tests::entry;
 use crate::handover::policy::{PeerToPeer, stop_plan};
+use crate::handover::{Failure, Record};
+use crate::journal::{Journal, Key, Role};
 use crate::service::registry::{Part, Registry};
 use crate::service::transfer::TransferService;
 use crate::vfio::fake::{Call, CallLog, FakeDevice, FakeWatch, Gate};
@@ -54,7 +58,7 @@ impl Site for FakeSite {
     fn start_twin(&self) -> BoxFuture<'_, Result<Twin, Failure>> {
         let devices = std::mem::take(&mut *self.devices.lock().unwrap());
         let vmm: Arc<dyn Vmm> = Arc::<FakeVmm>::clone(&self.twin);
-        futures::future::ready(Ok(Twin { vmm, devices })).boxed()
+        futures::future::ready(Ok(Twin { vmm, devices, process: None })).boxed()
     }
 
     fn activate_identity(&self) -> BoxFuture<'_, Result<(), Failure>> {
@@ -81,7 +85,7 @@ impl Authority {
     }
 
     fn agent(&self, node: &str) -> Arc<Credentials> {
-        let role = Role::Agent { node: node.to_owned() };
+        let role = identity::Role::Agent { node: node.to_owned() };
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new([node.to_owned()]).unwrap();
         params.subject_alt_names.push(SanType::URI(role.uri().try_into().unwrap()));
@@ -112,6 +116,32 @@ struct Rig {
     target_devices: Vec<FakeWatch>,
     destination: DestinationRun,
     parts: Option<SourceParts>,
+    books: Books,
+}
+
+/// The journals of both ends, in one folder.
+struct Books {
+    _folder: tempfile::TempDir,
+    journal: Arc<Journal>,
+}
+
+impl Books {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let journal = Arc::new(Journal::open(folder.path()).unwrap());
+        Self { _folder: folder, journal }
+    }
+
+    fn ledger(&self, role: Role) -> Ledger {
+        Ledger::new(Arc::clone(&self.journal), Key::new("m", role).unwrap(), entry())
+    }
+
+    /// What an agent that begins again would read.
+    fn read(&self, role: Role) -> Entry {
+        let all = self.journal.read_all().unwrap();
+        let (_, content) = all.into_iter().find(|(key, _)| key.role() == role).unwrap();
+        serde_json::from_slice(&content.unwrap()).unwrap()
+    }
 }
 
 /// Devices of a VM: `source 0`, `source 1` and `target 0`, `target 1`, as the test changes them.
@@ -125,7 +155,7 @@ async fn rig_with(
     caller: &str,
     change: impl Fn(FakeDevice) -> FakeDevice,
 ) -> Rig {
-    let (log, calls) = (CallLog::new(), SharedLog::default());
+    let (log, calls, books) = (CallLog::new(), SharedLog::default(), Books::new());
     let serve = |end: &str| -> (Vec<DeviceHandle>, Vec<FakeWatch>) {
         let devices = features.iter().enumerate().map(|(index, features)| {
             let device = FakeDevice::new(format!("{end} {index}")).with_features(*features).log(&log);
@@ -154,6 +184,8 @@ async fn rig_with(
         features: features.to_vec(),
         site: destination_site,
         silence_timeout: LONG,
+        ledger: books.ledger(Role::Destination),
+        recovered: None,
     });
     let registry = Arc::new(Registry::default());
     let reference = MigrationRef { id: "m".to_owned(), attempt: 1, operator_epoch: 0 };
@@ -182,11 +214,13 @@ async fn rig_with(
         devices: source,
         features: features.to_vec(),
         plan: stop_plan(features, policy).unwrap(),
+        ledger: books.ledger(Role::Source),
+        recovered: None,
         pre_commit_timeout: LONG,
         release: Box::new(move || async move { released.add("vm released") }.boxed()),
         log: EventLog::new("node-a"),
     };
-    Rig { log, calls, vm, twin, site, source_devices, target_devices, destination, parts: Some(parts) }
+    Rig { log, calls, vm, twin, site, source_devices, target_devices, destination, parts: Some(parts), books }
 }
 
 impl Rig {
@@ -238,6 +272,10 @@ async fn a_vm_arrives_whole_with_both_devices_and_runs_there_only() {
     assert_eq!(finished.device_bytes, [15, 15]);
     assert_eq!(finished.vmm_bytes, RAM.concat().len() as u64);
     assert!(rig.calls.lines().contains(&"vm released".to_owned()));
+    for (role, record) in [(Role::Source, Record::Released), (Role::Destination, Record::Running)] {
+        let entry = rig.books.read(role);
+        assert_eq!((entry.record, entry.ended.is_some()), (record, true), "{entry:?}");
+    }
     for device in rig.source_devices.iter().chain(&rig.target_devices) {
         device.dropped().await;
     }
@@ -506,7 +544,7 @@ async fn an_agent_that_the_reservation_does_not_name_is_refused() {
 
 #[tokio::test]
 async fn a_reservation_that_nobody_uses_is_given_back() {
-    let (log, calls) = (CallLog::new(), SharedLog::default());
+    let (log, calls, books) = (CallLog::new(), SharedLog::default(), Books::new());
     let device = FakeDevice::new("target 0").log(&log);
     let watch = device.watch();
     let site = Arc::new(FakeSite {
@@ -519,6 +557,8 @@ async fn a_reservation_that_nobody_uses_is_given_back() {
         features: vec![Features::ALL],
         site: Arc::<FakeSite>::clone(&site),
         silence_timeout: Duration::from_millis(50),
+        ledger: books.ledger(Role::Destination),
+        recovered: None,
     });
     run.reserved().await.unwrap();
     let Some(End::Discarded(failure)) = run.ended().await else { panic!("kept") };

@@ -2,14 +2,7 @@
 
 use slackwater_proto::node::{Phase, Timings};
 
-/// When the phases that matter were reached, in nanoseconds of CLOCK_MONOTONIC.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Marks {
-    begun: Option<u64>,
-    pre_copy: Option<u64>,
-    pausing: Option<u64>,
-    guest_runs_again: Option<u64>,
-}
+use crate::handover::entry::Marks;
 
 impl Marks {
     /// The attempt began.

@@ -7,16 +7,23 @@ use slackwater_api::condition::{COMMITTED, STOPPED, SUCCEEDED};
 use slackwater_api::{MigrationPhase, Reservation, Timings, TransferredBytes, format_duration};
 use slackwater_proto::node::{Finished, Outcome, Phase};
 
+use super::doubt::doubt_cleared;
 use super::{Draft, ending, show_trace};
 use crate::conditions::{Stamp, Status};
 use crate::inventory::camel_case_or;
-use crate::migration::trace::Trace;
+use crate::migration::trace::{Trace, is_shown, phase_name};
 
-/// The migration has come to a phase. `true`: the status is worth writing now; progress in between is not.
+/// A phase has not been shown yet. What has been is told again by an agent that is joined again, and changes nothing.
+pub fn is_news(draft: &Draft, phase: Phase, node: &str) -> bool {
+    !is_shown(&draft.status.timeline, &phase_name(phase.into()), node)
+}
+
+/// The migration has come to a phase that has not been shown. `true`: the status is worth writing now; progress in between is not.
 pub fn phase(draft: &mut Draft, trace: &Trace, phase: Phase, stamp: Stamp) -> bool {
     if draft.status.completion_time.is_some() {
         return false;
     }
+    show_trace(draft, trace);
     let summary = match phase {
         Phase::Connected | Phase::PreCopy => MigrationPhase::Copying,
         Phase::Pausing | Phase::Quiescing | Phase::Stopping | Phase::Capturing | Phase::Loaded => {
@@ -31,18 +38,15 @@ pub fn phase(draft: &mut Draft, trace: &Trace, phase: Phase, stamp: Stamp) -> bo
     }
     match phase {
         Phase::PreCopy => {
-            show_trace(draft, trace);
             in_progress(draft, "State is being copied; the guest runs.", stamp);
             true
         }
         Phase::Capturing => {
-            show_trace(draft, trace);
             stopped(draft, stamp);
             in_progress(draft, "The guest stands still; the final state is on its way.", stamp);
             true
         }
         Phase::Committed => {
-            show_trace(draft, trace);
             committed(draft, stamp);
             let message = format!("The VM is being started on {}.", draft.target());
             in_progress(draft, &message, stamp);
@@ -58,14 +62,14 @@ fn in_progress(draft: &mut Draft, message: &str, stamp: Stamp) {
     }
 }
 
-fn stopped(draft: &mut Draft, stamp: Stamp) {
+pub(super) fn stopped(draft: &mut Draft, stamp: Stamp) {
     let message = "Every vCPU and every device has been read back as stopped at the source.";
     if draft.set(STOPPED, Status::True, "SlackWater", message, stamp) {
         draft.tell(false, "Stopped", message.to_owned());
     }
 }
 
-fn committed(draft: &mut Draft, stamp: Stamp) {
+pub(super) fn committed(draft: &mut Draft, stamp: Stamp) {
     let message = format!(
         "{} holds all of the VM, verified; {} has passed its point of no return.",
         draft.target(),
@@ -80,7 +84,7 @@ fn committed(draft: &mut Draft, stamp: Stamp) {
 pub fn finished(draft: &mut Draft, trace: &Trace, finished: &Finished, stamp: Stamp) {
     show_trace(draft, trace);
     show_figures(draft, trace, finished);
-    let (vm, source, target) = (draft.vm.clone(), draft.source(), draft.target());
+    let (vm, source) = (draft.vm.clone(), draft.source());
     let said = finished.message.trim_end_matches('.');
     let reason = |fallback| camel_case_or(&finished.reason, fallback);
     match finished.outcome() {
@@ -100,35 +104,26 @@ pub fn finished(draft: &mut Draft, trace: &Trace, finished: &Finished, stamp: St
                 format!("{source} refuses to migrate VM {vm}: {said}. Nothing was touched; the VM runs on.");
             ending::rolled_back(draft, &reason("SourceRefused"), &message, stamp);
         }
-        Outcome::InDoubt => {
-            committed(draft, stamp);
-            let message = format!(
-                "The migration is committed, and {target} has not been heard since: {said}. VM {vm} is kept paused at \
-                 {source}. Do not resume it there: it may run on {target} already. Bring {target} back, or its link."
-            );
-            ending::in_doubt(draft, &reason("InDoubt"), &message, stamp);
-        }
         Outcome::Lost => {
             let message = format!("VM {vm} runs nowhere: {said}.");
             draft.status.reservation = Some(Reservation::Kept);
             ending::failed(draft, MigrationPhase::Lost, &reason("Lost"), &message, stamp);
         }
-        Outcome::Unspecified => {
-            let message = format!(
-                "{source} has ended the migration without telling how: {said}. Look where VM {vm} runs."
-            );
-            ending::in_doubt(draft, "OutcomeUnknown", &message, stamp);
-        }
+        // What the caller must find out otherwise.
+        Outcome::Unspecified => {}
     }
 }
 
-fn succeeded(draft: &mut Draft, stamp: Stamp) {
-    let blackout = draft.status.timings.as_ref().map(|timings| timings.blackout.clone()).unwrap_or_default();
+pub(super) fn succeeded(draft: &mut Draft, stamp: Stamp) {
+    let blackout = draft.status.timings.as_ref().map(|timings| timings.blackout.clone());
+    let blackout = blackout.map(|blackout| format!(" The guest stood still for {blackout} at most."));
     let message =
-        format!("VM {} runs on {}. The guest stood still for {blackout} at most.", draft.vm, draft.target());
+        format!("VM {} runs on {}.{}", draft.vm, draft.target(), blackout.unwrap_or_default());
     draft.status.phase = Some(MigrationPhase::Succeeded);
     draft.status.reservation = Some(Reservation::Used);
     draft.status.completion_time = Some(Time(stamp.now));
+    draft.note_attempt("VMRunsAtTarget", &message);
+    doubt_cleared(draft, stamp);
     if draft.set(SUCCEEDED, Status::True, "VMRunsAtTarget", &message, stamp) {
         draft.tell(false, "Succeeded", message);
     }

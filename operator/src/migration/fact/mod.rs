@@ -4,23 +4,32 @@
 //! A fact that is told again changes nothing and gives no notice again: an agent that is joined again tells all of its
 //! events from the start.
 
+mod attempts;
+mod doubt;
 mod ending;
 mod events;
+mod resolve;
+mod spec;
 #[cfg(test)]
 mod tests;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
-use slackwater_api::condition::{ACCEPTED, COMMITTED, PREPARED, STOPPED, SUCCEEDED};
+use slackwater_api::condition::{ACCEPTED, COMMITTED, IN_DOUBT, PREPARED, RESOLVE_ACCEPTED, STOPPED, SUCCEEDED};
 use slackwater_api::{
     DeviceMigration, MigrationPhase, PeerToPeer, Reservation, VMMigration, VMMigrationSpec, VMMigrationStatus,
 };
 
+use super::step::Wish;
 use super::trace::Trace;
 use crate::conditions::{self, Stamp, Status};
 use crate::plan::{Plan, Refusal};
 
-pub use ending::{gave_up_before_asking, release_failed, release_refused, released};
-pub use events::{finished, phase};
+pub use attempts::{no_plan_this_time, paused_before_the_next};
+pub use doubt::{Doubtful, doubt_cleared, in_doubt};
+pub use ending::{gave_up_before_asking, release_failed, release_refused, released, settled};
+pub use events::{finished, is_news, phase};
+pub use resolve::{Refused, end, judge, resolve_accepted, resolve_refused, unjudged};
+pub use spec::spec_changed;
 
 /// Something to tell the user as a Kubernetes event.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,6 +51,23 @@ pub struct Draft {
     pub status: VMMigrationStatus,
     /// What is to be told, oldest first.
     pub notices: Vec<Notice>,
+    /// What its user wants, as far as that is known.
+    pub wish: Wish,
+    /// The spec as it was when this began.
+    spec: VMMigrationSpec,
+}
+
+/// What the user wants of an object.
+pub fn wish_of(migration: &VMMigration) -> Wish {
+    let observed = migration.status.as_ref().and_then(|status| status.observed_spec.as_ref());
+    if migration.metadata.deletion_timestamp.is_some() {
+        Wish::Delete
+    } else if migration.spec.cancel || observed.is_some_and(|spec| spec.cancel) {
+        // It cannot be taken back, and an API server before 1.25 lets it be.
+        Wish::Cancel
+    } else {
+        Wish::Migrate
+    }
 }
 
 impl Draft {
@@ -52,6 +78,8 @@ impl Draft {
             vm: format!("{namespace}/{}", migration.spec.vm_ref.name),
             status: migration.status.clone().unwrap_or_default(),
             notices: Vec::new(),
+            wish: wish_of(migration),
+            spec: migration.spec.clone(),
         }
     }
 
@@ -62,6 +90,29 @@ impl Draft {
 
     fn is(&self, type_: &str, status: Status) -> bool {
         conditions::is(&self.status.conditions, type_, status)
+    }
+
+    /// The condition InDoubt is True.
+    pub fn is_in_doubt(&self) -> bool {
+        self.is(IN_DOUBT, Status::True)
+    }
+
+    /// The source is known to have passed its point of no return.
+    pub fn is_committed(&self) -> bool {
+        self.is(COMMITTED, Status::True)
+    }
+
+    /// An administrator's word has been accepted.
+    pub fn is_resolved(&self) -> bool {
+        self.is(RESOLVE_ACCEPTED, Status::True)
+    }
+
+    /// Why it is given up, for a sentence.
+    fn why_given_up(&self) -> &'static str {
+        match self.wish {
+            Wish::Delete => "the VMMigration was deleted",
+            _ => "spec.cancel was set to true",
+        }
     }
 
     fn tell(&mut self, warning: bool, reason: &'static str, note: String) {
@@ -87,7 +138,7 @@ pub fn waiting(draft: &mut Draft, message: &str, stamp: Stamp) {
 /// It cannot work. Nothing was touched.
 pub fn refused(draft: &mut Draft, spec: &VMMigrationSpec, refusal: &Refusal, stamp: Stamp) {
     let message = refusal.to_string();
-    draft.status.observed_spec = Some(spec.clone());
+    draft.status.observed_spec = Some(spec::as_accepted(spec));
     draft.status.phase = Some(MigrationPhase::Refused);
     draft.status.completion_time = Some(Time(stamp.now));
     draft.set(SUCCEEDED, Status::False, refusal.reason(), &message, stamp);
@@ -96,18 +147,25 @@ pub fn refused(draft: &mut Draft, spec: &VMMigrationSpec, refusal: &Refusal, sta
     }
 }
 
-/// It has been planned; nothing has been asked of any agent yet.
+/// It has been planned, for the first time or again; nothing has been asked of any agent yet.
 pub fn planned(draft: &mut Draft, spec: &VMMigrationSpec, plan: &Plan, stamp: Stamp) {
+    let attempt = draft.status.attempt.unwrap_or_default() + 1;
     let status = &mut draft.status;
-    status.observed_spec = Some(spec.clone());
+    status.observed_spec.get_or_insert_with(|| spec::as_accepted(spec));
     status.source_node = Some(plan.source.clone());
     status.target_node = Some(plan.target.clone());
     status.target_address = Some(plan.target_address.clone());
-    status.attempt = Some(status.attempt.unwrap_or_default() + 1);
+    status.attempt = Some(attempt);
     status.reservation = Some(Reservation::Requested);
-    status.start_time = Some(Time(stamp.now));
+    status.start_time.get_or_insert(Time(stamp.now));
     status.phase = Some(MigrationPhase::Preparing);
     status.devices = plan.devices.iter().map(device).collect();
+    // All else is of an attempt that has ended.
+    status.next_attempt_time = None;
+    status.timeline.clear();
+    status.timings = None;
+    status.bytes = None;
+    status.conditions.retain(|condition| condition.type_ != IN_DOUBT);
 
     let pairs: Vec<String> = plan
         .devices
@@ -123,7 +181,10 @@ pub fn planned(draft: &mut Draft, spec: &VMMigrationSpec, plan: &Plan, stamp: St
     if isolated {
         message.push_str(" They are taken to be isolated from each other, since spec.peerToPeer says so.");
     }
-    if draft.set(ACCEPTED, Status::True, "Planned", &message, stamp) {
+    let accepted = draft.set(ACCEPTED, Status::True, "Planned", &message, stamp);
+    if attempt > 1 {
+        draft.tell(false, "NextAttempt", format!("Attempt {attempt} of {}: {message}", spec.attempts));
+    } else if accepted {
         draft.tell(false, "Accepted", message);
         if isolated {
             let note = "spec.peerToPeer is AssumeIsolated: the devices of the VM need not be quiesced together. If they do \
@@ -177,42 +238,62 @@ pub fn reserve_failed(draft: &mut Draft, reason: &str, error: &str, stamp: Stamp
 
 /// An agent that is needed cannot be reached just now; it is tried again.
 pub fn unreachable(draft: &mut Draft, message: &str, stamp: Stamp) {
-    if draft.is(SUCCEEDED, Status::Unknown) {
+    // What is in doubt has more to say than this.
+    if draft.is(SUCCEEDED, Status::Unknown) && !draft.is_in_doubt() {
         draft.set(SUCCEEDED, Status::Unknown, "AgentUnreachable", message, stamp);
     }
 }
 
-/// Somebody deleted the object while the migration ran.
+/// It was cancelled, or its object deleted, while it ran.
 pub fn aborting(draft: &mut Draft, stamp: Stamp) {
-    draft.status.phase = Some(MigrationPhase::Aborting);
     let message =
-        format!("The VMMigration was deleted; {} is asked to give the migration up.", draft.source());
+        format!("Since {}, {} is asked to give the migration up.", draft.why_given_up(), draft.source());
+    give_up(draft, &message, stamp);
+}
+
+/// The source does not give it up, and not because it is too late.
+pub fn abort_refused(draft: &mut Draft, error: &str, stamp: Stamp) {
+    let message = format!(
+        "Since {}, {} is asked to give the migration up, and cannot: {error}. It is asked again.",
+        draft.why_given_up(),
+        draft.source()
+    );
+    give_up(draft, &message, stamp);
+}
+
+fn give_up(draft: &mut Draft, message: &str, stamp: Stamp) {
+    if draft.is_in_doubt() {
+        return;
+    }
+    draft.status.phase = Some(MigrationPhase::Aborting);
     let told = conditions::find(&draft.status.conditions, SUCCEEDED).is_some_and(|c| c.reason == "Aborting");
-    draft.set(SUCCEEDED, Status::Unknown, "Aborting", &message, stamp);
+    draft.set(SUCCEEDED, Status::Unknown, "Aborting", message, stamp);
     if !told {
-        draft.tell(false, "Aborting", message);
+        draft.tell(false, "Aborting", message.to_owned());
     }
 }
 
-/// It was deleted after the point of no return.
+/// It was cancelled or deleted after the point of no return.
 pub fn abort_too_late(draft: &mut Draft, error: &str, stamp: Stamp) {
+    const TOO_LATE: &str = "AbortTooLate";
+    let (target, then) = match draft.wish {
+        Wish::Delete => ("deleted", "; then the object is removed"),
+        _ => ("cancelled", ""),
+    };
     let message = format!(
-        "The VMMigration was deleted too late to give it up ({error}). The VM goes on to {}; then the object is removed.",
+        "The migration was {target} too late to give it up: the point of no return has passed ({error}). The VM goes on to \
+         {}{then}.",
         draft.target()
     );
+    if draft.is_in_doubt() {
+        return;
+    }
+    let told = conditions::find(&draft.status.conditions, SUCCEEDED).is_some_and(|c| c.reason == TOO_LATE);
     draft.status.phase = Some(MigrationPhase::Starting);
-    draft.set(SUCCEEDED, Status::Unknown, "AbortTooLate", &message, stamp);
-    draft.tell(true, "AbortTooLate", message);
-}
-
-/// The source has given the migration up on request (or never knew it), and has not told more.
-pub fn aborted(draft: &mut Draft, stamp: Stamp) {
-    let message = format!(
-        "The migration was given up since the VMMigration was deleted. VM {} runs on at {}.",
-        draft.vm,
-        draft.source()
-    );
-    ending::rolled_back(draft, "Aborted", &message, stamp);
+    draft.set(SUCCEEDED, Status::Unknown, TOO_LATE, &message, stamp);
+    if !told {
+        draft.tell(true, TOO_LATE, message);
+    }
 }
 
 /// The source refuses to begin. It has not changed anything.
@@ -241,59 +322,10 @@ pub fn unreadable(draft: &mut Draft, stamp: Stamp) {
     let message = "The status is not one that the operator has written: what was accepted is missing. The agents may still \
                    hold something for this migration; restart the target's agent, then delete the object.";
     draft.status.reservation = Some(Reservation::Kept);
-    ending::failed(draft, MigrationPhase::InDoubt, "StatusUnreadable", message, stamp);
-}
-
-/// The source was busy with the migration, and refuses to be joined.
-pub fn source_forgot(draft: &mut Draft, error: &str, stamp: Stamp) {
-    let message = format!(
-        "The agent of {} cannot tell any more what became of the migration: {error}. Look where VM {} runs (`kubectl get \
-         assignedvm`), and keep the other copy from being started.",
-        draft.source(),
-        draft.vm
-    );
-    ending::in_doubt(draft, "SourceForgot", &message, stamp);
-}
-
-/// The spec is not what was accepted (or refused). API servers before 1.25 let that happen.
-///
-/// `true`: the status has been changed.
-pub fn spec_changed(draft: &mut Draft, spec: &VMMigrationSpec, stamp: Stamp) -> bool {
-    const IGNORED: &str = "SpecChangeIgnored";
-    let Some(observed) = &draft.status.observed_spec else { return false };
-    let accepted = conditions::find(&draft.status.conditions, ACCEPTED).cloned();
-    let Some(accepted) = accepted else { return false };
-    let status = if accepted.status == Status::True.as_str() { Status::True } else { Status::False };
-    if observed == spec {
-        return false;
-    }
-    if accepted.reason == IGNORED {
-        return false;
-    }
-    let message = format!(
-        "{} was changed afterwards, and that is ignored: a VMMigration does what it was created for. Delete it and create \
-         another one. What was decided: {}",
-        changed_fields(observed, spec).join(", "),
-        accepted.message
-    );
-    draft.set(ACCEPTED, status, IGNORED, &message, stamp);
-    draft.tell(true, IGNORED, message);
-    true
-}
-
-fn changed_fields(observed: &VMMigrationSpec, spec: &VMMigrationSpec) -> Vec<&'static str> {
-    [
-        (observed.vm_ref != spec.vm_ref, "spec.vmRef"),
-        (observed.target != spec.target, "spec.target"),
-        (observed.peer_to_peer != spec.peer_to_peer, "spec.peerToPeer"),
-        (observed.pre_commit_timeout != spec.pre_commit_timeout, "spec.preCommitTimeout"),
-    ]
-    .into_iter()
-    .filter_map(|(changed, field)| changed.then_some(field))
-    .collect()
+    ending::failed(draft, MigrationPhase::Lost, "StatusUnreadable", message, stamp);
 }
 
 /// Shows what the agents have told so far.
 fn show_trace(draft: &mut Draft, trace: &Trace) {
-    draft.status.timeline = trace.timeline();
+    draft.status.timeline = trace.timeline(&draft.status.timeline);
 }

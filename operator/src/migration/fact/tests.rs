@@ -16,6 +16,9 @@ fn spec() -> VMMigrationSpec {
         target: None,
         peer_to_peer: PeerToPeer::Required,
         pre_commit_timeout: "5m".into(),
+            attempts: 1,
+            cancel: false,
+            resolve: None,
     }
 }
 

@@ -5,17 +5,22 @@
 //! failure leads to [`Phase::Settling`], from which the rollback starts when nothing is in flight any more.
 //!
 //! ```text
-//! New ▶ Connecting ▶ PreCopying ▶ Pausing ▶ Quiescing ▶ Stopping ▶ Capturing ▶ Committing ▶ AwaitingStarted ▶ Releasing ▶ Finished
-//!          └────────────┴───────────┴───────────┴───────────┴──────────┘                          │
-//!                                     ▼ any failure                                               ▼ peer lost
+//! New ▶ Saving ▶ Connecting ▶ PreCopying ▶ Pausing ▶ Quiescing ▶ Stopping ▶ Capturing ▶ Committing ▶ AwaitingStarted ▶ Releasing ▶ Finished
+//!          └─────────┴────────────┴───────────┴───────────┴───────────┴──────────┘               │
+//!                                     ▼ any failure                                              ▼ DISCARDED at the destination
 //!                                  Settling ▶ LeavingCapture ▶ WakingP2p ▶ Mending ▶ Waking ▶ Resuming ▶ Finished
 //! ```
+//!
+//! A peer that is lost after the commit settles nothing: the source asks what it has journalled until that is known.
+
+mod recovery;
+mod rollback;
 
 use std::collections::BTreeSet;
 
 use super::devices::{Devices, Track};
 use super::policy::StopPlan;
-use super::{Blob, Failure, Reason, Record, blobs};
+use super::{Blob, Failure, Reason, Record, Word, blobs};
 use crate::vfio::state::{Features, MigrationState};
 
 /// Where the source stands.
@@ -23,6 +28,8 @@ use crate::vfio::state::{Features, MigrationState};
 pub enum Phase {
     /// Nothing has been asked of anybody.
     New,
+    /// SAVING is being recorded.
+    Saving,
     /// Hello is on its way to the destination.
     Connecting,
     /// The guest runs; devices that can are giving initial data.
@@ -37,7 +44,7 @@ pub enum Phase {
     Capturing,
     /// COMMITTED is being recorded.
     Committing,
-    /// COMMIT has been sent. Nothing here may ever resume on the source's own judgement.
+    /// COMMIT has been sent. Nothing here may ever resume on the source's own judgement: only on the destination's DISCARDED.
     AwaitingStarted,
     /// The VM runs elsewhere; what is left here is being given back.
     Releasing,
@@ -80,6 +87,14 @@ pub enum Event {
     Loaded,
     /// A record is on stable storage.
     Recorded(Record),
+    /// A record could not be written; what was recorded before still is.
+    RecordFailed(Record, Failure),
+    /// What the destination has journalled.
+    PeerSays(Word),
+    /// The destination was asked what it has journalled, and did not answer.
+    PeerSilent(Failure),
+    /// STARTED has not come in the time in which it mostly does.
+    StartOverdue(Failure),
     /// The VM runs at the destination.
     Started,
     /// What was left here is given back.
@@ -105,8 +120,15 @@ pub enum Effect {
     Report(Phase),
     /// Open the hand-over with the destination and a stream for every blob. [`Event::PeerReady`]
     Connect,
-    /// [`Event::Recorded`]
+    /// [`Event::Recorded`], [`Event::RecordFailed`]
     Record(Record),
+    /// The same, after a pause: it has just failed, and must succeed. [`Event::Recorded`], [`Event::RecordFailed`]
+    RecordAgain(Record),
+    /// Ask the destination what it has journalled, and say that this end is committed; after a pause, if it was asked before.
+    /// [`Event::PeerSays`], [`Event::PeerSilent`]
+    AskPeer,
+    /// Tell whoever watches what keeps the migration from its end. No answer.
+    Doubt(Failure),
     /// [`Event::SaveStarted`]
     StartSave,
     /// [`Event::DeviceReached`], [`Event::DeviceFailed`]
@@ -144,8 +166,6 @@ pub enum End {
     RolledBack(Failure),
     /// Nothing here had been touched.
     Refused(Failure),
-    /// Committed, but the destination has not been heard since. The VM stays paused here.
-    InDoubt(Failure),
     /// The VM runs nowhere.
     Lost(Failure),
 }
@@ -174,6 +194,10 @@ pub struct Source {
     reset: BTreeSet<usize>,
     touched: bool,
     vmm_gone: bool,
+    asking: bool,
+    doubt: Option<Reason>,
+    /// What had been recorded before the agent began again.
+    recovered: Option<Record>,
     failure: Option<Failure>,
 }
 
@@ -195,6 +219,9 @@ impl Source {
             reset: BTreeSet::new(),
             touched: false,
             vmm_gone: false,
+            asking: false,
+            doubt: None,
+            recovered: None,
             failure: None,
         }
     }
@@ -207,7 +234,14 @@ impl Source {
     /// Whether the point of no return has passed.
     pub fn committed(&self) -> bool {
         matches!(self.phase, Phase::Committing | Phase::AwaitingStarted | Phase::Releasing)
-            || (self.phase == Phase::Finished && self.recorded.contains(&Record::Committed))
+            || (self.phase == Phase::Finished
+                && self.recorded.contains(&Record::Committed)
+                && !self.recorded.contains(&Record::Aborted))
+    }
+
+    /// Why it is being given up, if it is.
+    pub fn failure(&self) -> Option<&Failure> {
+        self.failure.as_ref()
     }
 
     /// Takes an event into account. An event that comes too late to matter changes nothing.
@@ -223,10 +257,13 @@ impl Source {
 
     fn absorb(&mut self, event: Event, effects: &mut Vec<Effect>) {
         match event {
-            Event::Start if self.phase == Phase::New => {
-                self.phase = Phase::Connecting;
-                effects.push(Effect::Connect);
-            }
+            Event::Start if self.phase == Phase::New => match self.recovered {
+                Some(record) => self.go_on_from(record, effects),
+                None => {
+                    self.enter(Phase::Saving, effects);
+                    effects.push(Effect::Record(Record::Saving));
+                }
+            },
             Event::Start => {}
             Event::PeerReady => self.peer_ready = true,
             Event::SaveStarted => self.save_started = true,
@@ -247,12 +284,25 @@ impl Source {
             Event::Loaded => self.loaded = true,
             Event::Recorded(record) => {
                 self.recorded.insert(record);
+                if (record, self.phase) == (Record::Aborted, Phase::Settling) {
+                    let why = self.failure.as_ref().map(|failure| failure.message.clone());
+                    effects.push(Effect::SendAbort(why.unwrap_or_else(|| rollback::vmm_exited().message)));
+                }
             }
-            Event::Started if self.phase == Phase::AwaitingStarted => {
-                self.phase = Phase::Releasing;
-                effects.extend([Effect::Report(Phase::Releasing), Effect::Record(Record::Released)]);
+            Event::RecordFailed(record, failure) => self.record_failed(record, failure, effects),
+            Event::PeerSays(word) => self.peer_says(word, effects),
+            Event::PeerSilent(failure) => {
+                if self.phase == Phase::AwaitingStarted {
+                    self.doubt(Failure::new(Reason::PeerLost, failure.message), effects);
+                    effects.push(Effect::AskPeer);
+                }
             }
-            Event::Started => {}
+            Event::StartOverdue(failure) => {
+                if self.phase == Phase::AwaitingStarted && self.doubt.is_none() {
+                    self.doubt(failure, effects);
+                }
+            }
+            Event::Started => self.started(effects),
             Event::Released => {
                 if self.phase == Phase::Releasing {
                     self.finish(End::Succeeded, effects);
@@ -288,30 +338,28 @@ impl Source {
         }
     }
 
-    /// Before the commit: the rollback begins. At and after it: only losing the peer matters, and it settles nothing.
+    /// Before the commit: the rollback begins. After it only the destination's journal settles anything.
     fn fail(&mut self, failure: Failure, effects: &mut Vec<Effect>) {
         match self.phase {
             Phase::New => self.finish(End::Refused(failure), effects),
-            Phase::Connecting
+            Phase::Saving
+            | Phase::Connecting
             | Phase::PreCopying
             | Phase::Pausing
             | Phase::Quiescing
             | Phase::Stopping
-            | Phase::Capturing => {
-                effects.extend([
-                    Effect::Report(Phase::Settling),
-                    Effect::CloseStreams,
-                    Effect::Record(Record::Aborted),
-                    Effect::SendAbort(failure.message.clone()),
-                ]);
-                self.failure = Some(failure);
-                self.phase = Phase::Settling;
-            }
+            | Phase::Capturing => self.settle(failure, effects),
             Phase::AwaitingStarted => match failure.reason {
-                Reason::StartFailed => self.finish(End::Lost(failure), effects),
                 // What happens to this end is of no matter any more.
                 Reason::TimedOut | Reason::Aborted | Reason::VmmFailed | Reason::VmmExited => {}
-                _ => self.finish(End::InDoubt(failure), effects),
+                _ if self.asking => {}
+                _ => {
+                    self.asking = true;
+                    if failure.reason == Reason::PeerLost {
+                        self.doubt(failure, effects);
+                    }
+                    effects.push(Effect::AskPeer);
+                }
             },
             // Whoever is lost now is lost when COMMITTED is on stable storage.
             Phase::Committing => self.failure = self.failure.take().or(Some(failure)),
@@ -324,6 +372,73 @@ impl Source {
             | Phase::Waking
             | Phase::Resuming
             | Phase::Finished => {}
+        }
+    }
+
+    fn started(&mut self, effects: &mut Vec<Effect>) {
+        if self.phase == Phase::AwaitingStarted {
+            self.phase = Phase::Releasing;
+            effects.extend([Effect::Report(Phase::Releasing), Effect::Record(Record::Released)]);
+        }
+    }
+
+    /// Acts by what the destination has journalled. Before the commit that is of no matter, and after STARTED neither.
+    fn peer_says(&mut self, word: Word, effects: &mut Vec<Effect>) {
+        if self.phase != Phase::AwaitingStarted {
+            return;
+        }
+        let failed =
+            |reason, message: &str| word.failure.clone().unwrap_or_else(|| Failure::new(reason, message));
+        match word.record {
+            Some(Record::Running) => self.started(effects),
+            Some(Record::Discarded) => {
+                let mut failure =
+                    failed(Reason::TargetFailed, "the destination has given the VM up before it started");
+                if let Some(why) = &word.stated_because {
+                    failure.message =
+                        format!("an administrator states that the destination never started the VM: {why}");
+                }
+                self.settle(failure, effects);
+            }
+            Some(Record::Starting) if word.ended => {
+                let failure = failed(Reason::StartFailed, "the destination could not start the VM");
+                self.finish(End::Lost(Failure::new(Reason::StartFailed, failure.message)), effects);
+            }
+            record => {
+                let (reason, message) = match record {
+                    None => {
+                        (Reason::TargetForgot, "the destination has no journal of this migration any more")
+                    }
+                    Some(_) => {
+                        (Reason::TargetSlow, "the destination answers, and has not started the VM yet")
+                    }
+                };
+                if self.doubt.is_some() || reason == Reason::TargetForgot {
+                    self.doubt(Failure::new(reason, message), effects);
+                }
+                effects.push(Effect::AskPeer);
+            }
+        }
+    }
+
+    fn record_failed(&mut self, record: Record, failure: Failure, effects: &mut Vec<Effect>) {
+        match (record, self.phase) {
+            (Record::Saving, Phase::Saving) => self.finish(End::Refused(failure), effects),
+            // It may stand in the journal all the same. Nothing resumes before ABORTED does.
+            (Record::Committed, Phase::Committing) => self.settle(failure, effects),
+            (Record::Aborted, Phase::Settling) | (Record::Released, Phase::Releasing) => {
+                self.doubt(failure, effects);
+                effects.push(Effect::RecordAgain(record));
+            }
+            _ => {}
+        }
+    }
+
+    /// Tells what keeps the migration from its end, once.
+    fn doubt(&mut self, failure: Failure, effects: &mut Vec<Effect>) {
+        if self.doubt != Some(failure.reason) {
+            self.doubt = Some(failure.reason);
+            effects.push(Effect::Doubt(failure));
         }
     }
 
@@ -355,10 +470,14 @@ impl Source {
     /// Leaves the phase if all it waits for is there. True if it did.
     fn advance(&mut self, effects: &mut Vec<Effect>) -> bool {
         match self.phase {
+            Phase::Saving if self.recorded.contains(&Record::Saving) => {
+                self.phase = Phase::Connecting;
+                effects.push(Effect::Connect);
+            }
             Phase::Connecting if self.peer_ready => {
                 self.touched = true;
                 self.enter(Phase::PreCopying, effects);
-                effects.extend([Effect::Record(Record::Saving), Effect::StartSave]);
+                effects.push(Effect::StartSave);
                 let uses = self.plan != StopPlan::StopFirst;
                 self.order(effects, |track| {
                     (uses && track.features.pre_copy).then_some(MigrationState::PreCopy)
@@ -395,57 +514,15 @@ impl Source {
                 }
             }
             Phase::Releasing if self.recorded.remove(&Record::Released) => effects.push(Effect::Release),
-            Phase::Settling if self.nothing_in_flight() => return self.begin_rollback(effects),
-            Phase::LeavingCapture if self.devices.settled() => {
-                self.phase = Phase::WakingP2p;
-                self.order(effects, |track| {
-                    (track.features.p2p
-                        && track.at != MigrationState::PreCopy
-                        && track.at != MigrationState::Running)
-                        .then_some(MigrationState::RunningP2p)
-                });
-            }
-            Phase::WakingP2p if self.devices.settled() => {
-                self.phase = Phase::Mending;
-                let broken: Vec<usize> =
-                    self.devices.iter().filter(|(_, track)| track.broken).map(|(index, _)| index).collect();
-                for index in broken {
-                    self.order_reset(index, effects);
-                }
-            }
-            Phase::Mending if self.devices.settled() => {
-                self.phase = Phase::Waking;
-                self.order(effects, |_| Some(MigrationState::Running));
-            }
-            Phase::Waking if self.devices.all_at(|state| state == MigrationState::Running) => {
-                if self.vcpus == Vcpus::Running {
-                    self.finish_rollback(effects);
-                } else {
-                    self.phase = Phase::Resuming;
-                    effects.push(Effect::Resume);
-                }
-            }
+            Phase::Settling
+            | Phase::LeavingCapture
+            | Phase::WakingP2p
+            | Phase::Mending
+            | Phase::Waking
+            | Phase::Resuming => return self.advance_rollback(effects),
             _ => return false,
         }
         true
-    }
-
-    fn begin_rollback(&mut self, effects: &mut Vec<Effect>) -> bool {
-        if self.vmm_gone {
-            let failure = self.take_failure();
-            self.finish(End::Lost(failure), effects);
-            return false;
-        }
-        self.phase = Phase::LeavingCapture;
-        self.order(effects, |track| (track.at == MigrationState::StopCopy).then_some(MigrationState::Stop));
-        true
-    }
-
-    fn nothing_in_flight(&self) -> bool {
-        self.devices.settled()
-            && self.vcpus != Vcpus::Pausing
-            && self.streams_closed
-            && self.recorded.contains(&Record::Aborted)
     }
 
     fn all_pre_copied(&self) -> bool {
@@ -462,55 +539,15 @@ impl Source {
         effects.extend(self.devices.order(target).into_iter().map(|(index, to)| Effect::SetState(index, to)));
     }
 
-    fn order_reset(&mut self, index: usize, effects: &mut Vec<Effect>) {
-        self.reset.insert(index);
-        self.devices.expect(index, MigrationState::Running);
-        effects.push(Effect::Reset(index));
-    }
-
     fn enter(&mut self, phase: Phase, effects: &mut Vec<Effect>) {
         self.phase = phase;
         effects.push(Effect::Report(phase));
-    }
-
-    fn finish_rollback(&mut self, effects: &mut Vec<Effect>) {
-        let mut failure = self.take_failure();
-        if !self.reset.is_empty() {
-            failure.message.push_str(&format!(
-                "; the VM's devices with index {:?} had to be reset and have lost their state",
-                self.reset
-            ));
-        }
-        self.finish(if self.touched { End::RolledBack(failure) } else { End::Refused(failure) }, effects);
-    }
-
-    fn rollback_failed(&mut self, why: Failure, effects: &mut Vec<Effect>) {
-        let first = self.take_failure();
-        let message = format!(
-            "{}; and the rollback did not come through, so the VM stays paused here: {}",
-            first.message, why.message
-        );
-        let reason = if self.vmm_gone { Reason::VmmExited } else { Reason::RollbackFailed };
-        self.finish(End::Lost(Failure::new(reason, message)), effects);
-    }
-
-    fn take_failure(&mut self) -> Failure {
-        match self.failure.take() {
-            Some(failure) => failure,
-            None if self.vmm_gone => vmm_exited(),
-            None => Failure::new(Reason::Aborted, "the migration was given up"),
-        }
     }
 
     fn finish(&mut self, end: End, effects: &mut Vec<Effect>) {
         self.phase = Phase::Finished;
         effects.push(Effect::Finish(end));
     }
-}
-
-fn vmm_exited() -> Failure {
-    let message = "the VMM's process ended while its VM was being migrated, and the VM with it";
-    Failure::new(Reason::VmmExited, message)
 }
 
 /// Where a device waits for the others before any of them gives up its state.

@@ -1,7 +1,7 @@
 //! The destination's half of the hand-over, pure.
 //!
 //! ```text
-//! New ▶ StartingTwin ▶ Preparing ▶ Reserved ▶ Loading ▶ Finishing ▶ Verifying ─▶ RecordingLoaded ▶ Loaded
+//! New ▶ Recording ▶ StartingTwin ▶ Preparing ▶ Reserved ▶ Loading ▶ Finishing ▶ Verifying ─▶ RecordingLoaded ▶ Loaded
 //!          └──────────────┴────────────┴─────────┴──────────┴───────────┘                    │      │ COMMIT
 //!                 ▼ any failure, or the source lost             ▼ a failure, or the source's word   ▼
 //!             Discarding ▶ Finished ◀──────────────────────────────────────                 RecordingStarting
@@ -13,10 +13,12 @@
 //! leaves STOP before all have left RESUMING, none enters RUNNING before all are in RUNNING_P2P, and the vCPUs resume last (I4).
 //! From Loaded on nothing is discarded on the destination's own judgement; from Starting on, nothing is discarded at all.
 
+mod recovery;
+
 use std::collections::BTreeSet;
 
 use super::devices::{Devices, Track};
-use super::{Blob, Failure, Reason, Record, blobs};
+use super::{Blob, Failure, Reason, Record, Word, blobs};
 use crate::vfio::state::{Features, MigrationState};
 
 /// How often a device is told again to start after it has refused: from STARTING on there is no way back to fall to.
@@ -27,6 +29,8 @@ const START_TRIES: u32 = 3;
 pub enum Phase {
     /// Nothing has been done.
     New,
+    /// RESERVED is being recorded.
+    Recording,
     /// The twin is being started, paused.
     StartingTwin,
     /// Devices are on their way to RESUMING.
@@ -80,6 +84,10 @@ pub enum Event {
     LoadFinished,
     /// A record is on stable storage.
     Recorded(Record),
+    /// A record could not be written; what was recorded before still is.
+    RecordFailed(Record, Failure),
+    /// What the source has journalled: by its own question, or relayed.
+    PeerSays(Word),
     /// The source has passed its point of no return.
     CommitReceived,
     /// The source keeps the VM: its own word, or the operator's who has it from the source.
@@ -111,8 +119,10 @@ pub enum Effect {
     SendReady,
     /// [`Event::LoadFinished`]
     FinishLoad,
-    /// [`Event::Recorded`]
+    /// [`Event::Recorded`], [`Event::RecordFailed`]
     Record(Record),
+    /// The same, after a pause: it has just failed, and must succeed. [`Event::Recorded`], [`Event::RecordFailed`]
+    RecordAgain(Record),
     /// No answer; the peer may not hear it.
     SendLoaded,
     /// No answer; the peer may not hear it.
@@ -155,6 +165,8 @@ pub struct Destination {
     resumed: bool,
     start_failures: u32,
     given_back: bool,
+    /// What had been recorded before the agent began again, and whether the twin is still there.
+    recovered: Option<(Record, bool)>,
     failure: Option<Failure>,
 }
 
@@ -172,6 +184,7 @@ impl Destination {
             resumed: false,
             start_failures: 0,
             given_back: false,
+            recovered: None,
             failure: None,
         }
     }
@@ -179,6 +192,11 @@ impl Destination {
     /// Where it stands.
     pub fn phase(&self) -> Phase {
         self.phase
+    }
+
+    /// Why it is being given up, if it is.
+    pub fn failure(&self) -> Option<&Failure> {
+        self.failure.as_ref()
     }
 
     /// Whether the twin may have run something: nothing may be discarded any more.
@@ -213,10 +231,13 @@ impl Destination {
 
     fn absorb(&mut self, event: Event, effects: &mut Vec<Effect>) {
         match event {
-            Event::Start if self.phase == Phase::New => {
-                self.enter(Phase::StartingTwin, effects);
-                effects.push(Effect::StartTwin);
-            }
+            Event::Start if self.phase == Phase::New => match self.recovered {
+                Some((record, twin_there)) => self.go_on_from(record, twin_there, effects),
+                None => {
+                    self.phase = Phase::Recording;
+                    effects.push(Effect::Record(Record::Reserved));
+                }
+            },
             Event::Start => {}
             Event::TwinReady if self.phase == Phase::StartingTwin => {
                 self.enter(Phase::Preparing, effects);
@@ -232,13 +253,22 @@ impl Destination {
             Event::LoadFinished => self.load_finished = true,
             Event::Recorded(record) => {
                 self.recorded.insert(record);
-            }
-            Event::CommitReceived => {
-                if self.phase == Phase::Loaded {
-                    self.phase = Phase::RecordingStarting;
-                    effects.push(Effect::Record(Record::Starting));
+                if let (Record::Discarded, Some(failure)) = (record, &self.failure) {
+                    effects.push(Effect::SendFailed(failure.clone()));
                 }
             }
+            Event::RecordFailed(record, failure) => self.record_failed(record, failure, effects),
+            Event::CommitReceived => self.commit(effects),
+            Event::PeerSays(word) => match word.record {
+                Some(Record::Committed) => self.commit(effects),
+                Some(Record::Aborted) if !self.may_have_run() => {
+                    let failure = word
+                        .failure
+                        .unwrap_or_else(|| Failure::new(Reason::Released, "the source keeps the VM"));
+                    self.discard(failure, effects);
+                }
+                _ => {}
+            },
             Event::AbortReceived(failure) => {
                 if !self.may_have_run() {
                     self.discard(failure, effects);
@@ -288,24 +318,53 @@ impl Destination {
     }
 
     fn fail(&mut self, failure: Failure, effects: &mut Vec<Effect>) {
-        if self.may_have_run() {
-            let failure = Failure::new(Reason::StartFailed, failure.message);
-            effects.push(Effect::SendFailed(failure.clone()));
-            self.finish(End::Stuck(failure), effects);
-        } else {
-            self.discard(failure, effects);
+        match self.phase {
+            // Whether STARTING stands in the journal is known in a moment, and decides.
+            Phase::RecordingStarting => self.failure = self.failure.take().or(Some(failure)),
+            _ if self.may_have_run() => self.stuck(failure, effects),
+            _ => self.discard(failure, effects),
         }
     }
 
-    /// Nothing has started: all that was reserved is given back.
+    fn commit(&mut self, effects: &mut Vec<Effect>) {
+        if self.phase == Phase::Loaded {
+            self.phase = Phase::RecordingStarting;
+            effects.push(Effect::Record(Record::Starting));
+        }
+    }
+
+    fn record_failed(&mut self, record: Record, failure: Failure, effects: &mut Vec<Effect>) {
+        match (record, self.phase) {
+            // Nothing has been touched.
+            (Record::Reserved, Phase::Recording) => {
+                self.given_back = true;
+                self.finish(End::Discarded(failure), effects);
+            }
+            (Record::Loaded, Phase::RecordingLoaded) => self.discard(failure, effects),
+            // It does not stand there, nothing has been started, and there is nothing left to start.
+            (Record::Starting, Phase::RecordingStarting) if self.failure.is_some() => {
+                let failure = self.failure.take().unwrap_or(failure);
+                self.discard(failure, effects);
+            }
+            (Record::Starting, Phase::RecordingStarting)
+            | (Record::Running, Phase::RecordingRunning)
+            | (Record::Discarded, Phase::Discarding) => effects.push(Effect::RecordAgain(record)),
+            _ => {}
+        }
+    }
+
+    /// From STARTING on there is only forward, and forward it does not go.
+    fn stuck(&mut self, failure: Failure, effects: &mut Vec<Effect>) {
+        let failure = Failure::new(Reason::StartFailed, failure.message);
+        effects.push(Effect::SendFailed(failure.clone()));
+        self.finish(End::Stuck(failure), effects);
+    }
+
+    /// Nothing has started: all that was reserved is given back. The source is told when that stands in the journal.
     fn discard(&mut self, failure: Failure, effects: &mut Vec<Effect>) {
         if self.phase != Phase::Discarding {
             self.enter(Phase::Discarding, effects);
-            effects.extend([
-                Effect::Record(Record::Discarded),
-                Effect::SendFailed(failure.clone()),
-                Effect::Discard,
-            ]);
+            effects.extend([Effect::Record(Record::Discarded), Effect::Discard]);
             self.failure = Some(failure);
         }
     }
@@ -313,6 +372,10 @@ impl Destination {
     /// Leaves the phase if all it waits for is there. True if it did.
     fn advance(&mut self, effects: &mut Vec<Effect>) -> bool {
         match self.phase {
+            Phase::Recording if self.recorded.contains(&Record::Reserved) => {
+                self.enter(Phase::StartingTwin, effects);
+                effects.push(Effect::StartTwin);
+            }
             Phase::Preparing if self.devices.all_at(|state| state == MigrationState::Resuming) => {
                 self.enter(Phase::Reserved, effects);
                 effects.push(Effect::ConfirmReserved);
@@ -338,12 +401,20 @@ impl Destination {
                 effects.push(Effect::SendLoaded);
             }
             Phase::RecordingStarting if self.recorded.contains(&Record::Starting) => {
+                if let Some(failure) = self.failure.take() {
+                    self.stuck(failure, effects);
+                    return false;
+                }
                 self.enter(Phase::Starting, effects);
                 effects.extend([Effect::SendStarting, Effect::ActivateIdentity]);
             }
             Phase::Starting if self.identity_active => {
                 self.enter(Phase::WakingP2p, effects);
-                self.order(effects, |track| track.features.p2p.then_some(MigrationState::RunningP2p));
+                // One that runs already was woken by an agent that has begun again since.
+                self.order(effects, |track| {
+                    (track.features.p2p && track.at != MigrationState::Running)
+                        .then_some(MigrationState::RunningP2p)
+                });
             }
             Phase::WakingP2p if self.devices.settled() => {
                 self.enter(Phase::Waking, effects);
@@ -361,7 +432,7 @@ impl Destination {
                 effects.push(Effect::SendStarted);
                 self.finish(End::Running, effects);
             }
-            Phase::Discarding if self.given_back => {
+            Phase::Discarding if self.given_back && self.recorded.contains(&Record::Discarded) => {
                 let failure = self
                     .failure
                     .take()

@@ -1,0 +1,149 @@
+//! Why a journal could not be read or written: each names the file, and says what would be right where something can be done.
+
+use std::io;
+use std::path::PathBuf;
+
+/// What went wrong with a journal. What stood in it before still stands.
+#[derive(Debug, thiserror::Error)]
+pub enum JournalError {
+    /// A migration's id cannot be a file's name.
+    #[error("{id:?} is not a migration's id: 1 to 64 characters of [a-z0-9-] are")]
+    InvalidId {
+        /// What was given.
+        id: String,
+    },
+    /// Another agent is at work with this state directory.
+    #[error("another agent{holder} works with the state directory {}: end it, or give this one its own", state_dir.display())]
+    Locked {
+        /// The state directory.
+        state_dir: PathBuf,
+        /// ` (process N)`, if it has said so.
+        holder: String,
+    },
+    /// Written by a newer agent, in a way that this one does not know.
+    #[error(
+        "{} is of journal format {found}, and this agent reads formats up to {known}: run the newer agent that wrote it",
+        file.display()
+    )]
+    NewerVersion {
+        /// The file.
+        file: PathBuf,
+        /// Its format.
+        found: u32,
+        /// The newest that is known here.
+        known: u32,
+    },
+    /// Bytes are missing.
+    #[error(
+        "{} is truncated or damaged: it needs {needs_bytes} bytes and has {has_bytes}",
+        file.display()
+    )]
+    Truncated {
+        /// The file.
+        file: PathBuf,
+        /// Bytes that its header takes and announces.
+        needs_bytes: u64,
+        /// Bytes that are there.
+        has_bytes: u64,
+    },
+    /// The content is not what was written.
+    #[error("{} is damaged: its checksum does not match its content", file.display())]
+    ChecksumMismatch {
+        /// The file.
+        file: PathBuf,
+    },
+    /// Something else lies under a journal's name.
+    #[error("{} is not a journal of Slackwater: it does not begin as one does", file.display())]
+    NotAJournal {
+        /// The file.
+        file: PathBuf,
+    },
+    /// The disk is full, or a quota is used up.
+    #[error("no space for {}: {needed_bytes} bytes are needed, twice", file.display())]
+    NoSpace {
+        /// The file.
+        file: PathBuf,
+        /// Bytes that one of its two copies takes.
+        needed_bytes: u64,
+    },
+    /// More than was allocated for a record.
+    #[error("the record for {} takes {has_bytes} bytes, and at most {limit_bytes} fit", file.display())]
+    ContentTooLarge {
+        /// The file.
+        file: PathBuf,
+        /// Bytes of the content.
+        has_bytes: u64,
+        /// Bytes that fit.
+        limit_bytes: u64,
+    },
+    /// A journal of this name is there, and nobody has finished it.
+    #[error("{} is there already, and has not been finished", file.display())]
+    Unfinished {
+        /// The file.
+        file: PathBuf,
+    },
+    /// The state directory could not be made or opened.
+    #[error("cannot open the state directory {}", path.display())]
+    OpenDirectory {
+        /// The directory.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The directory of journals could not be listed.
+    #[error("cannot list {}", path.display())]
+    List {
+        /// The directory.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A file could not be made or opened.
+    #[error("cannot open {}", file.display())]
+    Open {
+        /// The file.
+        file: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A file could not be read.
+    #[error("cannot read {}", file.display())]
+    Read {
+        /// The file.
+        file: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A file could not be written or allocated.
+    #[error("cannot write {}", file.display())]
+    Write {
+        /// The file.
+        file: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// What was written could not be brought to stable storage.
+    #[error("cannot sync {}", file.display())]
+    Sync {
+        /// The file or directory.
+        file: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The new content could not take the old one's place.
+    #[error("cannot put the new content of {} in place", file.display())]
+    Replace {
+        /// The file.
+        file: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A file could not be removed.
+    #[error("cannot remove {}", file.display())]
+    Remove {
+        /// The file.
+        file: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}

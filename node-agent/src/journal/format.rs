@@ -1,0 +1,135 @@
+//! How a record lies in its file. Pure.
+//!
+//! ```text
+//!  0        8          12         16        20
+//!  SLKWJRNL ┊ version  ┊ length   ┊ CRC-32  ┊ content ┊ zeroes up to the allocated size
+//! ```
+//!
+//! Numbers are little endian. The CRC-32 (IEEE 802.3) covers the four bytes of the length and the content. A finished journal ends
+//! with its content: it has no zeroes.
+
+const MAGIC: [u8; 8] = *b"SLKWJRNL";
+
+/// The format that is written here, and the newest that is read.
+pub(super) const VERSION: u32 = 1;
+
+/// Bytes before the content.
+pub(super) const HEADER_BYTES: usize = 20;
+
+/// Why bytes are not a record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Refusal {
+    /// They do not begin with the magic, or name a version that never was.
+    NotAJournal,
+    /// They are of a version that is not known here.
+    NewerVersion(u32),
+    /// There are fewer of them than there must be.
+    Truncated { needs_bytes: u64 },
+    /// The content is not what was written.
+    ChecksumMismatch,
+}
+
+/// The content with its header before it, without zeroes. `None` if the header cannot state its length.
+pub(super) fn encode(content: &[u8]) -> Option<Vec<u8>> {
+    let length = u32::try_from(content.len()).ok()?.to_le_bytes();
+    let mut bytes = Vec::with_capacity(HEADER_BYTES + content.len());
+    bytes.extend(MAGIC);
+    bytes.extend(VERSION.to_le_bytes());
+    bytes.extend(length);
+    bytes.extend(checksum(length, content).to_le_bytes());
+    bytes.extend(content);
+    Some(bytes)
+}
+
+/// The content, if these bytes are whole and unharmed. What follows the content is not looked at.
+pub(super) fn decode(bytes: &[u8]) -> Result<&[u8], Refusal> {
+    // What is too short to tell is truncated; what tells otherwise is somebody else's.
+    if bytes.iter().zip(MAGIC).any(|(is, should_be)| *is != should_be) {
+        return Err(Refusal::NotAJournal);
+    }
+    let too_short = Refusal::Truncated { needs_bytes: HEADER_BYTES as u64 };
+    let (_, rest) = bytes.split_first_chunk::<8>().ok_or(too_short)?;
+    let (version, rest) = rest.split_first_chunk::<4>().ok_or(too_short)?;
+    // Before anything else is believed: a newer format may mean something else by it.
+    match u32::from_le_bytes(*version) {
+        0 => return Err(Refusal::NotAJournal),
+        VERSION => {}
+        newer => return Err(Refusal::NewerVersion(newer)),
+    }
+    let (length, rest) = rest.split_first_chunk::<4>().ok_or(too_short)?;
+    let (stated, rest) = rest.split_first_chunk::<4>().ok_or(too_short)?;
+    let announced = u32::from_le_bytes(*length);
+    let content = usize::try_from(announced)
+        .ok()
+        .and_then(|announced| rest.get(..announced))
+        .ok_or(Refusal::Truncated { needs_bytes: HEADER_BYTES as u64 + u64::from(announced) })?;
+    if checksum(*length, content) != u32::from_le_bytes(*stated) {
+        return Err(Refusal::ChecksumMismatch);
+    }
+    Ok(content)
+}
+
+fn checksum(length: [u8; 4], content: &[u8]) -> u32 {
+    let mut hasher = crc32fast::Hasher::new();
+    hasher.update(&length);
+    hasher.update(content);
+    hasher.finalize()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_record_lies_in_its_file_as_documented() {
+        let bytes = encode(b"{}").unwrap();
+        assert_eq!(&bytes[..16], b"SLKWJRNL\x01\0\0\0\x02\0\0\0");
+        // CRC-32 of 02 00 00 00 7b 7d, by Python's zlib.
+        assert_eq!(u32::from_le_bytes(bytes[16..20].try_into().unwrap()), 0x1e75_ad14);
+        assert_eq!(&bytes[20..], b"{}");
+    }
+
+    #[test]
+    fn a_newer_version_is_told_from_damage_whatever_follows_it() {
+        let mut bytes = encode(b"{}").unwrap();
+        bytes[8] = 2;
+        bytes[17] ^= 1;
+        assert_eq!(decode(&bytes), Err(Refusal::NewerVersion(2)));
+        bytes.truncate(12);
+        assert_eq!(decode(&bytes), Err(Refusal::NewerVersion(2)));
+    }
+
+    #[test]
+    fn every_truncation_is_told_from_damage() {
+        let bytes = encode(b"{\"record\":\"LOADED\"}").unwrap();
+        for kept in 0..bytes.len() {
+            assert!(matches!(decode(&bytes[..kept]), Err(Refusal::Truncated { .. })), "{kept} bytes kept");
+        }
+    }
+
+    #[test]
+    fn what_begins_otherwise_is_not_ours() {
+        for foreign in [&b"{\"record\":\"LOADED\"}"[..], &[0; 64], b"x", b"SLKWJRNL\0\0\0\0________"] {
+            assert_eq!(decode(foreign), Err(Refusal::NotAJournal));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_was_encoded_is_decoded_whatever_follows(content: Vec<u8>, behind: Vec<u8>) {
+            let mut bytes = encode(&content).unwrap();
+            bytes.extend(behind);
+            prop_assert_eq!(decode(&bytes), Ok(&content[..]));
+        }
+
+        #[test]
+        fn a_flipped_bit_is_never_read_as_content(content: Vec<u8>, at: prop::sample::Index, bit in 0..8_u32) {
+            let mut bytes = encode(&content).unwrap();
+            let at = at.index(bytes.len());
+            bytes[at] ^= 1 << bit;
+            prop_assert!(decode(&bytes).is_err());
+        }
+    }
+}

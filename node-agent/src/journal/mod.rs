@@ -1,0 +1,318 @@
+//! The agent's memory across its own death: a small file for each end of each migration, replaced whole and durable.
+//!
+//! ```text
+//!  <state_dir>/lock                 held by the one agent that may write here
+//!  <state_dir>/journal/<id>.source  what this node has journalled as a migration's source
+//!                     /<id>.destination
+//!                     /epoch        the highest operator epoch that has been seen
+//! ```
+//!
+//! This module knows files, not protocols: what a record says is its caller's, which writes JSON. It keeps two promises:
+//! what [`JournalFile::write`] has returned from is found again after a power cut, and a write that fails, or is cut off anywhere,
+//! leaves what stood before. Space for all later records of a migration is taken when its file is made.
+//!
+//! **Every call blocks**, for as long as the disk takes to sync: from async code, through `tokio::task::spawn_blocking`.
+
+mod error;
+mod file;
+mod format;
+#[cfg(test)]
+mod tests;
+
+use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
+use std::io::{Read, Seek, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
+use std::{fmt, io};
+
+pub use error::JournalError;
+use file::{Copies, Directory, NEW, SPARE};
+
+/// Bytes that are allocated for each of the two copies of a journal.
+pub const SPACE_BYTES: usize = 64 * 1024;
+
+/// Bytes of content that fit into a record.
+pub const CONTENT_MAX_BYTES: usize = file::content_limit(SPACE_BYTES);
+
+const EPOCH: &str = "epoch";
+const EPOCH_SPACE_BYTES: usize = 4096;
+
+/// Which end of a migration a journal is of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Role {
+    /// This node had the VM.
+    Source,
+    /// This node is to have it.
+    Destination,
+}
+
+impl Role {
+    /// As in the name of a file.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Role::Source => "source",
+            Role::Destination => "destination",
+        }
+    }
+}
+
+/// Names a journal: a migration, and which end of it this node is. Both ends of one migration may be on one node.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Key {
+    id: String,
+    role: Role,
+}
+
+impl Key {
+    /// [`JournalError::InvalidId`] unless the id is 1 to 64 characters of `[a-z0-9-]`.
+    pub fn new(id: impl Into<String>, role: Role) -> Result<Self, JournalError> {
+        let id = id.into();
+        let allowed = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+        if (1..=64).contains(&id.len()) && id.bytes().all(allowed) {
+            Ok(Self { id, role })
+        } else {
+            Err(JournalError::InvalidId { id })
+        }
+    }
+
+    /// The migration.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Which end.
+    pub fn role(&self) -> Role {
+        self.role
+    }
+
+    fn of_file_name(name: &str) -> Option<Self> {
+        let (id, role) = name.split_once('.')?;
+        let role = [Role::Source, Role::Destination].into_iter().find(|known| known.as_str() == role)?;
+        Self::new(id, role).ok()
+    }
+
+    fn file_name(&self) -> String {
+        format!("{}.{}", self.id, self.role.as_str())
+    }
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.file_name())
+    }
+}
+
+/// A journal that is here, with its content or why it cannot be read.
+pub type Found = (Key, Result<Vec<u8>, JournalError>);
+
+/// All journals of this node. Nobody else can open them while this, a clone of it, or a [`JournalFile`] lives.
+#[derive(Clone, Debug)]
+pub struct Journal {
+    directory: Arc<Directory>,
+    lock: Arc<File>,
+    /// Opened at the first [`Journal::set_epoch`].
+    epoch: Arc<Mutex<Option<Copies>>>,
+}
+
+impl Journal {
+    /// Makes the directories where they are missing (mode 0700), takes the lock ([`JournalError::Locked`]), and clears away what an
+    /// agent that died has left of files that it was making. The spare copy of a journal that cannot be read is left: a person
+    /// may want to look at it.
+    pub fn open(state_dir: &Path) -> Result<Self, JournalError> {
+        let path = state_dir.join("journal");
+        let unusable = |source| JournalError::OpenDirectory { path: state_dir.to_owned(), source };
+        DirBuilder::new().recursive(true).mode(0o700).create(&path).map_err(unusable)?;
+        let lock = lock(state_dir)?;
+        let directory = Directory::open(path)?;
+        // The directories themselves must be found again, too.
+        let parent = state_dir.parent().filter(|parent| !parent.as_os_str().is_empty());
+        for path in [Some(state_dir), parent].into_iter().flatten() {
+            Directory::open(path.to_owned())?.sync()?;
+        }
+        let journal =
+            Self { directory: Arc::new(directory), lock: Arc::new(lock), epoch: Arc::new(Mutex::new(None)) };
+        journal.clear_leftovers()?;
+        Ok(journal)
+    }
+
+    /// Every journal that is here, in the order of their keys, each with its content or why it cannot be read.
+    /// Files that are not named as a journal are passed over.
+    pub fn read_all(&self) -> Result<Vec<Found>, JournalError> {
+        let mut keys: Vec<Key> = self.names()?.iter().filter_map(|name| Key::of_file_name(name)).collect();
+        keys.sort();
+        Ok(keys
+            .into_iter()
+            .map(|key| {
+                let content = file::read(&self.directory, &key.file_name(), SPACE_BYTES);
+                (key, content.map(|(content, _)| content))
+            })
+            .collect())
+    }
+
+    /// Makes the journal of a key, with space for every later record; its first content is durable when this returns.
+    ///
+    /// One that has been finished is replaced, by an atomic rename. [`JournalError::Unfinished`] if one is there that has not been, and
+    /// the error of reading it if it cannot be read: in either case nothing is changed. When making it fails, nothing of it stays.
+    pub fn create(&self, key: &Key, content: &[u8]) -> Result<JournalFile, JournalError> {
+        let name = key.file_name();
+        match file::read(&self.directory, &name, SPACE_BYTES) {
+            Ok((_, true)) => {}
+            Ok((_, false)) => return Err(JournalError::Unfinished { file: self.directory.file(&name) }),
+            Err(JournalError::Open { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
+            Err(unreadable) => return Err(unreadable),
+        }
+        let copies = Copies::create(&self.directory, &name, SPACE_BYTES, content)?;
+        Ok(JournalFile { copies, _lock: Arc::clone(&self.lock) })
+    }
+
+    /// Goes on with a journal that is there, and allocates its spare copy anew. One that has been finished is unfinished by this.
+    /// The error of reading it, if it cannot be read: what is damaged is never written over.
+    ///
+    /// A key has one [`JournalFile`] at a time: two would write into the same spare copy.
+    pub fn reopen(&self, key: &Key) -> Result<JournalFile, JournalError> {
+        let name = key.file_name();
+        file::read(&self.directory, &name, SPACE_BYTES)?;
+        let copies = Copies::reopen(&self.directory, &name, SPACE_BYTES)?;
+        Ok(JournalFile { copies, _lock: Arc::clone(&self.lock) })
+    }
+
+    /// Removes the oldest finished journals (by the time of their last write) until `keep` of them are left, and returns the removed.
+    /// Only those count that [`JournalFile::finish`] has closed and whose content `is_finished` confirms; what cannot be read is
+    /// never removed.
+    pub fn prune(
+        &self,
+        keep: usize,
+        is_finished: impl Fn(&Key, &[u8]) -> bool,
+    ) -> Result<Vec<Key>, JournalError> {
+        let mut finished: Vec<(SystemTime, Key)> = Vec::new();
+        for key in self.names()?.iter().filter_map(|name| Key::of_file_name(name)) {
+            let name = key.file_name();
+            if let Ok((content, true)) = file::read(&self.directory, &name, SPACE_BYTES)
+                && is_finished(&key, &content)
+            {
+                let file = self.directory.file(&name);
+                let written = std::fs::metadata(&file).and_then(|metadata| metadata.modified());
+                finished.push((written.map_err(|source| JournalError::Read { file, source })?, key));
+            }
+        }
+        finished.sort();
+        let excess = finished.len().saturating_sub(keep);
+        let removed: Vec<Key> = finished.into_iter().take(excess).map(|(_, key)| key).collect();
+        for key in &removed {
+            self.directory.remove(&key.file_name())?;
+        }
+        if !removed.is_empty() {
+            self.directory.sync()?;
+        }
+        Ok(removed)
+    }
+
+    /// The highest operator epoch that [`Journal::set_epoch`] has kept; 0 if it never has.
+    pub fn epoch(&self) -> Result<u64, JournalError> {
+        match file::read(&self.directory, EPOCH, EPOCH_SPACE_BYTES) {
+            Ok((content, _)) => {
+                let epoch = content.as_slice().try_into().map(u64::from_le_bytes);
+                epoch.map_err(|_| JournalError::NotAJournal { file: self.directory.file(EPOCH) })
+            }
+            Err(JournalError::Open { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(0),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Keeps an operator epoch, durable when this returns. One that is not higher than what is kept changes nothing.
+    pub fn set_epoch(&self, epoch: u64) -> Result<(), JournalError> {
+        let mut copies = self.epoch.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.epoch()? >= epoch {
+            return Ok(());
+        }
+        let content = epoch.to_le_bytes();
+        if copies.is_none() && self.directory.file(EPOCH).exists() {
+            *copies = Some(Copies::reopen(&self.directory, EPOCH, EPOCH_SPACE_BYTES)?);
+        }
+        match copies.as_mut() {
+            Some(copies) => copies.write(&content),
+            None => {
+                *copies = Some(Copies::create(&self.directory, EPOCH, EPOCH_SPACE_BYTES, &content)?);
+                Ok(())
+            }
+        }
+    }
+
+    fn names(&self) -> Result<Vec<String>, JournalError> {
+        let failed = |source| JournalError::List { path: self.directory.path().to_owned(), source };
+        let mut names = Vec::new();
+        for entry in std::fs::read_dir(self.directory.path()).map_err(failed)? {
+            // A name that is not UTF-8 is not one of ours.
+            names.extend(entry.map_err(failed)?.file_name().into_string());
+        }
+        Ok(names)
+    }
+
+    /// A file that was being made means nothing. A spare means nothing without its journal, or beside a finished one.
+    fn clear_leftovers(&self) -> Result<(), JournalError> {
+        for name in self.names()? {
+            let meaningless = match (name.strip_suffix(NEW), name.strip_suffix(SPARE)) {
+                (Some(of), _) => of == EPOCH || Key::of_file_name(of).is_some(),
+                (_, Some(of)) if Key::of_file_name(of).is_some() => {
+                    match file::read(&self.directory, of, SPACE_BYTES) {
+                        Ok((_, finished)) => finished,
+                        Err(JournalError::Open { source, .. }) => source.kind() == io::ErrorKind::NotFound,
+                        Err(_) => false,
+                    }
+                }
+                _ => false,
+            };
+            if meaningless {
+                self.directory.remove(&name)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// One journal that is being written.
+#[derive(Debug)]
+pub struct JournalFile {
+    copies: Copies,
+    _lock: Arc<File>,
+}
+
+impl JournalFile {
+    /// Replaces the content; the new one is durable when this returns. It allocates no space.
+    ///
+    /// When it fails the old content stands, and the call may be repeated. One case is in doubt: if only the directory could
+    /// not be synced ([`JournalError::Sync`] naming it), the old content is put back, but after a power cut either may be found.
+    pub fn write(&mut self, content: &[u8]) -> Result<(), JournalError> {
+        self.copies.write(content)
+    }
+
+    /// As [`JournalFile::write`], for the last time: the spare copy and the space that is not used are given back, and the journal stays
+    /// readable until it is pruned. When it fails the old content stands; [`Journal::reopen`] makes another try possible.
+    pub fn finish(self, content: &[u8]) -> Result<(), JournalError> {
+        self.copies.finish(content)
+    }
+}
+
+/// Takes the lock of a state directory for as long as the file lives: the kernel drops it with the process.
+fn lock(state_dir: &Path) -> Result<File, JournalError> {
+    let path: PathBuf = state_dir.join("lock");
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false).mode(0o600);
+    let mut file = options.open(&path).map_err(|source| JournalError::Open { file: path.clone(), source })?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            let mut text = String::new();
+            let told = file.read_to_string(&mut text).is_ok() && !text.trim().is_empty();
+            let holder = if told { format!(" (process {})", text.trim()) } else { String::new() };
+            return Err(JournalError::Locked { state_dir: state_dir.to_owned(), holder });
+        }
+        Err(TryLockError::Error(source)) => return Err(JournalError::Open { file: path, source }),
+    }
+    // For a person who is refused; that it could not be written harms nobody.
+    let _ =
+        file.set_len(0).and_then(|()| file.rewind()).and_then(|()| write!(file, "{}", std::process::id()));
+    Ok(file)
+}

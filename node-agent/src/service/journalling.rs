@@ -1,0 +1,138 @@
+//! What an attempt's journal is to hold, from what was asked, and back. Pure.
+
+use slackwater_proto::node::{
+    DevicePair, MigrateRequest, MigrationRef, PeerToPeer as WirePeerToPeer, ReserveRequest, VmRef,
+};
+use slackwater_proto::tonic::Status;
+
+use crate::handover::Record;
+use crate::handover::entry::{EndEntry, Entry, Marks, Pair};
+use crate::handover::policy::PeerToPeer;
+use crate::journal::{Key, Role};
+use crate::vfio::borrow::ProcessIdentity;
+
+/// The name of an attempt's journal.
+pub(super) fn key(migration_id: &str, role: Role) -> Result<Key, Status> {
+    Key::new(migration_id, role).map_err(|error| Status::invalid_argument(error.to_string()))
+}
+
+fn entry(
+    reference: &MigrationRef,
+    vm: &VmRef,
+    policy: PeerToPeer,
+    devices: &[DevicePair],
+    record: Record,
+    end: EndEntry,
+) -> Entry {
+    Entry {
+        migration_id: reference.id.clone(),
+        attempt: reference.attempt,
+        record,
+        ended: None,
+        failure: None,
+        stated_because: None,
+        recorded_unix_ns: 0,
+        namespace: vm.namespace.clone(),
+        name: vm.name.clone(),
+        vmm: None,
+        assume_isolated: policy == PeerToPeer::AssumeIsolated,
+        devices: devices.iter().map(Pair::from).collect(),
+        end,
+    }
+}
+
+/// The source's.
+pub(super) fn source(
+    reference: &MigrationRef,
+    vm: &VmRef,
+    given: &MigrateRequest,
+    policy: PeerToPeer,
+    vmm: &ProcessIdentity,
+) -> Entry {
+    let end = EndEntry::Source {
+        target_node: given.target_node.clone(),
+        target_address: given.target_address.clone(),
+        marks: Marks::default(),
+    };
+    let vmm = Some(vmm.into());
+    Entry { vmm, ..entry(reference, vm, policy, &given.devices, Record::Saving, end) }
+}
+
+/// The destination's.
+pub(super) fn destination(
+    reference: &MigrationRef,
+    vm: &VmRef,
+    given: &ReserveRequest,
+    policy: PeerToPeer,
+) -> Entry {
+    let end = EndEntry::Destination {
+        source_node: given.source_node.clone(),
+        vm_json: given.vm_json.clone(),
+        claim: given.claim.to_vec(),
+        silence_timeout_ms: given.silence_timeout_ms,
+    };
+    entry(reference, vm, policy, &given.devices, Record::Reserved, end)
+}
+
+/// Which attempt an entry is of. Who had asked is of no matter any more.
+pub(super) fn reference_of(entry: &Entry) -> MigrationRef {
+    MigrationRef { id: entry.migration_id.clone(), attempt: entry.attempt, operator_epoch: 0 }
+}
+
+/// The VM of an entry.
+pub(super) fn vm_of(entry: &Entry) -> VmRef {
+    VmRef { namespace: entry.namespace.clone(), name: entry.name.clone() }
+}
+
+/// The reservation that a destination's entry is of; None for a source's.
+pub(super) fn reservation_of(entry: &Entry) -> Option<ReserveRequest> {
+    let EndEntry::Destination { source_node, vm_json, claim, silence_timeout_ms } = &entry.end else {
+        return None;
+    };
+    let policy =
+        if entry.assume_isolated { WirePeerToPeer::AssumeIsolated } else { WirePeerToPeer::Required };
+    Some(ReserveRequest {
+        migration: Some(reference_of(entry)),
+        vm: Some(vm_of(entry)),
+        source_node: source_node.clone(),
+        vm_json: vm_json.clone(),
+        devices: entry.devices.iter().map(DevicePair::from).collect(),
+        peer_to_peer: policy.into(),
+        silence_timeout_ms: *silence_timeout_ms,
+        claim: claim.clone().into(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use slackwater_proto::node::MigrationFeatures;
+
+    use super::*;
+
+    #[test]
+    fn a_reservation_is_read_back_as_it_was_asked_for() {
+        let vm = VmRef { namespace: "demo".to_owned(), name: "counter".to_owned() };
+        let reference = MigrationRef { id: "3f".to_owned(), attempt: 2, operator_epoch: 0 };
+        let features = MigrationFeatures { stop_copy: true, p2p: false, pre_copy: true };
+        let pair = DevicePair {
+            source: "a".to_owned(),
+            target: "b".to_owned(),
+            driver: "mtty".to_owned(),
+            model: "mtty-1".to_owned(),
+            features: Some(features),
+        };
+        let asked = ReserveRequest {
+            migration: Some(reference.clone()),
+            vm: Some(vm.clone()),
+            source_node: "node-a".to_owned(),
+            vm_json: "{}".to_owned(),
+            devices: vec![pair],
+            peer_to_peer: WirePeerToPeer::AssumeIsolated.into(),
+            silence_timeout_ms: 9,
+            claim: vec![1, 2].into(),
+        };
+        let entry = destination(&reference, &vm, &asked, PeerToPeer::AssumeIsolated);
+        let text = serde_json::to_vec(&entry).unwrap();
+        assert_eq!(reservation_of(&serde_json::from_slice(&text).unwrap()), Some(asked));
+    }
+}

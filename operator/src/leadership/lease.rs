@@ -1,0 +1,172 @@
+//! Reading and writing the Lease.
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use k8s_openapi::api::coordination::v1::LeaseSpec;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
+use kube::Api;
+use kube::api::PostParams;
+use tokio::time::timeout;
+
+use super::election::{Candidate, Seen};
+
+pub(super) use k8s_openapi::api::coordination::v1::Lease;
+
+/// How long the API server may take for one answer: less than any deadline that makes sense.
+const PATIENCE: Duration = Duration::from_secs(4);
+
+/// What came in the way of a Lease.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum LeaseError {
+    /// Somebody else has it.
+    #[error("{holder} holds it")]
+    Taken { holder: String },
+    /// The API server does not answer.
+    #[error("the API server has not answered within {} s", PATIENCE.as_secs())]
+    TooLate,
+    /// Anything else.
+    #[error("the API server says: {0}")]
+    Ask(#[source] Box<kube::Error>),
+    /// A Lease counts only so far.
+    #[error("an agent has seen the epoch {known}, which is more than a Lease can count")]
+    EpochTooHigh { known: u64 },
+}
+
+/// The Lease as this operator has written it last.
+pub(super) struct Held {
+    lease: Lease,
+}
+
+impl Held {
+    /// Transitions plus 1: 0 would be "no operator is involved".
+    pub(super) fn epoch(&self) -> u64 {
+        u64::try_from(transitions_of(&self.lease)).unwrap_or_default() + 1
+    }
+
+    fn holder(&self) -> &str {
+        holder(&self.lease)
+    }
+}
+
+/// A name for this process that no other has, nor will have.
+pub(super) fn identity() -> String {
+    let read = |path| std::fs::read_to_string(path).map(|text| text.trim().to_owned()).unwrap_or_default();
+    let host = std::env::var("HOSTNAME").unwrap_or_else(|_| read("/proc/sys/kernel/hostname"));
+    let unique = read("/proc/sys/kernel/random/uuid");
+    format!("{host}_{}_{unique}", std::process::id())
+}
+
+/// What a Lease says.
+pub(super) fn seen(lease: &Lease) -> Seen {
+    let spec = lease.spec.clone().unwrap_or_default();
+    let seconds = spec.lease_duration_seconds.and_then(|seconds| u64::try_from(seconds).ok());
+    Seen {
+        holder: holder(lease).to_owned(),
+        renewed: spec.renew_time.map(|time| time.0.to_string()).unwrap_or_default(),
+        duration: seconds.map(Duration::from_secs),
+        transitions: transitions_of(lease),
+    }
+}
+
+fn holder(lease: &Lease) -> &str {
+    lease.spec.as_ref().and_then(|spec| spec.holder_identity.as_deref()).unwrap_or_default()
+}
+
+fn transitions_of(lease: &Lease) -> i32 {
+    lease.spec.as_ref().and_then(|spec| spec.lease_transitions).unwrap_or_default().max(0)
+}
+
+pub(super) async fn read(api: &Api<Lease>, name: &str) -> Result<Option<Lease>, LeaseError> {
+    asked(api.get_opt(name)).await
+}
+
+/// Writes us in as the holder. If somebody else was faster, the API server refuses it by the resource version.
+pub(super) async fn take(
+    api: &Api<Lease>,
+    name: &str,
+    found: Option<Lease>,
+    candidate: &Candidate,
+    transitions: i32,
+) -> Result<Held, LeaseError> {
+    let now = MicroTime(Timestamp::now());
+    let spec = LeaseSpec {
+        holder_identity: Some(candidate.identity.clone()),
+        lease_duration_seconds: i32::try_from(candidate.duration.as_secs()).ok(),
+        lease_transitions: Some(transitions),
+        acquire_time: Some(now.clone()),
+        renew_time: Some(now),
+        ..LeaseSpec::default()
+    };
+    let metadata = ObjectMeta { name: Some(name.to_owned()), ..ObjectMeta::default() };
+    let lease = match found {
+        None => asked(api.create(&PostParams::default(), &Lease { metadata, spec: Some(spec) })).await?,
+        Some(found) => {
+            let taken = Lease { spec: Some(spec), ..found };
+            asked(api.replace(name, &PostParams::default(), &taken)).await?
+        }
+    };
+    Ok(Held { lease })
+}
+
+/// Renews it, and sets its transitions where that is wanted.
+pub(super) async fn renew(
+    api: &Api<Lease>,
+    held: &Held,
+    transitions: Option<i32>,
+) -> Result<Held, LeaseError> {
+    let mut lease = held.lease.clone();
+    if let Some(spec) = &mut lease.spec {
+        spec.renew_time = Some(MicroTime(Timestamp::now()));
+        spec.lease_transitions = transitions.or(spec.lease_transitions);
+    }
+    let name = lease.metadata.name.clone().unwrap_or_default();
+    match asked(api.replace(&name, &PostParams::default(), &lease)).await {
+        Ok(lease) => Ok(Held { lease }),
+        Err(LeaseError::Ask(error)) if is(&error, 409) => {
+            // Somebody has written to it. If we are still its holder, then no matter what: it is written over.
+            let now = read(api, &name).await?;
+            let holder = now.as_ref().map(|lease| holder(lease).to_owned()).unwrap_or_default();
+            if holder != held.holder() {
+                let holder = if holder.is_empty() { "nobody".to_owned() } else { holder };
+                return Err(LeaseError::Taken { holder });
+            }
+            let theirs = now.as_ref().map(transitions_of).unwrap_or_default();
+            if let Some(spec) = &mut lease.spec {
+                spec.lease_transitions = spec.lease_transitions.max(Some(theirs));
+            }
+            lease.metadata.resource_version = now.and_then(|lease| lease.metadata.resource_version);
+            let lease = asked(api.replace(&name, &PostParams::default(), &lease)).await?;
+            Ok(Held { lease })
+        }
+        Err(LeaseError::Ask(error)) if is(&error, 404) => {
+            // Somebody has deleted it. Without it the count would begin anew.
+            lease.metadata = ObjectMeta { name: Some(name), ..ObjectMeta::default() };
+            let lease = asked(api.create(&PostParams::default(), &lease)).await?;
+            Ok(Held { lease })
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Leaves it without a holder.
+pub(super) async fn release(api: &Api<Lease>, held: &Held) -> Result<(), LeaseError> {
+    let mut lease = held.lease.clone();
+    if let Some(spec) = &mut lease.spec {
+        spec.holder_identity = None;
+        spec.renew_time = Some(MicroTime(Timestamp::now()));
+    }
+    let name = lease.metadata.name.clone().unwrap_or_default();
+    asked(api.replace(&name, &PostParams::default(), &lease)).await.map(drop)
+}
+
+fn is(error: &kube::Error, code: u16) -> bool {
+    matches!(error, kube::Error::Api(status) if status.code == code)
+}
+
+async fn asked<T>(request: impl Future<Output = kube::Result<T>>) -> Result<T, LeaseError> {
+    match timeout(PATIENCE, request).await {
+        Ok(answer) => answer.map_err(|error| LeaseError::Ask(Box::new(error))),
+        Err(_) => Err(LeaseError::TooLate),
+    }
+}

@@ -1,0 +1,310 @@
+use super::*;
+
+const SOURCE: [Record; 5] =
+    [Record::None, Record::Saving, Record::Committed, Record::Released, Record::Aborted];
+const TARGET: [Record; 6] = [
+    Record::None,
+    Record::Reserved,
+    Record::Loaded,
+    Record::Starting,
+    Record::Running,
+    Record::Discarded,
+];
+
+/// All that an end can be heard to say, and its silence.
+fn all_of(records: &[Record]) -> Vec<Heard> {
+    let mut all = vec![Heard::Silent("unreachable".into())];
+    for record in records {
+        for ended in [false, true] {
+            for failure in [None, Some(Failure { reason: "X".into(), message: "x".into() })] {
+                all.push(Heard::Says(Word { ended, failure, ..Word::of(*record) }));
+            }
+        }
+    }
+    all
+}
+
+fn source(heard: &Heard) -> Event {
+    match heard.clone() {
+        Heard::Says(word) => Event::SourceSays(word),
+        Heard::Silent(why) => Event::SourceSilent(why),
+    }
+}
+
+fn target(heard: &Heard) -> Event {
+    match heard.clone() {
+        Heard::Says(word) => Event::TargetSays(word),
+        Heard::Silent(why) => Event::TargetSilent(why),
+    }
+}
+
+fn decided(run_on: End) -> Event {
+    Event::Decided(Decision { run_on, justification: "the node is off".into() })
+}
+
+fn steps(resolver: Resolver, events: impl IntoIterator<Item = Event>) -> (Resolver, Vec<Effect>) {
+    events.into_iter().fold((resolver, Vec::new()), |(resolver, mut all), event| {
+        let (resolver, effects) = resolver.step(event);
+        all.extend(effects);
+        (resolver, all)
+    })
+}
+
+fn round(resolver: Resolver, s: &Heard, d: &Heard) -> (Resolver, Vec<Effect>) {
+    steps(resolver, [source(s), target(d)])
+}
+
+fn says(record: Record) -> Heard {
+    Heard::Says(Word::of(record))
+}
+
+fn silent() -> Heard {
+    Heard::Silent("no route".into())
+}
+
+fn ended(record: Record) -> Heard {
+    Heard::Says(Word { ended: true, ..Word::of(record) })
+}
+
+fn doubt(reason: DoubtReason) -> Effect {
+    let why = match reason {
+        DoubtReason::TargetUnreachable | DoubtReason::SourceUnreachable => "no route",
+        DoubtReason::AgentsUnreachable => "no route; no route",
+        _ => "",
+    };
+    Effect::Doubt { reason, why: why.into() }
+}
+
+/// Every resolver that comes out of up to two rounds of anything, with every decision before, between and after.
+fn reachable() -> Vec<Resolver> {
+    let (sources, targets) = (all_of(&SOURCE), all_of(&TARGET));
+    let mut seen = std::collections::HashSet::from([Resolver::default()]);
+    for _ in 0..2 {
+        for resolver in seen.clone() {
+            let told = [Event::SourceTold { committed: false }, Event::SourceTold { committed: true }];
+            let before = [decided(End::Source), decided(End::Destination)].into_iter().chain(told);
+            seen.extend(before.map(|event| resolver.clone().step(event).0));
+            for (s, d) in sources.iter().flat_map(|s| targets.iter().map(move |d| (s, d))) {
+                seen.insert(round(resolver.clone(), s, d).0);
+            }
+        }
+    }
+    seen.into_iter().collect()
+}
+
+#[test]
+fn whatever_was_heard_before_only_a_fresh_word_or_a_decision_is_ever_relayed() {
+    let (sources, targets) = (all_of(&SOURCE), all_of(&TARGET));
+    let mut looked_at = 0;
+    for resolver in reachable() {
+        for (s, d) in sources.iter().flat_map(|s| targets.iter().map(move |d| (s, d))) {
+            let (after, effects) = round(resolver.clone(), s, d);
+            looked_at += 1;
+            let case = format!("{resolver:?}: {s:?}, {d:?}: {effects:?}");
+            for effect in &effects {
+                match effect {
+                    Effect::TellTarget(Word { stated: None, record, .. }) => {
+                        assert_eq!(s.record(), Some(*record), "{case}");
+                        assert!(matches!(record, Record::Committed | Record::Aborted), "{case}");
+                    }
+                    Effect::TellSource(Word { stated: None, record, .. }) => {
+                        assert_eq!((s.record(), d.record()), (Some(Record::Committed), Some(*record)), "{case}");
+                    }
+                    Effect::TellSource(Word { stated: Some(_), record, .. }) => {
+                        assert_eq!((*record, s.record()), (Record::Discarded, Some(Record::Committed)), "{case}");
+                        assert!(matches!(d.record(), None | Some(Record::None)), "{case}");
+                        assert!(after.decided_for_source() && after.doubt().is_some(), "{case}");
+                    }
+                    Effect::TellTarget(Word { stated: Some(_), record: Record::Committed, .. }) => {
+                        assert_eq!(d.record(), Some(Record::Loaded), "{case}");
+                        assert!(matches!(s.record(), None | Some(Record::None)), "{case}");
+                        assert!(!after.decided_for_source() && after.doubt().is_some(), "{case}");
+                    }
+                    Effect::TellTarget(Word { stated: Some(_), record, .. }) => {
+                        assert_eq!(*record, Record::Aborted, "{case}");
+                        assert_eq!((s.record(), d.record()), (Some(Record::Committed), Some(Record::Loaded)), "{case}");
+                        assert!(after.decided_for_source(), "{case}");
+                    }
+                    Effect::Doubt { .. } | Effect::NoDoubt | Effect::Settled(_) => {}
+                }
+            }
+            let told = |effect: &&Effect| matches!(effect, Effect::TellSource(_) | Effect::TellTarget(_));
+            assert!(effects.iter().filter(told).count() <= 1, "{case}");
+            let settled = effects.iter().any(|effect| matches!(effect, Effect::Settled(_)));
+            assert!(!(settled && after.doubt().is_some()), "{case}");
+            if after.doubt() == Some(DoubtReason::Forked) {
+                assert!(!effects.iter().any(|effect| told(&effect)), "{case}");
+            }
+        }
+    }
+    assert!(looked_at > 100_000, "{looked_at}");
+}
+
+impl Resolver {
+    fn decided_for_source(&self) -> bool {
+        self.decision.as_ref().is_some_and(|decision| decision.run_on == End::Source)
+    }
+}
+
+#[test]
+fn the_table_holds() {
+    use DoubtReason::*;
+    let tell_source = |heard: &Heard| {
+        let Heard::Says(word) = heard else { panic!("silent") };
+        vec![Effect::TellSource(word.clone())]
+    };
+    let tell_target = |record| vec![Effect::TellTarget(Word::of(record))];
+    let lost = Word {
+        ended: true,
+        failure: Some(Failure { reason: "TwinExited".into(), message: "it is gone".into() }),
+        ..Word::of(Record::Starting)
+    };
+    let lost = Heard::Says(lost);
+    let expected = [
+        (says(Record::Committed), says(Record::Running), tell_source(&says(Record::Running))),
+        (says(Record::Committed), ended(Record::Running), tell_source(&ended(Record::Running))),
+        (says(Record::Committed), says(Record::Discarded), tell_source(&says(Record::Discarded))),
+        (says(Record::Committed), lost.clone(), tell_source(&lost)),
+        (says(Record::Committed), says(Record::Starting), vec![]),
+        (says(Record::Committed), says(Record::Reserved), vec![]),
+        (says(Record::Committed), says(Record::Loaded), tell_target(Record::Committed)),
+        (says(Record::Committed), silent(), vec![doubt(TargetUnreachable)]),
+        (says(Record::Committed), says(Record::None), vec![doubt(TargetForgot)]),
+        (says(Record::Aborted), says(Record::Reserved), tell_target(Record::Aborted)),
+        (says(Record::Aborted), says(Record::Loaded), tell_target(Record::Aborted)),
+        (says(Record::Aborted), says(Record::Starting), vec![doubt(Forked)]),
+        (ended(Record::Aborted), says(Record::Running), vec![doubt(Forked)]),
+        (says(Record::Aborted), says(Record::Discarded), vec![]),
+        (ended(Record::Aborted), says(Record::None), vec![Effect::Settled(Settlement::GivenUp(None))]),
+        (silent(), says(Record::Loaded), vec![doubt(SourceUnreachable)]),
+        (silent(), says(Record::Reserved), vec![]),
+        (silent(), says(Record::Running), vec![]),
+        (silent(), silent(), vec![]),
+        (says(Record::None), says(Record::Reserved), vec![Effect::Settled(Settlement::NeverBegan)]),
+        (says(Record::None), says(Record::None), vec![Effect::Settled(Settlement::NeverBegan)]),
+        (says(Record::None), says(Record::Loaded), vec![doubt(SourceForgot)]),
+        (says(Record::None), says(Record::Starting), vec![]),
+        (says(Record::None), silent(), vec![]),
+        (says(Record::None), says(Record::Running), vec![Effect::Settled(Settlement::RunsAtDestination)]),
+        (says(Record::Saving), says(Record::Loaded), vec![]),
+        (says(Record::Saving), silent(), vec![]),
+        (says(Record::Released), silent(), vec![]),
+        (ended(Record::Released), silent(), vec![Effect::Settled(Settlement::RunsAtDestination)]),
+        (ended(Record::Committed), lost, vec![Effect::Settled(Settlement::Lost(None))]),
+    ];
+    for (s, d, effects) in expected {
+        assert_eq!(round(Resolver::default(), &s, &d).1, effects, "{s:?}, {d:?}");
+    }
+}
+
+#[test]
+fn a_source_that_gave_it_up_and_is_done_is_settled_and_the_destination_hears_of_it() {
+    let (_, effects) = round(Resolver::default(), &ended(Record::Aborted), &says(Record::Loaded));
+    let said = Word { ended: true, ..Word::of(Record::Aborted) };
+    assert_eq!(effects, [Effect::TellTarget(said), Effect::Settled(Settlement::GivenUp(None))]);
+}
+
+#[test]
+fn nothing_is_decided_by_a_word_of_an_earlier_round() {
+    let (resolver, _) = round(Resolver::default(), &says(Record::Committed), &silent());
+    // The destination is back, and the source has not been asked again.
+    let (resolver, effects) = resolver.step(Event::TargetSays(Word::of(Record::Loaded)));
+    assert_eq!(effects, []);
+    // Meanwhile it has been resolved otherwise.
+    let (_, effects) = resolver.step(Event::SourceSays(Word::of(Record::Aborted)));
+    assert_eq!(effects, [Effect::NoDoubt, Effect::TellTarget(Word::of(Record::Aborted))]);
+}
+
+#[test]
+fn a_doubt_that_clears_says_so_once() {
+    let (resolver, effects) = round(Resolver::default(), &says(Record::Committed), &silent());
+    assert_eq!((resolver.doubt(), effects.len()), (Some(DoubtReason::TargetUnreachable), 1));
+    let (resolver, effects) = round(resolver, &says(Record::Committed), &says(Record::Starting));
+    assert_eq!((resolver.doubt(), effects), (None, vec![Effect::NoDoubt]));
+    assert_eq!(round(resolver, &says(Record::Committed), &says(Record::Starting)).1, []);
+}
+
+#[test]
+fn a_source_that_had_begun_and_has_no_record_has_forgotten_it() {
+    for (told, d) in [(false, says(Record::None)), (false, silent()), (true, says(Record::Reserved))] {
+        let began = Resolver::default().step(Event::SourceTold { committed: told }).0;
+        let (resolver, _) = round(began, &says(Record::None), &d);
+        assert_eq!(resolver.doubt(), Some(DoubtReason::SourceForgot), "{d:?}");
+    }
+    // What it said in an earlier round counts, too.
+    let (resolver, _) = round(Resolver::default(), &says(Record::Saving), &says(Record::Reserved));
+    assert_eq!(round(resolver, &says(Record::None), &says(Record::Reserved)).0.doubt(), Some(DoubtReason::SourceForgot));
+}
+
+#[test]
+fn when_neither_can_be_asked_it_is_in_doubt_only_after_the_commit() {
+    assert_eq!(round(Resolver::default(), &silent(), &silent()).0.doubt(), None);
+    let committed = Resolver::default().step(Event::SourceTold { committed: true }).0;
+    let (resolver, effects) = round(committed, &silent(), &silent());
+    assert_eq!(effects, [doubt(DoubtReason::AgentsUnreachable)]);
+    assert_eq!(resolver.fits(End::Source), Err(Unfit::CannotBeTold(End::Source)));
+    assert_eq!(resolver.fits(End::Destination), Err(Unfit::CannotBeTold(End::Destination)));
+}
+
+#[test]
+fn a_decision_for_the_source_is_stated_to_it_in_every_round_until_it_is_heard() {
+    let (resolver, _) = round(Resolver::default(), &says(Record::Committed), &silent());
+    assert_eq!(resolver.fits(End::Source), Ok(()));
+    assert_eq!(resolver.fits(End::Destination), Err(Unfit::OtherAnswers(End::Source)));
+    let (mut resolver, effects) = resolver.step(decided(End::Source));
+    assert_eq!(effects, []);
+    for _ in 0..2 {
+        let (next, effects) = round(resolver, &says(Record::Committed), &silent());
+        let stated = Word { stated: Some("the node is off".into()), ..Word::of(Record::Discarded) };
+        assert_eq!(effects, [doubt(DoubtReason::TargetUnreachable), Effect::TellSource(stated)]);
+        resolver = next;
+    }
+    let (_, effects) = round(resolver, &ended(Record::Aborted), &silent());
+    assert_eq!(effects, [Effect::NoDoubt, Effect::Settled(Settlement::GivenUp(None))]);
+}
+
+#[test]
+fn after_a_decision_for_the_source_a_loaded_destination_is_never_told_to_start() {
+    let (resolver, _) = round(Resolver::default(), &says(Record::Committed), &silent());
+    let (resolver, _) = resolver.step(decided(End::Source));
+    let (resolver, _) = round(resolver, &says(Record::Committed), &silent());
+    let (resolver, effects) = round(resolver, &says(Record::Committed), &says(Record::Loaded));
+    let stated = Word { stated: Some("the node is off".into()), ..Word::of(Record::Aborted) };
+    assert_eq!(effects, [Effect::NoDoubt, Effect::TellTarget(stated)]);
+    // And what it has journalled upon that goes to the source as its own word.
+    let (_, effects) = round(resolver, &says(Record::Committed), &says(Record::Discarded));
+    assert_eq!(effects, [Effect::TellSource(Word::of(Record::Discarded))]);
+}
+
+#[test]
+fn a_decision_for_the_destination_needs_one_that_waits_and_a_source_that_has_nothing_to_say() {
+    let (resolver, _) = round(Resolver::default(), &silent(), &says(Record::Loaded));
+    assert_eq!(resolver.fits(End::Destination), Ok(()));
+    assert_eq!(resolver.fits(End::Source), Err(Unfit::OtherAnswers(End::Destination)));
+    let (resolver, _) = resolver.step(decided(End::Destination));
+    let (resolver, effects) = round(resolver, &silent(), &says(Record::Loaded));
+    let stated = Word { stated: Some("the node is off".into()), ..Word::of(Record::Committed) };
+    assert_eq!(effects, [doubt(DoubtReason::SourceUnreachable), Effect::TellTarget(stated)]);
+    // The source is back, and has given it up: its word counts.
+    let (_, effects) = round(resolver, &says(Record::Aborted), &says(Record::Loaded));
+    assert_eq!(effects, [Effect::NoDoubt, Effect::TellTarget(Word::of(Record::Aborted))]);
+}
+
+#[test]
+fn a_destination_that_has_started_is_never_overruled() {
+    let begun = Resolver::default().step(Event::SourceTold { committed: true }).0;
+    for d in [says(Record::Starting), says(Record::Running), ended(Record::Starting)] {
+        for s in all_of(&SOURCE) {
+            for run_on in [End::Source, End::Destination] {
+                let (resolver, _) = round(begun.clone(), &says(Record::Committed), &silent());
+                let (resolver, _) = resolver.step(decided(run_on));
+                let (_, effects) = round(resolver, &s, &d);
+                let stated = |effect: &Effect| match effect {
+                    Effect::TellSource(word) | Effect::TellTarget(word) => word.stated.is_some(),
+                    _ => false,
+                };
+                assert!(!effects.iter().any(stated), "{s:?}, {d:?}: {effects:?}");
+            }
+        }
+    }
+}
