@@ -336,6 +336,8 @@ pub fn expected(phase: Phase, fault: Fault) -> Expected {
         (DeviceError, Phase::Release) => Ends(MOVED),
         (DeviceError, _) => Ends(End::AtSource(&["DeviceFailed"])),
 
+        // In the blackout a phase that only changes states has 20 s.
+        (DeviceHang, Phase::Quiesce | Phase::Stop) => Ends(End::AtSource(&["TimedOut"])),
         (DeviceHang, Phase::Starting) => InDoubtUntil(Until::DeviceIsDone, MOVED),
         // Slow is not wrong: preCommitTimeout is longer.
         (DeviceHang, _) => Ends(MOVED),

@@ -190,10 +190,6 @@ impl Scene<'_> {
 
     /// Until it has ended, or there is doubt about its end.
     async fn until_decided(&mut self) -> anyhow::Result<VMMigration> {
-        // An operator that ends when the API server is away too long is started again, as its deployment does.
-        if self.cell.fault == Fault::ApiServerAway && !self.cluster.operator_runs() {
-            self.cluster.start_operator().await?;
-        }
         let api = self.cluster.migrations();
         self.cluster
             .until(api, self.name, "an end, or doubt", |migration: &VMMigration| {
@@ -233,7 +229,7 @@ impl Scene<'_> {
             Fault::JournalFull(side) => self.cluster.empty_state_disk(self.ends.at(side)).await?,
             _ => {}
         }
-        if !self.cluster.operator_runs() {
+        if !self.cluster.has_operator() {
             self.cluster.start_operator().await?;
         }
         Ok(())

@@ -102,7 +102,9 @@ impl Stage {
             self.cluster.lab.node(node)?.kill(pid).await?;
             self.cluster.lab.node(node)?.wait(pid, Duration::from_secs(10)).await?;
         }
-        self.cluster.lab.node(node)?.shell("rm -rf /run/slackwater/vms/*").await?;
+        let remove = "rm -rf /run/slackwater/vms/*; for group in /sys/fs/cgroup/slackwater/*/; do \
+                      [ ! -d \"$group\" ] || rmdir \"$group\"; done";
+        self.cluster.lab.node(node)?.shell(remove).await?;
         Ok(())
     }
 

@@ -266,7 +266,7 @@ async fn heal(stage: &mut Stage, ends: Ends) -> anyhow::Result<()> {
     for node in [ends.source, ends.destination] {
         cluster.set_faults(node, "").await?;
     }
-    if !cluster.operator_runs() {
+    if !cluster.has_operator() {
         cluster.start_operator().await?;
     }
     Ok(())
