@@ -282,7 +282,7 @@ impl Run {
                     self.write().await;
                     return Some(Followed::Finished);
                 }
-                Some(What::DeviceState(_) | What::Progress(_) | What::Doubt(_)) | None => {}
+                Some(What::DeviceState(_) | What::Progress(_)) | None => {}
             }
         }
         if self.inquiry.told.is_some() {

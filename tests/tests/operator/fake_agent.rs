@@ -3,6 +3,7 @@
 use std::future::pending;
 use std::net::TcpListener;
 use std::path::Path;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -11,10 +12,10 @@ use futures::{Stream, StreamExt};
 use slackwater_proto::node::migration_event::What;
 use slackwater_proto::node::node_agent_server::{NodeAgent, NodeAgentServer};
 use slackwater_proto::node::{
-    AbortRequest, AbortResponse, DescribeRequest, DescribeResponse, DeviceDescription, DeviceStateChange,
-    Finished, MigrateRequest, MigrateResponse, MigrationEvent, MigrationFeatures, NodeDescription, Outcome,
-    Phase, ReleaseRequest, ReleaseResponse, ReserveRequest, ReserveResponse, Timings, VmDescription, VmRef,
-    VmState, WatchRequest, WatchResponse,
+    AbortRequest, AbortResponse, DescribeRequest, DescribeResponse, DeviceDescription, DeviceStateChange, Doubt,
+    Finished, JournalRecord, JournalState, MigrateRequest, MigrateResponse, MigrationEvent, MigrationFeatures,
+    MigrationRef, NodeDescription, Outcome, Phase, ReleaseRequest, ReleaseResponse, ReserveRequest, ReserveResponse,
+    ResolveRequest, ResolveResponse, Timings, VmDescription, VmRef, VmState, WatchRequest, WatchResponse,
 };
 use slackwater_proto::server::serve;
 use slackwater_proto::tls::Credentials;
@@ -31,6 +32,8 @@ pub(crate) enum Call {
     Migrate(MigrateRequest),
     Abort(AbortRequest),
     Release(ReleaseRequest),
+    /// Only what was relayed: of mere questions there are many.
+    Resolve(ResolveRequest),
 }
 
 /// What the agent answers to its next calls.
@@ -40,6 +43,11 @@ pub(crate) struct Script {
     pub(crate) migrate: Option<Status>,
     pub(crate) abort: Option<Status>,
     pub(crate) release: Option<Status>,
+    pub(crate) resolve: Option<Status>,
+    /// The highest epoch that it has seen: whoever comes with a lower one is refused.
+    pub(crate) known_epoch: u64,
+    /// What stands in its journal.
+    pub(crate) word: JournalState,
 }
 
 struct State {
@@ -50,6 +58,8 @@ struct State {
     /// Another number breaks every open stream of events.
     breaks: watch::Sender<u32>,
     script: Mutex<Script>,
+    /// Its wall clock, in events.
+    ticks: AtomicI64,
 }
 
 /// The agent of a node. It ends when it is dropped.
@@ -92,6 +102,11 @@ pub(crate) fn device(name: &str, model: &str, holder: &str) -> DeviceDescription
     }
 }
 
+/// A word of a journal.
+pub(crate) fn word(record: JournalRecord) -> JournalState {
+    JournalState { record: record.into(), ..Default::default() }
+}
+
 impl FakeAgent {
     pub(crate) fn start(pki: &Pki, folder: &Path, node: &str) -> Self {
         let description = NodeDescription {
@@ -107,6 +122,7 @@ impl FakeAgent {
             events: watch::Sender::default(),
             breaks: watch::Sender::default(),
             script: Mutex::default(),
+            ticks: AtomicI64::new(1),
         });
         let (certificate, key) = pki.agent(node).unwrap().write(folder, node).unwrap();
         let credentials = Credentials::read(&certificate, &key, &pki.write_ca(folder).unwrap()).unwrap();
@@ -181,6 +197,25 @@ impl FakeAgent {
         })
     }
 
+    /// The journal says this from now on.
+    pub(crate) fn journals(&self, record: JournalRecord) {
+        self.script(|script| script.word = word(record));
+    }
+
+    /// Returns when the other end's word has been relayed: the first that has this record.
+    pub(crate) async fn relayed(&self, record: JournalRecord) -> JournalState {
+        let is = |call: &Call| match call {
+            Call::Resolve(ResolveRequest { peer: Some(peer), .. }) if peer.record() == record => Some(peer.clone()),
+            _ => None,
+        };
+        self.called(&format!("act upon {record:?}"), is).await
+    }
+
+    /// Nobody has relayed anything.
+    pub(crate) fn assert_nothing_was_relayed(&self) {
+        assert!(!self.calls().iter().any(|call| matches!(call, Call::Resolve(_))), "{:#?}", self.calls());
+    }
+
     /// Returns when somebody has asked to migrate for the `count`-th time.
     pub(crate) async fn joined(&self, count: usize) {
         let mut calls = self.state.calls.subscribe();
@@ -197,6 +232,15 @@ impl FakeAgent {
 
     pub(crate) fn phase(&self, phase: Phase) {
         self.event(&self.node, What::Phase(phase.into()));
+    }
+
+    pub(crate) fn doubt(&self, reason: &str, message: &str) {
+        self.event(&self.node, What::Doubt(Doubt { reason: reason.into(), message: message.into() }));
+    }
+
+    /// Forgets the events that it has told, as a restarted agent does: the next is number 1 again.
+    pub(crate) fn forget_events(&self) {
+        self.state.events.send_modify(Vec::clear);
     }
 
     pub(crate) fn device_state(&self, node: &str, device: &str, to: u32) {
@@ -237,7 +281,7 @@ impl State {
                 sequence,
                 node: node.into(),
                 monotonic_ns: sequence * 1_000_000,
-                unix_ns: 1_790_000_000_000_000_000 + sequence as i64 * 1_000_000,
+                unix_ns: 1_790_000_000_000_000_000 + self.ticks.fetch_add(1, Ordering::Relaxed) * 1_000_000,
                 what: Some(what),
             });
         });
@@ -245,6 +289,20 @@ impl State {
 
     fn record(&self, call: Call) {
         self.calls.send_modify(|calls| calls.push(call));
+    }
+
+    /// As a real agent fences: remembers the highest epoch, and refuses a lower one by naming it.
+    fn fence(&self, migration: Option<&MigrationRef>) -> Result<(), Status> {
+        let epoch = migration.map(|migration| migration.operator_epoch).unwrap_or_default();
+        let mut script = self.script.lock().unwrap();
+        if epoch >= script.known_epoch {
+            script.known_epoch = epoch;
+            return Ok(());
+        }
+        let mut status = Status::failed_precondition(format!("operator_epoch {epoch} is old"));
+        let known = script.known_epoch.to_string().parse().unwrap();
+        status.metadata_mut().insert("slackwater-known-epoch", known);
+        Err(status)
     }
 
     fn answer(&self, of: impl Fn(&Script) -> &Option<Status>) -> Result<(), Status> {
@@ -295,7 +353,9 @@ impl NodeAgent for Service {
     }
 
     async fn reserve(&self, request: Request<ReserveRequest>) -> Result<Response<ReserveResponse>, Status> {
-        self.0.record(Call::Reserve(request.into_inner()));
+        let request = request.into_inner();
+        self.0.fence(request.migration.as_ref())?;
+        self.0.record(Call::Reserve(request));
         self.0.answer(|script| &script.reserve).map(|()| Response::new(ReserveResponse {}))
     }
 
@@ -303,14 +363,19 @@ impl NodeAgent for Service {
         &self,
         request: Request<MigrateRequest>,
     ) -> Result<Response<Self::MigrateStream>, Status> {
-        self.0.record(Call::Migrate(request.into_inner()));
+        let request = request.into_inner();
+        self.0.fence(request.migration.as_ref())?;
+        self.0.record(Call::Migrate(request));
         self.0.answer(|script| &script.migrate)?;
         Ok(Response::new(self.0.follow().boxed()))
     }
 
     async fn abort(&self, request: Request<AbortRequest>) -> Result<Response<AbortResponse>, Status> {
-        self.0.record(Call::Abort(request.into_inner()));
+        let request = request.into_inner();
+        self.0.fence(request.migration.as_ref())?;
+        self.0.record(Call::Abort(request));
         self.0.answer(|script| &script.abort)?;
+        self.0.script.lock().unwrap().word = JournalState { ended: true, ..word(JournalRecord::Aborted) };
         let node = self.0.description.borrow().node.clone();
         let finished = Finished {
             outcome: Outcome::RolledBack.into(),
@@ -323,7 +388,20 @@ impl NodeAgent for Service {
     }
 
     async fn release(&self, request: Request<ReleaseRequest>) -> Result<Response<ReleaseResponse>, Status> {
-        self.0.record(Call::Release(request.into_inner()));
+        let request = request.into_inner();
+        self.0.fence(request.migration.as_ref())?;
+        self.0.record(Call::Release(request));
         self.0.answer(|script| &script.release).map(|()| Response::new(ReleaseResponse {}))
+    }
+
+    async fn resolve(&self, request: Request<ResolveRequest>) -> Result<Response<ResolveResponse>, Status> {
+        let request = request.into_inner();
+        self.0.fence(request.migration.as_ref())?;
+        if request.peer.is_some() {
+            self.0.record(Call::Resolve(request));
+        }
+        self.0.answer(|script| &script.resolve)?;
+        let own = self.0.script.lock().unwrap().word.clone();
+        Ok(Response::new(ResolveResponse { own: Some(own) }))
     }
 }

@@ -1,7 +1,8 @@
 //! Migrations that are given up: by their user, by an agent, or because one cannot be asked.
 
-use slackwater_api::Reservation;
-use slackwater_proto::node::{Outcome, Phase, ReleaseReason};
+use serde_json::json;
+use slackwater_api::{MigrationPhase, Reservation};
+use slackwater_proto::node::{JournalRecord, Outcome, Phase, ReleaseReason};
 use slackwater_proto::tonic::Status;
 
 use crate::fake_agent::{Call, FakeAgent};
@@ -37,6 +38,7 @@ async fn deleting_the_object_after_the_commit_lets_it_finish_and_then_go() {
     let object = world.migrate("move-counter", |_| {}).await;
     world.a.joined(1).await;
     world.a.script(|script| script.abort = Some(Status::failed_precondition("the migration is committed")));
+    world.a.journals(JournalRecord::Committed);
     world.a.phase(Phase::Committed);
     world.delete("move-counter").await;
     let late = world.until("move-counter", "be too late", is("Succeeded", "Unknown/AbortTooLate")).await;
@@ -97,23 +99,98 @@ async fn a_target_that_refuses_to_reserve_ends_it_with_the_source_never_asked() 
 }
 
 #[tokio::test]
-async fn what_is_in_doubt_or_lost_is_said_and_nothing_is_given_back() {
+async fn a_cancelled_migration_is_given_up_and_stays_as_a_record() {
     let world = World::start().await;
-    world.migrate("doubtful", |_| {}).await;
+    world.migrate("move-counter", |spec| spec.attempts = 3).await;
+    world.a.joined(1).await;
+    world.a.phase(Phase::PreCopy);
+    world.patch("move-counter", json!({"cancel": true})).await;
+    let why = world
+        .a
+        .called("abort", |call| if let Call::Abort(a) = call { Some(a.why.clone()) } else { None })
+        .await;
+    assert_eq!(why, "spec.cancel was set to true");
+    assert_eq!(released(&world.b).await, ReleaseReason::AbortedAtSource);
+    let over = world.until("move-counter", "have released", is("Prepared", "False/Released")).await;
+    assert!(is("Succeeded", "False/Aborted")(&over).unwrap(), "{over:#?}");
+    let status = over.status.unwrap();
+    assert_eq!((status.phase, status.attempt), (Some(MigrationPhase::RolledBack), Some(1)));
+
+    // It cannot be taken back, whatever the API server lets happen.
+    world.patch("move-counter", json!({"cancel": false})).await;
+    world.until("move-counter", "ignore that", is("Accepted", "True/SpecChangeIgnored")).await;
+
+    // And before anything was begun nothing is.
+    world.migrate("never", |spec| spec.cancel = true).await;
+    let never = world.until("never", "be given up", is("Succeeded", "False/Aborted")).await;
+    assert_eq!(message(&never, "Succeeded"), "Before anything was asked of any agent, spec.cancel was set to true.");
+    let reserved = world.b.calls().iter().filter(|call| matches!(call, Call::Reserve(_))).count();
+    assert_eq!(reserved, 1);
+    world.assert_nothing_was_forbidden();
+}
+
+#[tokio::test]
+async fn a_cancel_after_the_commit_is_told_that_the_point_of_no_return_has_passed() {
+    let world = World::start().await;
+    world.migrate("move-counter", |_| {}).await;
+    world.a.joined(1).await;
+    world.a.script(|script| script.abort = Some(Status::failed_precondition("the migration is committed")));
+    world.a.journals(JournalRecord::Committed);
+    world.a.phase(Phase::Committed);
+    world.patch("move-counter", json!({"cancel": true})).await;
+    let late = world.until("move-counter", "be too late", is("Succeeded", "Unknown/AbortTooLate")).await;
+    let said = message(&late, "Succeeded");
+    assert!(said.starts_with("The migration was cancelled too late"), "{said}");
+    assert!(said.contains("the point of no return has passed"), "{said}");
+    world.a.finish(Outcome::Succeeded, "", "");
+    world.until("move-counter", "have succeeded", is("Succeeded", "True")).await;
+    world.assert_nothing_was_forbidden();
+}
+
+#[tokio::test]
+async fn an_abort_that_a_source_answers_without_knowing_the_migration_is_not_believed() {
+    let mut world = World::start().await;
+    let object = world.migrate("move-counter", |_| {}).await;
     world.a.joined(1).await;
     world.a.phase(Phase::Committed);
-    world.a.finish(Outcome::InDoubt, "", "the link to node-b is down");
-    let doubtful = world.until("doubtful", "be in doubt", is("Succeeded", "Unknown/InDoubt")).await;
-    assert!(message(&doubtful, "Succeeded").contains("the link to node-b is down"));
-    assert!(doubtful.status.as_ref().unwrap().completion_time.is_none());
-
-    world.migrate("again", |_| {}).await;
-    let refused = world.until("again", "be refused", is("Accepted", "False/MigrationInProgress")).await;
-    assert!(message(&refused, "Accepted").contains("VMMigration demo/doubtful"));
+    world.until("move-counter", "be committed", is("Committed", "True")).await;
+    // The agent is restarted and has lost its journal; the target waits, fully loaded.
+    world.a.script(|script| {
+        script.migrate = Some(Status::failed_precondition("VM demo/counter is paused"));
+        script.abort = Some(Status::unavailable("busy"));
+    });
+    world.b.journals(JournalRecord::Loaded);
+    world.kill_operator().await;
+    world.delete("move-counter").await;
+    world.a.script(|script| script.abort = None);
+    world.a.forget_events();
+    world.crash_and_restart_operator().await;
+    // The fake's abort journals ABORTED: of a migration that it does not know it would not.
+    world.a.called("abort", |call| matches!(call, Call::Abort(_)).then_some(())).await;
+    world.a.journals(JournalRecord::Unspecified);
+    let doubtful = world.until("move-counter", "be in doubt", is("InDoubt", "True/SourceForgot")).await;
+    assert!(doubtful.metadata.deletion_timestamp.is_some());
+    assert!(message(&doubtful, "InDoubt").contains("The object was deleted, and stays until this is settled"));
     assert!(world.b.calls().iter().all(|call| !matches!(call, Call::Release(_))));
 
-    // The object is a record; its deletion is the user's to decide.
-    world.delete("doubtful").await;
-    world.is_gone(&doubtful).await;
+    // It started there after all.
+    world.b.journals(JournalRecord::Running);
+    world.is_gone(&object).await;
+    world.b.assert_nothing_was_relayed();
+    world.assert_nothing_was_forbidden();
+}
+
+#[tokio::test]
+async fn what_is_lost_is_said_and_nothing_is_given_back() {
+    let world = World::start().await;
+    let object = world.migrate("lost", |spec| spec.attempts = 3).await;
+    world.a.joined(1).await;
+    world.a.phase(Phase::Committed);
+    world.a.finish(Outcome::Lost, "StartFailed", "the twin has exited");
+    let lost = world.until("lost", "be lost", is("Succeeded", "False/StartFailed")).await;
+    assert_eq!(lost.status.unwrap().phase, Some(MigrationPhase::Lost));
+    assert!(world.b.calls().iter().all(|call| !matches!(call, Call::Release(_))));
+    world.delete("lost").await;
+    world.is_gone(&object).await;
     world.assert_nothing_was_forbidden();
 }

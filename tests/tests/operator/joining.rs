@@ -1,7 +1,7 @@
 //! Streams that break and operators that crash: a migration goes on at the agents, and is joined again, not begun again.
 
 use slackwater_api::{MigrationPhase, Reservation};
-use slackwater_proto::node::{Outcome, Phase};
+use slackwater_proto::node::{JournalRecord, MigrateRequest, Outcome, Phase};
 use slackwater_proto::tonic::Status;
 
 use crate::fake_agent::Call;
@@ -42,7 +42,10 @@ async fn a_broken_stream_is_joined_again_and_a_restarted_operator_joins_by_what_
         .into_iter()
         .filter_map(|call| if let Call::Migrate(m) = call { Some(m) } else { None })
         .collect();
-    assert!(asked.iter().all(|again| *again == asked[0]), "{asked:#?}");
+    let epochs: Vec<_> = asked.iter().map(|asked| asked.migration.as_ref().unwrap().operator_epoch).collect();
+    assert_eq!(epochs, [1, 1, 2]);
+    let content = |request: &MigrateRequest| MigrateRequest { migration: None, ..request.clone() };
+    assert!(asked.iter().all(|again| content(again) == content(&asked[0])), "{asked:#?}");
     let reserved = world.b.calls().iter().filter(|call| matches!(call, Call::Reserve(_))).count();
     assert_eq!(reserved, 1);
     world
@@ -79,8 +82,43 @@ async fn a_source_that_knows_nothing_any_more_leaves_the_migration_in_doubt_in_w
     world.a.phase(Phase::PreCopy);
     world.a.script(|script| script.migrate = Some(Status::not_found("there is no VM demo/counter here")));
     world.a.break_streams();
-    let doubtful = world.until("move-counter", "be in doubt", is("Succeeded", "Unknown/SourceForgot")).await;
-    assert!(message(&doubtful, "Succeeded").contains("there is no VM demo/counter here"));
-    assert_eq!(doubtful.status.unwrap().reservation, Some(Reservation::Kept));
+    let doubtful = world.until("move-counter", "be in doubt", is("InDoubt", "True/SourceForgot")).await;
+    let said = message(&doubtful, "InDoubt");
+    assert!(said.contains("node-a had begun") && said.contains("Look where VM demo/counter runs"), "{said}");
+    assert!(is("Succeeded", "Unknown/SourceForgot")(&doubtful).unwrap());
+    assert_eq!(doubtful.status.unwrap().reservation, Some(Reservation::Held));
+
+    // Its state directory is put back.
+    world.a.script(|script| script.migrate = None);
+    world.a.journals(JournalRecord::Saving);
+    world.until("move-counter", "go on", is("InDoubt", "False/Settled")).await;
+    world.a.finish(Outcome::RolledBack, "AgentRestarted", "the agent was restarted before the commit");
+    world.until("move-counter", "have ended", is("Succeeded", "False/AgentRestarted")).await;
+    world.assert_nothing_was_forbidden();
+}
+
+#[tokio::test]
+async fn a_source_that_was_restarted_tells_less_and_what_was_shown_is_kept() {
+    let mut world = World::start().await;
+    world.migrate("move-counter", |_| {}).await;
+    world.a.joined(1).await;
+    for phase in [Phase::Connected, Phase::PreCopy, Phase::Capturing, Phase::Committed] {
+        world.a.phase(phase);
+    }
+    let committed = world.until("move-counter", "be committed", is("Committed", "True")).await.status.unwrap();
+    world.a.stop();
+    world.a.forget_events();
+    world.a.journals(JournalRecord::Committed);
+    world.b.journals(JournalRecord::Starting);
+    world.a.start_again().await;
+    world.a.joined(2).await;
+    world.a.phase(Phase::Started);
+    world.a.finish(Outcome::Succeeded, "", "");
+    let done = world.until("move-counter", "have succeeded", is("Succeeded", "True")).await.status.unwrap();
+    let phases: Vec<_> = done.timeline.iter().map(|entry| entry.phase.as_str()).collect();
+    assert_eq!(phases, ["CONNECTED", "PRE_COPY", "CAPTURING", "COMMITTED", "STARTED"]);
+    assert_eq!(done.timeline[..4], committed.timeline[..]);
+    assert_eq!(done.start_time, committed.start_time);
+    world.a.assert_nothing_was_relayed();
     world.assert_nothing_was_forbidden();
 }

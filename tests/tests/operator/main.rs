@@ -9,9 +9,12 @@
     reason = "a test fails by panicking"
 )]
 
+mod attempts;
+mod doubt;
 mod fake_agent;
 mod giving_up;
 mod joining;
+mod leading;
 mod refusals;
 mod reports;
 mod success;

@@ -8,8 +8,9 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use futures::TryStreamExt as _;
+use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::events::v1::Event;
-use kube::api::{DeleteParams, PostParams};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use kube::runtime::conditions::is_deleted;
 use kube::runtime::wait::{Condition, await_condition};
 use kube::runtime::{WatchStreamExt as _, watcher};
@@ -62,7 +63,7 @@ impl World {
         });
         b.describe(|node| node.devices = ["b1", "b2"].map(|name| device(name, "mtty-1", "")).to_vec());
 
-        let operator = start_operator(lab.folder(), &kubeconfig);
+        let operator = start_operator(lab.folder(), &kubeconfig, "operator");
         let world = Self { client, a, b, operator, kubeconfig, lab };
         for agent in [&world.a, &world.b] {
             let spec = MigrationNodeSpec { address: agent.address.clone(), peer_address: None };
@@ -89,7 +90,35 @@ impl World {
     /// Ends the operator as a crash would, and starts another.
     pub(crate) async fn crash_and_restart_operator(&mut self) {
         self.operator.kill().await.unwrap();
-        self.operator = start_operator(self.lab.folder(), &self.kubeconfig);
+        self.operator = start_operator(self.lab.folder(), &self.kubeconfig, "operator");
+    }
+
+    /// Another operator, with the same rights, that logs to `<name>.log`.
+    pub(crate) fn start_another_operator(&self, name: &str) -> Child {
+        start_operator(self.lab.folder(), &self.kubeconfig, name)
+    }
+
+    /// Ends the operator as a crash would.
+    pub(crate) async fn kill_operator(&mut self) {
+        self.operator.kill().await.unwrap();
+    }
+
+    /// Asks the operator to stop, as a supervisor does, and returns when it has.
+    pub(crate) async fn stop_operator(&mut self) {
+        let pid = rustix::process::Pid::from_raw(self.operator.id().unwrap() as i32).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        let status = tokio::time::timeout(SOON, self.operator.wait()).await.unwrap().unwrap();
+        assert!(status.success(), "{status}\n{}", self.log());
+    }
+
+    /// Returns, with its exit code, when the operator has ended by itself.
+    pub(crate) async fn operator_ended(&mut self) -> Option<i32> {
+        let ended = tokio::time::timeout(SOON, self.operator.wait()).await;
+        ended.unwrap_or_else(|_| panic!("the operator goes on\n{}", self.log())).unwrap().code()
+    }
+
+    pub(crate) fn leases(&self) -> Api<Lease> {
+        Api::namespaced(self.client.clone(), SYSTEM)
     }
 
     pub(crate) fn migrations(&self) -> Api<VMMigration> {
@@ -103,9 +132,18 @@ impl World {
             target: Some(Target { node_name: "node-b".into() }),
             peer_to_peer: PeerToPeer::Required,
             pre_commit_timeout: "5m".into(),
+            attempts: 1,
+            cancel: false,
+            resolve: None,
         };
         change(&mut spec);
         self.migrations().create(&PostParams::default(), &VMMigration::new(name, spec)).await.unwrap()
+    }
+
+    /// Changes a spec as `kubectl patch` does.
+    pub(crate) async fn patch(&self, name: &str, spec: serde_json::Value) {
+        let patch = Patch::Merge(serde_json::json!({ "spec": spec }));
+        self.migrations().patch(name, &PatchParams::default(), &patch).await.unwrap();
     }
 
     pub(crate) async fn delete(&self, name: &str) {
@@ -207,7 +245,40 @@ impl World {
     }
 
     pub(crate) fn log(&self) -> String {
-        std::fs::read_to_string(self.lab.folder().join("operator.log")).unwrap_or_default()
+        self.log_of("operator")
+    }
+
+    pub(crate) fn log_of(&self, name: &str) -> String {
+        std::fs::read_to_string(self.lab.folder().join(format!("{name}.log"))).unwrap_or_default()
+    }
+
+    /// Returns when an operator has logged this.
+    pub(crate) async fn wait_for_log(&self, name: &str, text: &str) {
+        let mut looks = tokio::time::interval(Duration::from_millis(100));
+        let logged = async {
+            while !self.log_of(name).contains(text) {
+                looks.tick().await;
+            }
+        };
+        let logged = tokio::time::timeout(SOON, logged).await;
+        assert!(logged.is_ok(), "{name} did not log {text:?}:\n{}", self.log_of(name));
+    }
+
+    /// Reasons and notes of the events about an object, in no order.
+    pub(crate) async fn events(&self, about: &str) -> Vec<(String, String)> {
+        let events: Api<Event> = Api::namespaced(self.client.clone(), NAMESPACE);
+        let events = events.list(&ListParams::default()).await.unwrap();
+        let is_about = |event: &Event| event.regarding.as_ref().and_then(|to| to.name.as_deref()) == Some(about);
+        let told = |event: Event| (event.reason.unwrap_or_default(), event.note.unwrap_or_default());
+        events.items.into_iter().filter(is_about).map(told).collect()
+    }
+
+    pub(crate) async fn lease(
+        &self,
+        wanted: &str,
+        is: impl Fn(&Lease) -> Option<bool> + Send + 'static,
+    ) -> Lease {
+        self.wait(self.leases(), "slackwater-operator", wanted, is).await
     }
 
     /// The rights that the chart gives were enough for everything that the operator did.
@@ -254,8 +325,14 @@ pub(crate) fn message(migration: &VMMigration, type_: &str) -> String {
     conditions.iter().find(|condition| condition.type_ == type_).unwrap().message.clone()
 }
 
-fn start_operator(folder: &Path, kubeconfig: &Path) -> Child {
-    let log = std::fs::File::options().create(true).append(true).open(folder.join("operator.log")).unwrap();
+/// How long another operator waits for the Lease of one that was killed: as short as whole seconds let it be.
+const LEASE: [&str; 6] =
+    ["--lease-duration", "3s", "--lease-renew-deadline", "2s", "--lease-retry", "250ms"];
+
+/// Starts an operator that logs to `<name>.log`.
+pub(crate) fn start_operator(folder: &Path, kubeconfig: &Path, name: &str) -> Child {
+    let log = folder.join(format!("{name}.log"));
+    let log = std::fs::File::options().create(true).append(true).open(log).unwrap();
     Command::new(operator_program())
         .arg("run")
         .arg("--tls-cert")
@@ -264,6 +341,7 @@ fn start_operator(folder: &Path, kubeconfig: &Path) -> Child {
         .arg(folder.join("operator.key"))
         .arg("--tls-ca")
         .arg(folder.join("ca.crt"))
+        .args(LEASE)
         .env("KUBECONFIG", kubeconfig)
         .env("NO_COLOR", "1")
         .stdout(Stdio::null())

@@ -1,0 +1,92 @@
+//! Two operators, one leader, and what the agents are told of that.
+
+use kube::api::{DeleteParams, PostParams};
+use slackwater_proto::node::{JournalRecord, Outcome, Phase};
+
+use crate::fake_agent::Call;
+use crate::world::{World, is};
+
+fn epochs(calls: &[Call]) -> Vec<u64> {
+    let epoch = |call: &Call| {
+        let migration = match call {
+            Call::Reserve(request) => &request.migration,
+            Call::Migrate(request) => &request.migration,
+            Call::Abort(request) => &request.migration,
+            Call::Release(request) => &request.migration,
+            Call::Resolve(request) => &request.migration,
+        };
+        Some(migration.as_ref()?.operator_epoch)
+    };
+    calls.iter().filter_map(epoch).collect()
+}
+
+#[tokio::test]
+async fn when_the_leader_is_killed_the_second_takes_over_and_calls_with_a_higher_epoch() {
+    let mut world = World::start().await;
+    let second = world.start_another_operator("second");
+    world.migrate("move-counter", |_| {}).await;
+    world.a.joined(1).await;
+    world.a.phase(Phase::PreCopy);
+    world.until("move-counter", "be prepared", is("Prepared", "True")).await;
+    world.wait_for_log("second", "waiting for the Lease").await;
+
+    world.kill_operator().await;
+    world.a.joined(2).await;
+    world.a.journals(JournalRecord::Committed);
+    world.a.phase(Phase::Committed);
+    world.a.phase(Phase::Started);
+    world.a.finish(Outcome::Succeeded, "", "");
+    world.until("move-counter", "have succeeded", is("Succeeded", "True")).await;
+    assert_eq!(epochs(&world.a.calls()), [1, 2]);
+    let log = world.log_of("second");
+    assert!(log.contains("leads; waiting for the Lease") && log.contains("this operator leads"), "{log}");
+    assert_eq!(world.b.calls().len(), 1, "{:#?}", world.b.calls());
+    world.assert_nothing_was_forbidden();
+    drop(second);
+}
+
+#[tokio::test]
+async fn an_operator_that_is_stopped_gives_the_lease_back_and_one_that_loses_it_ends_with_an_error() {
+    let mut world = World::start().await;
+    let held = world.leases().get("slackwater-operator").await.unwrap().spec.unwrap();
+    assert_eq!((held.lease_transitions, held.lease_duration_seconds), (Some(0), Some(3)));
+    world.stop_operator().await;
+    let free = world.leases().get("slackwater-operator").await.unwrap().spec.unwrap();
+    assert_eq!(free.holder_identity.unwrap_or_default(), "");
+
+    world.crash_and_restart_operator().await;
+    world.wait_for_log("operator", "epoch=2").await;
+    // Somebody takes it by force.
+    loop {
+        let mut lease = world.leases().get("slackwater-operator").await.unwrap();
+        lease.spec.as_mut().unwrap().holder_identity = Some("somebody-else".into());
+        if world.leases().replace("slackwater-operator", &PostParams::default(), &lease).await.is_ok() {
+            break;
+        }
+    }
+    assert_eq!(world.operator_ended().await, Some(1));
+    let log = world.log();
+    assert!(log.contains("the leadership is lost") && log.contains("is held by somebody-else now"), "{log}");
+    world.assert_nothing_was_forbidden();
+}
+
+#[tokio::test]
+async fn an_operator_whose_lease_was_deleted_raises_its_epoch_above_what_the_agents_know() {
+    let mut world = World::start().await;
+    world.a.script(|script| script.known_epoch = 41);
+    world.b.script(|script| script.known_epoch = 7);
+    world.migrate("move-counter", |_| {}).await;
+    world.a.joined(1).await;
+    world.a.finish(Outcome::Succeeded, "", "");
+    world.until("move-counter", "have succeeded", is("Succeeded", "True")).await;
+    assert_eq!(epochs(&world.b.calls()), [9]);
+    assert_eq!(epochs(&world.a.calls()), [43]);
+    let held = world.leases().get("slackwater-operator").await.unwrap().spec.unwrap();
+    assert_eq!(held.lease_transitions, Some(42));
+
+    // One that is deleted under the leader is written again, and counts on.
+    world.leases().delete("slackwater-operator", &DeleteParams::default()).await.unwrap();
+    world.lease("be written again", |lease| Some(lease.spec.as_ref()?.lease_transitions? == 42)).await;
+    world.kill_operator().await;
+    world.assert_nothing_was_forbidden();
+}
