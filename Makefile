@@ -48,6 +48,19 @@ test: rust rust-components ## everything that must hold: format, lints, unit tes
 	$(cargo) nextest run --locked --workspace $(faults) --no-fail-fast
 	$(cargo) test --locked --workspace --doc $(faults)
 
+.PHONY: fault-matrix
+fault-matrix: rust ## every phase of a migration with everything that may befall it, into tests/fault-matrix.md (about an hour)
+	"$(install)" host-packages node-kernel kubernetes kubectl-helm
+	$(cargo) build --locked $(programs) $(faults)
+	"$(bins)/slackwater-fault-matrix" --out "$(root)/tests/fault-matrix.md" $(MATRIX)
+
+.PHONY: random-walk
+random-walk: rust ## 1,000 migrations, each befallen by something drawn (STEPS=50 SEED=7: other numbers)
+	"$(install)" host-packages node-kernel kubernetes kubectl-helm
+	$(cargo) build --locked $(programs) $(faults)
+	SLACKWATER_WALK_STEPS="$(or $(STEPS),1000)" $(if $(SEED),SLACKWATER_WALK_SEED="$(SEED)") \
+	  cargo test --locked --package slackwater-tests --test faults $(faults) -- --nocapture whatever_befalls
+
 .PHONY: lint
 lint: rust rust-components ## format, lints, and what the dependencies may be
 	"$(install)" cargo-deny

@@ -3,6 +3,7 @@
 //! happened.
 
 pub mod cluster;
+pub mod faults;
 pub mod lab;
 pub mod vmm;
 pub mod witness;

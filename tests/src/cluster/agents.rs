@@ -14,7 +14,7 @@ pub(super) const STATE_DISK: &str = "/var/lib/slackwater";
 /// Where the agent keeps its journal: a folder on that disk.
 pub(super) const STATE_DIR: &str = "/var/lib/slackwater/state";
 
-const STATE_DISK_SIZE: &str = "2m";
+const STATE_DISK_SIZE: &str = "16m";
 const TLS: &str = "/etc/slackwater";
 const FAULTS: &str = "/run/slackwater-faults";
 

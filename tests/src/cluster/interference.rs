@@ -6,6 +6,9 @@ use super::Cluster;
 use super::agents::{STATE_DIR, STATE_DISK};
 use crate::lab::Node;
 
+/// Behind the header and in what is said; further behind there may be nothing but space for later.
+const DAMAGED_BYTE: usize = 100;
+
 /// A file of a node's journal as it was before it was damaged.
 #[derive(Clone, Debug)]
 pub struct Damaged {
@@ -58,7 +61,7 @@ impl Cluster {
         Ok(())
     }
 
-    /// Changes a byte in the middle of each file that the agent of a node has in its journal of a migration. It must not run.
+    /// Changes a byte of each file that the agent of a node has in its journal of a migration. It must not run.
     ///
     /// # Errors
     /// When there is no such file.
@@ -70,11 +73,14 @@ impl Cluster {
         for path in listed.lines().map(str::to_owned) {
             let original = node.get(&path).await?;
             let mut bytes = original.clone();
-            let middle = bytes.len() / 2;
-            *bytes.get_mut(middle).with_context(|| format!("{path} is empty"))? ^= 0x10;
+            *bytes
+                .get_mut(DAMAGED_BYTE)
+                .with_context(|| format!("{path} has {} bytes", original.len()))? ^= 0x10;
             node.put(&path, 0o600, &bytes).await?;
             damaged.push(Damaged { path, original });
         }
+        // The journal itself before its spare copy, whose name is longer.
+        damaged.sort_by_key(|file: &Damaged| file.path.len());
         ensure!(!damaged.is_empty(), "node {} has nothing journalled of {migration}", node.name());
         Ok(damaged)
     }
@@ -88,6 +94,15 @@ impl Cluster {
         for file in damaged {
             node.put(&file.path, 0o600, &file.original).await?;
         }
+        Ok(())
+    }
+
+    /// Removes all that the agent of a node has on its disk. It must not run.
+    ///
+    /// # Errors
+    /// When the node cannot be reached.
+    pub async fn forget_state(&self, node: &str) -> anyhow::Result<()> {
+        self.lab.node(node)?.shell(&format!("rm -rf {STATE_DISK}/filler {STATE_DIR}/*")).await?;
         Ok(())
     }
 
@@ -107,18 +122,6 @@ impl Cluster {
     /// When the node cannot be asked.
     pub async fn vmms(&self, node: &str) -> anyhow::Result<Vec<u32>> {
         vmms(self.lab.node(node)?).await
-    }
-
-    /// The operator runs.
-    #[must_use]
-    pub fn operator_runs(&self) -> bool {
-        self.operator.as_ref().is_some_and(crate::lab::HostProgram::is_running)
-    }
-
-    /// What the operator has said.
-    #[must_use]
-    pub fn operator_log(&self) -> String {
-        self.operator.as_ref().map(crate::lab::HostProgram::log).unwrap_or_default()
     }
 }
 

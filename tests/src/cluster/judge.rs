@@ -137,6 +137,22 @@ impl Cluster {
         Ok((source, target))
     }
 
+    /// What the kernels of both ends have recorded of all their devices, those that were not touched included.
+    ///
+    /// # Errors
+    /// When a node cannot be reached, or anything is missing from its record.
+    pub async fn traces(&self, watching: &Watching) -> anyhow::Result<(Trace, Trace)> {
+        let (a, b) = (self.lab.node(&watching.source.0)?, self.lab.node(&watching.target.0)?);
+        let (mut source, mut target) =
+            (watching.source.1.testimony(a).await?, watching.target.1.testimony(b).await?);
+        for (node, trace) in [(a, &mut source), (b, &mut target)] {
+            for device in node.devices() {
+                trace.devices.entry(device.clone()).or_default();
+            }
+        }
+        Ok((source, target))
+    }
+
     /// Judges a migration that is said to have succeeded.
     ///
     /// # Errors

@@ -7,6 +7,7 @@ mod account;
 mod agents;
 mod interference;
 mod judge;
+mod operator;
 mod vm;
 
 use std::collections::BTreeMap;
@@ -31,7 +32,7 @@ pub use interference::Damaged;
 pub use judge::{Verdict, Watching};
 pub use vm::{LabVm, VMM_PROGRAM};
 
-use crate::lab::{HostProgram, Issued, Lab, LabConfig, NodeConfig, Pki, Relay};
+use crate::lab::{Issued, Lab, LabConfig, NodeConfig, Pki, Relay};
 use crate::vmm::guest::Report;
 
 /// The namespace of the VMs.
@@ -49,7 +50,7 @@ pub struct Cluster {
     pub client: Client,
     /// Issues the certificates.
     pub pki: Pki,
-    operator: Option<HostProgram>,
+    operator: Option<operator::Supervised>,
     operator_faults: String,
     kubeconfig: PathBuf,
     /// The operator's ways to the agents, by node.
@@ -94,30 +95,6 @@ impl Cluster {
         cluster.start_operator().await?;
         cluster.name_nodes().await?;
         Ok(cluster)
-    }
-
-    /// Starts the operator; one that runs already is killed first.
-    ///
-    /// # Errors
-    /// When it is not built.
-    pub async fn start_operator(&mut self) -> anyhow::Result<()> {
-        self.kill_operator().await;
-        let file = |name: &str| self.lab.folder().join(name).to_string_lossy().into_owned();
-        let (certificate, key, ca) = (file("operator.crt"), file("operator.key"), file("ca.crt"));
-        let arguments = ["run", "--tls-cert", &certificate, "--tls-key", &key, "--tls-ca", &ca];
-        let kubeconfig = self.kubeconfig.to_string_lossy().into_owned();
-        let env =
-            [("KUBECONFIG", &*kubeconfig), ("NO_COLOR", "1"), ("SLACKWATER_FAULTS", &*self.operator_faults)];
-        let log = self.lab.folder().join("operator.log");
-        self.operator = Some(HostProgram::start("slackwater-operator", &arguments, &env, &log).await?);
-        Ok(())
-    }
-
-    /// Kills the operator, if it runs.
-    pub async fn kill_operator(&mut self) {
-        if let Some(operator) = self.operator.take() {
-            operator.kill().await;
-        }
     }
 
     fn relay(&self, node: &str) -> anyhow::Result<&Relay> {
@@ -225,7 +202,7 @@ impl Cluster {
             Ok(found) => found?.with_context(|| format!("{name} is gone")),
             Err(_) => {
                 let now = serde_json::to_string_pretty(&api.get_opt(name).await?)?;
-                let operator = self.operator.as_ref().map(HostProgram::log).unwrap_or_default();
+                let operator = self.operator_log();
                 bail!("{name} did not come to {wanted}; it is\n{now}\nand the operator said\n{operator}")
             }
         }

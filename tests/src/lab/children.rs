@@ -87,11 +87,6 @@ impl RunningChild {
         ending.wait_for(Option::is_some).await.ok().and_then(|status| *status)
     }
 
-    /// Whether it has ended.
-    pub(super) fn has_ended(&self) -> bool {
-        self.ending.borrow().is_some()
-    }
-
     /// Sends a signal.
     pub(super) fn signal(&self, signal: Signal) {
         // One that has ended needs none.

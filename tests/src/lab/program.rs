@@ -43,10 +43,9 @@ impl HostProgram {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 
-    /// Whether it runs.
-    #[must_use]
-    pub fn is_running(&self) -> bool {
-        !self.child.has_ended()
+    /// Waits for its end.
+    pub async fn ended(&self) {
+        self.child.ended().await;
     }
 
     /// Kills it, and returns when it has ended.

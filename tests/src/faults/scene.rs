@@ -1,0 +1,245 @@
+//! One cell played: the migration is brought to its phase and made to stand still there, something befalls it, it goes on, and what
+//! befell it is healed.
+
+use std::time::Duration;
+
+use anyhow::Context;
+use kube::{Api, ResourceExt};
+use slackwater_api::{MigrationNode, VMMigration};
+use slackwater_proto::node::MigrationRef;
+
+use super::matrix::{Cell, Expected, Fault, Phase, Side};
+use super::stage::Ends;
+use crate::cluster::{Cluster, Damaged, SOON, Watching, has_condition};
+
+/// How long a device hangs, and how long the API server is away.
+const A_WHILE: Duration = Duration::from_secs(30);
+
+/// A migration that has come to its end.
+#[derive(Debug)]
+pub struct Played {
+    /// As it ended.
+    pub migration: VMMigration,
+    /// As it was when its end, or that there is doubt about it, was first seen.
+    pub decided: VMMigration,
+    /// By this the agents know it.
+    pub reference: MigrationRef,
+    /// Both nodes' witnesses, and the guest before.
+    pub watching: Watching,
+    /// The files of a journal that could not be read for a while.
+    pub damaged: Vec<Damaged>,
+}
+
+/// Plays a cell. What befell the migration is healed when this returns, whatever it returns.
+///
+/// # Errors
+/// When the phase is not reached, or the migration does not end.
+pub async fn play(cluster: &mut Cluster, cell: &Cell, ends: Ends, name: &str) -> anyhow::Result<Played> {
+    let mut scene = Scene { cluster, cell, ends, name, damaged: Vec::new() };
+    let played = scene.play().await;
+    scene.heal().await.context("what befell the migration could not be healed")?;
+    played
+}
+
+struct Scene<'a> {
+    cluster: &'a mut Cluster,
+    cell: &'a Cell,
+    ends: Ends,
+    name: &'a str,
+    damaged: Vec<Damaged>,
+}
+
+impl Scene<'_> {
+    async fn play(&mut self) -> anyhow::Result<Played> {
+        let watching = self.cluster.watch(self.ends.source, self.ends.destination).await?;
+        let halted = self.prepare().await?;
+        self.cluster.migrate(self.name, &format!("target: {{nodeName: {}}}", self.ends.destination)).await?;
+        if let Some((node, words)) = halted {
+            let at_phase = self.cluster.until_agent_says(node, &words, SOON).await;
+            if at_phase.is_err() {
+                let now = self
+                    .cluster
+                    .migrations()
+                    .get_opt(self.name)
+                    .await?
+                    .and_then(|migration| migration.status);
+                at_phase.with_context(|| format!("the phase was not reached; the status is {now:#?}"))?;
+            }
+        }
+        self.befall().await?;
+        let decided = self.until_decided().await?;
+        self.relieve().await?;
+        let migration = self.cluster.until_ended(self.name).await?;
+        let attempt = migration.status.as_ref().and_then(|status| status.attempt).unwrap_or(1);
+        let reference = MigrationRef {
+            id: migration.uid().context("no UID")?,
+            attempt: u32::try_from(attempt)?,
+            operator_epoch: 0,
+        };
+        let damaged = std::mem::take(&mut self.damaged);
+        Ok(Played { migration, decided, reference, watching, damaged })
+    }
+
+    /// Sets what the agents are to do. Returns where the migration will stand still, and what is said then.
+    async fn prepare(&mut self) -> anyhow::Result<Option<(&'static str, String)>> {
+        let (side, phase) = self.cell.phase.halt();
+        match (self.cell.fault, self.cell.phase.device_call()) {
+            (Fault::DeviceError | Fault::DeviceHang, Some((side, call))) => {
+                let node = self.ends.at(side);
+                // The second device: the first is fine.
+                let device = self.cluster.lab.node(node)?.devices().last().context("no device")?;
+                let fault = match self.cell.fault {
+                    Fault::DeviceError => format!("device.error={call}@{device}\n"),
+                    _ => format!("device.hang={call}:{}@{device}\n", A_WHILE.as_secs()),
+                };
+                self.cluster.set_faults(node, &fault).await?;
+                Ok(None)
+            }
+            (Fault::JournalFull(side), _) if self.cell.phase == Phase::Reserve => {
+                self.cluster.fill_state_disk(self.ends.at(side)).await?;
+                Ok(None)
+            }
+            _ => {
+                let node = self.ends.at(side);
+                let halt = format!("{phase} {}", self.name);
+                self.cluster.set_faults(node, &format!("halt.{}={halt}\n", side.name())).await?;
+                Ok(Some((node, format!("halted at {halt}"))))
+            }
+        }
+    }
+
+    /// The migration goes on.
+    async fn go_on(&self) -> anyhow::Result<()> {
+        for node in [self.ends.source, self.ends.destination] {
+            self.cluster.set_faults(node, "").await?;
+        }
+        Ok(())
+    }
+
+    async fn befall(&mut self) -> anyhow::Result<()> {
+        let Ends { source, destination } = self.ends;
+        match self.cell.fault {
+            Fault::AgentKilled(side) => {
+                let node = self.ends.at(side);
+                self.cluster.kill_agent(node).await?;
+                if (side, self.cell.phase) == (Side::Source, Phase::Reserve) {
+                    // The operator is to find it well again when it comes to ask it.
+                    self.until_ready(node, "False").await?;
+                    self.cluster.restart_agent(node).await?;
+                    self.until_ready(node, "True").await?;
+                    return self.go_on().await;
+                }
+                self.go_on().await?;
+                self.cluster.restart_agent(node).await
+            }
+            Fault::OperatorKilled => {
+                self.cluster.kill_operator().await;
+                self.go_on().await?;
+                self.cluster.start_operator().await
+            }
+            Fault::SourceVmmKilled => {
+                self.cluster.kill_vmm(source).await?;
+                self.go_on().await
+            }
+            Fault::TwinKilled => {
+                self.cluster.kill_vmm(destination).await?;
+                self.go_on().await
+            }
+            Fault::LinkCutAndRestored => {
+                self.cluster.cut_off(destination).await?;
+                self.go_on().await
+            }
+            Fault::LinkCutForGood => {
+                self.cluster.lab.cut_link(destination).await?;
+                self.go_on().await
+            }
+            Fault::JournalFull(side) => {
+                if self.cell.phase != Phase::Reserve {
+                    self.cluster.fill_state_disk(self.ends.at(side)).await?;
+                }
+                self.go_on().await
+            }
+            Fault::JournalCorrupted(side) => {
+                let node = self.ends.at(side);
+                let uid = self.cluster.migrations().get(self.name).await?.uid().context("no UID")?;
+                self.cluster.kill_agent(node).await?;
+                self.go_on().await?;
+                self.damaged = self.cluster.damage_journal(node, &uid).await?;
+                self.cluster.restart_agent(node).await
+            }
+            // Set before the migration began.
+            Fault::DeviceError | Fault::DeviceHang => Ok(()),
+            Fault::ApiServerAway => {
+                self.cluster.lab.control_plane()?.freeze_api_server()?;
+                self.go_on().await?;
+                tokio::time::sleep(A_WHILE).await;
+                self.cluster.lab.control_plane()?.thaw_api_server()?;
+                Ok(())
+            }
+        }
+    }
+
+    async fn until_ready(&self, node: &str, status: &'static str) -> anyhow::Result<MigrationNode> {
+        let api = Api::all(self.cluster.client.clone());
+        self.cluster
+            .until(api, node, &format!("Ready={status}"), move |node: &MigrationNode| {
+                has_condition(&node.status.as_ref()?.conditions, "Ready", status)
+            })
+            .await
+    }
+
+    /// Until it has ended, or there is doubt about its end.
+    async fn until_decided(&mut self) -> anyhow::Result<VMMigration> {
+        let api = self.cluster.migrations();
+        self.cluster
+            .until(api, self.name, "an end, or doubt", |migration: &VMMigration| {
+                let conditions = &migration.status.as_ref()?.conditions;
+                let doubt = has_condition(conditions, "InDoubt", "True") == Some(true);
+                let ended = ["True", "False"]
+                    .iter()
+                    .any(|status| has_condition(conditions, "Succeeded", status) == Some(true));
+                Some(doubt || ended)
+            })
+            .await
+    }
+
+    /// Ends what the end of a doubt depends on.
+    async fn relieve(&mut self) -> anyhow::Result<()> {
+        match self.cell.fault {
+            Fault::LinkCutAndRestored => self.cluster.join_again(self.ends.destination).await,
+            Fault::JournalFull(side) => self.cluster.empty_state_disk(self.ends.at(side)).await,
+            Fault::JournalCorrupted(side) => {
+                let node = self.ends.at(side);
+                self.cluster.kill_agent(node).await?;
+                self.cluster.mend_journal(node, &self.damaged).await?;
+                self.cluster.restart_agent(node).await
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes away whatever is left of what befell the migration.
+    async fn heal(&mut self) -> anyhow::Result<()> {
+        self.cluster.lab.control_plane()?.thaw_api_server()?;
+        self.go_on().await?;
+        match self.cell.fault {
+            Fault::LinkCutAndRestored | Fault::LinkCutForGood => {
+                self.cluster.join_again(self.ends.destination).await?;
+            }
+            Fault::JournalFull(side) => self.cluster.empty_state_disk(self.ends.at(side)).await?,
+            _ => {}
+        }
+        if !self.cluster.has_operator() {
+            self.cluster.start_operator().await?;
+        }
+        Ok(())
+    }
+}
+
+impl Cell {
+    /// The migration must have been in doubt.
+    #[must_use]
+    pub fn must_be_in_doubt(&self) -> bool {
+        matches!(self.expected, Expected::InDoubtUntil(..))
+    }
+}

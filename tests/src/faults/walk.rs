@@ -1,0 +1,298 @@
+//! A random walk: migrations back and forth, each befallen by something drawn, at an instant drawn. Whatever it was, the VM then runs
+//! on exactly one node, unless its own process was killed, and everything is where it belongs.
+
+use std::fmt;
+use std::time::Duration;
+
+use anyhow::{Context, bail, ensure};
+use kube::ResourceExt;
+use slackwater_proto::node::MigrationRef;
+use tokio::time::sleep;
+
+use super::matrix::Side;
+use super::questions;
+use super::stage::{Ends, Stage};
+use crate::cluster::Watching;
+
+/// Small numbers that look random, and are the same for the same seed (SplitMix64 by Sebastiano Vigna).
+#[derive(Clone, Debug)]
+pub struct Draw(u64);
+
+impl Draw {
+    /// Begins with a seed.
+    #[must_use]
+    pub fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
+    }
+
+    /// One of them; the first if there is none other.
+    fn one_of<T: Copy>(&mut self, of: &[T], first: T) -> T {
+        let index = self.next() % (of.len().max(1) as u64);
+        of.get(usize::try_from(index).unwrap_or(0)).copied().unwrap_or(first)
+    }
+
+    /// From nothing to `most`.
+    fn up_to(&mut self, most: Duration) -> Duration {
+        let most_ms = u64::try_from(most.as_millis()).unwrap_or(u64::MAX);
+        Duration::from_millis(self.next() % most_ms.saturating_add(1))
+    }
+}
+
+/// What befalls a migration of the walk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Blow {
+    /// Nothing.
+    Nothing,
+    /// One agent is killed with its cgroup, and started again.
+    Agent(Side),
+    /// Both are.
+    BothAgents,
+    /// The operator is killed, and started again.
+    Operator,
+    /// The VMM at one end is killed, if there is one then.
+    Vmm(Side),
+    /// The link between the nodes is cut for a while.
+    Link,
+    /// The destination is cut off from everybody for a while.
+    CutOff,
+    /// A device refuses a state for a while.
+    DeviceError(Side, &'static str),
+    /// A device takes some seconds longer.
+    DeviceHang(Side, &'static str),
+    /// The API server does not answer for a while.
+    ApiServer,
+}
+
+/// One migration of the walk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Step {
+    /// What befalls it.
+    pub blow: Blow,
+    /// How long after it was asked for.
+    pub after: Duration,
+    /// For how long.
+    pub lasts: Duration,
+}
+
+/// A migration takes 1 to 3 s on the lab: most blows fall into it.
+const LATEST: Duration = Duration::from_millis(3000);
+/// A cut is noticed after 7 s at most, so that some are noticed and some are not.
+const LONGEST: Duration = Duration::from_secs(10);
+
+impl Step {
+    /// Draws the next.
+    pub fn draw(draw: &mut Draw) -> Self {
+        use Side::{Destination, Source};
+        // Not RUNNING and RUNNING_P2P at the destination: a device that refuses them costs the VM, and rightly.
+        let states = [
+            (Source, "PRE_COPY"),
+            (Source, "PRE_COPY_P2P"),
+            (Source, "STOP_COPY"),
+            (Source, "read"),
+            (Destination, "RESUMING"),
+            (Destination, "STOP"),
+            (Destination, "write"),
+        ];
+        let (side, state) = draw.one_of(&states, (Source, "STOP_COPY"));
+        let blows = [
+            Blow::Nothing,
+            Blow::Agent(Source),
+            Blow::Agent(Source),
+            Blow::Agent(Destination),
+            Blow::Agent(Destination),
+            Blow::BothAgents,
+            Blow::Operator,
+            Blow::Vmm(Source),
+            Blow::Vmm(Destination),
+            Blow::Link,
+            Blow::Link,
+            Blow::CutOff,
+            Blow::CutOff,
+            Blow::DeviceError(side, state),
+            Blow::DeviceHang(side, state),
+            Blow::ApiServer,
+        ];
+        let blow = draw.one_of(&blows, Blow::Nothing);
+        Self { blow, after: draw.up_to(LATEST), lasts: draw.up_to(LONGEST) }
+    }
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?} after {} ms, for {} ms", self.blow, self.after.as_millis(), self.lasts.as_millis())
+    }
+}
+
+/// Walks so many steps. Each is printed before it is taken.
+///
+/// # Errors
+/// With the seed, the step, and what was not as it should be.
+pub async fn walk(stage: &mut Stage, seed: u64, steps: usize) -> anyhow::Result<()> {
+    let mut draw = Draw::new(seed);
+    for number in 1..=steps {
+        let step = Step::draw(&mut draw);
+        print!("walk {seed}, step {number} of {steps}: {step}");
+        match take(stage, &step).await {
+            Ok(end) => println!(": {end}"),
+            Err(error) => {
+                println!();
+                let evidence = stage.evidence(Duration::from_secs(120)).await;
+                bail!(
+                    "the walk with seed {seed} went wrong at step {number} ({step}): {error:#}\n{evidence}"
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+async fn take(stage: &mut Stage, step: &Step) -> anyhow::Result<String> {
+    let ends = stage.ready().await?;
+    let name = stage.next_name("walk");
+    let watching = stage.cluster.watch(ends.source, ends.destination).await?;
+    let befallen = befall(stage, step, ends, &name).await;
+    let healed = heal(stage, ends).await;
+    befallen.and(healed)?;
+    let migration = stage.cluster.until_ended(&name).await?;
+    let attempt = migration.status.as_ref().and_then(|status| status.attempt).unwrap_or(1);
+    let reference = MigrationRef {
+        id: migration.uid().context("no UID")?,
+        attempt: u32::try_from(attempt)?,
+        operator_epoch: 0,
+    };
+    let end = judge(stage, step, ends, &watching, &reference).await;
+    let status = migration.status.context("no status")?;
+    let succeeded = status.conditions.into_iter().find(|condition| condition.type_ == "Succeeded");
+    let told =
+        succeeded.map(|condition| format!("{} ({})", condition.status, condition.reason)).unwrap_or_default();
+    let end = end.with_context(|| format!("the status says Succeeded={told}"))?;
+    stage.cluster.delete(&name).await?;
+    Ok(format!("{end}, Succeeded={told}"))
+}
+
+async fn judge(
+    stage: &mut Stage,
+    step: &Step,
+    ends: Ends,
+    watching: &Watching,
+    reference: &MigrationRef,
+) -> anyhow::Result<String> {
+    let Some((side, guest)) = questions::runner(&stage.cluster, ends).await? else {
+        stage.vm_is_at(None);
+        ensure!(matches!(step.blow, Blow::Vmm(_)), "the VM runs nowhere, and nobody killed its process");
+        return Ok("lost with its process".to_owned());
+    };
+    ensure!(
+        guest.count > watching.before.count,
+        "the guest went back from {} to {guest:?}",
+        watching.before.count
+    );
+    ensure!(guest.errors == watching.before.errors, "the guest found errors: {guest:?}");
+    let home = ends.at(side);
+    stage.vm_is_at(Some(home));
+    questions::one_ran(&stage.cluster, side, watching).await?;
+    stage.cluster.until_vm_at(home).await?;
+    questions::is_clean(&stage.cluster, ends, home, reference).await?;
+    Ok(format!("runs at the {}, count {}", side.name(), guest.count))
+}
+
+/// Starts the migration, and lets it be befallen.
+async fn befall(stage: &mut Stage, step: &Step, ends: Ends, name: &str) -> anyhow::Result<()> {
+    let cluster = &mut stage.cluster;
+    if let Blow::DeviceError(side, state) | Blow::DeviceHang(side, state) = step.blow {
+        let what = match step.blow {
+            Blow::DeviceError(..) => format!("device.error={state}\n"),
+            _ => format!("device.hang={state}:{}\n", step.lasts.as_secs()),
+        };
+        cluster.set_faults(ends.at(side), &what).await?;
+    }
+    cluster.migrate(name, &format!("target: {{nodeName: {}}}", ends.destination)).await?;
+    sleep(step.after).await;
+    match step.blow {
+        Blow::Nothing => {}
+        Blow::Agent(side) => {
+            cluster.kill_agent(ends.at(side)).await?;
+            sleep(step.lasts).await;
+            cluster.restart_agent(ends.at(side)).await?;
+        }
+        Blow::BothAgents => {
+            for side in [Side::Source, Side::Destination] {
+                cluster.kill_agent(ends.at(side)).await?;
+            }
+            sleep(step.lasts).await;
+            for side in [Side::Destination, Side::Source] {
+                cluster.restart_agent(ends.at(side)).await?;
+            }
+        }
+        Blow::Operator => {
+            cluster.kill_operator().await;
+            sleep(step.lasts).await;
+            cluster.start_operator().await?;
+        }
+        Blow::Vmm(side) => {
+            if !cluster.vmms(ends.at(side)).await?.is_empty() {
+                cluster.kill_vmm(ends.at(side)).await?;
+            }
+        }
+        Blow::Link => {
+            cluster.lab.cut_link(ends.destination).await?;
+            sleep(step.lasts).await;
+        }
+        Blow::CutOff => {
+            cluster.cut_off(ends.destination).await?;
+            sleep(step.lasts).await;
+        }
+        Blow::DeviceError(..) | Blow::DeviceHang(..) => sleep(step.lasts).await,
+        Blow::ApiServer => {
+            cluster.lab.control_plane()?.freeze_api_server()?;
+            sleep(step.lasts).await;
+        }
+    }
+    Ok(())
+}
+
+async fn heal(stage: &mut Stage, ends: Ends) -> anyhow::Result<()> {
+    let cluster = &mut stage.cluster;
+    cluster.lab.control_plane()?.thaw_api_server()?;
+    cluster.join_again(ends.destination).await?;
+    for node in [ends.source, ends.destination] {
+        cluster.set_faults(node, "").await?;
+    }
+    if !cluster.has_operator() {
+        cluster.start_operator().await?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_same_seed_gives_the_same_walk_and_another_one_another() {
+        let walk = |seed| {
+            let mut draw = Draw::new(seed);
+            (0..50).map(|_| Step::draw(&mut draw)).collect::<Vec<_>>()
+        };
+        assert_eq!(walk(7), walk(7));
+        assert_ne!(walk(7), walk(8));
+    }
+
+    #[test]
+    fn a_long_walk_meets_everything_within_the_limits() {
+        let mut draw = Draw::new(1);
+        let steps: Vec<Step> = (0..1000).map(|_| Step::draw(&mut draw)).collect();
+        let met = |blow: fn(&Blow) -> bool| steps.iter().any(|step| blow(&step.blow));
+        assert!(met(|blow| *blow == Blow::BothAgents) && met(|blow| *blow == Blow::ApiServer));
+        assert!(met(|blow| matches!(blow, Blow::DeviceError(Side::Destination, "STOP"))));
+        assert!(steps.iter().all(|step| step.after <= LATEST && step.lasts <= LONGEST));
+    }
+}

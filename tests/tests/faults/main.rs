@@ -1,0 +1,56 @@
+//! What may befall a migration, on real kernels and real processes: the nastiest cells of the fault matrix, and a random walk. The
+//! whole matrix is `make fault-matrix`.
+
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use slackwater_tests::faults::matrix::{Cell, Fault, Phase, Side, expected};
+use slackwater_tests::faults::stage::Stage;
+use slackwater_tests::faults::walk;
+
+/// The seed of the walk; without it the time.
+const SEED: &str = "SLACKWATER_WALK_SEED";
+/// How many migrations the walk has.
+const STEPS: &str = "SLACKWATER_WALK_STEPS";
+const FEW_STEPS: usize = 10;
+
+/// Those in which both ends have something to lose, and one that is slow to notice.
+const NASTIEST: [(Phase, Fault); 10] = [
+    (Phase::Save, Fault::AgentKilled(Side::Source)),
+    (Phase::Capture, Fault::AgentKilled(Side::Destination)),
+    (Phase::Stop, Fault::SourceVmmKilled),
+    (Phase::Loaded, Fault::AgentKilled(Side::Source)),
+    (Phase::Loaded, Fault::LinkCutAndRestored),
+    (Phase::Committed, Fault::AgentKilled(Side::Source)),
+    (Phase::Committed, Fault::AgentKilled(Side::Destination)),
+    (Phase::Committed, Fault::TwinKilled),
+    (Phase::Starting, Fault::AgentKilled(Side::Destination)),
+    (Phase::Starting, Fault::LinkCutForGood),
+];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_nastiest_cells_of_the_matrix_end_as_they_were_written_down() {
+    let mut stage = Stage::set().await.unwrap();
+    let mut wrong = Vec::new();
+    for (phase, fault) in NASTIEST {
+        let cell = Cell { phase, fault, expected: expected(phase, fault) };
+        let outcome = stage.play(&cell).await;
+        println!("{cell}: {} ({:.0} s)", outcome.seen, outcome.took.as_secs_f64());
+        if !outcome.ok() {
+            wrong.push(format!("{cell}: {}\n{}", outcome.problems.join("\n"), outcome.evidence));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n\n"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_befalls_it_whenever_the_vm_runs_on_exactly_one_node() {
+    let number = |name: &str| std::env::var(name).ok().map(|value| value.parse::<u64>().expect(name));
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
+    let seed = number(SEED).unwrap_or(now);
+    let steps = number(STEPS).map_or(FEW_STEPS, |steps| usize::try_from(steps).unwrap());
+    println!("the walk's seed is {seed} ({SEED}={seed} {STEPS}={steps} walks it again)");
+    let mut stage = Stage::set().await.unwrap();
+    walk::walk(&mut stage, seed, steps).await.unwrap();
+}
