@@ -22,7 +22,7 @@ use tracing::{info, warn};
 use super::ledger::Ledger;
 use super::receiving::Receiver;
 use super::{VmmCall, of_twin, refused, resume, traced};
-use crate::handover::destination::{Destination, Effect, End, Event};
+use crate::handover::destination::{Destination, Effect, End, Event, Phase};
 use crate::handover::entry::{Ended, Process};
 use crate::handover::{Blob, Failure, Reason, Record, Word};
 use crate::host::clock::Clock;
@@ -411,8 +411,10 @@ impl Shell {
                 self.watch_twin(&twin);
                 let process = twin.process.clone();
                 self.parts.ledger.amend(move |entry| entry.vmm = process);
-                // With its process, so that the next agent would find it. That a twin is held stands there already.
-                self.parts.ledger.record(Record::Reserved, None, false, |_| {});
+                if machine.phase() == Phase::StartingTwin {
+                    // With its process, so that the next agent would find it. That a twin is held stands there already.
+                    self.parts.ledger.record(Record::Reserved, None, false, |_| {});
+                }
                 self.twin = Some(twin);
                 Some(Event::TwinReady)
             }

@@ -130,7 +130,7 @@ impl SourceRun {
 
     /// Somebody relays what the destination has journalled.
     pub fn peer_says(&self, word: Word) {
-        let _ = self.signals.send(Signal::Event(Event::PeerSays(word)));
+        let _ = self.signals.send(Signal::Event(Event::Relayed(word)));
     }
 
     /// Its events.
@@ -308,9 +308,9 @@ impl Shell {
 
     fn accept(&mut self, signal: Signal) -> Event {
         match signal {
-            Signal::Event(Event::PeerSays(word)) => {
+            Signal::Event(Event::Relayed(word)) => {
                 self.stated.clone_from(&word.stated_because);
-                Event::PeerSays(word)
+                Event::Relayed(word)
             }
             Signal::Event(event) => event,
             Signal::Connected(link) => {
