@@ -50,6 +50,8 @@ pub enum EndEntry {
         target_node: String,
         /// host:port of the agent there.
         target_address: String,
+        /// The cgroup of the VMM, if it was started as a twin: it is cleared away with it.
+        cgroup: Option<String>,
         /// When the phases that the timings need were reached: CLOCK_MONOTONIC of the boot in which they were, in nanoseconds.
         marks: Marks,
     },
@@ -262,6 +264,7 @@ pub(crate) mod tests {
             end: EndEntry::Source {
                 target_node: "node-b".to_owned(),
                 target_address: "10.0.0.2:7443".to_owned(),
+                cgroup: None,
                 marks: Marks::default(),
             },
         }

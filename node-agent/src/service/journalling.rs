@@ -10,6 +10,7 @@ use crate::handover::entry::{EndEntry, Entry, Marks, Pair};
 use crate::handover::policy::PeerToPeer;
 use crate::journal::{Key, Role};
 use crate::vfio::borrow::ProcessIdentity;
+use crate::vmm::cgroup::Cgroup;
 
 /// The name of an attempt's journal.
 pub(super) fn key(migration_id: &str, role: Role) -> Result<Key, Status> {
@@ -48,10 +49,12 @@ pub(super) fn source(
     given: &MigrateRequest,
     policy: PeerToPeer,
     vmm: &ProcessIdentity,
+    cgroup: Option<&Cgroup>,
 ) -> Entry {
     let end = EndEntry::Source {
         target_node: given.target_node.clone(),
         target_address: given.target_address.clone(),
+        cgroup: cgroup.map(|cgroup| cgroup.name().to_owned()),
         marks: Marks::default(),
     };
     let vmm = Some(vmm.into());

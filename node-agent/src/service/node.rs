@@ -35,6 +35,7 @@ use crate::host::identity::{IdentityOf, VfIdentity};
 use crate::journal::{Journal, JournalError, Role};
 use crate::vfio::state::MigrationState;
 use crate::vfio::worker::DeviceHandle;
+use crate::vmm::cgroup::Cgroup;
 use crate::vmm::contract::ContractVmm;
 use crate::vmm::{Description, RunState, Vmm, twin};
 
@@ -164,16 +165,13 @@ impl NodeService {
             }
         };
         let key = journalling::key(&reference.id, Role::Source)?;
-        let entry_of_source = journalling::source(&reference, &vm, &given, policy, vmm.process().identity());
-        let ledger = Ledger::new(Arc::clone(&self.journal), key, entry_of_source);
-        let release = release(
-            Arc::clone(&vmm),
-            &self.config,
-            entry.directory.clone(),
-            known.socket.clone(),
-            Arc::clone(&self.vf_identity),
-            &reference.id,
-        );
+        let cgroup = Cgroup::of_process(&self.config.cgroup_root, vmm.pid()).ok().flatten();
+        let (process, told) = (vmm.process().identity(), cgroup.as_ref());
+        let written = journalling::source(&reference, &vm, &given, policy, process, told);
+        let ledger = Ledger::new(Arc::clone(&self.journal), key, written);
+        let left = Left { cgroup, directory: entry.directory.clone(), socket: known.socket.clone() };
+        let release =
+            release(Arc::clone(&vmm), left, &self.config, Arc::clone(&self.vf_identity), &reference.id);
         let vmm: Arc<dyn Vmm> = vmm;
         let run = SourceRun::start(SourceParts {
             peer: Peer {
@@ -270,23 +268,30 @@ impl NodeService {
     }
 }
 
+/// What there is of a VM here besides its process.
+pub(super) struct Left {
+    pub(super) cgroup: Option<Cgroup>,
+    pub(super) directory: PathBuf,
+    pub(super) socket: PathBuf,
+}
+
 /// Gives back what is left of a VM here, once it runs elsewhere.
 pub(super) fn release(
     leaving: Arc<ContractVmm>,
+    left: Left,
     config: &NodeConfig,
-    directory: PathBuf,
-    socket: PathBuf,
     vf_identity: Arc<dyn VfIdentity>,
     migration_id: &str,
 ) -> Box<dyn FnOnce() -> BoxFuture<'static, ()> + Send> {
-    let (cgroup_root, limit) = (config.cgroup_root.clone(), config.deadlines.quit);
+    let limit = config.deadlines.quit;
     let of = IdentityOf { migration_id: migration_id.to_owned(), devices: Vec::new(), claim: Vec::new() };
     Box::new(move || {
         async move {
             if let Err(error) = vf_identity.withdraw(&of).await {
                 warn!(migration = of.migration_id, %error, "an identity could not be withdrawn");
             }
-            if let Err(error) = twin::end(&leaving, &cgroup_root, &directory, &socket, limit).await {
+            let ended = twin::end(&leaving, left.cgroup.as_ref(), &left.directory, &left.socket, limit).await;
+            if let Err(error) = ended {
                 error!(migration = of.migration_id, %error, "the VM runs elsewhere, but something of it is left here");
             }
         }

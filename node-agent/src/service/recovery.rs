@@ -14,7 +14,7 @@ use slackwater_proto::transfer::Attempt;
 use tracing::{error, info, warn};
 
 use super::inventory::Inventory;
-use super::node::{give_back_destination, give_back_source, release};
+use super::node::{Left, give_back_destination, give_back_source, release};
 use super::registry::{Part, Registry};
 use super::{NodeConfig, borrowing, journalling, reservation};
 use crate::handover::destination::End as DestinationEnd;
@@ -37,6 +37,7 @@ use crate::journal::{Journal, JournalError, Key, Role};
 use crate::vfio::borrow::VmmProcess;
 use crate::vfio::state::MigrationState;
 use crate::vfio::worker::DeviceHandle;
+use crate::vmm::cgroup::Cgroup;
 use crate::vmm::contract::ContractVmm;
 use crate::vmm::gone::GoneVmm;
 use crate::vmm::{Vmm, twin};
@@ -205,7 +206,7 @@ async fn reopen(around: &Around, key: &Key, entry: &Entry) -> Result<Ledger, Str
 }
 
 async fn source(around: &Around, key: Key, entry: Entry) -> Result<(), String> {
-    let EndEntry::Source { target_node, target_address, marks } = &entry.end else { return Ok(()) };
+    let EndEntry::Source { target_node, target_address, cgroup, marks } = &entry.end else { return Ok(()) };
     let ledger = reopen(around, &key, &entry).await?;
     let known = around.inventory.vm(&journalling::vm_of(&entry));
     let known = known.and_then(|vm| Some((vm.directory, vm.vm.ok()?)));
@@ -213,6 +214,11 @@ async fn source(around: &Around, key: Key, entry: Entry) -> Result<(), String> {
     let found = match &known {
         Some((_, known)) => holder(&known.socket, around, entry.vmm.as_ref()).await,
         None => None,
+    };
+    let left = Left {
+        cgroup: cgroup.as_ref().and_then(|name| Cgroup::named(&around.config.cgroup_root, name).ok()),
+        socket: known.map(|(_, known)| known.socket).unwrap_or_else(|| directory.join("vmm.sock")),
+        directory,
     };
     let peer = Peer {
         credentials: Arc::clone(&around.credentials),
@@ -235,12 +241,10 @@ async fn source(around: &Around, key: Key, entry: Entry) -> Result<(), String> {
     let parts = match found {
         Some((vmm, devices, states)) => {
             let features: Vec<_> = devices.iter().map(DeviceHandle::features).collect();
-            let socket = known.map(|(_, known)| known.socket).unwrap_or_default();
             let release = release(
                 Arc::clone(&vmm),
+                left,
                 &around.config,
-                directory,
-                socket,
                 Arc::clone(&around.vf_identity),
                 &entry.migration_id,
             );
@@ -259,7 +263,7 @@ async fn source(around: &Around, key: Key, entry: Entry) -> Result<(), String> {
         }
         None => {
             warn!(migration = entry.migration_id, "the VMM's process is not there any more");
-            let socket = known.map(|(_, known)| known.socket).unwrap_or_else(|| directory.join("vmm.sock"));
+            let limit = around.config.deadlines.quit;
             SourceParts {
                 peer,
                 vmm: Arc::new(GoneVmm),
@@ -271,7 +275,8 @@ async fn source(around: &Around, key: Key, entry: Entry) -> Result<(), String> {
                 pre_commit_timeout: NO_LIMIT,
                 release: Box::new(move || {
                     Box::pin(async move {
-                        if let Err(error) = twin::forget(&directory, &socket) {
+                        let Left { cgroup, directory, socket } = left;
+                        if let Err(error) = twin::forget(cgroup.as_ref(), &directory, &socket, limit).await {
                             warn!(%error, "the VM runs elsewhere, but something of it is left here");
                         }
                     })

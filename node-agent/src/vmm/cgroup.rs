@@ -135,6 +135,11 @@ impl Cgroup {
         Ok(twins_group(&text).map(|name| Self { path: root.join(PARENT).join(name) }))
     }
 
+    /// Its name: [`Cgroup::named`] finds it again by that.
+    pub fn name(&self) -> &str {
+        self.path.file_name().and_then(|name| name.to_str()).unwrap_or_default()
+    }
+
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path

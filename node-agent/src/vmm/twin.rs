@@ -208,33 +208,37 @@ pub async fn clear(plan: &TwinPlan, limit: Duration) -> Result<(), TwinError> {
     retire(&plan.directory, &plan.socket)
 }
 
-/// Clears away what is left of a VM that runs elsewhere now and whose process has ended.
+/// Clears away what is left of a VM that runs elsewhere now and whose process has ended: as [`end`].
 ///
 /// # Errors
 /// What is left, if something is.
-pub fn forget(directory: &Path, socket: &Path) -> Result<(), TwinError> {
+pub async fn forget(
+    cgroup: Option<&Cgroup>,
+    directory: &Path,
+    socket: &Path,
+    limit: Duration,
+) -> Result<(), TwinError> {
+    if let Some(cgroup) = cgroup {
+        cgroup.clear(limit).await.map_err(TwinError::Cgroup)?;
+    }
     retire(directory, socket)
 }
 
-/// Ends a VM that runs elsewhere now, or may: its VMM, the cgroup if it was once a twin here, and its directory, but for what others
-/// have put there. The agent's duplicates of its devices must have been dropped.
+/// Ends a VM that runs elsewhere now: its VMM, the cgroup if it was once a twin here ([`Cgroup::of_process`], asked while the process
+/// was there to be asked about), and its directory, but for what others have put there. The agent's duplicates of its devices
+/// must have been dropped.
 ///
 /// # Errors
 /// What is left, if something is.
 pub async fn end(
     vmm: &ContractVmm,
-    cgroup_root: &Path,
+    cgroup: Option<&Cgroup>,
     directory: &Path,
     socket: &Path,
     limit: Duration,
 ) -> Result<(), TwinError> {
-    // Asked while the process is there to be asked about.
-    let cgroup = Cgroup::of_process(cgroup_root, vmm.pid()).ok().flatten();
     vmm.end().await.map_err(TwinError::End)?;
-    if let Some(cgroup) = cgroup {
-        cgroup.clear(limit).await.map_err(TwinError::Cgroup)?;
-    }
-    retire(directory, socket)
+    forget(cgroup, directory, socket, limit).await
 }
 
 fn retire(directory: &Path, socket: &Path) -> Result<(), TwinError> {

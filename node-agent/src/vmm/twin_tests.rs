@@ -199,7 +199,8 @@ async fn a_twin_that_is_kept_becomes_a_vm_and_can_be_ended_with_all_that_belongs
     let mut deadlines = place.plan.deadlines;
     deadlines.quit = Duration::from_millis(200);
     let again = ContractVmm::connect(&place.plan.socket, deadlines).await.unwrap();
-    end(&again, &place.plan.cgroup_root, &place.plan.directory, &place.plan.socket, LIMIT).await.unwrap();
+    let cgroup = Cgroup::of_process(&place.plan.cgroup_root, again.pid()).unwrap();
+    end(&again, cgroup.as_ref(), &place.plan.directory, &place.plan.socket, LIMIT).await.unwrap();
     tokio::time::timeout(LIMIT, vmm.exited()).await.unwrap();
     assert!(!place.cgroup().exists());
     let left: Vec<_> =

@@ -58,7 +58,7 @@ impl Run {
         let mut never_asked = std::mem::take(&mut self.source_never_asked);
         let mut joins_left = JOINS_AFTER_THE_END;
         self.recall();
-        loop {
+        while !self.is_forgotten() {
             if self.wants_abort() {
                 if self.give_up(&accepted).await {
                     return;
@@ -214,6 +214,9 @@ impl Run {
                 }
                 _ = self.around.migrations.changed() => {
                     self.look();
+                    if self.is_forgotten() {
+                        return Followed::Finished;
+                    }
                     self.note_spec_change().await;
                 }
                 answer = outcome(&mut abort) => match answer {
@@ -311,6 +314,7 @@ impl Run {
         if !fact::is_news(&self.draft, phase, node) {
             return false;
         }
+        self.inquiry.hurry();
         let doubtful = self.draft.is_in_doubt();
         self.learn(fact::doubt_cleared);
         let trace = std::mem::take(&mut self.trace);

@@ -94,7 +94,12 @@ impl Inquiry {
 
     /// What is to be shown.
     fn doubt(&self) -> Option<Doubtful> {
-        let Some(reason) = self.resolver.doubt() else { return self.told.clone() };
+        let Some(reason) = self.resolver.doubt() else {
+            return self
+                .told
+                .clone()
+                .filter(|told| !(self.resolver.has_judged() && told.is_about_the_target()));
+        };
         let remedy = [End::Source, End::Destination].into_iter().find(|end| self.resolver.fits(*end).is_ok());
         Some(Doubtful::Asked { reason, why: self.why.clone(), remedy })
     }
@@ -159,6 +164,10 @@ impl Run {
 
     /// Shows whether the migration is in doubt, by all that is known.
     pub(super) fn show_doubt(&mut self) {
+        // What an earlier operator has found out stands until this one has asked, too.
+        if self.draft.is_in_doubt() && !self.inquiry.resolver.has_judged() {
+            return;
+        }
         match self.inquiry.doubt() {
             Some(doubt) => self.learn(|draft, stamp| fact::in_doubt(draft, &doubt, stamp)),
             None => self.learn(fact::doubt_cleared),

@@ -89,6 +89,13 @@ impl Run {
         }
         loop {
             self.look();
+            if self.is_forgotten() {
+                tracing::warn!(
+                    migration = self.name(),
+                    "it was in doubt, and its finalizer was removed: it is forgotten"
+                );
+                return self.around.claims.release(&self.uid);
+            }
             self.note_spec_change().await;
             match next(&self.draft.status, self.draft.wish) {
                 Step::Plan => self.plan().await,
@@ -152,6 +159,11 @@ impl Run {
 
     pub(super) fn spec(&self) -> VMMigrationSpec {
         self.object.spec.clone()
+    }
+
+    /// Somebody has removed the finalizer of a migration that is in doubt, and takes it from here.
+    pub(super) fn is_forgotten(&self) -> bool {
+        self.gone && self.draft.is_in_doubt()
     }
 
     pub(super) fn is_deleting(&self) -> bool {

@@ -35,6 +35,7 @@ async fn an_attempt_that_fails_is_followed_by_another_with_a_new_number_until_on
     // Meanwhile the VM is spoken for, and an operator that is restarted knows when to go on.
     world.migrate("another", |_| {}).await;
     world.until("another", "be refused", is("Accepted", "False/MigrationInProgress")).await;
+    world.told(NAMESPACE, "move-counter", &["Accepted", "AttemptFailed"]).await;
     world.crash_and_restart_operator().await;
     world.b.script(|script| script.reserve = None);
 
@@ -64,8 +65,8 @@ async fn an_attempt_that_fails_is_followed_by_another_with_a_new_number_until_on
         "AttemptFailed",
         "NextAttempt",
         "Prepared",
-        "Stopped",
         "Committed",
+        "Stopped",
         "Succeeded",
     ];
     world.told(NAMESPACE, "move-counter", &wanted).await;

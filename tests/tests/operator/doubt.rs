@@ -15,6 +15,7 @@ async fn committed_and_cut_off() -> World {
     world.migrate("move-counter", |_| {}).await;
     world.a.joined(1).await;
     world.a.journals(JournalRecord::Committed);
+    world.a.phase(Phase::Capturing);
     world.a.phase(Phase::Committed);
     world.b.stop();
     world.a.doubt("PeerLost", "node-b has not been heard for 7 s");
@@ -41,6 +42,13 @@ async fn a_lost_target_leaves_it_in_doubt_until_it_is_back_and_then_it_goes_on_b
     println!("{}", plane.kubectl(&["get", "vmmig", "-n", NAMESPACE, "-o", "wide"]).await.unwrap());
 
     // An operator that is restarted finds it in doubt still.
+    world
+        .told(
+            NAMESPACE,
+            "move-counter",
+            &["Accepted", "Prepared", "Stopped", "Committed", "InDoubt", "InDoubt"],
+        )
+        .await;
     world.crash_and_restart_operator().await;
     world.a.joined(2).await;
 
@@ -60,7 +68,16 @@ async fn a_lost_target_leaves_it_in_doubt_until_it_is_back_and_then_it_goes_on_b
         .told(
             NAMESPACE,
             "move-counter",
-            &["Accepted", "Prepared", "Committed", "InDoubt", "InDoubt", "DoubtSettled", "Succeeded"],
+            &[
+                "Accepted",
+                "Prepared",
+                "Stopped",
+                "Committed",
+                "InDoubt",
+                "InDoubt",
+                "DoubtSettled",
+                "Succeeded",
+            ],
         )
         .await;
     world.assert_nothing_was_forbidden();

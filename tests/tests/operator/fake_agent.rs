@@ -378,6 +378,10 @@ impl NodeAgent for Service {
         self.0.fence(request.migration.as_ref())?;
         self.0.record(Call::Abort(request));
         self.0.answer(|script| &script.abort)?;
+        if self.0.events.borrow().is_empty() {
+            // It knows nothing of it, and has nothing to give up.
+            return Ok(Response::new(AbortResponse {}));
+        }
         self.0.script.lock().unwrap().word = JournalState { ended: true, ..word(JournalRecord::Aborted) };
         let node = self.0.description.borrow().node.clone();
         let finished = Finished {

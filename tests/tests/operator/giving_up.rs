@@ -158,19 +158,13 @@ async fn an_abort_that_a_source_answers_without_knowing_the_migration_is_not_bel
     world.a.phase(Phase::Committed);
     world.until("move-counter", "be committed", is("Committed", "True")).await;
     // The agent is restarted and has lost its journal; the target waits, fully loaded.
-    world.a.script(|script| {
-        script.migrate = Some(Status::failed_precondition("VM demo/counter is paused"));
-        script.abort = Some(Status::unavailable("busy"));
-    });
-    world.b.journals(JournalRecord::Loaded);
     world.kill_operator().await;
-    world.delete("move-counter").await;
-    world.a.script(|script| script.abort = None);
+    world.a.script(|script| script.migrate = Some(Status::failed_precondition("VM demo/counter is paused")));
     world.a.forget_events();
+    world.b.journals(JournalRecord::Loaded);
+    world.delete("move-counter").await;
     world.crash_and_restart_operator().await;
-    // The fake's abort journals ABORTED: of a migration that it does not know it would not.
     world.a.called("abort", |call| matches!(call, Call::Abort(_)).then_some(())).await;
-    world.a.journals(JournalRecord::Unspecified);
     let doubtful = world.until("move-counter", "be in doubt", is("InDoubt", "True/SourceForgot")).await;
     assert!(doubtful.metadata.deletion_timestamp.is_some());
     assert!(

@@ -89,7 +89,7 @@ impl World {
 
     /// Ends the operator as a crash would, and starts another.
     pub(crate) async fn crash_and_restart_operator(&mut self) {
-        self.operator.kill().await.unwrap();
+        self.kill_operator().await;
         self.operator = start_operator(self.lab.folder(), &self.kubeconfig, "operator");
     }
 
@@ -100,7 +100,8 @@ impl World {
 
     /// Ends the operator as a crash would.
     pub(crate) async fn kill_operator(&mut self) {
-        self.operator.kill().await.unwrap();
+        // One that has ended already cannot be killed.
+        self.operator.kill().await.ok();
     }
 
     /// Asks the operator to stop, as a supervisor does, and returns when it has.

@@ -211,7 +211,12 @@ impl DestinationRun {
     ) -> impl Stream<Item = Result<HandoverResponse, Status>> + Send + use<> {
         let (answers, stream) = mpsc::unbounded_channel();
         if self.signals.send(Signal::Peer(answers.clone())).is_err() {
-            let gone = Failure::new(Reason::Released, "the reservation has been given back");
+            let gone = match self.end() {
+                Some(End::Discarded(failure) | End::Stuck(failure)) => failure,
+                Some(End::Running) | None => {
+                    Failure::new(Reason::Released, "the reservation has been given back")
+                }
+            };
             let _ = answers.send(Ok(failed(&gone)));
         } else {
             tokio::spawn(hear(requests, self.signals.clone()));

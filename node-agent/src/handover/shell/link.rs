@@ -97,7 +97,9 @@ impl Peer {
                 PeerClock::learn(ready.at, Clock::now())
             }
             Ok(Some(HandoverResponse { message: Some(handover_response::Message::Failed(failed)) })) => {
-                return Err(Failure::new(Reason::TargetFailed, failed.message));
+                // A reason that is not known here comes from a newer agent.
+                let reason = Reason::of_name(&failed.reason).unwrap_or(Reason::TargetFailed);
+                return Err(Failure::new(reason, format!("{}: {}", self.node, failed.message)));
             }
             Ok(_) => return Err(unreachable(format!("{} did not answer Hello with Ready", self.node))),
             Err(status) => return Err(unreachable(format!("{}: {}", self.node, words(&status)))),

@@ -42,11 +42,12 @@ impl Source {
                 self.order(effects, |_| Some(MigrationState::Running));
             }
             Phase::Waking if self.devices.all_at(|state| state == MigrationState::Running) => {
-                if self.vcpus == Vcpus::Running {
-                    self.finish_rollback(effects);
-                } else {
+                if self.touched {
+                    // Asked even if they were never paused: a VMM that has died since is not known of yet.
                     self.phase = Phase::Resuming;
                     effects.push(Effect::Resume);
+                } else {
+                    self.finish_rollback(effects);
                 }
             }
             _ => return false,
@@ -91,12 +92,15 @@ impl Source {
 
     pub(super) fn rollback_failed(&mut self, why: Failure, effects: &mut Vec<Effect>) {
         let first = self.take_failure();
+        if self.vmm_gone {
+            self.finish(End::Lost(vmm_exited()), effects);
+            return;
+        }
         let message = format!(
             "{}; and the rollback did not come through, so the VM stays paused here: {}",
             first.message, why.message
         );
-        let reason = if self.vmm_gone { Reason::VmmExited } else { Reason::RollbackFailed };
-        self.finish(End::Lost(Failure::new(reason, message)), effects);
+        self.finish(End::Lost(Failure::new(Reason::RollbackFailed, message)), effects);
     }
 
     pub(super) fn take_failure(&mut self) -> Failure {

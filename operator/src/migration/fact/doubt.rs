@@ -30,6 +30,15 @@ pub enum Doubtful {
     },
 }
 
+impl Doubtful {
+    /// The source says that it cannot ask the target, or gets no good answer. Of that the operator knows more when it has
+    /// asked the target itself.
+    #[must_use]
+    pub fn is_about_the_target(&self) -> bool {
+        matches!(self, Self::Told { reason, .. } if reason == "PeerLost" || reason == "TargetForgot")
+    }
+}
+
 /// The migration does not go on: a node has to come back, or a person to decide.
 pub fn in_doubt(draft: &mut Draft, doubt: &Doubtful, stamp: Stamp) {
     let (reason, message) = match doubt {

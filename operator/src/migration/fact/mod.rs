@@ -324,7 +324,7 @@ pub fn unreadable(draft: &mut Draft, stamp: Stamp) {
     let message = "The status is not one that the operator has written: what was accepted is missing. The agents may still \
                    hold something for this migration; restart the target's agent, then delete the object.";
     draft.status.reservation = Some(Reservation::Kept);
-    ending::failed(draft, MigrationPhase::Lost, "StatusUnreadable", message, stamp);
+    ending::failed(draft, MigrationPhase::InDoubt, "StatusUnreadable", message, stamp);
 }
 
 /// Shows what the agents have told so far.
