@@ -329,6 +329,10 @@ impl Source {
                 self.vcpus = Vcpus::Paused;
                 self.fail(failure, effects);
             }
+            // It was never paused, so it runs, as long as its process lives.
+            Event::ResumeFailed(_) if self.vcpus == Vcpus::Running && !self.vmm_gone => {
+                self.finish_rollback(effects);
+            }
             Event::ResumeFailed(failure) => self.rollback_failed(failure, effects),
             Event::VmmExited => {
                 self.vmm_gone = true;

@@ -301,7 +301,7 @@ pub fn abort_too_late(draft: &mut Draft, error: &str, stamp: Stamp) {
 /// The source refuses to begin. It has not changed anything.
 pub fn source_refused(draft: &mut Draft, error: &str, stamp: Stamp) {
     let message = format!(
-        "{} refuses to migrate VM {}: {error}. The VM runs on there; nothing was touched.",
+        "{} refuses to migrate VM {}: {error}. Nothing was touched there.",
         draft.source(),
         draft.vm
     );
