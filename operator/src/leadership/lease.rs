@@ -122,31 +122,32 @@ pub(super) async fn renew(
     }
     let name = lease.metadata.name.clone().unwrap_or_default();
     match asked(api.replace(&name, &PostParams::default(), &lease)).await {
-        Ok(lease) => Ok(Held { lease }),
-        Err(LeaseError::Ask(error)) if is(&error, 409) => {
-            // Somebody has written to it. If we are still its holder, then no matter what: it is written over.
-            let now = read(api, &name).await?;
-            let holder = now.as_ref().map(|lease| holder(lease).to_owned()).unwrap_or_default();
-            if holder != held.holder() {
-                let holder = if holder.is_empty() { "nobody".to_owned() } else { holder };
-                return Err(LeaseError::Taken { holder });
-            }
-            let theirs = now.as_ref().map(transitions_of).unwrap_or_default();
-            if let Some(spec) = &mut lease.spec {
-                spec.lease_transitions = spec.lease_transitions.max(Some(theirs));
-            }
-            lease.metadata.resource_version = now.and_then(|lease| lease.metadata.resource_version);
-            let lease = asked(api.replace(&name, &PostParams::default(), &lease)).await?;
-            Ok(Held { lease })
-        }
-        Err(LeaseError::Ask(error)) if is(&error, 404) => {
-            // Somebody has deleted it. Without it the count would begin anew.
-            lease.metadata = ObjectMeta { name: Some(name), ..ObjectMeta::default() };
-            let lease = asked(api.create(&PostParams::default(), &lease)).await?;
-            Ok(Held { lease })
-        }
-        Err(error) => Err(error),
+        Ok(lease) => return Ok(Held { lease }),
+        Err(LeaseError::Ask(error)) if is(&error, 409) || is(&error, 404) => {}
+        Err(error) => return Err(error),
     }
+    // Somebody has written to it, or deleted it.
+    let lease = match read(api, &name).await? {
+        Some(now) if holder(&now) == held.holder() => {
+            // We are its holder still: it is written over, and its count never goes back.
+            if let Some(spec) = &mut lease.spec {
+                spec.lease_transitions = spec.lease_transitions.max(Some(transitions_of(&now)));
+            }
+            lease.metadata.resource_version = now.metadata.resource_version;
+            asked(api.replace(&name, &PostParams::default(), &lease)).await?
+        }
+        Some(now) => {
+            let holder = holder(&now);
+            let holder = if holder.is_empty() { "nobody" } else { holder };
+            return Err(LeaseError::Taken { holder: holder.to_owned() });
+        }
+        None => {
+            // Without it the count would begin anew.
+            lease.metadata = ObjectMeta { name: Some(name), ..ObjectMeta::default() };
+            asked(api.create(&PostParams::default(), &lease)).await?
+        }
+    };
+    Ok(Held { lease })
 }
 
 /// Leaves it without a holder.

@@ -370,6 +370,11 @@ impl NodeAgent for Service {
         self.0.fence(request.migration.as_ref())?;
         self.0.record(Call::Migrate(request));
         self.0.answer(|script| &script.migrate)?;
+        let mut script = self.0.script.lock().unwrap();
+        if script.word == JournalState::default() {
+            script.word = word(JournalRecord::Saving);
+        }
+        drop(script);
         Ok(Response::new(self.0.follow().boxed()))
     }
 

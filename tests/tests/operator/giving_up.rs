@@ -161,6 +161,7 @@ async fn an_abort_that_a_source_answers_without_knowing_the_migration_is_not_bel
     world.kill_operator().await;
     world.a.script(|script| script.migrate = Some(Status::failed_precondition("VM demo/counter is paused")));
     world.a.forget_events();
+    world.a.journals(JournalRecord::Unspecified);
     world.b.journals(JournalRecord::Loaded);
     world.delete("move-counter").await;
     world.crash_and_restart_operator().await;

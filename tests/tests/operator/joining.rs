@@ -80,7 +80,11 @@ async fn a_source_that_knows_nothing_any_more_leaves_the_migration_in_doubt_in_w
     world.migrate("move-counter", |_| {}).await;
     world.a.joined(1).await;
     world.a.phase(Phase::PreCopy);
+    world
+        .until("move-counter", "be copying", |m| Some(m.status.as_ref()?.phase? == MigrationPhase::Copying))
+        .await;
     world.a.script(|script| script.migrate = Some(Status::not_found("there is no VM demo/counter here")));
+    world.a.journals(JournalRecord::Unspecified);
     world.a.break_streams();
     let doubtful = world.until("move-counter", "be in doubt", is("InDoubt", "True/SourceForgot")).await;
     let said = message(&doubtful, "InDoubt");
