@@ -2,9 +2,13 @@
 
 use std::time::Duration;
 
+use anyhow::Context;
+use k8s_openapi::api::coordination::v1::Lease;
+use kube::{Api, ResourceExt};
+use slackwater_api::VMMigration;
 use slackwater_proto::node::{DescribeRequest, JournalState, MigrationRef, NodeDescription, ResolveRequest};
 
-use super::{Cluster, SOON, VMM_PROGRAM};
+use super::{Cluster, SOON, SYSTEM, VMM_PROGRAM};
 use crate::lab::Issued;
 
 /// The agent's program, its cgroup and its log.
@@ -13,6 +17,9 @@ pub(super) const AGENT: &str = "slackwater-node-agent";
 pub(super) const STATE_DISK: &str = "/var/lib/slackwater";
 /// Where the agent keeps its journal: a folder on that disk.
 pub(super) const STATE_DIR: &str = "/var/lib/slackwater/state";
+
+/// The Lease by which one of several operators leads.
+const LEASE: &str = "slackwater-operator";
 
 const STATE_DISK_SIZE: &str = "16m";
 const TLS: &str = "/etc/slackwater";
@@ -99,13 +106,29 @@ impl Cluster {
         Ok(client.describe(DescribeRequest {}).await?.into_inner().node.unwrap_or_default())
     }
 
-    /// What the agent of a node has journalled of an attempt.
+    /// By which an agent knows an attempt of a migration when the operator that leads now asks. Not for keeping: another operator
+    /// may lead the next time.
+    ///
+    /// # Errors
+    /// When it has none, or there is no Lease.
+    pub async fn reference(&self, migration: &VMMigration) -> anyhow::Result<MigrationRef> {
+        let leases: Api<Lease> = Api::namespaced(self.client.clone(), SYSTEM);
+        let lease = leases.get(LEASE).await?.spec.context("a Lease of nobody")?;
+        let attempt = migration.status.as_ref().and_then(|status| status.attempt).unwrap_or(1);
+        Ok(MigrationRef {
+            id: migration.uid().context("no UID")?,
+            attempt: u32::try_from(attempt)?,
+            operator_epoch: u64::try_from(lease.lease_transitions.unwrap_or_default())? + 1,
+        })
+    }
+
+    /// What the agent of a node has journalled of the last attempt of a migration.
     ///
     /// # Errors
     /// When it cannot be asked, or refuses to say.
-    pub async fn journalled(&self, node: &str, migration: MigrationRef) -> anyhow::Result<JournalState> {
+    pub async fn journalled(&self, node: &str, migration: &VMMigration) -> anyhow::Result<JournalState> {
         let mut client = self.agent_client(node, &self.pki.operator()?).await?;
-        let request = ResolveRequest { migration: Some(migration), peer: None };
+        let request = ResolveRequest { migration: Some(self.reference(migration).await?), peer: None };
         Ok(client.resolve(request).await?.into_inner().own.unwrap_or_default())
     }
 }

@@ -3,11 +3,9 @@
 use std::fmt;
 
 use anyhow::{Context, ensure};
-use kube::ResourceExt;
 use slackwater_api::VMMigration;
 use slackwater_proto::node::{
-    DevicePair, MigrateRequest, MigrationEvent, MigrationFeatures, MigrationRef, PeerToPeer as WirePolicy,
-    VmRef,
+    DevicePair, MigrateRequest, MigrationEvent, MigrationFeatures, PeerToPeer as WirePolicy, VmRef,
 };
 
 use super::{Cluster, NAMESPACE, account, has_condition};
@@ -91,11 +89,7 @@ impl Cluster {
             ..DevicePair::default()
         };
         let request = MigrateRequest {
-            migration: Some(MigrationRef {
-                id: migration.uid().context("no UID")?,
-                attempt: u32::try_from(status.attempt.context("no attempt")?)?,
-                operator_epoch: 0,
-            }),
+            migration: Some(self.reference(migration).await?),
             vm: Some(VmRef { namespace: NAMESPACE.to_owned(), name: migration.spec.vm_ref.name.clone() }),
             target_node: status.target_node.clone().context("no target")?,
             target_address: "joins-what-has-begun:1".to_owned(),

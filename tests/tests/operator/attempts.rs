@@ -18,10 +18,14 @@ fn attempts(calls: &[Call]) -> Vec<u32> {
 #[tokio::test]
 async fn an_attempt_that_fails_is_followed_by_another_with_a_new_number_until_one_succeeds() {
     let mut world = World::start().await;
-    world.b.script(|script| script.reserve = Some(Status::failed_precondition("device b2 is held by process 9")));
+    world.b.script(|script| {
+        script.reserve = Some(Status::failed_precondition("device b2 is held by process 9"))
+    });
     world.migrate("move-counter", |spec| spec.attempts = 3).await;
     let waiting = world
-        .until("move-counter", "wait for the next attempt", |m| Some(m.status.as_ref()?.next_attempt_time.is_some()))
+        .until("move-counter", "wait for the next attempt", |m| {
+            Some(m.status.as_ref()?.next_attempt_time.is_some())
+        })
         .await;
     let status = waiting.status.as_ref().unwrap();
     assert!(is("Succeeded", "Unknown/AttemptFailed")(&waiting).unwrap());
@@ -39,9 +43,7 @@ async fn an_attempt_that_fails_is_followed_by_another_with_a_new_number_until_on
     let second = world.until("move-counter", "be stopped", is("Stopped", "True")).await.status.unwrap();
     assert_eq!((second.attempt, second.timeline.len()), (Some(2), 1));
     world.a.finish(Outcome::RolledBack, "BlobRejected", "EIO");
-    world
-        .until("move-counter", "have failed twice", |m| Some(m.status.as_ref()?.attempts.len() == 2))
-        .await;
+    world.until("move-counter", "have failed twice", |m| Some(m.status.as_ref()?.attempts.len() == 2)).await;
     world.a.forget_events();
 
     world.a.joined(2).await;

@@ -25,7 +25,8 @@ async fn committed_and_cut_off() -> World {
 #[tokio::test]
 async fn a_lost_target_leaves_it_in_doubt_until_it_is_back_and_then_it_goes_on_by_itself() {
     let mut world = committed_and_cut_off().await;
-    let doubtful = world.until("move-counter", "be in doubt", is("Succeeded", "Unknown/TargetUnreachable")).await;
+    let doubtful =
+        world.until("move-counter", "be in doubt", is("Succeeded", "Unknown/TargetUnreachable")).await;
     let said = message(&doubtful, "InDoubt");
     for words in [
         "VM demo/counter is kept paused at node-a",
@@ -112,7 +113,11 @@ async fn an_administrators_word_for_the_source_is_relayed_with_its_justification
     });
     world.a.phase(Phase::RollingBack);
     world.a.phase(Phase::RolledBack);
-    world.a.finish(Outcome::RolledBack, "TargetFailed", "an administrator states that node-b never started the VM");
+    world.a.finish(
+        Outcome::RolledBack,
+        "TargetFailed",
+        "an administrator states that node-b never started the VM",
+    );
     let over = world.until("move-counter", "be rolled back", is("Succeeded", "False/TargetFailed")).await;
     assert!(is("InDoubt", "False/Settled")(&over).unwrap());
     let events = world.events("move-counter").await;
@@ -156,7 +161,8 @@ async fn a_resolve_that_does_not_fit_or_lacks_a_statement_is_refused_in_words_an
     world.patch("move-counter", resolve("Source", true, "the node was powered off at one")).await;
     world.until("move-counter", "refuse it", is("ResolveAccepted", "False/DoesNotFit")).await;
     world.patch("move-counter", resolve("Destination", false, why)).await;
-    let refused = world.until("move-counter", "refuse it", is("ResolveAccepted", "False/StatementMissing")).await;
+    let refused =
+        world.until("move-counter", "refuse it", is("ResolveAccepted", "False/StatementMissing")).await;
     assert!(message(&refused, "ResolveAccepted").contains("sourceNeverResumes: true"));
     world.patch("move-counter", resolve("Destination", false, "      why?      ")).await;
     world.until("move-counter", "refuse it", is("ResolveAccepted", "False/JustificationMissing")).await;
@@ -191,7 +197,9 @@ async fn a_deleted_migration_that_is_in_doubt_stays_until_it_is_settled() {
     let object = world.migrations().get("move-counter").await.unwrap();
     world.delete("move-counter").await;
     let stays = |migration: &slackwater_api::VMMigration| {
-        Some(message(migration, "InDoubt").contains("The object was deleted, and stays until this is settled"))
+        Some(
+            message(migration, "InDoubt").contains("The object was deleted, and stays until this is settled"),
+        )
     };
     world.until("move-counter", "say that it stays", stays).await;
     world.migrate("again", |_| {}).await;

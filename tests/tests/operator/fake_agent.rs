@@ -12,10 +12,11 @@ use futures::{Stream, StreamExt};
 use slackwater_proto::node::migration_event::What;
 use slackwater_proto::node::node_agent_server::{NodeAgent, NodeAgentServer};
 use slackwater_proto::node::{
-    AbortRequest, AbortResponse, DescribeRequest, DescribeResponse, DeviceDescription, DeviceStateChange, Doubt,
-    Finished, JournalRecord, JournalState, MigrateRequest, MigrateResponse, MigrationEvent, MigrationFeatures,
-    MigrationRef, NodeDescription, Outcome, Phase, ReleaseRequest, ReleaseResponse, ReserveRequest, ReserveResponse,
-    ResolveRequest, ResolveResponse, Timings, VmDescription, VmRef, VmState, WatchRequest, WatchResponse,
+    AbortRequest, AbortResponse, DescribeRequest, DescribeResponse, DeviceDescription, DeviceStateChange,
+    Doubt, Finished, JournalRecord, JournalState, MigrateRequest, MigrateResponse, MigrationEvent,
+    MigrationFeatures, MigrationRef, NodeDescription, Outcome, Phase, ReleaseRequest, ReleaseResponse,
+    ReserveRequest, ReserveResponse, ResolveRequest, ResolveResponse, Timings, VmDescription, VmRef, VmState,
+    WatchRequest, WatchResponse,
 };
 use slackwater_proto::server::serve;
 use slackwater_proto::tls::Credentials;
@@ -205,7 +206,9 @@ impl FakeAgent {
     /// Returns when the other end's word has been relayed: the first that has this record.
     pub(crate) async fn relayed(&self, record: JournalRecord) -> JournalState {
         let is = |call: &Call| match call {
-            Call::Resolve(ResolveRequest { peer: Some(peer), .. }) if peer.record() == record => Some(peer.clone()),
+            Call::Resolve(ResolveRequest { peer: Some(peer), .. }) if peer.record() == record => {
+                Some(peer.clone())
+            }
             _ => None,
         };
         self.called(&format!("act upon {record:?}"), is).await

@@ -123,7 +123,10 @@ async fn a_cancelled_migration_is_given_up_and_stays_as_a_record() {
     // And before anything was begun nothing is.
     world.migrate("never", |spec| spec.cancel = true).await;
     let never = world.until("never", "be given up", is("Succeeded", "False/Aborted")).await;
-    assert_eq!(message(&never, "Succeeded"), "Before anything was asked of any agent, spec.cancel was set to true.");
+    assert_eq!(
+        message(&never, "Succeeded"),
+        "Before anything was asked of any agent, spec.cancel was set to true."
+    );
     let reserved = world.b.calls().iter().filter(|call| matches!(call, Call::Reserve(_))).count();
     assert_eq!(reserved, 1);
     world.assert_nothing_was_forbidden();
@@ -170,7 +173,9 @@ async fn an_abort_that_a_source_answers_without_knowing_the_migration_is_not_bel
     world.a.journals(JournalRecord::Unspecified);
     let doubtful = world.until("move-counter", "be in doubt", is("InDoubt", "True/SourceForgot")).await;
     assert!(doubtful.metadata.deletion_timestamp.is_some());
-    assert!(message(&doubtful, "InDoubt").contains("The object was deleted, and stays until this is settled"));
+    assert!(
+        message(&doubtful, "InDoubt").contains("The object was deleted, and stays until this is settled")
+    );
     assert!(world.b.calls().iter().all(|call| !matches!(call, Call::Release(_))));
 
     // It started there after all.

@@ -105,7 +105,8 @@ async fn a_source_that_was_restarted_tells_less_and_what_was_shown_is_kept() {
     for phase in [Phase::Connected, Phase::PreCopy, Phase::Capturing, Phase::Committed] {
         world.a.phase(phase);
     }
-    let committed = world.until("move-counter", "be committed", is("Committed", "True")).await.status.unwrap();
+    let committed =
+        world.until("move-counter", "be committed", is("Committed", "True")).await.status.unwrap();
     world.a.stop();
     world.a.forget_events();
     world.a.journals(JournalRecord::Committed);

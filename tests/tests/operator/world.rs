@@ -268,7 +268,8 @@ impl World {
     pub(crate) async fn events(&self, about: &str) -> Vec<(String, String)> {
         let events: Api<Event> = Api::namespaced(self.client.clone(), NAMESPACE);
         let events = events.list(&ListParams::default()).await.unwrap();
-        let is_about = |event: &Event| event.regarding.as_ref().and_then(|to| to.name.as_deref()) == Some(about);
+        let is_about =
+            |event: &Event| event.regarding.as_ref().and_then(|to| to.name.as_deref()) == Some(about);
         let told = |event: Event| (event.reason.unwrap_or_default(), event.note.unwrap_or_default());
         events.items.into_iter().filter(is_about).map(told).collect()
     }
@@ -326,8 +327,7 @@ pub(crate) fn message(migration: &VMMigration, type_: &str) -> String {
 }
 
 /// How long another operator waits for the Lease of one that was killed: as short as whole seconds let it be.
-const LEASE: [&str; 6] =
-    ["--lease-duration", "3s", "--lease-renew-deadline", "2s", "--lease-retry", "250ms"];
+const LEASE: [&str; 6] = ["--lease-duration", "3s", "--lease-renew-deadline", "2s", "--lease-retry", "250ms"];
 
 /// Starts an operator that logs to `<name>.log`.
 pub(crate) fn start_operator(folder: &Path, kubeconfig: &Path, name: &str) -> Child {
