@@ -95,7 +95,7 @@ pub struct Ended {
 }
 
 /// A failure, as it is written.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FailureEntry {
     /// [`Reason::as_str`].
@@ -157,12 +157,6 @@ impl Entry {
             message: failure.message,
             stated_because: self.stated_because.clone().unwrap_or_default(),
         }
-    }
-}
-
-impl Default for FailureEntry {
-    fn default() -> Self {
-        Self { reason: String::new(), message: String::new() }
     }
 }
 

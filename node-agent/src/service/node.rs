@@ -23,7 +23,6 @@ use super::inventory::Inventory;
 use super::recovery;
 use super::registry::{Part, Registry, Stale};
 use super::{NodeConfig, borrowing, journalling, request, reservation};
-use crate::handover::destination::End;
 use crate::handover::entry::word_of;
 use crate::handover::policy::stop_plan;
 use crate::handover::shell::destination::{DestinationParts, DestinationRun, Site};
@@ -308,10 +307,8 @@ pub(super) fn give_back_source(registry: &Arc<Registry>, run: &SourceRun, id: St
 pub(super) fn give_back_destination(registry: &Arc<Registry>, run: &DestinationRun, id: String) {
     let (registry, run) = (Arc::clone(registry), run.clone());
     tokio::spawn(async move {
-        // What could not be started is kept as it is, for a person to look at.
-        if !matches!(run.ended().await, Some(End::Stuck(_))) {
-            registry.give_back(&id);
-        }
+        run.free().await;
+        registry.give_back(&id);
     });
 }
 

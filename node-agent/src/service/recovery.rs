@@ -42,7 +42,7 @@ use crate::vmm::gone::GoneVmm;
 use crate::vmm::{Vmm, twin};
 
 /// Attempts that have ended and are still remembered, so that a late question gets its answer.
-const REMEMBERED: usize = 1000;
+const REMEMBERED: usize = super::registry::REMEMBERED;
 /// Between two tries to reach a VMM whose process lives, or its devices.
 const AGAIN: Duration = Duration::from_secs(1);
 /// An attempt without a limit of its own: what is left of it before the commit is the way back.
@@ -127,10 +127,6 @@ fn take_up(around: &Around, key: Key, entry: Entry) {
                 Part::Destination(DestinationRun::over(ledger, end_of(&entry)), Box::new(request))
             }
         };
-        if let (Record::Starting, EndEntry::Destination { .. }) = (entry.record, &entry.end) {
-            // What could not be started is kept as it is, for a person to look at.
-            hold(around, &entry);
-        }
         around.registry.join(&reference, part);
         return;
     }

@@ -10,7 +10,7 @@ use crate::handover::shell::destination::DestinationRun;
 use crate::handover::shell::source::SourceRun;
 
 /// Migrations that have ended and are still remembered, so that a late question gets its answer.
-const REMEMBERED: usize = 256;
+pub(super) const REMEMBERED: usize = 1000;
 
 /// Why a call is refused before anything is done for it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -119,7 +119,9 @@ impl Leadership {
                     return Some((Self { terms, api, held, renewed: asked, epoch: source }, epoch));
                 }
                 Ok(Err(holder)) => format!("{holder} leads; waiting for the Lease {}", terms.name),
-                Err(error) => format!("the Lease {} could not be asked for; trying again: {error}", terms.name),
+                Err(error) => {
+                    format!("the Lease {} could not be asked for; trying again: {error}", terms.name)
+                }
             };
             if state != told {
                 tracing::info!("{state}");
@@ -185,7 +187,9 @@ impl Leadership {
     pub async fn release(self) {
         match lease::release(&self.api, &self.held).await {
             Ok(()) => tracing::info!(lease = self.terms.name, "the lease has been given back"),
-            Err(error) => tracing::warn!(lease = self.terms.name, %error, "the lease could not be given back"),
+            Err(error) => {
+                tracing::warn!(lease = self.terms.name, %error, "the lease could not be given back")
+            }
         }
     }
 }

@@ -167,6 +167,9 @@ mod tests {
         ];
         let claims = Claims::default();
         claims.restore(objects.iter());
-        assert_eq!(claims.all().iter().map(|claim| claim.id.as_str()).collect::<Vec<_>>(), ["between two attempts", "held", "kept"]);
+        assert_eq!(
+            claims.all().iter().map(|claim| claim.id.as_str()).collect::<Vec<_>>(),
+            ["between two attempts", "held", "kept"]
+        );
     }
 }

@@ -118,10 +118,17 @@ impl Run {
     }
 
     async fn say_unreachable(&mut self, accepted: &Accepted, error: &str, refused: bool) {
-        tracing::warn!(migration = self.name(), source = accepted.source, error, "the stream of events broke; joining again");
+        tracing::warn!(
+            migration = self.name(),
+            source = accepted.source,
+            error,
+            "the stream of events broke; joining again"
+        );
         let error = error.trim_end_matches('.');
         let message = match refused {
-            true => format!("{} does not tell of the migration: {error}. Both ends are asked.", accepted.source),
+            true => {
+                format!("{} does not tell of the migration: {error}. Both ends are asked.", accepted.source)
+            }
             false => format!(
                 "{} does not answer: {error}. Its agent goes on by itself; the operator joins again when it can.",
                 accepted.source
@@ -298,7 +305,8 @@ impl Run {
     fn reach(&mut self, phase: Phase, node: &str) -> bool {
         // A phase ends what the source was in doubt about, whether it has been shown or not.
         self.inquiry.told = None;
-        let committed = matches!(phase, Phase::Committed | Phase::Starting | Phase::Started | Phase::Released);
+        let committed =
+            matches!(phase, Phase::Committed | Phase::Starting | Phase::Started | Phase::Released);
         self.inquiry.hear(Event::SourceTold { committed });
         if !fact::is_news(&self.draft, phase, node) {
             return false;

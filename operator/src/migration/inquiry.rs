@@ -95,8 +95,7 @@ impl Inquiry {
     /// What is to be shown.
     fn doubt(&self) -> Option<Doubtful> {
         let Some(reason) = self.resolver.doubt() else { return self.told.clone() };
-        let remedy =
-            [End::Source, End::Destination].into_iter().find(|end| self.resolver.fits(*end).is_ok());
+        let remedy = [End::Source, End::Destination].into_iter().find(|end| self.resolver.fits(*end).is_ok());
         Some(Doubtful::Asked { reason, why: self.why.clone(), remedy })
     }
 }

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use slackwater_api::{
-    DeviceMigration, MAX_ATTEMPTS, MAX_PRE_COMMIT_TIMEOUT, MIN_PRE_COMMIT_TIMEOUT, MigrationFeature, PeerToPeer,
-    VMMigrationSpec, VMMigrationStatus, format_duration, parse_duration,
+    DeviceMigration, MAX_ATTEMPTS, MAX_PRE_COMMIT_TIMEOUT, MIN_PRE_COMMIT_TIMEOUT, MigrationFeature,
+    PeerToPeer, VMMigrationSpec, VMMigrationStatus, format_duration, parse_duration,
 };
 use slackwater_proto::node as proto;
 
@@ -29,7 +29,10 @@ pub fn read_spec(namespace: &str, spec: &VMMigrationSpec) -> Result<Request, Ref
         )));
     }
     if !(1..=MAX_ATTEMPTS).contains(&spec.attempts) {
-        return Err(invalid(format!("spec.attempts is {}; it must be from 1 to {MAX_ATTEMPTS}.", spec.attempts)));
+        return Err(invalid(format!(
+            "spec.attempts is {}; it must be from 1 to {MAX_ATTEMPTS}.",
+            spec.attempts
+        )));
     }
     Ok(Request {
         vm: VmKey { namespace: namespace.to_owned(), name: spec.vm_ref.name.clone() },

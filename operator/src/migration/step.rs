@@ -92,7 +92,8 @@ mod tests {
     }
 
     fn over(reservation: Option<Reservation>) -> VMMigrationStatus {
-        let completion_time = Some(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(jiff::Timestamp::UNIX_EPOCH));
+        let completion_time =
+            Some(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(jiff::Timestamp::UNIX_EPOCH));
         VMMigrationStatus { reservation, completion_time, ..Default::default() }
     }
 

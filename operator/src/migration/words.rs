@@ -21,10 +21,8 @@ pub fn from_wire(state: &JournalState) -> Option<Word> {
         JournalRecord::Aborted => Record::Aborted,
     };
     let failed = !(state.reason.is_empty() && state.message.is_empty());
-    let failure = failed.then(|| Failure {
-        reason: camel_case_or(&state.reason, "Failed"),
-        message: state.message.clone(),
-    });
+    let failure = failed
+        .then(|| Failure { reason: camel_case_or(&state.reason, "Failed"), message: state.message.clone() });
     let stated = (!state.stated_because.is_empty()).then(|| state.stated_because.clone());
     Some(Word { record, ended: state.ended, failure, stated })
 }
@@ -60,7 +58,8 @@ mod tests {
     #[test]
     fn a_word_is_relayed_as_it_was_heard() {
         for record in Record::ALL {
-            let failure = Some(Failure { reason: "StartFailed".into(), message: "the twin has exited".into() });
+            let failure =
+                Some(Failure { reason: "StartFailed".into(), message: "the twin has exited".into() });
             let word = Word { record, ended: true, failure, stated: Some("its node is off".into()) };
             assert_eq!(from_wire(&to_wire(&word)), Some(word));
             assert_eq!(from_wire(&to_wire(&Word::of(record))), Some(Word::of(record)));

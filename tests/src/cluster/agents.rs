@@ -106,19 +106,27 @@ impl Cluster {
         Ok(client.describe(DescribeRequest {}).await?.into_inner().node.unwrap_or_default())
     }
 
-    /// By which an agent knows an attempt of a migration when the operator that leads now asks. Not for keeping: another operator
-    /// may lead the next time.
+    /// The epoch of the operator that leads: with a lower one an agent refuses a call, and a higher one would lock that operator out.
+    ///
+    /// # Errors
+    /// When there is no Lease.
+    pub async fn operator_epoch(&self) -> anyhow::Result<u64> {
+        let leases: Api<Lease> = Api::namespaced(self.client.clone(), SYSTEM);
+        let spec = leases.get(LEASE).await?.spec.unwrap_or_default();
+        Ok(u64::try_from(spec.lease_transitions.unwrap_or_default())? + 1)
+    }
+
+    /// By which an agent knows the last attempt of a migration when the operator that leads now asks. Not for keeping: another
+    /// operator may lead the next time.
     ///
     /// # Errors
     /// When it has none, or there is no Lease.
     pub async fn reference(&self, migration: &VMMigration) -> anyhow::Result<MigrationRef> {
-        let leases: Api<Lease> = Api::namespaced(self.client.clone(), SYSTEM);
-        let lease = leases.get(LEASE).await?.spec.context("a Lease of nobody")?;
         let attempt = migration.status.as_ref().and_then(|status| status.attempt).unwrap_or(1);
         Ok(MigrationRef {
             id: migration.uid().context("no UID")?,
             attempt: u32::try_from(attempt)?,
-            operator_epoch: u64::try_from(lease.lease_transitions.unwrap_or_default())? + 1,
+            operator_epoch: self.operator_epoch().await?,
         })
     }
 

@@ -165,6 +165,8 @@ pub struct Destination {
     resumed: bool,
     start_failures: u32,
     given_back: bool,
+    /// The twin is being started: nothing of it can be cleared away before that has ended.
+    twin_pending: bool,
     /// What had been recorded before the agent began again, and whether the twin is still there.
     recovered: Option<(Record, bool)>,
     failure: Option<Failure>,
@@ -184,6 +186,7 @@ impl Destination {
             resumed: false,
             start_failures: 0,
             given_back: false,
+            twin_pending: false,
             recovered: None,
             failure: None,
         }
@@ -239,11 +242,13 @@ impl Destination {
                 }
             },
             Event::Start => {}
-            Event::TwinReady if self.phase == Phase::StartingTwin => {
-                self.enter(Phase::Preparing, effects);
-                self.order(effects, |_| Some(MigrationState::Resuming));
+            Event::TwinReady => {
+                self.twin_answered(effects);
+                if self.phase == Phase::StartingTwin {
+                    self.enter(Phase::Preparing, effects);
+                    self.order(effects, |_| Some(MigrationState::Resuming));
+                }
             }
-            Event::TwinReady => {}
             Event::DeviceReached(index, state) => self.devices.read_back(index, state),
             Event::DeviceFailed(index, found, failure) => self.device_failed(index, found, failure, effects),
             Event::PeerConnected => self.peer_connected = true,
@@ -281,7 +286,10 @@ impl Destination {
             }
             Event::IdentityActivated => self.identity_active = true,
             Event::Resumed => self.resumed = true,
-            Event::Failed(failure) => self.fail(failure, effects),
+            Event::Failed(failure) => {
+                self.twin_answered(effects);
+                self.fail(failure, effects);
+            }
             Event::Discarded => self.given_back = true,
         }
     }
@@ -319,6 +327,8 @@ impl Destination {
 
     fn fail(&mut self, failure: Failure, effects: &mut Vec<Effect>) {
         match self.phase {
+            // The VM has run here, and that is what is being recorded; that it runs no more is seen by whoever looks for it.
+            Phase::RecordingRunning => {}
             // Whether STARTING stands in the journal is known in a moment, and decides.
             Phase::RecordingStarting => self.failure = self.failure.take().or(Some(failure)),
             _ if self.may_have_run() => self.stuck(failure, effects),
@@ -364,8 +374,18 @@ impl Destination {
     fn discard(&mut self, failure: Failure, effects: &mut Vec<Effect>) {
         if self.phase != Phase::Discarding {
             self.enter(Phase::Discarding, effects);
-            effects.extend([Effect::Record(Record::Discarded), Effect::Discard]);
+            effects.push(Effect::Record(Record::Discarded));
+            if !self.twin_pending {
+                effects.push(Effect::Discard);
+            }
             self.failure = Some(failure);
+        }
+    }
+
+    /// The twin is there, or is not: what a discard has waited for.
+    fn twin_answered(&mut self, effects: &mut Vec<Effect>) {
+        if std::mem::take(&mut self.twin_pending) && self.phase == Phase::Discarding {
+            effects.push(Effect::Discard);
         }
     }
 
@@ -374,6 +394,7 @@ impl Destination {
         match self.phase {
             Phase::Recording if self.recorded.contains(&Record::Reserved) => {
                 self.enter(Phase::StartingTwin, effects);
+                self.twin_pending = true;
                 effects.push(Effect::StartTwin);
             }
             Phase::Preparing if self.devices.all_at(|state| state == MigrationState::Resuming) => {

@@ -38,6 +38,10 @@ impl Destination {
                 self.enter(Phase::Loaded, effects);
             }
             Record::Starting if !twin_there => self.stuck(gone(Reason::StartFailed), effects),
+            Record::Starting if self.devices.iter().any(|(_, track)| track.broken) => {
+                let message = "a device of the twin stands in ERROR, or cannot be read";
+                self.stuck(Failure::new(Reason::StartFailed, message), effects);
+            }
             Record::Starting => {
                 self.enter(Phase::Starting, effects);
                 effects.push(Effect::ActivateIdentity);

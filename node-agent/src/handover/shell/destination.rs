@@ -22,7 +22,7 @@ use tracing::{info, warn};
 use super::ledger::Ledger;
 use super::receiving::Receiver;
 use super::{VmmCall, of_twin, refused, resume, traced};
-use crate::handover::destination::{Destination, Effect, End, Event};
+use crate::handover::destination::{Destination, Effect, End, Event, Phase};
 use crate::handover::entry::{Ended, Process};
 use crate::handover::{Blob, Failure, Reason, Record, Word};
 use crate::host::clock::Clock;
@@ -111,6 +111,7 @@ pub struct DestinationRun {
     signals: mpsc::UnboundedSender<Signal>,
     reserved: watch::Receiver<Option<Result<(), Failure>>>,
     end: watch::Receiver<Option<End>>,
+    free: watch::Receiver<bool>,
     ledger: Ledger,
 }
 
@@ -120,6 +121,7 @@ impl DestinationRun {
         let (signals, heard) = mpsc::unbounded_channel();
         let (tell_reserved, reserved) = watch::channel(None);
         let (tell_end, end) = watch::channel(None);
+        let (tell_free, free) = watch::channel(false);
         let ledger = parts.ledger.clone();
         let shell = Shell {
             parts,
@@ -137,10 +139,20 @@ impl DestinationRun {
             end: None,
         };
         tokio::spawn(async move {
-            let end = shell.run().await;
+            let site = Arc::clone(&shell.parts.site);
+            let (end, left) = shell.run().await;
+            let stuck = matches!(end, End::Stuck(_));
             tell_end.send_replace(Some(end));
+            if stuck {
+                // What could not be started is kept as it is, for a person to look at, until that person, or its own death, ends it.
+                if let Some(vmm) = left {
+                    vmm.exited().await;
+                }
+                site.discard().await;
+            }
+            tell_free.send_replace(true);
         });
-        Self { signals, reserved, end, ledger }
+        Self { signals, reserved, end, free, ledger }
     }
 
     /// An attempt that ended under an earlier agent: there is nothing left of it but its journal.
@@ -150,7 +162,9 @@ impl DestinationRun {
             End::Discarded(failure) => Err(failure.clone()),
             End::Running | End::Stuck(_) => Ok(()),
         };
-        Self { signals, reserved: watch::channel(Some(reserved)).1, end: watch::channel(Some(end)).1, ledger }
+        let (reserved, end, free) =
+            (watch::channel(Some(reserved)).1, watch::channel(Some(end)).1, watch::channel(true).1);
+        Self { signals, reserved, end, free, ledger }
     }
 
     /// What stands in its journal.
@@ -178,6 +192,11 @@ impl DestinationRun {
     /// Waits for the end; all that was held has been let go then.
     pub async fn ended(&self) -> Option<End> {
         self.end.clone().wait_for(Option::is_some).await.ok()?.clone()
+    }
+
+    /// Waits until nothing is held any more: after the end, or, of a VM that could not be started, after its process has ended.
+    pub async fn free(&self) {
+        let _ = self.free.clone().wait_for(|free| *free).await;
     }
 
     /// How it ended, if it has.
@@ -320,7 +339,8 @@ struct Shell {
 }
 
 impl Shell {
-    async fn run(mut self) -> End {
+    /// The end, and the twin if it is left as it is.
+    async fn run(mut self) -> (End, Option<Arc<dyn Vmm>>) {
         let mut machine = self.machine();
         let silence = tokio::time::sleep(self.parts.silence_timeout);
         tokio::pin!(silence);
@@ -391,6 +411,10 @@ impl Shell {
                 self.watch_twin(&twin);
                 let process = twin.process.clone();
                 self.parts.ledger.amend(move |entry| entry.vmm = process);
+                if machine.phase() == Phase::StartingTwin {
+                    // With its process, so that the next agent would find it. That a twin is held stands there already.
+                    self.parts.ledger.record(Record::Reserved, None, false, |_| {});
+                }
                 self.twin = Some(twin);
                 Some(Event::TwinReady)
             }
@@ -588,11 +612,13 @@ impl Shell {
         });
     }
 
-    async fn finish(&mut self, end: End) -> End {
+    async fn finish(&mut self, end: End) -> (End, Option<Arc<dyn Vmm>>) {
+        let mut left = None;
         if let Some(twin) = self.twin.take() {
             for device in twin.devices {
                 device.release().await;
             }
+            left = Some(twin.vmm);
         }
         match &end {
             End::Running => self.parts.site.keep().await,
@@ -614,7 +640,7 @@ impl Shell {
         };
         let ended = Ended { outcome: 0, timings_ns: [0; 3], device_bytes: Vec::new(), vmm_bytes: 0 };
         self.parts.ledger.finish(failure, ended).await;
-        end
+        (end, left)
     }
 }
 

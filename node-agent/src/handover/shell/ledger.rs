@@ -16,6 +16,9 @@ use crate::journal::{Journal, JournalError, JournalFile, Key};
 /// The pause before a record that must not fail is tried again.
 const AGAIN: Duration = Duration::from_secs(1);
 
+/// How often the end of an attempt is tried to be recorded.
+const FINISH_TRIES: u32 = 5;
+
 type Done = Box<dyn FnOnce(Result<(), Failure>) + Send>;
 type Change = Box<dyn FnOnce(&mut Entry) + Send>;
 
@@ -132,9 +135,21 @@ impl Keeper {
                 done(self.write(entry, false).await);
             }
             Job::Finish { failure, ended, done } => {
-                let entry = Entry { ended: Some(ended), ..self.changed(failure.as_ref()) };
                 // Where not even the first record could be made, nothing was begun.
-                let result = if self.file.is_some() { self.write(entry, true).await } else { Ok(()) };
+                if self.file.is_none() {
+                    return done(Ok(()));
+                }
+                let entry = Entry { ended: Some(ended), ..self.changed(failure.as_ref()) };
+                let mut result = self.write(entry.clone(), true).await;
+                for _ in 1..FINISH_TRIES {
+                    if result.is_ok() {
+                        break;
+                    }
+                    tokio::time::sleep(AGAIN).await;
+                    result = self.write(entry.clone(), true).await;
+                }
+                // It has ended, recorded or not, and whoever asks may know.
+                self.state.send_replace(entry.state());
                 done(result);
             }
         }
@@ -176,7 +191,10 @@ fn put(
             Ok(file) => (Some(file), Ok(())),
             Err(error) => (None, Err(error)),
         },
-        Some(file) if last => (None, file.finish(content)),
+        Some(file) if last => match file.finish(content) {
+            Ok(()) => (None, Ok(())),
+            Err(error) => (journal.reopen(key).ok(), Err(error)),
+        },
         Some(mut file) => {
             let result = file.write(content);
             (Some(file), result)

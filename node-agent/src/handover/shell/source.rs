@@ -38,6 +38,10 @@ const ENDING: Duration = Duration::from_secs(1);
 /// The pause before the destination is asked again what it has journalled: the first, and the longest.
 const ASK_AGAIN: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(5));
 
+/// The pause before the destination is told once more that the VM stays here, and for how long that is tried.
+const TELL_AGAIN: Duration = Duration::from_secs(1);
+const TELL_LIMIT: Duration = Duration::from_secs(600);
+
 /// All that one attempt needs at the source.
 pub struct SourceParts {
     /// Where it goes.
@@ -126,7 +130,7 @@ impl SourceRun {
 
     /// Somebody relays what the destination has journalled.
     pub fn peer_says(&self, word: Word) {
-        let _ = self.signals.send(Signal::Event(Event::PeerSays(word)));
+        let _ = self.signals.send(Signal::Event(Event::Relayed(word)));
     }
 
     /// Its events.
@@ -304,9 +308,9 @@ impl Shell {
 
     fn accept(&mut self, signal: Signal) -> Event {
         match signal {
-            Signal::Event(Event::PeerSays(word)) => {
+            Signal::Event(Event::Relayed(word)) => {
                 self.stated.clone_from(&word.stated_because);
-                Event::PeerSays(word)
+                Event::Relayed(word)
             }
             Signal::Event(event) => event,
             Signal::Connected(link) => {
@@ -350,6 +354,7 @@ impl Shell {
                 if let Some(decisions) = &self.decisions {
                     decisions.abort(why);
                 }
+                self.tell_aborted();
             }
             Effect::CloseStreams => self.close_streams(),
             Effect::Reset(index) => self.reset(index),
@@ -395,6 +400,27 @@ impl Shell {
                 () = signals.closed() => return,
             };
             let _ = signals.send(Signal::Event(event));
+        });
+    }
+
+    /// The hand-over's stream may be gone, and a destination at LOADED gives nothing back before it has heard this. The operator
+    /// tells it, too.
+    fn tell_aborted(&self) {
+        let (peer, own) = (self.parts.peer.clone(), self.parts.ledger.state());
+        tokio::spawn(async move {
+            let (mut pause, longest) = (TELL_AGAIN, ASK_AGAIN.1);
+            let told = async {
+                loop {
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(longest);
+                    match peer.settle(own.clone()).await {
+                        Ok(Word { record: None | Some(Record::Discarded), .. }) => return,
+                        Ok(_) | Err(_) => {}
+                    }
+                }
+            };
+            // The machine may have come to its end long since.
+            let _ = tokio::time::timeout(TELL_LIMIT, told).await;
         });
     }
 

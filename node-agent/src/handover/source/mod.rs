@@ -89,8 +89,10 @@ pub enum Event {
     Recorded(Record),
     /// A record could not be written; what was recorded before still is.
     RecordFailed(Record, Failure),
-    /// What the destination has journalled.
+    /// The destination's answer to [`Effect::AskPeer`]: what it has journalled.
     PeerSays(Word),
+    /// The same, as somebody relays it. It answers no question.
+    Relayed(Word),
     /// The destination was asked what it has journalled, and did not answer.
     PeerSilent(Failure),
     /// STARTED has not come in the time in which it mostly does.
@@ -290,7 +292,14 @@ impl Source {
                 }
             }
             Event::RecordFailed(record, failure) => self.record_failed(record, failure, effects),
-            Event::PeerSays(word) => self.peer_says(word, effects),
+            Event::PeerSays(word) => {
+                if self.peer_says(word, effects) {
+                    effects.push(Effect::AskPeer);
+                }
+            }
+            Event::Relayed(word) => {
+                self.peer_says(word, effects);
+            }
             Event::PeerSilent(failure) => {
                 if self.phase == Phase::AwaitingStarted {
                     self.doubt(Failure::new(Reason::PeerLost, failure.message), effects);
@@ -383,9 +392,10 @@ impl Source {
     }
 
     /// Acts by what the destination has journalled. Before the commit that is of no matter, and after STARTED neither.
-    fn peer_says(&mut self, word: Word, effects: &mut Vec<Effect>) {
+    /// True if it settles nothing.
+    fn peer_says(&mut self, word: Word, effects: &mut Vec<Effect>) -> bool {
         if self.phase != Phase::AwaitingStarted {
-            return;
+            return false;
         }
         let failed =
             |reason, message: &str| word.failure.clone().unwrap_or_else(|| Failure::new(reason, message));
@@ -416,9 +426,10 @@ impl Source {
                 if self.doubt.is_some() || reason == Reason::TargetForgot {
                     self.doubt(Failure::new(reason, message), effects);
                 }
-                effects.push(Effect::AskPeer);
+                return true;
             }
         }
+        false
     }
 
     fn record_failed(&mut self, record: Record, failure: Failure, effects: &mut Vec<Effect>) {

@@ -58,8 +58,11 @@ pub fn paused_before_the_next(draft: &mut Draft, stamp: Stamp) {
     draft.status.phase = Some(MigrationPhase::Retrying);
     let last = draft.status.attempts.last();
     let why = last.map(|last| format!(" It failed by {}: {}", last.reason, last.message)).unwrap_or_default();
-    let message =
-        format!("Attempt {} has ended; the next begins after {}.{why}", draft.which_attempt(), format_duration(pause));
+    let message = format!(
+        "Attempt {} has ended; the next begins after {}.{why}",
+        draft.which_attempt(),
+        format_duration(pause)
+    );
     draft.set(SUCCEEDED, Status::Unknown, "AttemptFailed", &message, stamp);
 }
 

@@ -36,7 +36,9 @@ pub fn in_doubt(draft: &mut Draft, doubt: &Doubtful, stamp: Stamp) {
         Doubtful::Asked { reason, why, remedy } => {
             (reason.as_str().to_owned(), asked(draft, *reason, why, *remedy))
         }
-        Doubtful::Told { reason, message } => (camel_case_or(reason, "SourceInDoubt"), told(draft, reason, message)),
+        Doubtful::Told { reason, message } => {
+            (camel_case_or(reason, "SourceInDoubt"), told(draft, reason, message))
+        }
     };
     let message = format!("{message}{}", of_deletion(draft));
     let before = find(&draft.status.conditions, IN_DOUBT);
@@ -144,7 +146,9 @@ fn by_resolve(draft: &Draft, run_on: End) -> String {
 fn told(draft: &Draft, reason: &str, message: &str) -> String {
     let (vm, source, target) = (&draft.vm, draft.source(), draft.target());
     let help = match reason {
-        "PeerLost" => format!("The operator relays between {source} and {target}, as far as it reaches them."),
+        "PeerLost" => {
+            format!("The operator relays between {source} and {target}, as far as it reaches them.")
+        }
         "TargetSlow" => format!("{target} answers, and goes on by itself; look at its load and its log."),
         "JournalFailed" => {
             format!("See to the disk of the state directory of {source}: it tries again until it can write.")
@@ -157,7 +161,9 @@ fn told(draft: &Draft, reason: &str, message: &str) -> String {
 fn of_deletion(draft: &Draft) -> String {
     match draft.wish {
         Wish::Migrate => String::new(),
-        Wish::Cancel => " It was cancelled; it is given up if it still can be when this is settled.".to_owned(),
+        Wish::Cancel => {
+            " It was cancelled; it is given up if it still can be when this is settled.".to_owned()
+        }
         Wish::Delete => format!(
             " The object was deleted, and stays until this is settled. Removing its finalizer by hand (`kubectl patch vmmig \
              NAME --type=merge -p '{{\"metadata\":{{\"finalizers\":null}}}}'`) makes it go at once: then nobody relays between \

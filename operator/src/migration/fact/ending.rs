@@ -84,7 +84,8 @@ pub fn settled(draft: &mut Draft, how: &Settlement, error: Option<&str>, stamp: 
         }
         Settlement::NeverBegan => {
             let error = error.unwrap_or("it has no record of the migration");
-            let message = format!("{source} has not begun to migrate VM {vm}: {error}. The VM runs on there.");
+            let message =
+                format!("{source} has not begun to migrate VM {vm}: {error}. The VM runs on there.");
             rolled_back(draft, "SourceRefused", &message, stamp);
         }
         Settlement::GivenUp(failure) => {

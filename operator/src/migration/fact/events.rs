@@ -117,8 +117,7 @@ pub fn finished(draft: &mut Draft, trace: &Trace, finished: &Finished, stamp: St
 pub(super) fn succeeded(draft: &mut Draft, stamp: Stamp) {
     let blackout = draft.status.timings.as_ref().map(|timings| timings.blackout.clone());
     let blackout = blackout.map(|blackout| format!(" The guest stood still for {blackout} at most."));
-    let message =
-        format!("VM {} runs on {}.{}", draft.vm, draft.target(), blackout.unwrap_or_default());
+    let message = format!("VM {} runs on {}.{}", draft.vm, draft.target(), blackout.unwrap_or_default());
     draft.status.phase = Some(MigrationPhase::Succeeded);
     draft.status.reservation = Some(Reservation::Used);
     draft.status.completion_time = Some(Time(stamp.now));

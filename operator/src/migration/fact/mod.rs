@@ -14,7 +14,9 @@ mod spec;
 mod tests;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
-use slackwater_api::condition::{ACCEPTED, COMMITTED, IN_DOUBT, PREPARED, RESOLVE_ACCEPTED, STOPPED, SUCCEEDED};
+use slackwater_api::condition::{
+    ACCEPTED, COMMITTED, IN_DOUBT, PREPARED, RESOLVE_ACCEPTED, STOPPED, SUCCEEDED,
+};
 use slackwater_api::{
     DeviceMigration, MigrationPhase, PeerToPeer, Reservation, VMMigration, VMMigrationSpec, VMMigrationStatus,
 };

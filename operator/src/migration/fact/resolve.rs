@@ -86,8 +86,10 @@ fn refusal(draft: &Draft, run_on: RunOn, unfit: Unfit) -> Refused {
             ("CannotBeTold", message)
         }
         Unfit::DoesNotWait(end) => {
-            let message =
-                format!("{} does not wait for anybody's word: runOn: {run_on:?} would change nothing.", node(end));
+            let message = format!(
+                "{} does not wait for anybody's word: runOn: {run_on:?} would change nothing.",
+                node(end)
+            );
             ("DoesNotFit", message)
         }
         Unfit::OtherAnswers(end) => {

@@ -24,7 +24,8 @@ pub fn spec_changed(draft: &mut Draft, spec: &VMMigrationSpec, stamp: Stamp) -> 
 
 /// `cancel` is noted, and cannot be taken back.
 fn cancelled(draft: &mut Draft, spec: &VMMigrationSpec, stamp: Stamp) -> bool {
-    let Some(observed) = draft.status.observed_spec.as_mut().filter(|observed| spec.cancel && !observed.cancel)
+    let Some(observed) =
+        draft.status.observed_spec.as_mut().filter(|observed| spec.cancel && !observed.cancel)
     else {
         return false;
     };
@@ -69,11 +70,7 @@ fn ignored(draft: &mut Draft, spec: &VMMigrationSpec, stamp: Stamp) -> bool {
     true
 }
 
-fn changed_fields(
-    observed: &VMMigrationSpec,
-    spec: &VMMigrationSpec,
-    resolved: bool,
-) -> Vec<&'static str> {
+fn changed_fields(observed: &VMMigrationSpec, spec: &VMMigrationSpec, resolved: bool) -> Vec<&'static str> {
     [
         (observed.vm_ref != spec.vm_ref, "spec.vmRef"),
         (observed.target != spec.target, "spec.target"),

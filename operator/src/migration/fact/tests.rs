@@ -17,9 +17,9 @@ fn spec() -> VMMigrationSpec {
         target: None,
         peer_to_peer: PeerToPeer::Required,
         pre_commit_timeout: "5m".into(),
-            attempts: 1,
-            cancel: false,
-            resolve: None,
+        attempts: 1,
+        cancel: false,
+        resolve: None,
     }
 }
 
@@ -259,7 +259,10 @@ fn a_doubt_is_unknown_without_an_end_names_its_remedies_and_is_told_once() {
     doubt_cleared(&mut draft, stamp(23));
     doubt_cleared(&mut draft, stamp(24));
     assert_eq!(seen(&draft, IN_DOUBT), ("False".into(), "Settled".into()));
-    assert_eq!((draft.status.phase, seen(&draft, SUCCEEDED).1), (Some(MigrationPhase::Starting), "InProgress".into()));
+    assert_eq!(
+        (draft.status.phase, seen(&draft, SUCCEEDED).1),
+        (Some(MigrationPhase::Starting), "InProgress".into())
+    );
     assert_eq!(draft.notices.iter().filter(|notice| notice.reason == "DoubtSettled").count(), 1);
 }
 
@@ -307,7 +310,10 @@ fn what_the_source_says_of_its_doubt_is_shown_in_its_words() {
     in_doubt(&mut draft, &told, stamp(21));
     assert_eq!(seen(&draft, IN_DOUBT), ("True".into(), "JournalFailed".into()));
     let said = message(&draft, IN_DOUBT);
-    assert!(said.starts_with("node-a says: no space left on device. VM demo/counter is kept paused there."), "{said}");
+    assert!(
+        said.starts_with("node-a says: no space left on device. VM demo/counter is kept paused there."),
+        "{said}"
+    );
     let odd = Doubtful::Told { reason: "what?!".into(), message: "x".into() };
     in_doubt(&mut draft, &odd, stamp(22));
     assert_eq!(seen(&draft, IN_DOUBT).1, "SourceInDoubt");
@@ -336,7 +342,12 @@ fn a_resolve_that_lacks_what_it_must_state_or_does_not_fit_is_refused_in_words()
         (good.clone(), Err(Unfit::OtherAnswers(End::Destination)), "DoesNotFit", "node-b answers"),
         (good.clone(), Err(Unfit::DoesNotWait(End::Source)), "DoesNotFit", "node-a does not wait"),
         (good.clone(), Err(Unfit::Started), "AlreadyStarted", "node-b says that it has started"),
-        (Resolve { justification: "   because   ".into(), ..good.clone() }, Ok(()), "JustificationMissing", "has 7 characters"),
+        (
+            Resolve { justification: "   because   ".into(), ..good.clone() },
+            Ok(()),
+            "JustificationMissing",
+            "has 7 characters",
+        ),
         (
             Resolve { destination_never_started: false, ..good.clone() },
             Ok(()),
@@ -351,7 +362,10 @@ fn a_resolve_that_lacks_what_it_must_state_or_does_not_fit_is_refused_in_words()
         let mut after = draft.clone();
         resolve_refused(&mut after, &resolve, &refused, stamp(25));
         assert_eq!(seen(&after, RESOLVE_ACCEPTED), ("False".into(), reason.into()));
-        assert_eq!((after.status.phase, after.status.reservation), (draft.status.phase, draft.status.reservation));
+        assert_eq!(
+            (after.status.phase, after.status.reservation),
+            (draft.status.phase, draft.status.reservation)
+        );
         assert!(after.notices.last().unwrap().warning);
         // It is judged once, and another one may take its place.
         let with = |resolve| VMMigrationSpec { resolve: Some(resolve), ..spec() };
@@ -377,7 +391,9 @@ fn an_accepted_resolve_is_told_with_its_justification_and_is_final() {
     let other = VMMigrationSpec { resolve: Some(resolve(RunOn::Destination)), ..spec() };
     assert_eq!(unjudged(&draft, &other), None);
     assert!(spec_changed(&mut draft, &other, stamp(26)));
-    assert!(message(&draft, ACCEPTED).starts_with("spec.resolve was changed afterwards, and that is ignored"));
+    assert!(
+        message(&draft, ACCEPTED).starts_with("spec.resolve was changed afterwards, and that is ignored")
+    );
     assert_eq!(draft.status.observed_spec.as_ref().unwrap().resolve, Some(stated));
 }
 
@@ -407,7 +423,10 @@ fn an_attempt_that_was_rolled_back_is_followed_by_another_with_a_new_number_afte
         assert_eq!(draft.status.attempts.len(), usize::try_from(attempt).unwrap());
     }
     assert_eq!(draft.status.start_time, Some(Time(stamp(10).now)));
-    assert_eq!((draft.status.attempts[1].attempt, draft.status.attempts[1].reason.as_str()), (2, "BlobRejected"));
+    assert_eq!(
+        (draft.status.attempts[1].attempt, draft.status.attempts[1].reason.as_str()),
+        (2, "BlobRejected")
+    );
     assert_eq!(told(&draft).iter().filter(|reason| **reason == "AttemptFailed").count(), 2);
     assert_eq!(told(&draft).iter().filter(|reason| **reason == "NextAttempt").count(), 2);
 }
@@ -471,7 +490,11 @@ fn a_cancel_is_noted_cannot_be_taken_back_and_is_named() {
     assert!(message(&draft, SUCCEEDED).starts_with("Since spec.cancel was set to true"));
     let mut late = draft.clone();
     abort_too_late(&mut late, "committed", stamp(15));
-    assert!(message(&late, SUCCEEDED).starts_with("The migration was cancelled too late"), "{}", message(&late, SUCCEEDED));
+    assert!(
+        message(&late, SUCCEEDED).starts_with("The migration was cancelled too late"),
+        "{}",
+        message(&late, SUCCEEDED)
+    );
     assert!(spec_changed(&mut draft, &spec(), stamp(16)));
     assert!(message(&draft, ACCEPTED).starts_with("spec.cancel was changed afterwards, and that is ignored"));
     settled(&mut draft, &Settlement::NeverBegan, None, stamp(17));
@@ -516,9 +539,15 @@ fn an_end_that_only_the_journals_tell_is_said_with_no_more_than_they_say() {
     assert!(message(&given_up, SUCCEEDED).contains("look whether it runs"));
     let there = after(&Settlement::RunsAtDestination);
     assert_eq!(message(&there, SUCCEEDED), "VM demo/counter runs on node-b.");
-    assert_eq!((seen(&there, COMMITTED).0.as_str(), there.status.reservation), ("True", Some(Reservation::Used)));
+    assert_eq!(
+        (seen(&there, COMMITTED).0.as_str(), there.status.reservation),
+        ("True", Some(Reservation::Used))
+    );
     let lost = after(&Settlement::Lost(failure()));
-    assert_eq!((lost.status.phase, lost.status.reservation), (Some(MigrationPhase::Lost), Some(Reservation::Kept)));
+    assert_eq!(
+        (lost.status.phase, lost.status.reservation),
+        (Some(MigrationPhase::Lost), Some(Reservation::Kept))
+    );
 }
 
 #[test]

@@ -2,14 +2,8 @@ use super::*;
 
 const SOURCE: [Record; 5] =
     [Record::None, Record::Saving, Record::Committed, Record::Released, Record::Aborted];
-const TARGET: [Record; 6] = [
-    Record::None,
-    Record::Reserved,
-    Record::Loaded,
-    Record::Starting,
-    Record::Running,
-    Record::Discarded,
-];
+const TARGET: [Record; 6] =
+    [Record::None, Record::Reserved, Record::Loaded, Record::Starting, Record::Running, Record::Discarded];
 
 /// All that an end can be heard to say, and its silence.
 fn all_of(records: &[Record]) -> Vec<Heard> {
@@ -108,10 +102,18 @@ fn whatever_was_heard_before_only_a_fresh_word_or_a_decision_is_ever_relayed() {
                         assert!(matches!(record, Record::Committed | Record::Aborted), "{case}");
                     }
                     Effect::TellSource(Word { stated: None, record, .. }) => {
-                        assert_eq!((s.record(), d.record()), (Some(Record::Committed), Some(*record)), "{case}");
+                        assert_eq!(
+                            (s.record(), d.record()),
+                            (Some(Record::Committed), Some(*record)),
+                            "{case}"
+                        );
                     }
                     Effect::TellSource(Word { stated: Some(_), record, .. }) => {
-                        assert_eq!((*record, s.record()), (Record::Discarded, Some(Record::Committed)), "{case}");
+                        assert_eq!(
+                            (*record, s.record()),
+                            (Record::Discarded, Some(Record::Committed)),
+                            "{case}"
+                        );
                         assert!(matches!(d.record(), None | Some(Record::None)), "{case}");
                         assert!(after.decided_for_source() && after.doubt().is_some(), "{case}");
                     }
@@ -122,7 +124,11 @@ fn whatever_was_heard_before_only_a_fresh_word_or_a_decision_is_ever_relayed() {
                     }
                     Effect::TellTarget(Word { stated: Some(_), record, .. }) => {
                         assert_eq!(*record, Record::Aborted, "{case}");
-                        assert_eq!((s.record(), d.record()), (Some(Record::Committed), Some(Record::Loaded)), "{case}");
+                        assert_eq!(
+                            (s.record(), d.record()),
+                            (Some(Record::Committed), Some(Record::Loaded)),
+                            "{case}"
+                        );
                         assert!(after.decided_for_source(), "{case}");
                     }
                     Effect::Doubt { .. } | Effect::NoDoubt | Effect::Settled(_) => {}
@@ -233,7 +239,10 @@ fn a_source_that_had_begun_and_has_no_record_has_forgotten_it() {
     }
     // What it said in an earlier round counts, too.
     let (resolver, _) = round(Resolver::default(), &says(Record::Saving), &says(Record::Reserved));
-    assert_eq!(round(resolver, &says(Record::None), &says(Record::Reserved)).0.doubt(), Some(DoubtReason::SourceForgot));
+    assert_eq!(
+        round(resolver, &says(Record::None), &says(Record::Reserved)).0.doubt(),
+        Some(DoubtReason::SourceForgot)
+    );
 }
 
 #[test]
