@@ -2,9 +2,13 @@
 
 use std::time::Duration;
 
+use anyhow::Context;
+use k8s_openapi::api::coordination::v1::Lease;
+use kube::{Api, ResourceExt};
+use slackwater_api::VMMigration;
 use slackwater_proto::node::{DescribeRequest, JournalState, MigrationRef, NodeDescription, ResolveRequest};
 
-use super::{Cluster, SOON, VMM_PROGRAM};
+use super::{Cluster, SOON, SYSTEM, VMM_PROGRAM};
 use crate::lab::Issued;
 
 /// The agent's program, its cgroup and its log.
@@ -13,6 +17,9 @@ pub(super) const AGENT: &str = "slackwater-node-agent";
 pub(super) const STATE_DISK: &str = "/var/lib/slackwater";
 /// Where the agent keeps its journal: a folder on that disk.
 pub(super) const STATE_DIR: &str = "/var/lib/slackwater/state";
+
+/// The Lease by which one of several operators leads.
+const LEASE: &str = "slackwater-operator";
 
 const STATE_DISK_SIZE: &str = "16m";
 const TLS: &str = "/etc/slackwater";
@@ -99,13 +106,37 @@ impl Cluster {
         Ok(client.describe(DescribeRequest {}).await?.into_inner().node.unwrap_or_default())
     }
 
-    /// What the agent of a node has journalled of an attempt.
+    /// The epoch of the operator that leads: with a lower one an agent refuses a call, and a higher one would lock that operator out.
+    ///
+    /// # Errors
+    /// When there is no Lease.
+    pub async fn operator_epoch(&self) -> anyhow::Result<u64> {
+        let leases: Api<Lease> = Api::namespaced(self.client.clone(), SYSTEM);
+        let spec = leases.get(LEASE).await?.spec.unwrap_or_default();
+        Ok(u64::try_from(spec.lease_transitions.unwrap_or_default())? + 1)
+    }
+
+    /// By which an agent knows the last attempt of a migration when the operator that leads now asks. Not for keeping: another
+    /// operator may lead the next time.
+    ///
+    /// # Errors
+    /// When it has none, or there is no Lease.
+    pub async fn reference(&self, migration: &VMMigration) -> anyhow::Result<MigrationRef> {
+        let attempt = migration.status.as_ref().and_then(|status| status.attempt).unwrap_or(1);
+        Ok(MigrationRef {
+            id: migration.uid().context("no UID")?,
+            attempt: u32::try_from(attempt)?,
+            operator_epoch: self.operator_epoch().await?,
+        })
+    }
+
+    /// What the agent of a node has journalled of the last attempt of a migration.
     ///
     /// # Errors
     /// When it cannot be asked, or refuses to say.
-    pub async fn journalled(&self, node: &str, migration: MigrationRef) -> anyhow::Result<JournalState> {
+    pub async fn journalled(&self, node: &str, migration: &VMMigration) -> anyhow::Result<JournalState> {
         let mut client = self.agent_client(node, &self.pki.operator()?).await?;
-        let request = ResolveRequest { migration: Some(migration), peer: None };
+        let request = ResolveRequest { migration: Some(self.reference(migration).await?), peer: None };
         Ok(client.resolve(request).await?.into_inner().own.unwrap_or_default())
     }
 }

@@ -3,15 +3,12 @@
 use std::fmt;
 
 use anyhow::{Context, ensure};
-use k8s_openapi::api::coordination::v1::Lease;
-use kube::{Api, ResourceExt};
 use slackwater_api::VMMigration;
 use slackwater_proto::node::{
-    DevicePair, MigrateRequest, MigrationEvent, MigrationFeatures, MigrationRef, PeerToPeer as WirePolicy,
-    VmRef,
+    DevicePair, MigrateRequest, MigrationEvent, MigrationFeatures, PeerToPeer as WirePolicy, VmRef,
 };
 
-use super::{Cluster, NAMESPACE, SYSTEM, account, has_condition};
+use super::{Cluster, NAMESPACE, account, has_condition};
 use crate::vmm::guest::Report;
 use crate::witness::{self, PeerToPeer, State, Trace, Waking, Watch};
 
@@ -77,16 +74,6 @@ impl Cluster {
         })
     }
 
-    /// The epoch of the operator that leads: with a lower one an agent refuses a call.
-    ///
-    /// # Errors
-    /// When there is no Lease.
-    pub async fn operator_epoch(&self) -> anyhow::Result<u64> {
-        let leases: Api<Lease> = Api::namespaced(self.client.clone(), SYSTEM);
-        let spec = leases.get("slackwater-operator").await?.spec.unwrap_or_default();
-        Ok(u64::try_from(spec.lease_transitions.unwrap_or_default())? + 1)
-    }
-
     /// The events of a migration as its source's agent tells them.
     ///
     /// # Errors
@@ -102,11 +89,7 @@ impl Cluster {
             ..DevicePair::default()
         };
         let request = MigrateRequest {
-            migration: Some(MigrationRef {
-                id: migration.uid().context("no UID")?,
-                attempt: u32::try_from(status.attempt.context("no attempt")?)?,
-                operator_epoch: self.operator_epoch().await?,
-            }),
+            migration: Some(self.reference(migration).await?),
             vm: Some(VmRef { namespace: NAMESPACE.to_owned(), name: migration.spec.vm_ref.name.clone() }),
             target_node: status.target_node.clone().context("no target")?,
             target_address: "joins-what-has-begun:1".to_owned(),

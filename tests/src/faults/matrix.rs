@@ -89,7 +89,8 @@ pub enum End {
 /// What must be seen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Expected {
-    /// This end. Before COMMITTED without a moment of doubt.
+    /// This end. Before LOADED without a moment of doubt: from then on whoever does not hear of the source cannot know whether it has
+    /// committed.
     Ends(End),
     /// `InDoubt=True` until this, and then this end.
     InDoubtUntil(Until, End),
@@ -289,7 +290,10 @@ pub fn expected(phase: Phase, fault: Fault) -> Expected {
         }
         (SourceVmmKilled, _) => Ends(End::Lost(&["VMMExited"])),
 
-        (TwinKilled, Phase::Reserve) => Ends(End::AtSource(&["TwinFailed", "ReserveRefused"])),
+        // The reservation had been answered already, or not: the operator or the source finds it given back.
+        (TwinKilled, Phase::Reserve) => {
+            Ends(End::AtSource(&["TwinFailed", "TargetFailed", "ReserveRefused"]))
+        }
         // LOADED is no promise to live: the destination records DISCARDED, and the source may take the VM back on that.
         (TwinKilled, Phase::Committed) => Ends(End::AtSource(&["TwinFailed", "TargetFailed"])),
         (TwinKilled, Phase::Starting) => Ends(End::Lost(&["StartFailed", "TwinFailed"])),

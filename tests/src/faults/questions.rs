@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use kube::{Api, ResourceExt};
-use slackwater_api::{AssignedVM, MigrationPhase, VMMigrationStatus, VmState};
-use slackwater_proto::node::{JournalRecord, MigrationRef};
+use slackwater_api::{AssignedVM, MigrationPhase, VMMigration, VMMigrationStatus, VmState};
+use slackwater_proto::node::JournalRecord;
 use tokio::time::{Instant, interval, timeout};
 
-use super::matrix::{Cell, End, Expected, Side};
+use super::matrix::{Cell, End, Expected, Phase, Side};
 use super::report::Outcome;
 use super::scene::Played;
 use super::stage::{DEVICES, Ends};
@@ -58,7 +58,7 @@ pub async fn ask(cluster: &Cluster, cell: &Cell, ends: Ends, played: &Played) ->
     let home = seen.at.map(|side| ends.at(side));
     if let Some(home) = home {
         note("the status of the VM", cluster.until_vm_at(home).await.map(drop));
-        note("what is left", is_clean(cluster, ends, home, &played.reference).await);
+        note("what is left", is_clean(cluster, ends, home, &played.migration).await);
     } else {
         note("the status of the VM", is_told_lost(cluster).await);
     }
@@ -221,8 +221,8 @@ fn all_run(trace: &Trace, node: &str) -> anyhow::Result<()> {
 fn doubt_was_told(cell: &Cell, seen: &Seen, played: &Played) -> anyhow::Result<()> {
     if cell.must_be_in_doubt() {
         ensure!(seen.in_doubt, "it was never said to be in doubt");
-    } else if !cell.phase.is_committed() {
-        ensure!(!seen.in_doubt, "it was said to be in doubt before the commit");
+    } else if cell.phase < Phase::Loaded {
+        ensure!(!seen.in_doubt, "it was said to be in doubt when nobody could have committed");
     }
     // Whoever has to mend a journal has to be told which.
     let decided = played.decided.status.as_ref().context("no status")?;
@@ -286,7 +286,7 @@ pub async fn is_clean(
     cluster: &Cluster,
     ends: Ends,
     home: &str,
-    reference: &MigrationRef,
+    migration: &VMMigration,
 ) -> anyhow::Result<()> {
     let deadline = Instant::now() + SOON;
     let mut looks = interval(Duration::from_millis(500));
@@ -294,7 +294,7 @@ pub async fn is_clean(
         looks.tick().await;
         let mut left = Vec::new();
         for node in [ends.source, ends.destination] {
-            left.extend(left_at(cluster, node, node == home, reference).await?);
+            left.extend(left_at(cluster, node, node == home, migration).await?);
         }
         if left.is_empty() {
             return Ok(());
@@ -308,7 +308,7 @@ async fn left_at(
     cluster: &Cluster,
     node: &str,
     is_home: bool,
-    reference: &MigrationRef,
+    migration: &VMMigration,
 ) -> anyhow::Result<Vec<String>> {
     let mut left = Vec::new();
     let mut expect = |what: &str, found: String, wanted: String| {
@@ -328,7 +328,7 @@ async fn left_at(
     let held: Vec<&str> =
         described.vms.iter().map(|vm| vm.migration_id.as_str()).filter(|id| !id.is_empty()).collect();
     expect("migrations that hold a VM", held.join(" "), String::new());
-    let journal = cluster.journalled(node, reference.clone()).await?;
+    let journal = cluster.journalled(node, migration).await?;
     let open = !journal.ended && journal.record() != JournalRecord::Unspecified;
     expect(
         "the journal",

@@ -6,7 +6,6 @@ use std::time::Duration;
 use anyhow::Context;
 use kube::{Api, ResourceExt};
 use slackwater_api::{MigrationNode, VMMigration};
-use slackwater_proto::node::MigrationRef;
 
 use super::matrix::{Cell, Expected, Fault, Phase, Side};
 use super::stage::Ends;
@@ -22,8 +21,6 @@ pub struct Played {
     pub migration: VMMigration,
     /// As it was when its end, or that there is doubt about it, was first seen.
     pub decided: VMMigration,
-    /// By this the agents know it.
-    pub reference: MigrationRef,
     /// Both nodes' witnesses, and the guest before.
     pub watching: Watching,
     /// The files of a journal that could not be read for a while.
@@ -70,14 +67,8 @@ impl Scene<'_> {
         let decided = self.until_decided().await?;
         self.relieve().await?;
         let migration = self.cluster.until_ended(self.name).await?;
-        let attempt = migration.status.as_ref().and_then(|status| status.attempt).unwrap_or(1);
-        let reference = MigrationRef {
-            id: migration.uid().context("no UID")?,
-            attempt: u32::try_from(attempt)?,
-            operator_epoch: 0,
-        };
         let damaged = std::mem::take(&mut self.damaged);
-        Ok(Played { migration, decided, reference, watching, damaged })
+        Ok(Played { migration, decided, watching, damaged })
     }
 
     /// Sets what the agents are to do. Returns where the migration will stand still, and what is said then.

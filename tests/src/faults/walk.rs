@@ -5,8 +5,7 @@ use std::fmt;
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
-use kube::ResourceExt;
-use slackwater_proto::node::MigrationRef;
+use slackwater_api::VMMigration;
 use tokio::time::sleep;
 
 use super::matrix::Side;
@@ -162,13 +161,7 @@ async fn take(stage: &mut Stage, step: &Step) -> anyhow::Result<String> {
     let healed = heal(stage, ends).await;
     befallen.and(healed)?;
     let migration = stage.cluster.until_ended(&name).await?;
-    let attempt = migration.status.as_ref().and_then(|status| status.attempt).unwrap_or(1);
-    let reference = MigrationRef {
-        id: migration.uid().context("no UID")?,
-        attempt: u32::try_from(attempt)?,
-        operator_epoch: 0,
-    };
-    let end = judge(stage, step, ends, &watching, &reference).await;
+    let end = judge(stage, step, ends, &watching, &migration).await;
     let status = migration.status.context("no status")?;
     let succeeded = status.conditions.into_iter().find(|condition| condition.type_ == "Succeeded");
     let told =
@@ -183,7 +176,7 @@ async fn judge(
     step: &Step,
     ends: Ends,
     watching: &Watching,
-    reference: &MigrationRef,
+    migration: &VMMigration,
 ) -> anyhow::Result<String> {
     let Some((side, guest)) = questions::runner(&stage.cluster, ends).await? else {
         stage.vm_is_at(None);
@@ -200,7 +193,7 @@ async fn judge(
     stage.vm_is_at(Some(home));
     questions::one_ran(&stage.cluster, side, watching).await?;
     stage.cluster.until_vm_at(home).await?;
-    questions::is_clean(&stage.cluster, ends, home, reference).await?;
+    questions::is_clean(&stage.cluster, ends, home, migration).await?;
     Ok(format!("runs at the {}, count {}", side.name(), guest.count))
 }
 
