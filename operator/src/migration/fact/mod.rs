@@ -300,11 +300,8 @@ pub fn abort_too_late(draft: &mut Draft, error: &str, stamp: Stamp) {
 
 /// The source refuses to begin. It has not changed anything.
 pub fn source_refused(draft: &mut Draft, error: &str, stamp: Stamp) {
-    let message = format!(
-        "{} refuses to migrate VM {}: {error}. Nothing was touched there.",
-        draft.source(),
-        draft.vm
-    );
+    let message =
+        format!("{} refuses to migrate VM {}: {error}. Nothing was touched there.", draft.source(), draft.vm);
     ending::rolled_back(draft, "SourceRefused", &message, stamp);
 }
 
