@@ -10,7 +10,7 @@ use futures::{FutureExt, StreamExt};
 use slackwater_proto::node::migration_event::What;
 use slackwater_proto::node::{AbortRequest, MigrationEvent, Outcome, Phase};
 
-use super::fact::{self, Doubtful};
+use super::fact;
 use super::inquiry::{self, Round};
 use super::request::Accepted;
 use super::resolver::{Event, Record, Settlement};
@@ -276,9 +276,7 @@ impl Run {
                     worth_writing |= self.reach(phase, &node);
                 }
                 Some(What::Doubt(doubt)) => {
-                    let (reason, message) = (doubt.reason, doubt.message);
-                    self.inquiry.told = Some(Doubtful::Told { reason, message });
-                    self.inquiry.hurry();
+                    self.inquiry.hear_doubt(doubt.reason, doubt.message);
                     worth_writing = true;
                 }
                 Some(What::Finished(finished)) => {

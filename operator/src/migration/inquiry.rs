@@ -5,16 +5,21 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::join_all;
+use tokio::time::Instant;
 
 use super::fact::{self, Doubtful};
 use super::request::Accepted;
-use super::resolver::{Decision, Effect, End, Event, Heard, Resolver, Settlement, Word};
+use super::resolver::{Decision, DoubtReason, Effect, End, Event, Heard, Resolver, Settlement, Unfit, Word};
 use super::run::Run;
 use super::words;
 use crate::fleet::Fleet;
 
 /// The first and the longest pause between two rounds.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(5));
+
+/// For so long an end may be unreachable before that is shown as a doubt: an agent that is being restarted, or a broken stream,
+/// is none.
+const PATIENCE: Duration = Duration::from_secs(15);
 
 /// What both ends were heard to say.
 pub(super) struct Round {
@@ -30,6 +35,10 @@ pub(super) struct Inquiry {
     pub(super) resolver: Resolver,
     /// What keeps the source from going on, by its own word on the stream of events.
     pub(super) told: Option<Doubtful>,
+    /// It has said so after the last round.
+    told_since_asked: bool,
+    /// Since when an end that is waited for has been unreachable in every round.
+    unreachable_since: Option<Instant>,
     /// Why an end could not be asked in the last round.
     why: String,
     pause: Duration,
@@ -40,7 +49,15 @@ pub(super) struct Inquiry {
 impl Inquiry {
     pub(super) fn new() -> Self {
         let (resolver, why) = (Resolver::default(), String::new());
-        Self { resolver, told: None, why, pause: PAUSES.0, relays: Vec::new() }
+        Self {
+            resolver,
+            told: None,
+            told_since_asked: false,
+            unreachable_since: None,
+            why,
+            pause: PAUSES.0,
+            relays: Vec::new(),
+        }
     }
 
     /// Takes in what is known without asking. Nothing is relayed by that alone.
@@ -71,11 +88,14 @@ impl Inquiry {
         let source = match round.source {
             Heard::Says(word) => Event::SourceSays(word),
             Heard::Silent(why) => Event::SourceSilent(why),
+            Heard::Unreadable(why) => Event::SourceUnreadable(why),
         };
         let target = match round.target {
             Heard::Says(word) => Event::TargetSays(word),
             Heard::Silent(why) => Event::TargetSilent(why),
+            Heard::Unreadable(why) => Event::TargetUnreadable(why),
         };
+        self.told_since_asked = false;
         for event in [source, target] {
             let (resolver, effects) = std::mem::take(&mut self.resolver).step(event);
             self.resolver = resolver;
@@ -89,19 +109,47 @@ impl Inquiry {
                 }
             }
         }
+        let waits = self.resolver.doubt().is_some_and(is_unreachable);
+        self.unreachable_since = waits.then(|| self.unreachable_since.unwrap_or_else(Instant::now));
         settled
+    }
+
+    /// The source has told what keeps it from going on.
+    pub(super) fn hear_doubt(&mut self, reason: String, message: String) {
+        self.told = Some(Doubtful::Told { reason, message });
+        self.told_since_asked = true;
+        self.pause = PAUSES.0;
+    }
+
+    /// An end that is waited for has not been unreachable for long.
+    fn is_patient(&self) -> bool {
+        self.resolver.doubt().is_some_and(is_unreachable)
+            && self.unreachable_since.is_none_or(|since| since.elapsed() < PATIENCE)
     }
 
     /// What is to be shown.
     fn doubt(&self) -> Option<Doubtful> {
-        let Some(reason) = self.resolver.doubt() else {
-            return self
-                .told
-                .clone()
-                .filter(|told| !(self.resolver.has_judged() && told.is_about_the_target()));
+        let known_better = |told: &Doubtful| told.is_about_the_target() && !self.told_since_asked;
+        let reason = match self.resolver.doubt() {
+            None => return self.told.clone().filter(|told| !known_better(told)),
+            Some(_) if self.is_patient() => return self.told.clone(),
+            Some(reason) => reason,
         };
         let remedy = [End::Source, End::Destination].into_iter().find(|end| self.resolver.fits(*end).is_ok());
         Some(Doubtful::Asked { reason, why: self.why.clone(), remedy })
+    }
+}
+
+fn is_unreachable(reason: DoubtReason) -> bool {
+    match reason {
+        DoubtReason::TargetUnreachable | DoubtReason::SourceUnreachable | DoubtReason::AgentsUnreachable => {
+            true
+        }
+        DoubtReason::TargetForgot
+        | DoubtReason::SourceForgot
+        | DoubtReason::SourceJournalUnreadable
+        | DoubtReason::TargetJournalUnreadable
+        | DoubtReason::Forked => false,
     }
 }
 
@@ -131,6 +179,8 @@ async fn ask(fleet: &Fleet, accepted: &Accepted, end: End) -> Heard {
             || Heard::Silent(format!("it has a record that this operator does not know ({})", state.record)),
             Heard::Says,
         ),
+        // The one state that forbids an answer.
+        Err(error) if error.is_precondition() => Heard::Unreadable(error.to_string()),
         Err(error) => Heard::Silent(error.to_string()),
     }
 }
@@ -168,6 +218,10 @@ impl Run {
         if self.draft.is_in_doubt() && !self.inquiry.resolver.has_judged() {
             return;
         }
+        // The same goes for what this one shows, while an end may just be restarting.
+        if self.draft.is_in_doubt() && self.inquiry.is_patient() {
+            return;
+        }
         match self.inquiry.doubt() {
             Some(doubt) => self.learn(|draft, stamp| fact::in_doubt(draft, &doubt, stamp)),
             None => self.learn(fact::doubt_cleared),
@@ -193,11 +247,13 @@ impl Run {
         let spec = self.spec();
         let Some(resolve) = fact::unjudged(&self.draft, &spec) else { return false };
         let resolver = &self.inquiry.resolver;
-        if self.draft.is_in_doubt() && !resolver.has_judged() {
+        let fits = match self.draft.is_in_doubt() {
             // A restarted operator has to ask first.
-            return false;
-        }
-        match fact::judge(&self.draft, resolve, resolver.fits(fact::end(resolve.run_on))) {
+            true if !resolver.has_judged() => return false,
+            true => resolver.fits(fact::end(resolve.run_on)),
+            false => Err(Unfit::NotInDoubt),
+        };
+        match fact::judge(&self.draft, resolve, fits) {
             Ok(decision) => {
                 self.learn(|draft, stamp| fact::resolve_accepted(draft, resolve, stamp));
                 self.decided = Some(decision);

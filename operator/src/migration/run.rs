@@ -16,9 +16,10 @@ use super::controller::Surroundings;
 use super::fact::{self, Draft};
 use super::inquiry::Inquiry;
 use super::request::{Accepted, read_spec};
-use super::resolver::Decision;
+use super::resolver::{Decision, Record};
 use super::step::{Step, Wish, holds_claim, next};
 use super::trace::Trace;
+use super::words;
 use crate::cluster::WriteError;
 use crate::conditions::Stamp;
 use crate::inventory::{Link, VmState};
@@ -302,9 +303,8 @@ impl Run {
                 }
                 (Some(_), _, _) => {}
                 (None, error, _) => {
-                    let error = error.unwrap_or_else(|| format!("VM {} is not there any more", accepted.vm));
-                    let error = format!("{}: {error}", accepted.source);
-                    self.learn(|draft, stamp| fact::reserve_failed(draft, "SourceNotReady", &error, stamp));
+                    let error = error.unwrap_or_else(|| "it is not there any more".to_owned());
+                    self.learn(|draft, stamp| fact::source_not_ready(draft, &error, stamp));
                     self.write().await;
                     return None;
                 }
@@ -329,7 +329,7 @@ impl Run {
                     self.learn(|draft, stamp| fact::released(draft, &message, stamp));
                     break;
                 }
-                Err(error) if error.is_precondition() => {
+                Err(error) if error.is_precondition() && self.has_started_there(&accepted).await => {
                     tracing::error!(migration = self.name(), target = accepted.target, %error, "the target keeps its reservation");
                     self.learn(|draft, stamp| fact::release_refused(draft, &error.to_string(), stamp));
                     break;
@@ -348,6 +348,13 @@ impl Run {
             }
         }
         self.write().await;
+    }
+
+    /// The target says that it has started the VM: no other reason not to give back is for good.
+    async fn has_started_there(&self, accepted: &Accepted) -> bool {
+        let word = self.around.fleet.resolve(&accepted.target, accepted.resolve(None)).await;
+        let word = word.ok().and_then(|state| words::from_wire(&state));
+        word.is_some_and(|word| matches!(word.record, Record::Starting | Record::Running))
     }
 
     /// A status that says "accepted" and not what: somebody has written to it.

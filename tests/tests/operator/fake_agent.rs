@@ -383,7 +383,7 @@ impl NodeAgent for Service {
         self.0.fence(request.migration.as_ref())?;
         self.0.record(Call::Abort(request));
         self.0.answer(|script| &script.abort)?;
-        if self.0.events.borrow().is_empty() {
+        if self.0.script.lock().unwrap().word == JournalState::default() {
             // It knows nothing of it, and has nothing to give up.
             return Ok(Response::new(AbortResponse {}));
         }

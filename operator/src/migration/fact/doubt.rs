@@ -125,6 +125,16 @@ fn asked(draft: &Draft, reason: DoubtReason, why: &str, remedy: Option<End>) -> 
             "{source} has passed its point of no return, and neither end can be asked: {why}. Bring {target} back, or \
              {source}, or their links."
         ),
+        DoubtReason::SourceJournalUnreadable => format!(
+            "{source} answers, and cannot read what it has journalled of this migration: {why}. Until it can, it touches \
+             neither VM {vm} nor its devices. Put the file back, as from a backup, and restart the agent: then the migration \
+             goes on by itself."
+        ),
+        DoubtReason::TargetJournalUnreadable => format!(
+            "{source} has passed its point of no return, and waits; {target} answers, and cannot read what it has journalled \
+             of this migration: {why}. Put the file back, as from a backup, and restart the agent of {target}: then the \
+             migration goes on by itself."
+        ),
         DoubtReason::Forked => format!(
             "{source} has taken VM {vm} back, and {target} says that it has started it: both copies may have run. The operator \
              touches neither. Find out which copy is the VM, and end the other before anything else."

@@ -85,7 +85,7 @@ pub fn settled(draft: &mut Draft, how: &Settlement, error: Option<&str>, stamp: 
         Settlement::NeverBegan => {
             let error = error.unwrap_or("it has no record of the migration");
             let message =
-                format!("{source} has not begun to migrate VM {vm}: {error}. The VM runs on there.");
+                format!("{source} has not begun to migrate VM {vm}: {error}. Nothing was touched there.");
             rolled_back(draft, "SourceRefused", &message, stamp);
         }
         Settlement::GivenUp(failure) => {

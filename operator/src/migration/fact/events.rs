@@ -100,8 +100,7 @@ pub fn finished(draft: &mut Draft, trace: &Trace, finished: &Finished, stamp: St
             ending::rolled_back(draft, &reason("RolledBack"), &message, stamp);
         }
         Outcome::Refused => {
-            let message =
-                format!("{source} refuses to migrate VM {vm}: {said}. Nothing was touched; the VM runs on.");
+            let message = format!("{source} refuses to migrate VM {vm}: {said}. Nothing was touched there.");
             ending::rolled_back(draft, &reason("SourceRefused"), &message, stamp);
         }
         Outcome::Lost => {

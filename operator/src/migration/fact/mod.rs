@@ -238,6 +238,18 @@ pub fn reserve_failed(draft: &mut Draft, reason: &str, error: &str, stamp: Stamp
     ending::failed(draft, MigrationPhase::RolledBack, reason, &message, stamp);
 }
 
+/// The VM cannot be taken from where it was a moment ago. Nobody was asked for anything.
+pub fn source_not_ready(draft: &mut Draft, error: &str, stamp: Stamp) {
+    let message = format!(
+        "VM {} cannot be taken from {}: {error}. Nothing was touched there.",
+        draft.vm,
+        draft.source()
+    );
+    draft.status.reservation = Some(Reservation::ReleasingNeverStarted);
+    draft.set(PREPARED, Status::False, "SourceNotReady", &message, stamp);
+    ending::failed(draft, MigrationPhase::RolledBack, "SourceNotReady", &message, stamp);
+}
+
 /// An agent that is needed cannot be reached just now; it is tried again.
 pub fn unreachable(draft: &mut Draft, message: &str, stamp: Stamp) {
     // What is in doubt has more to say than this.

@@ -533,7 +533,7 @@ fn an_end_that_only_the_journals_tell_is_said_with_no_more_than_they_say() {
     };
     let began = after(&Settlement::NeverBegan);
     assert_eq!(seen(&began, SUCCEEDED), ("False".into(), "SourceRefused".into()));
-    assert!(message(&began, SUCCEEDED).contains("its stream is gone. The VM runs on there"));
+    assert!(message(&began, SUCCEEDED).contains("its stream is gone. Nothing was touched there"));
     let given_up = after(&Settlement::GivenUp(failure()));
     assert_eq!(seen(&given_up, SUCCEEDED), ("False".into(), "TwinExited".into()));
     assert!(message(&given_up, SUCCEEDED).contains("look whether it runs"));

@@ -54,6 +54,7 @@ impl Resolver {
     fn verdict(&self, source: &Heard, target: &Heard) -> Verdict {
         let word = match source {
             Heard::Silent(why) => return self.silent(why, target),
+            Heard::Unreadable(why) => return Verdict::doubt(DoubtReason::SourceJournalUnreadable, why),
             Heard::Says(word) => word,
         };
         match word.record {
@@ -74,6 +75,7 @@ impl Resolver {
     fn committed(&self, source: &Word, target: &Heard) -> Verdict {
         let word = match target {
             Heard::Silent(why) => return Verdict::doubt(DoubtReason::TargetUnreachable, why),
+            Heard::Unreadable(why) => return Verdict::doubt(DoubtReason::TargetJournalUnreadable, why),
             Heard::Says(word) => word,
         };
         match word.record {
@@ -96,9 +98,9 @@ impl Resolver {
     fn without_record(&self, target: &Heard) -> Verdict {
         let forgot = |why: &str| Verdict::doubt(DoubtReason::SourceForgot, why);
         let word = match target {
-            Heard::Silent(why) if self.began => return forgot(why),
+            Heard::Silent(why) | Heard::Unreadable(why) if self.began => return forgot(why),
             // It may wait there, fully loaded.
-            Heard::Silent(_) => return Verdict::wait(),
+            Heard::Silent(_) | Heard::Unreadable(_) => return Verdict::wait(),
             Heard::Says(word) => word,
         };
         match word.record {
@@ -120,11 +122,14 @@ impl Resolver {
                 // It has started, or never will, and the source hears of it when it is back; or it has not come that far.
                 _ => Verdict::wait(),
             },
+            Heard::Unreadable(other) if self.committed => {
+                Verdict::doubt(DoubtReason::TargetJournalUnreadable, &format!("{other}; {why}"))
+            }
             Heard::Silent(other) if self.committed => {
                 Verdict::doubt(DoubtReason::AgentsUnreachable, &format!("{why}; {other}"))
             }
             // Before the commit the source goes on, or gives up, alone.
-            Heard::Silent(_) => Verdict::wait(),
+            Heard::Silent(_) | Heard::Unreadable(_) => Verdict::wait(),
         }
     }
 

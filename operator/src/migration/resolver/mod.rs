@@ -14,6 +14,8 @@
 //! | COMMITTED | STARTING | nothing: it goes forward |
 //! | COMMITTED | silent, or without record | **in doubt**: `TargetUnreachable`, `TargetForgot` |
 //! | ABORTED | RESERVED, LOADED | ABORTED is relayed to the destination |
+//! | COMMITTED | with a journal that it cannot read | **in doubt**: `TargetJournalUnreadable` |
+//! | with a journal that it cannot read | any | **in doubt**: `SourceJournalUnreadable` |
 //! | ABORTED | STARTING, RUNNING | **alarm** `Forked`; nothing is touched |
 //! | silent | LOADED | **in doubt**: `SourceUnreachable` |
 //! | silent, known to have committed | silent | **in doubt**: `AgentsUnreachable` |
@@ -133,10 +135,14 @@ pub enum Event {
     SourceSays(Word),
     /// The source cannot be asked, and why, for a person.
     SourceSilent(String),
+    /// The source answers that it cannot read its journal, and why, for a person.
+    SourceUnreadable(String),
     /// The destination's answer of this round.
     TargetSays(Word),
     /// The destination cannot be asked, and why, for a person.
     TargetSilent(String),
+    /// The destination answers that it cannot read its journal, and why, for a person.
+    TargetUnreadable(String),
     /// An administrator has decided. Takes effect with the next round, where it fits.
     Decided(Decision),
 }
@@ -154,6 +160,10 @@ pub enum DoubtReason {
     SourceForgot,
     /// The source has committed, and neither can be asked.
     AgentsUnreachable,
+    /// The source cannot read its journal: it touches neither the VM nor its devices before it can.
+    SourceJournalUnreadable,
+    /// The source has committed, and the destination cannot read its journal.
+    TargetJournalUnreadable,
     /// Both ends may have run the VM. This must not happen.
     Forked,
 }
@@ -168,6 +178,8 @@ impl DoubtReason {
             Self::SourceUnreachable => "SourceUnreachable",
             Self::SourceForgot => "SourceForgot",
             Self::AgentsUnreachable => "AgentsUnreachable",
+            Self::SourceJournalUnreadable => "SourceJournalUnreadable",
+            Self::TargetJournalUnreadable => "TargetJournalUnreadable",
             Self::Forked => "Forked",
         }
     }
@@ -229,13 +241,15 @@ pub enum Heard {
     Says(Word),
     /// It cannot be asked, and why.
     Silent(String),
+    /// It answers that it cannot read its journal, and why.
+    Unreadable(String),
 }
 
 impl Heard {
     fn record(&self) -> Option<Record> {
         match self {
             Self::Says(word) => Some(word.record),
-            Self::Silent(_) => None,
+            Self::Silent(_) | Self::Unreadable(_) => None,
         }
     }
 }
@@ -271,8 +285,10 @@ impl Resolver {
                 self.source = Some(Heard::Says(word));
             }
             Event::SourceSilent(why) => self.source = Some(Heard::Silent(why)),
+            Event::SourceUnreadable(why) => self.source = Some(Heard::Unreadable(why)),
             Event::TargetSays(word) => self.target = Some(Heard::Says(word)),
             Event::TargetSilent(why) => self.target = Some(Heard::Silent(why)),
+            Event::TargetUnreadable(why) => self.target = Some(Heard::Unreadable(why)),
             Event::Decided(decision) => self.decision = Some(decision),
         }
         match (self.source.take(), self.target.take()) {
@@ -292,6 +308,12 @@ impl Resolver {
     #[must_use]
     pub fn doubt(&self) -> Option<DoubtReason> {
         self.doubt
+    }
+
+    /// The source is known to have committed.
+    #[must_use]
+    pub fn is_committed(&self) -> bool {
+        self.committed
     }
 
     /// Both ends have been heard at least once, so that [`fits`](Self::fits) means something.

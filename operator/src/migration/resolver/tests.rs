@@ -7,7 +7,7 @@ const TARGET: [Record; 6] =
 
 /// All that an end can be heard to say, and its silence.
 fn all_of(records: &[Record]) -> Vec<Heard> {
-    let mut all = vec![Heard::Silent("unreachable".into())];
+    let mut all = vec![Heard::Silent("unreachable".into()), Heard::Unreadable("bad CRC".into())];
     for record in records {
         for ended in [false, true] {
             for failure in [None, Some(Failure { reason: "X".into(), message: "x".into() })] {
@@ -22,6 +22,7 @@ fn source(heard: &Heard) -> Event {
     match heard.clone() {
         Heard::Says(word) => Event::SourceSays(word),
         Heard::Silent(why) => Event::SourceSilent(why),
+        Heard::Unreadable(why) => Event::SourceUnreadable(why),
     }
 }
 
@@ -29,6 +30,7 @@ fn target(heard: &Heard) -> Event {
     match heard.clone() {
         Heard::Says(word) => Event::TargetSays(word),
         Heard::Silent(why) => Event::TargetSilent(why),
+        Heard::Unreadable(why) => Event::TargetUnreadable(why),
     }
 }
 
@@ -156,7 +158,7 @@ impl Resolver {
 fn the_table_holds() {
     use DoubtReason::*;
     let tell_source = |heard: &Heard| {
-        let Heard::Says(word) = heard else { panic!("silent") };
+        let Heard::Says(word) = heard else { panic!("{heard:?}") };
         vec![Effect::TellSource(word.clone())]
     };
     let tell_target = |record| vec![Effect::TellTarget(Word::of(record))];
@@ -219,6 +221,28 @@ fn nothing_is_decided_by_a_word_of_an_earlier_round() {
     // Meanwhile it has been resolved otherwise.
     let (_, effects) = resolver.step(Event::SourceSays(Word::of(Record::Aborted)));
     assert_eq!(effects, [Effect::NoDoubt, Effect::TellTarget(Word::of(Record::Aborted))]);
+}
+
+#[test]
+fn a_journal_that_cannot_be_read_is_a_doubt_wherever_somebody_waits_for_it() {
+    let unreadable = || Heard::Unreadable("1.journal: bad CRC".into());
+    let doubt = |s: &Heard, d: &Heard| {
+        let (resolver, effects) = round(Resolver::default(), s, d);
+        if resolver.doubt().is_some() {
+            let [Effect::Doubt { why, .. }] = &effects[..] else { panic!("{effects:?}") };
+            assert!(why.contains("1.journal: bad CRC"), "{why}");
+        }
+        resolver.doubt()
+    };
+    for d in all_of(&TARGET) {
+        assert_eq!(doubt(&unreadable(), &d), Some(DoubtReason::SourceJournalUnreadable), "{d:?}");
+    }
+    let waits = says(Record::Committed);
+    assert_eq!(doubt(&waits, &unreadable()), Some(DoubtReason::TargetJournalUnreadable));
+    // Before the commit the source gives up by itself, and after the release nobody waits.
+    for s in [Record::Saving, Record::Aborted, Record::Released] {
+        assert_eq!(doubt(&says(s), &unreadable()), None, "{s:?}");
+    }
 }
 
 #[test]
