@@ -3,16 +3,15 @@
 
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
 use slackwater_tests::faults::matrix::{Cell, Fault, Phase, Side, expected};
 use slackwater_tests::faults::stage::Stage;
 use slackwater_tests::faults::walk;
 
-/// The seed of the walk; without it the time.
+/// The seed of the walk. Without it always the same: a test that fails must fail again.
 const SEED: &str = "SLACKWATER_WALK_SEED";
 /// How many migrations the walk has.
 const STEPS: &str = "SLACKWATER_WALK_STEPS";
+const FIRST_SEED: u64 = 1;
 const FEW_STEPS: usize = 10;
 
 /// Those in which both ends have something to lose, and one that is slow to notice.
@@ -47,8 +46,7 @@ async fn the_nastiest_cells_of_the_matrix_end_as_they_were_written_down() {
 #[tokio::test(flavor = "multi_thread")]
 async fn whatever_befalls_it_whenever_the_vm_runs_on_exactly_one_node() {
     let number = |name: &str| std::env::var(name).ok().map(|value| value.parse::<u64>().expect(name));
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
-    let seed = number(SEED).unwrap_or(now);
+    let seed = number(SEED).unwrap_or(FIRST_SEED);
     let steps = number(STEPS).map_or(FEW_STEPS, |steps| usize::try_from(steps).unwrap());
     println!("the walk's seed is {seed} ({SEED}={seed} {STEPS}={steps} walks it again)");
     let mut stage = Stage::set().await.unwrap();
