@@ -58,7 +58,7 @@ fault-matrix: rust ## every phase of a migration with everything that may befall
 random-walk: rust ## 1,000 migrations, each befallen by something drawn (STEPS=50 SEED=7: other numbers)
 	"$(install)" host-packages node-kernel kubernetes kubectl-helm
 	$(cargo) build --locked $(programs) $(faults)
-	SLACKWATER_WALK_STEPS="$(or $(STEPS),1000)" $(if $(SEED),SLACKWATER_WALK_SEED="$(SEED)") \
+	SLACKWATER_WALK_STEPS="$(or $(STEPS),1000)" SLACKWATER_WALK_SEED="$(or $(SEED),$(shell date +%s))" \
 	  cargo test --locked --package slackwater-tests --test faults $(faults) -- --nocapture whatever_befalls
 
 .PHONY: lint
