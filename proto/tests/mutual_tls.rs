@@ -117,6 +117,10 @@ impl NodeAgent for Stub {
     async fn release(&self, _: Request<ReleaseRequest>) -> Result<Response<ReleaseResponse>, Status> {
         Err(Status::unimplemented(""))
     }
+
+    async fn resolve(&self, _: Request<ResolveRequest>) -> Result<Response<ResolveResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
 }
 
 struct Serving {

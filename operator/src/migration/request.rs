@@ -12,7 +12,7 @@ use crate::inventory::VmKey;
 use crate::plan::{Refusal, Request};
 
 /// How long the target bears the source's silence before it gives a reservation back by itself.
-const SILENCE_TIMEOUT: Duration = Duration::from_secs(30);
+const SILENCE_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Reads a spec. The API server checks most of it already, and an old one not all.
 ///

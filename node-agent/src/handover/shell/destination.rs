@@ -347,9 +347,10 @@ impl Shell {
     /// The end, and the twin if it is left as it is.
     async fn run(mut self) -> (End, Option<Arc<dyn Vmm>>) {
         let mut machine = self.machine();
-        let silence = tokio::time::sleep(self.parts.silence_timeout);
+        let silence = tokio::time::sleep(Duration::MAX);
         tokio::pin!(silence);
-        let mut silence_over = false;
+        // It begins when the reservation is confirmed: before that nobody can have asked the source.
+        let mut silent = false;
         let mut event = Event::Start;
         loop {
             #[cfg(feature = "faults")]
@@ -361,6 +362,10 @@ impl Shell {
                 crate::faults::halted("destination", &format!("{:?}", machine.phase()).to_lowercase()).await;
             }
             self.failure = machine.failure().cloned();
+            if effects.contains(&Effect::ConfirmReserved) {
+                silent = true;
+                silence.as_mut().reset(tokio::time::Instant::now() + self.parts.silence_timeout);
+            }
             for effect in effects {
                 self.perform(effect);
             }
@@ -374,8 +379,8 @@ impl Shell {
                             break event;
                         }
                     }
-                    () = &mut silence, if !silence_over && self.answers.is_none() => {
-                        silence_over = true;
+                    () = &mut silence, if silent && self.answers.is_none() => {
+                        silent = false;
                         let message = format!(
                             "the source did not connect within {:?} of the reservation", self.parts.silence_timeout
                         );

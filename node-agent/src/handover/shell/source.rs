@@ -413,9 +413,9 @@ impl Shell {
                 loop {
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(longest);
-                    match peer.settle(own.clone()).await {
-                        Ok(Word { record: None | Some(Record::Discarded), .. }) => return,
-                        Ok(_) | Err(_) => {}
+                    let heard = peer.settle(own.clone()).await;
+                    if matches!(heard, Ok(Word { record: None | Some(Record::Discarded), .. })) {
+                        return;
                     }
                 }
             };
