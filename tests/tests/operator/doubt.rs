@@ -247,3 +247,69 @@ async fn a_journal_that_cannot_be_written_is_told_in_the_agents_words_and_clears
     world.until("move-counter", "have failed", is("Succeeded", "False/JournalFailed")).await;
     world.assert_nothing_was_forbidden();
 }
+
+#[tokio::test]
+async fn a_journal_that_cannot_be_read_is_a_doubt_that_names_the_file_at_any_phase_and_at_either_end() {
+    let world = World::start().await;
+    world.migrate("move-counter", |_| {}).await;
+    world.a.joined(1).await;
+    world.a.phase(Phase::PreCopy);
+    world
+        .until("move-counter", "be copying", |m| Some(m.status.as_ref()?.phase? == MigrationPhase::Copying))
+        .await;
+    let unreadable =
+        |file: &str| Some(Status::failed_precondition(format!("{file} cannot be read: its CRC is wrong")));
+    world.a.script(|script| {
+        script.migrate = unreadable("source.journal");
+        script.resolve = unreadable("source.journal");
+    });
+    world.a.break_streams();
+    let doubtful =
+        world.until("move-counter", "be in doubt", is("InDoubt", "True/SourceJournalUnreadable")).await;
+    assert!(message(&doubtful, "InDoubt").contains("source.journal cannot be read: its CRC is wrong"));
+
+    // It is mended, and the source goes on; then the destination's is found damaged.
+    world.b.script(|script| script.resolve = unreadable("target.journal"));
+    world.a.script(|script| {
+        script.migrate = None;
+        script.resolve = None;
+    });
+    world.a.journals(JournalRecord::Committed);
+    world.a.phase(Phase::Committed);
+    world.a.doubt("PeerLost", "node-b has not been heard for 7 s");
+    let doubtful =
+        world.until("move-counter", "be in doubt", is("InDoubt", "True/TargetJournalUnreadable")).await;
+    assert!(message(&doubtful, "InDoubt").contains("target.journal cannot be read: its CRC is wrong"));
+    world.b.script(|script| script.resolve = None);
+    world.b.journals(JournalRecord::Running);
+    world.a.relayed(JournalRecord::Running).await;
+    world.a.finish(Outcome::Succeeded, "", "");
+    world.until("move-counter", "have succeeded", is("Succeeded", "True")).await;
+    world.b.assert_nothing_was_relayed();
+    world.assert_nothing_was_forbidden();
+}
+
+#[tokio::test]
+async fn a_migration_in_doubt_whose_finalizer_is_removed_is_forgotten_and_the_vm_can_be_asked_for_again() {
+    let world = committed_and_cut_off().await;
+    world.a.script(|script| script.abort = Some(Status::failed_precondition("the migration is committed")));
+    let object = world.migrations().get("move-counter").await.unwrap();
+    world.delete("move-counter").await;
+    let stays = |migration: &slackwater_api::VMMigration| {
+        Some(message(migration, "InDoubt").contains("Removing its finalizer by hand"))
+    };
+    world.until("move-counter", "say how it would go", stays).await;
+    let none = "{\"metadata\":{\"finalizers\":null}}";
+    let plane = world.lab.control_plane().unwrap();
+    plane
+        .kubectl(&["patch", "vmmig", "move-counter", "-n", NAMESPACE, "--type=merge", "-p", none])
+        .await
+        .unwrap();
+    world.is_gone(&object).await;
+    world.wait_for_log("operator", "it is forgotten").await;
+    world.migrate("again", |_| {}).await;
+    let judged =
+        world.until("again", "be judged", |m| Some(m.status.as_ref()?.completion_time.is_some())).await;
+    assert!(!is("Accepted", "False/MigrationInProgress")(&judged).unwrap(), "{judged:#?}");
+    world.assert_nothing_was_forbidden();
+}

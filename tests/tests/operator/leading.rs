@@ -90,3 +90,17 @@ async fn an_operator_whose_lease_was_deleted_raises_its_epoch_above_what_the_age
     world.kill_operator().await;
     world.assert_nothing_was_forbidden();
 }
+
+#[tokio::test]
+async fn a_leader_that_cannot_renew_ends_before_another_may_begin() {
+    let mut world = World::start().await;
+    world.lab.control_plane().unwrap().freeze_api_server().unwrap();
+    assert_eq!(world.operator_ended().await, Some(1));
+    assert!(world.log().contains("could not be renewed within 2000 ms"), "{}", world.log());
+    world.lab.control_plane().unwrap().thaw_api_server().unwrap();
+    let left = world.leases().get("slackwater-operator").await.unwrap().spec.unwrap();
+    assert_eq!(left.lease_transitions, Some(0));
+    world.crash_and_restart_operator().await;
+    world.wait_for_log("operator", "epoch=2").await;
+    world.assert_nothing_was_forbidden();
+}

@@ -246,6 +246,16 @@ fn a_journal_that_cannot_be_read_is_a_doubt_wherever_somebody_waits_for_it() {
 }
 
 #[test]
+fn what_has_started_is_said_to_have_started() {
+    let unreadable = Heard::Unreadable("bad CRC".into());
+    for record in [Record::Starting, Record::Running] {
+        let (resolver, _) = round(Resolver::default(), &unreadable, &says(record));
+        assert_eq!(resolver.fits(End::Source), Err(Unfit::Started));
+        assert_eq!(resolver.fits(End::Destination), Err(Unfit::Started));
+    }
+}
+
+#[test]
 fn a_doubt_that_clears_says_so_once() {
     let (resolver, effects) = round(Resolver::default(), &says(Record::Committed), &silent());
     assert_eq!((resolver.doubt(), effects.len()), (Some(DoubtReason::TargetUnreachable), 1));
