@@ -12,7 +12,7 @@ use crate::world::{Back, Config, Ended, Forth, Line, Process, Said, Side, Stream
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum How {
     Well,
-    /// A device step, by a fault: it is found where it was, in ERROR, or cannot be read (None).
+    /// A device step, by a fault: it is found where it was, in ERROR, or cannot be read (None). Or the twin does not start.
     DeviceFails(Option<bool>),
     /// A write, by a fault; whether the new record stands on the disk all the same.
     WriteFails {
@@ -43,11 +43,21 @@ impl World {
                     self.send_forth(attempt, Forth::Commit);
                 }
                 source::Effect::SendAbort(_) => self.send_forth(attempt, Forth::Abort),
-                // One question at a time.
-                source::Effect::AskPeer if self.source.todo.contains(&source::Effect::AskPeer) => {}
+                source::Effect::AskPeer if self.asks() => {
+                    self.broken.insert(Rule::AskedTwice);
+                }
                 effect => self.source.todo.push(effect),
             }
         }
+        // An answer that comes later than this is of no matter.
+        if self.source.machine.as_ref().is_some_and(|m| m.phase() != source::Phase::AwaitingStarted) {
+            self.source.todo.retain(|effect| *effect != source::Effect::AskPeer);
+        }
+    }
+
+    /// S has asked D what it has journalled, and not heard yet.
+    pub(crate) fn asks(&self) -> bool {
+        self.source.todo.contains(&source::Effect::AskPeer)
     }
 
     pub(crate) fn tell_destination(&mut self, config: &Config, event: destination::Event) {
@@ -168,6 +178,7 @@ impl World {
         let effect = self.destination.todo.remove(index);
         let there = self.destination.vmm == Process::Alive;
         let event = match effect {
+            Effect::StartTwin if how != How::Well => Event::Failed(failure(Reason::TwinFailed)),
             Effect::StartTwin => {
                 self.destination.vmm = Process::Alive;
                 Event::TwinReady
@@ -365,13 +376,18 @@ impl World {
         }
     }
 
-    /// Something that was said outside the stream is heard. False if nobody is there to hear it.
-    pub(crate) fn hear(&mut self, config: &Config, said: Said) {
+    /// Something that was said outside the stream is heard; at S in answer to its question, or not.
+    pub(crate) fn hear(&mut self, config: &Config, said: Said, answer: bool) {
         match said {
             Said::ToSource { record, ended, .. } => {
-                self.source.todo.retain(|effect| *effect != source::Effect::AskPeer);
                 let word = Word { ended, ..Word::of(record) };
-                self.tell_source(config, source::Event::PeerSays(word));
+                let event = if answer {
+                    self.source.todo.retain(|effect| *effect != source::Effect::AskPeer);
+                    source::Event::PeerSays(word)
+                } else {
+                    source::Event::Relayed(word)
+                };
+                self.tell_source(config, event);
             }
             Said::ToDestination { record, .. } => {
                 self.tell_destination(config, destination::Event::PeerSays(Word::of(record)));

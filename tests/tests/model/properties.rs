@@ -19,6 +19,7 @@ pub(crate) enum Rule {
     ReleasedTooEarly,
     BelievedUnverified,
     HalfRollback,
+    AskedTwice,
 }
 
 pub(crate) const TWO_RUNNERS: &str = "never two runners";
@@ -32,6 +33,7 @@ pub(crate) const GIVEN_UP_ALONE: &str = "from LOADED on, a whole copy is given u
 pub(crate) const RELEASED_TOO_EARLY: &str = "S is released only when RUNNING is durable at D";
 pub(crate) const BELIEVED_UNVERIFIED: &str = "no blob is believed that was not verified";
 pub(crate) const HALF_ROLLBACK: &str = "after a rollback the VM runs at S with every device RUNNING";
+pub(crate) const ASKED_TWICE: &str = "S asks one question at a time";
 pub(crate) const SOMEBODY_RUNS: &str =
     "while both VMMs live and agents and operator reach each other, exactly one runs again";
 pub(crate) const COPY_IS_USED: &str =
@@ -75,6 +77,7 @@ pub(crate) fn all() -> Vec<Property<Handover>> {
         kept!(RELEASED_TOO_EARLY, Rule::ReleasedTooEarly),
         kept!(BELIEVED_UNVERIFIED, Rule::BelievedUnverified),
         kept!(HALF_ROLLBACK, Rule::HalfRollback),
+        kept!(ASKED_TWICE, Rule::AskedTwice),
         Property::always(SOMEBODY_RUNS, |model: &Handover, world: &World| {
             model.when_healed(world, somebody_runs)
         }),

@@ -35,7 +35,10 @@ pub(crate) enum Step {
     Deliver(Side),
     /// This side hears that the stream is broken.
     Notice(Side),
+    /// What is said outside the stream arrives, as somebody relays it; or at D by S's question.
     Hear(Said),
+    /// S's question is answered by this.
+    Answer(Said),
     /// S's question is not answered.
     NoAnswer,
     Overdue,
@@ -92,12 +95,7 @@ impl Handover {
                         steps.extend([false, true].map(|stands| step(How::WriteFails { stands })));
                     }
                 }
-                // What is being started is ended when it has been.
-                destination::Effect::Discard
-                    if world.destination.todo.contains(&destination::Effect::StartTwin) =>
-                {
-                    continue;
-                }
+                destination::Effect::StartTwin if device => steps.push(step(How::DeviceFails(None))),
                 destination::Effect::SetState(..) if device => {
                     steps.extend([None, Some(false), Some(true)].map(|found| step(How::DeviceFails(found))));
                 }
@@ -123,9 +121,12 @@ impl Handover {
                 steps.push(Step::Cut);
             }
         }
-        steps.extend(
-            world.said.iter().filter(|said| self.is_heard(world, **said)).map(|said| Step::Hear(*said)),
-        );
+        for said in world.said.iter().copied().filter(|said| self.is_heard(world, *said)) {
+            let asked = matches!(said, Said::ToSource { .. }) && world.asks();
+            steps.extend(asked.then_some(Step::Answer(said)));
+            // What settles it does so in the same way, asked for or not.
+            steps.extend((!asked || self.0.doubts).then_some(Step::Hear(said)));
+        }
     }
 
     fn is_heard(&self, world: &World, said: Said) -> bool {
@@ -179,9 +180,7 @@ impl Handover {
             steps.push(Step::Deadline);
             if self.0.doubts && machine.phase() == source::Phase::AwaitingStarted {
                 steps.push(Step::Overdue);
-                if world.source.todo.contains(&source::Effect::AskPeer) {
-                    steps.push(Step::NoAnswer);
-                }
+                steps.extend(world.asks().then_some(Step::NoAnswer));
             }
         }
         if world.destination.machine.as_ref().is_some_and(|m| m.phase() != destination::Phase::Finished) {
@@ -233,7 +232,8 @@ impl Handover {
             }
             Step::Deliver(side) => world.deliver(config, side),
             Step::Notice(side) => world.notice(config, side),
-            Step::Hear(said) => world.hear(config, said),
+            Step::Hear(said) => world.hear(config, said, false),
+            Step::Answer(said) => world.hear(config, said, true),
             Step::NoAnswer => {
                 if let Some(index) =
                     world.source.todo.iter().position(|effect| *effect == source::Effect::AskPeer)
