@@ -244,7 +244,11 @@ impl World {
     /// True if a stream has been opened: it was, if D waits for one of this attempt.
     fn connect(&mut self) -> bool {
         let waits = self.destination.machine.as_ref().is_some_and(|machine| machine.takes_blobs());
-        if waits && self.destination.attempt == self.source.attempt && self.stream.is_none() {
+        if waits
+            && self.destination.attempt == self.source.attempt
+            && self.stream.is_none()
+            && !self.link_down
+        {
             let forth = Some(vec![Forth::Hello]);
             self.stream =
                 Some(Stream { attempt: self.source.attempt, cut: false, forth, back: Some(Vec::new()) });

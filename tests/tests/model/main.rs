@@ -6,7 +6,9 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
 mod carry;
+mod healing;
 mod mutants;
+mod operator;
 mod properties;
 mod steps;
 mod world;
@@ -15,11 +17,23 @@ use std::collections::BTreeSet;
 use std::time::Instant;
 
 use mutants::Mutant;
+use operator::Statements;
 use stateright::{Checker, HasDiscoveries, Model};
 use steps::Handover;
 use world::Config;
 
-const SMALL: Config = Config { devices: 0, faults: 2, attempts: 1, doubts: false, mutant: None };
+const SMALL: Config = Config {
+    devices: 0,
+    faults: 2,
+    attempts: 1,
+    doubts: false,
+    relayed: false,
+    power: 0,
+    statements: Statements::None,
+    mutant: None,
+};
+/// Nothing but the operator between the two, once their stream is broken.
+const RELAYED: Config = Config { faults: 0, relayed: true, ..SMALL };
 
 /// Every property holds, and every situation that matters is reached.
 fn holds(name: &str, config: Config, states: Option<usize>) {
@@ -56,6 +70,17 @@ fn told(path: stateright::Path<world::World, steps::Step>) -> String {
     format!("{}\n{last:#?}", steps.join("\n"))
 }
 
+/// The checker finds the fork.
+fn forks(name: &str, config: Config) {
+    let forked = HasDiscoveries::AllOf([properties::NO_FORK].into());
+    let checker = Handover(config).checker().finish_when(forked).spawn_bfs().join();
+    let path = checker.discovery(properties::NO_FORK).unwrap_or_else(|| panic!("{name}: no fork is found"));
+    println!("{name}: {} states", checker.unique_state_count());
+    for step in path.into_actions() {
+        println!("    {step}");
+    }
+}
+
 /// The checker finds that a broken protocol breaks just these properties.
 fn is_caught(mutant: Mutant, config: Config, by: &[&'static str]) {
     let begun = Instant::now();
@@ -85,6 +110,26 @@ fn the_protocol_holds_with_a_device_whatever_fails() {
 }
 
 #[test]
+fn the_operator_alone_brings_it_to_an_end_where_the_link_stays_cut() {
+    holds("relayed", RELAYED, None);
+}
+
+#[test]
+fn a_decision_whose_statement_is_true_never_forks() {
+    holds("decided", Config { power: 1, statements: Statements::True, ..RELAYED }, None);
+}
+
+#[test]
+fn a_decision_for_the_source_while_the_destination_is_only_silent_forks() {
+    forks("hasty", Config { statements: Statements::Hasty, ..RELAYED });
+}
+
+#[test]
+fn a_decision_for_the_destination_after_the_source_has_resumed_forks() {
+    forks("blind", Config { power: 1, statements: Statements::Blind, ..RELAYED });
+}
+
+#[test]
 #[ignore = "minutes"]
 fn deep() {
     let number = |name: &str, default: u32| std::env::var(name).map_or(default, |text| text.parse().unwrap());
@@ -93,6 +138,12 @@ fn deep() {
         faults: number("SLACKWATER_MODEL_FAULTS", 2) as u8,
         attempts: number("SLACKWATER_MODEL_ATTEMPTS", 1),
         doubts: number("SLACKWATER_MODEL_DOUBTS", 0) == 1,
+        relayed: number("SLACKWATER_MODEL_RELAYED", 0) == 1,
+        power: number("SLACKWATER_MODEL_POWER", 0) as u8,
+        statements: match number("SLACKWATER_MODEL_STATEMENTS", 0) {
+            1 => Statements::True,
+            _ => Statements::None,
+        },
         mutant: None,
     };
     holds("deep", config, None);
