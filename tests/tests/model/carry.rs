@@ -1,7 +1,7 @@
 //! What the agents' shells do: they carry out the effects of the two machines, and turn what happens into events. Effects without an
 //! answer are carried out at once, every other one at a time of the checker's choosing; records of one journal keep their order.
 
-use slackwater_node_agent::handover::{Failure, Reason, Record, Word, blobs, destination, source};
+use slackwater_node_agent::handover::{Failure, Reason, Record, blobs, destination, source};
 use slackwater_node_agent::vfio::state::MigrationState;
 
 use crate::mutants::Mutant;
@@ -377,78 +377,6 @@ impl World {
             || self.said.contains(&Said::Release { attempt });
         if copy_is_whole && !source_keeps_it {
             self.broken.insert(Rule::GivenUpAlone);
-        }
-    }
-
-    /// Something that was said outside the stream is heard; at S in answer to its question, or not.
-    pub(crate) fn hear(&mut self, config: &Config, said: Said, answer: bool) {
-        match said {
-            Said::ToSource { record, ended, .. } => {
-                let word = Word { ended, ..Word::of(record) };
-                let event = if answer {
-                    self.source.todo.retain(|effect| *effect != source::Effect::AskPeer);
-                    source::Event::PeerSays(word)
-                } else {
-                    source::Event::Relayed(word)
-                };
-                self.tell_source(config, event);
-            }
-            Said::ToDestination { record, .. } => {
-                self.tell_destination(config, destination::Event::PeerSays(Word::of(record)));
-            }
-            Said::Release { .. } => {
-                let event = destination::Event::AbortReceived(failure(Reason::Released));
-                self.tell_destination(config, event);
-            }
-        }
-    }
-
-    /// The next message on the stream arrives.
-    pub(crate) fn deliver(&mut self, config: &Config, to: Side) {
-        let Some(stream) = &mut self.stream else { return };
-        match to {
-            Side::Destination => {
-                let Some(queue) = stream.forth.as_mut().filter(|queue| !queue.is_empty()) else { return };
-                let attempt = stream.attempt;
-                let event = match queue.remove(0) {
-                    Forth::Hello => destination::Event::PeerConnected,
-                    Forth::Blob(blob, true) => {
-                        if self.destination.machine.as_ref().is_some_and(|machine| machine.takes_blobs()) {
-                            self.verified.insert(blob);
-                            self.tell_destination(config, destination::Event::BlobVerified(blob));
-                            self.send_back(attempt, Back::Verified(blob));
-                        }
-                        return;
-                    }
-                    Forth::Blob(_, false) => destination::Event::Failed(failure(Reason::BlobRejected)),
-                    Forth::Commit => destination::Event::CommitReceived,
-                    Forth::Abort => destination::Event::AbortReceived(failure(Reason::Aborted)),
-                };
-                self.tell_destination(config, event);
-            }
-            Side::Source => {
-                let Some(queue) = stream.back.as_mut().filter(|queue| !queue.is_empty()) else { return };
-                let event = match queue.remove(0) {
-                    Back::Ready => source::Event::PeerReady,
-                    Back::Verified(blob) => source::Event::BlobSent(blob),
-                    Back::Loaded => source::Event::Loaded,
-                    Back::Starting => return,
-                    Back::Started => source::Event::Started,
-                    Back::Failed { started: true } => source::Event::Failed(failure(Reason::StartFailed)),
-                    Back::Failed { started: false } => source::Event::Failed(failure(Reason::TargetFailed)),
-                };
-                self.tell_source(config, event);
-            }
-        }
-    }
-
-    /// Who reads here hears that the stream is broken.
-    pub(crate) fn notice(&mut self, config: &Config, side: Side) {
-        self.hang_up(side);
-        let lost = failure(Reason::PeerLost);
-        match side {
-            Side::Source => self.tell_source(config, source::Event::Failed(lost)),
-            Side::Destination => self.tell_destination(config, destination::Event::PeerLost(lost)),
         }
     }
 }
