@@ -13,6 +13,7 @@ mod mutants;
 mod operator;
 mod properties;
 mod steps;
+mod walk;
 mod world;
 
 use std::collections::BTreeSet;
@@ -22,6 +23,7 @@ use mutants::Mutant;
 use operator::Statements;
 use stateright::{Checker, HasDiscoveries, Model};
 use steps::Handover;
+use walk::Walker;
 use world::Config;
 
 const SMALL: Config = Config {
@@ -45,6 +47,31 @@ fn holds(name: &str, config: Config, states: Option<usize>) {
         builder = builder.target_state_count(states);
     }
     let checker = builder.spawn_bfs().join();
+    tell(name, &checker, begun);
+    if states.is_some() {
+        return;
+    }
+    let discoveries = checker.discoveries();
+    for situation in properties::reachable(config.faults) {
+        assert!(discoveries.contains_key(situation), "never reached: {situation}");
+    }
+}
+
+/// The same on random walks, until so many `states` have been seen.
+fn holds_on_walks(name: &str, config: Config, seed: u64, states: usize) {
+    let begun = Instant::now();
+    let builder = Handover(config).checker().target_state_count(states);
+    let checker = builder.spawn_simulation(seed, Walker).join();
+    tell(&format!("{name}, seed {seed}"), &checker, begun);
+    let discoveries = checker.discoveries();
+    for situation in properties::REACHED {
+        println!("  {}: {situation}", if discoveries.contains_key(situation) { "seen" } else { "not seen" });
+    }
+    assert!(discoveries.contains_key(properties::REACHED[0]), "no walk came to the end");
+}
+
+/// Counts, and fails with the way to the first fault, if there is one.
+fn tell(name: &str, checker: &impl Checker<Handover>, begun: Instant) {
     println!(
         "{name}: {} states, {} transitions, depth {}, {:.1} s",
         checker.unique_state_count(),
@@ -60,12 +87,6 @@ fn holds(name: &str, config: Config, states: Option<usize>) {
         {
             panic!("{}\n{}", property.name, told(path.clone()));
         }
-    }
-    if states.is_some() {
-        return;
-    }
-    for situation in properties::reachable(config.faults) {
-        assert!(discoveries.contains_key(situation), "never reached: {situation}");
     }
 }
 
@@ -132,6 +153,12 @@ fn a_decision_for_the_source_while_the_destination_is_only_silent_forks() {
 #[test]
 fn a_decision_for_the_destination_after_the_source_has_resumed_forks() {
     forks("blind", Config { power: 1, statements: Statements::Blind, ..RELAYED });
+}
+
+#[test]
+fn the_protocol_holds_with_two_devices_wherever_a_walk_goes() {
+    let config = Config { devices: 2, faults: 2, ..SMALL };
+    holds_on_walks("two devices", config, 20_261_123, 300_000);
 }
 
 #[test]
