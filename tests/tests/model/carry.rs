@@ -1,7 +1,7 @@
 //! What the agents' shells do: they carry out the effects of the two machines, and turn what happens into events. Effects without an
 //! answer are carried out at once, every other one at a time of the checker's choosing; records of one journal keep their order.
 
-use slackwater_node_agent::handover::{Failure, Reason, Record, Word, blobs, destination, source};
+use slackwater_node_agent::handover::{Failure, Reason, Record, blobs, destination, source};
 use slackwater_node_agent::vfio::state::MigrationState;
 
 use crate::mutants::Mutant;
@@ -12,7 +12,7 @@ use crate::world::{Back, Config, Ended, Forth, Line, Process, Said, Side, Stream
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum How {
     Well,
-    /// A device step, by a fault: it is found where it was, in ERROR, or cannot be read (None).
+    /// A device step, by a fault: it is found where it was, in ERROR, or cannot be read (None). Or the twin does not start.
     DeviceFails(Option<bool>),
     /// A write, by a fault; whether the new record stands on the disk all the same.
     WriteFails {
@@ -43,11 +43,21 @@ impl World {
                     self.send_forth(attempt, Forth::Commit);
                 }
                 source::Effect::SendAbort(_) => self.send_forth(attempt, Forth::Abort),
-                // One question at a time.
-                source::Effect::AskPeer if self.source.todo.contains(&source::Effect::AskPeer) => {}
+                source::Effect::AskPeer if self.asks() => {
+                    self.broken.insert(Rule::AskedTwice);
+                }
                 effect => self.source.todo.push(effect),
             }
         }
+        // An answer that comes later than this is of no matter.
+        if self.source.machine.as_ref().is_some_and(|m| m.phase() != source::Phase::AwaitingStarted) {
+            self.source.todo.retain(|effect| *effect != source::Effect::AskPeer);
+        }
+    }
+
+    /// S has asked D what it has journalled, and not heard yet.
+    pub(crate) fn asks(&self) -> bool {
+        self.source.todo.contains(&source::Effect::AskPeer)
     }
 
     pub(crate) fn tell_destination(&mut self, config: &Config, event: destination::Event) {
@@ -168,6 +178,7 @@ impl World {
         let effect = self.destination.todo.remove(index);
         let there = self.destination.vmm == Process::Alive;
         let event = match effect {
+            Effect::StartTwin if how != How::Well => Event::Failed(failure(Reason::TwinFailed)),
             Effect::StartTwin => {
                 self.destination.vmm = Process::Alive;
                 Event::TwinReady
@@ -233,7 +244,11 @@ impl World {
     /// True if a stream has been opened: it was, if D waits for one of this attempt.
     fn connect(&mut self) -> bool {
         let waits = self.destination.machine.as_ref().is_some_and(|machine| machine.takes_blobs());
-        if waits && self.destination.attempt == self.source.attempt && self.stream.is_none() {
+        if waits
+            && self.destination.attempt == self.source.attempt
+            && self.stream.is_none()
+            && !self.link_down
+        {
             let forth = Some(vec![Forth::Hello]);
             self.stream =
                 Some(Stream { attempt: self.source.attempt, cut: false, forth, back: Some(Vec::new()) });
@@ -362,73 +377,6 @@ impl World {
             || self.said.contains(&Said::Release { attempt });
         if copy_is_whole && !source_keeps_it {
             self.broken.insert(Rule::GivenUpAlone);
-        }
-    }
-
-    /// Something that was said outside the stream is heard. False if nobody is there to hear it.
-    pub(crate) fn hear(&mut self, config: &Config, said: Said) {
-        match said {
-            Said::ToSource { record, ended, .. } => {
-                self.source.todo.retain(|effect| *effect != source::Effect::AskPeer);
-                let word = Word { ended, ..Word::of(record) };
-                self.tell_source(config, source::Event::PeerSays(word));
-            }
-            Said::ToDestination { record, .. } => {
-                self.tell_destination(config, destination::Event::PeerSays(Word::of(record)));
-            }
-            Said::Release { .. } => {
-                let event = destination::Event::AbortReceived(failure(Reason::Released));
-                self.tell_destination(config, event);
-            }
-        }
-    }
-
-    /// The next message on the stream arrives.
-    pub(crate) fn deliver(&mut self, config: &Config, to: Side) {
-        let Some(stream) = &mut self.stream else { return };
-        match to {
-            Side::Destination => {
-                let Some(queue) = stream.forth.as_mut().filter(|queue| !queue.is_empty()) else { return };
-                let attempt = stream.attempt;
-                let event = match queue.remove(0) {
-                    Forth::Hello => destination::Event::PeerConnected,
-                    Forth::Blob(blob, true) => {
-                        if self.destination.machine.as_ref().is_some_and(|machine| machine.takes_blobs()) {
-                            self.verified.insert(blob);
-                            self.tell_destination(config, destination::Event::BlobVerified(blob));
-                            self.send_back(attempt, Back::Verified(blob));
-                        }
-                        return;
-                    }
-                    Forth::Blob(_, false) => destination::Event::Failed(failure(Reason::BlobRejected)),
-                    Forth::Commit => destination::Event::CommitReceived,
-                    Forth::Abort => destination::Event::AbortReceived(failure(Reason::Aborted)),
-                };
-                self.tell_destination(config, event);
-            }
-            Side::Source => {
-                let Some(queue) = stream.back.as_mut().filter(|queue| !queue.is_empty()) else { return };
-                let event = match queue.remove(0) {
-                    Back::Ready => source::Event::PeerReady,
-                    Back::Verified(blob) => source::Event::BlobSent(blob),
-                    Back::Loaded => source::Event::Loaded,
-                    Back::Starting => return,
-                    Back::Started => source::Event::Started,
-                    Back::Failed { started: true } => source::Event::Failed(failure(Reason::StartFailed)),
-                    Back::Failed { started: false } => source::Event::Failed(failure(Reason::TargetFailed)),
-                };
-                self.tell_source(config, event);
-            }
-        }
-    }
-
-    /// Who reads here hears that the stream is broken.
-    pub(crate) fn notice(&mut self, config: &Config, side: Side) {
-        self.hang_up(side);
-        let lost = failure(Reason::PeerLost);
-        match side {
-            Side::Source => self.tell_source(config, source::Event::Failed(lost)),
-            Side::Destination => self.tell_destination(config, destination::Event::PeerLost(lost)),
         }
     }
 }

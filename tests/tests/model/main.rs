@@ -6,22 +6,40 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
 mod carry;
+mod healing;
+mod hear;
+mod misfortune;
 mod mutants;
+mod operator;
 mod properties;
 mod steps;
+mod walk;
 mod world;
 
 use std::collections::BTreeSet;
 use std::time::Instant;
 
 use mutants::Mutant;
+use operator::Statements;
 use stateright::{Checker, HasDiscoveries, Model};
 use steps::Handover;
+use walk::Walker;
 use world::Config;
 
-const SMALL: Config = Config { devices: 0, faults: 2, attempts: 1, doubts: false, mutant: None };
+const SMALL: Config = Config {
+    devices: 0,
+    faults: 2,
+    attempts: 1,
+    doubts: false,
+    relayed: false,
+    power: 0,
+    statements: Statements::None,
+    mutant: None,
+};
+/// Nothing but the operator between the two, once their stream is broken.
+const RELAYED: Config = Config { faults: 0, relayed: true, ..SMALL };
 
-/// Every property holds, and every situation that matters is reached.
+/// Every property holds, and every situation that matters is reached; or no more than so many `states` are looked at, the near ones first.
 fn holds(name: &str, config: Config, states: Option<usize>) {
     let begun = Instant::now();
     let mut builder = Handover(config.clone()).checker().threads(2);
@@ -29,6 +47,31 @@ fn holds(name: &str, config: Config, states: Option<usize>) {
         builder = builder.target_state_count(states);
     }
     let checker = builder.spawn_bfs().join();
+    tell(name, &checker, begun);
+    if states.is_some() {
+        return;
+    }
+    let discoveries = checker.discoveries();
+    for situation in properties::reachable(config.faults) {
+        assert!(discoveries.contains_key(situation), "never reached: {situation}");
+    }
+}
+
+/// The same on random walks, until so many `states` have been seen.
+fn holds_on_walks(name: &str, config: Config, seed: u64, states: usize) {
+    let begun = Instant::now();
+    let builder = Handover(config).checker().target_state_count(states);
+    let checker = builder.spawn_simulation(seed, Walker).join();
+    tell(&format!("{name}, seed {seed}"), &checker, begun);
+    let discoveries = checker.discoveries();
+    for situation in properties::REACHED {
+        println!("  {}: {situation}", if discoveries.contains_key(situation) { "seen" } else { "not seen" });
+    }
+    assert!(discoveries.contains_key(properties::REACHED[0]), "no walk came to the end");
+}
+
+/// Counts, and fails with the way to the first fault, if there is one.
+fn tell(name: &str, checker: &impl Checker<Handover>, begun: Instant) {
     println!(
         "{name}: {} states, {} transitions, depth {}, {:.1} s",
         checker.unique_state_count(),
@@ -45,15 +88,23 @@ fn holds(name: &str, config: Config, states: Option<usize>) {
             panic!("{}\n{}", property.name, told(path.clone()));
         }
     }
-    for situation in properties::reachable(config.faults) {
-        assert!(discoveries.contains_key(situation), "never reached: {situation}");
-    }
 }
 
 fn told(path: stateright::Path<world::World, steps::Step>) -> String {
     let last = path.last_state().clone();
     let steps: Vec<String> = path.into_actions().iter().map(|step| format!("  {step}")).collect();
     format!("{}\n{last:#?}", steps.join("\n"))
+}
+
+/// The checker finds the fork.
+fn forks(name: &str, config: Config) {
+    let forked = HasDiscoveries::AllOf([properties::NO_FORK].into());
+    let checker = Handover(config).checker().finish_when(forked).spawn_bfs().join();
+    let path = checker.discovery(properties::NO_FORK).unwrap_or_else(|| panic!("{name}: no fork is found"));
+    println!("{name}: {} states", checker.unique_state_count());
+    for step in path.into_actions() {
+        println!("    {step}");
+    }
 }
 
 /// The checker finds that a broken protocol breaks just these properties.
@@ -85,6 +136,32 @@ fn the_protocol_holds_with_a_device_whatever_fails() {
 }
 
 #[test]
+fn the_operator_alone_brings_it_to_an_end_where_the_link_stays_cut() {
+    holds("relayed", RELAYED, None);
+}
+
+#[test]
+fn a_decision_whose_statement_is_true_never_forks() {
+    holds("decided", Config { power: 1, statements: Statements::True, ..RELAYED }, None);
+}
+
+#[test]
+fn a_decision_for_the_source_while_the_destination_is_only_silent_forks() {
+    forks("hasty", Config { statements: Statements::Hasty, ..RELAYED });
+}
+
+#[test]
+fn a_decision_for_the_destination_after_the_source_has_resumed_forks() {
+    forks("blind", Config { power: 1, statements: Statements::Blind, ..RELAYED });
+}
+
+#[test]
+fn the_protocol_holds_with_two_devices_wherever_a_walk_goes() {
+    let config = Config { devices: 2, faults: 2, ..SMALL };
+    holds_on_walks("two devices", config, 20_261_123, 300_000);
+}
+
+#[test]
 #[ignore = "minutes"]
 fn deep() {
     let number = |name: &str, default: u32| std::env::var(name).map_or(default, |text| text.parse().unwrap());
@@ -93,9 +170,16 @@ fn deep() {
         faults: number("SLACKWATER_MODEL_FAULTS", 2) as u8,
         attempts: number("SLACKWATER_MODEL_ATTEMPTS", 1),
         doubts: number("SLACKWATER_MODEL_DOUBTS", 0) == 1,
+        relayed: number("SLACKWATER_MODEL_RELAYED", 0) == 1,
+        power: number("SLACKWATER_MODEL_POWER", 0) as u8,
+        statements: match number("SLACKWATER_MODEL_STATEMENTS", 0) {
+            1 => Statements::True,
+            _ => Statements::None,
+        },
         mutant: None,
     };
-    holds("deep", config, None);
+    let states = number("SLACKWATER_MODEL_STATES", 0) as usize;
+    holds("deep", config, (states > 0).then_some(states));
 }
 
 #[test]

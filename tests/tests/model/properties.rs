@@ -19,6 +19,8 @@ pub(crate) enum Rule {
     ReleasedTooEarly,
     BelievedUnverified,
     HalfRollback,
+    AskedTwice,
+    SeesFork,
 }
 
 pub(crate) const TWO_RUNNERS: &str = "never two runners";
@@ -32,10 +34,14 @@ pub(crate) const GIVEN_UP_ALONE: &str = "from LOADED on, a whole copy is given u
 pub(crate) const RELEASED_TOO_EARLY: &str = "S is released only when RUNNING is durable at D";
 pub(crate) const BELIEVED_UNVERIFIED: &str = "no blob is believed that was not verified";
 pub(crate) const HALF_ROLLBACK: &str = "after a rollback the VM runs at S with every device RUNNING";
+pub(crate) const ASKED_TWICE: &str = "S asks one question at a time";
 pub(crate) const SOMEBODY_RUNS: &str =
     "while both VMMs live and agents and operator reach each other, exactly one runs again";
 pub(crate) const COPY_IS_USED: &str =
     "after COMMITTED, a whole copy at D runs in the end, whatever has become of S";
+pub(crate) const NO_ALARM: &str = "without a decision the operator sees no fork";
+pub(crate) const DECISION_HELPS: &str =
+    "where an administrator has decided, the VM runs, though the other node stays off";
 pub(crate) const NOTHING_HELD: &str =
     "in the end both ends have ended, and D holds nothing unless it runs the VM";
 
@@ -75,6 +81,7 @@ pub(crate) fn all() -> Vec<Property<Handover>> {
         kept!(RELEASED_TOO_EARLY, Rule::ReleasedTooEarly),
         kept!(BELIEVED_UNVERIFIED, Rule::BelievedUnverified),
         kept!(HALF_ROLLBACK, Rule::HalfRollback),
+        kept!(ASKED_TWICE, Rule::AskedTwice),
         Property::always(SOMEBODY_RUNS, |model: &Handover, world: &World| {
             model.when_healed(world, somebody_runs)
         }),
@@ -83,6 +90,10 @@ pub(crate) fn all() -> Vec<Property<Handover>> {
         }),
         Property::always(NOTHING_HELD, |model: &Handover, world: &World| {
             model.when_healed(world, nothing_held)
+        }),
+        kept!(NO_ALARM, Rule::SeesFork),
+        Property::always(DECISION_HELPS, |model: &Handover, world: &World| {
+            world.operator.decision.is_none() || model.when_repaired(world, decision_helps)
         }),
         Property::sometimes(REACHED[0], |_, world: &World| arrived(world)),
         Property::sometimes(REACHED[1], |_, world: &World| {
@@ -127,6 +138,22 @@ fn broken_at_destination(world: &World) -> bool {
 fn somebody_runs(world: &World) -> bool {
     let both_live = world.source.vmm != Process::Died && world.destination.vmm != Process::Died;
     !both_live || broken_at_destination(world) || world.source.runs != world.destination.runs
+}
+
+fn decision_helps(world: &World) -> bool {
+    match world.operator.decision {
+        Some(Side::Source) => world.source.vmm != Process::Alive || world.source.runs,
+        // A source that had given it up, or does when it comes back, is believed.
+        Some(Side::Destination) => {
+            world.destination.vmm == Process::Died
+                || world.device_fault.is_some()
+                || world.destination.runs
+                || world
+                    .said
+                    .contains(&Said::ToDestination { attempt: world.attempt, record: Record::Aborted })
+        }
+        None => true,
+    }
 }
 
 fn copy_is_used(world: &World) -> bool {

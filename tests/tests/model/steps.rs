@@ -5,16 +5,13 @@ use std::fmt;
 use slackwater_node_agent::handover::destination::{self, Destination};
 use slackwater_node_agent::handover::source::{self, Source};
 use slackwater_node_agent::handover::{Reason, Record};
-use slackwater_node_agent::vfio::state::MigrationState;
 use stateright::{Model, Property};
 
 use crate::carry::{How, failure};
 use crate::mutants::Mutant;
+use crate::operator::{Deed, Operator};
 use crate::properties;
 use crate::world::{Config, Ended, Process, Said, Side, World};
-
-/// More steps than any healed world takes to come to rest.
-const REST: usize = 500;
 
 /// Two agents, an operator, and everything that may happen to them.
 #[derive(Clone, Debug)]
@@ -35,7 +32,10 @@ pub(crate) enum Step {
     Deliver(Side),
     /// This side hears that the stream is broken.
     Notice(Side),
+    /// What is said outside the stream arrives, as somebody relays it; or at D by S's question.
     Hear(Said),
+    /// S's question is answered by this.
+    Answer(Said),
     /// S's question is not answered.
     NoAnswer,
     Overdue,
@@ -48,10 +48,14 @@ pub(crate) enum Step {
     Restart(Side),
     /// The process that holds the VM on this side ends.
     Kill(Side),
+    /// The node's power is cut.
+    PowerOff(Side),
+    PowerOn(Side),
+    Operator(Deed),
 }
 
 impl Handover {
-    fn effects(&self, world: &World, steps: &mut Vec<Step>) {
+    pub(crate) fn effects(&self, world: &World, steps: &mut Vec<Step>) {
         let faulty = world.faults_left > 0;
         let device = faulty && world.device_fault.is_none();
         let write = faulty && world.write_fault.is_none();
@@ -92,12 +96,7 @@ impl Handover {
                         steps.extend([false, true].map(|stands| step(How::WriteFails { stands })));
                     }
                 }
-                // What is being started is ended when it has been.
-                destination::Effect::Discard
-                    if world.destination.todo.contains(&destination::Effect::StartTwin) =>
-                {
-                    continue;
-                }
+                destination::Effect::StartTwin if device => steps.push(step(How::DeviceFails(None))),
                 destination::Effect::SetState(..) if device => {
                     steps.extend([None, Some(false), Some(true)].map(|found| step(How::DeviceFails(found))));
                 }
@@ -108,7 +107,7 @@ impl Handover {
     }
 
     /// The stream, and what is said outside it.
-    fn messages(&self, world: &World, steps: &mut Vec<Step>) {
+    pub(crate) fn messages(&self, world: &World, steps: &mut Vec<Step>) {
         if let Some(stream) = &world.stream {
             if stream.forth.as_ref().is_some_and(|queue| !queue.is_empty()) && world.destination.up {
                 steps.push(Step::Deliver(Side::Destination));
@@ -123,13 +122,17 @@ impl Handover {
                 steps.push(Step::Cut);
             }
         }
-        steps.extend(
-            world.said.iter().filter(|said| self.is_heard(world, **said)).map(|said| Step::Hear(*said)),
-        );
+        for said in world.said.iter().copied().filter(|said| self.is_heard(world, *said)) {
+            let asked = matches!(said, Said::ToSource { .. }) && world.asks();
+            steps.extend(asked.then_some(Step::Answer(said)));
+            // What settles it does so in the same way, asked for or not.
+            steps.extend((!asked || self.0.doubts).then_some(Step::Hear(said)));
+        }
     }
 
     fn is_heard(&self, world: &World, said: Said) -> bool {
         match said {
+            Said::ToSource { .. } | Said::ToDestination { .. } if self.0.relayed => false,
             Said::ToSource { attempt, record, ended } => {
                 let settles = matches!(record, Record::Running | Record::Discarded) || ended;
                 world.source.machine.as_ref().is_some_and(|m| m.phase() == source::Phase::AwaitingStarted)
@@ -143,7 +146,7 @@ impl Handover {
         }
     }
 
-    fn operator(&self, world: &World, steps: &mut Vec<Step>) {
+    pub(crate) fn operator(&self, world: &World, steps: &mut Vec<Step>) {
         let (source, destination) = (&world.source, &world.destination);
         let over = |line: Option<crate::world::Line>| {
             line.is_none_or(|line| line.attempt < world.attempt && line.ended.is_some())
@@ -165,6 +168,7 @@ impl Handover {
         }
         let stays = |ended| matches!(ended, Some(Ended::RolledBack | Ended::Refused));
         if world.attempt < self.0.attempts
+            && world.operator.decision.is_none()
             && source.journal.is_some_and(|line| line.attempt == world.attempt && stays(line.ended))
             && destination.journal.is_none_or(|line| line.ended.is_some())
         {
@@ -179,9 +183,7 @@ impl Handover {
             steps.push(Step::Deadline);
             if self.0.doubts && machine.phase() == source::Phase::AwaitingStarted {
                 steps.push(Step::Overdue);
-                if world.source.todo.contains(&source::Effect::AskPeer) {
-                    steps.push(Step::NoAnswer);
-                }
+                steps.extend(world.asks().then_some(Step::NoAnswer));
             }
         }
         if world.destination.machine.as_ref().is_some_and(|m| m.phase() != destination::Phase::Finished) {
@@ -193,14 +195,25 @@ impl Handover {
             steps.extend((world.source.vmm == Process::Alive).then_some(Step::Kill(Side::Source)));
             steps.extend((world.destination.vmm == Process::Alive).then_some(Step::Kill(Side::Destination)));
         }
-        steps.extend((!world.source.up).then_some(Step::Restart(Side::Source)));
-        steps.extend((!world.destination.up).then_some(Step::Restart(Side::Destination)));
+        if world.power_left > 0 {
+            steps.extend((!world.source.off).then_some(Step::PowerOff(Side::Source)));
+            steps.extend((!world.destination.off).then_some(Step::PowerOff(Side::Destination)));
+        }
+        for (side, up, off) in [
+            (Side::Source, world.source.up, world.source.off),
+            (Side::Destination, world.destination.up, world.destination.off),
+        ] {
+            steps.extend(off.then_some(Step::PowerOn(side)));
+            steps.extend((!up && !off).then_some(Step::Restart(side)));
+        }
     }
 
-    fn take(&self, world: &mut World, step: Step) {
+    pub(crate) fn take(&self, world: &mut World, step: Step) {
         let config = &self.0;
         match step {
             Step::Reserve => {
+                // Whatever is left of an earlier attempt's stream is read by nobody.
+                world.hang_up(Side::Destination);
                 world.destination.todo.clear();
                 world.destination.attempt = world.attempt;
                 world.destination.machine = Some(Destination::new(&config.features()));
@@ -213,12 +226,17 @@ impl Handover {
                 world.said.insert(Said::Release { attempt: world.attempt });
             }
             Step::Migrate => {
+                world.hang_up(Side::Source);
                 world.source.todo.clear();
                 world.source.attempt = world.attempt;
                 world.source.machine = Some(Source::new(&config.features(), Config::plan()));
                 world.tell_source(config, source::Event::Start);
             }
-            Step::TryAgain => world.attempt += 1,
+            Step::TryAgain => {
+                world.attempt += 1;
+                let relayed = std::mem::take(&mut world.operator.relayed);
+                world.operator = Operator { relayed, ..Operator::default() };
+            }
             Step::Effect(side, index, how) => {
                 match how {
                     How::Well => {}
@@ -233,7 +251,8 @@ impl Handover {
             }
             Step::Deliver(side) => world.deliver(config, side),
             Step::Notice(side) => world.notice(config, side),
-            Step::Hear(said) => world.hear(config, said),
+            Step::Hear(said) => world.hear(config, said, false),
+            Step::Answer(said) => world.hear(config, said, true),
             Step::NoAnswer => {
                 if let Some(index) =
                     world.source.todo.iter().position(|effect| *effect == source::Effect::AskPeer)
@@ -244,7 +263,10 @@ impl Handover {
             Step::Overdue => {
                 world.tell_source(config, source::Event::StartOverdue(failure(Reason::TargetSlow)));
             }
-            Step::Cut => world.cut(),
+            Step::Cut => {
+                world.cut();
+                world.link_down = config.relayed;
+            }
             Step::Deadline => {
                 if let Some(phase) = world.source.machine.as_ref().map(Source::phase) {
                     world.tell_source(config, Mutant::deadline(config.mutant, phase));
@@ -264,46 +286,14 @@ impl Handover {
                 world.faults_left -= 1;
                 world.kill(config, side);
             }
+            Step::PowerOff(side) => {
+                world.power_left -= 1;
+                world.power_off(side);
+            }
+            Step::PowerOn(Side::Source) => world.source.off = false,
+            Step::PowerOn(Side::Destination) => world.destination.off = false,
+            Step::Operator(deed) => world.act(config, deed),
         }
-    }
-
-    /// Whether `holds` once nothing goes wrong any more: both agents are up, everything that was begun ends well, both hear what the other
-    /// has journalled, and the operator does what there is to do. Asked only of worlds in which nothing but asking goes on: every
-    /// other world leads to one of these by itself.
-    pub(crate) fn when_healed(&self, world: &World, holds: fn(&World) -> bool) -> bool {
-        let waits = |world: &World| {
-            world.stream.is_none() && world.destination.todo.is_empty() && {
-                world.source.todo.iter().all(|effect| *effect == source::Effect::AskPeer)
-            }
-        };
-        !waits(world) || holds(&self.healed(world))
-    }
-
-    fn healed(&self, world: &World) -> World {
-        let calm = Handover(Config { faults: 0, attempts: world.attempt, doubts: false, ..self.0.clone() });
-        let mut world = World { faults_left: 0, ..world.clone() };
-        let mut steps = Vec::new();
-        for _ in 0..REST {
-            steps.clear();
-            for side in [Side::Source, Side::Destination] {
-                let up = if side == Side::Source { world.source.up } else { world.destination.up };
-                steps.extend((!up).then_some(Step::Restart(side)));
-            }
-            calm.effects(&world, &mut steps);
-            calm.messages(&world, &mut steps);
-            steps.retain(|step| *step != Step::Cut);
-            calm.operator(&world, &mut steps);
-            let next = steps.iter().find_map(|step| {
-                let mut next = world.clone();
-                calm.take(&mut next, *step);
-                (next != world).then_some(next)
-            });
-            match next {
-                Some(next) => world = next,
-                None => return world,
-            }
-        }
-        panic!("a healed world does not come to rest: {world:#?}");
     }
 }
 
@@ -322,6 +312,11 @@ impl Model for Handover {
             self.effects(world, steps);
             self.messages(world, steps);
             self.misfortunes(world, steps);
+            if self.0.relayed {
+                let mut deeds = Vec::new();
+                self.deeds(world, &mut deeds);
+                steps.extend(deeds.into_iter().map(Step::Operator));
+            }
         }
     }
 
@@ -344,68 +339,4 @@ impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{self:?}")
     }
-}
-
-impl World {
-    fn crash(&mut self, side: Side) {
-        self.hang_up(side);
-        match side {
-            Side::Source => self.source.crash(),
-            Side::Destination => self.destination.crash(),
-        }
-    }
-
-    /// An agent begins again, from its journal and from what it finds.
-    fn restart(&mut self, config: &Config, side: Side) {
-        let restarted = failure(Reason::AgentRestarted);
-        self.say(side);
-        match side {
-            Side::Source => {
-                self.source.up = true;
-                let Some(line) = self.source.journal.filter(|line| line.ended.is_none()) else { return };
-                let gone = self.source.vmm != Process::Alive;
-                let found = if gone { Vec::new() } else { found(&self.source.devices) };
-                self.source.attempt = line.attempt;
-                self.source.machine = Some(Source::recover(
-                    &config.features(),
-                    &found,
-                    Config::plan(),
-                    line.record,
-                    restarted,
-                    gone,
-                ));
-                self.tell_source(config, source::Event::Start);
-            }
-            Side::Destination => {
-                self.destination.up = true;
-                let Some(line) = self.destination.journal.filter(|line| line.ended.is_none()) else { return };
-                let there = self.destination.vmm == Process::Alive;
-                let found = if there { found(&self.destination.devices) } else { Vec::new() };
-                self.destination.attempt = line.attempt;
-                self.destination.machine =
-                    Some(Destination::recover(&config.features(), &found, line.record, restarted, there));
-                self.tell_destination(config, destination::Event::Start);
-            }
-        }
-    }
-
-    fn kill(&mut self, config: &Config, side: Side) {
-        match side {
-            Side::Source => {
-                self.source.vmm = Process::Died;
-                self.source.runs = false;
-                self.tell_source(config, source::Event::VmmExited);
-            }
-            Side::Destination => {
-                self.destination.vmm = Process::Died;
-                self.destination.runs = false;
-                self.twin_died = true;
-                self.tell_destination(config, destination::Event::Failed(failure(Reason::TwinFailed)));
-            }
-        }
-    }
-}
-
-fn found(devices: &[MigrationState]) -> Vec<Option<MigrationState>> {
-    devices.iter().copied().map(Some).collect()
 }

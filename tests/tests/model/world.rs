@@ -10,6 +10,7 @@ use slackwater_node_agent::handover::{Blob, Record};
 use slackwater_node_agent::vfio::state::{Features, MigrationState};
 
 use crate::mutants::Mutant;
+use crate::operator::{Operator, Statements};
 use crate::properties::Rule;
 
 /// Which node.
@@ -28,6 +29,12 @@ pub(crate) struct Config {
     pub attempts: u32,
     /// Words that settle nothing are delivered, too, as are silence and delay of the peer: they only change what is told.
     pub doubts: bool,
+    /// S and D have one stream, and nothing else: what settles it comes by the operator's resolver.
+    pub relayed: bool,
+    /// How often a node loses its power.
+    pub power: u8,
+    /// What an administrator may state then.
+    pub statements: Statements,
     pub mutant: Option<Mutant>,
 }
 
@@ -76,6 +83,8 @@ pub(crate) enum Process {
 pub(crate) struct End<Machine, Effect> {
     /// The agent's process is there.
     pub up: bool,
+    /// The node is.
+    pub off: bool,
     /// The attempt of the machine.
     pub attempt: u32,
     pub machine: Option<Machine>,
@@ -108,6 +117,16 @@ impl<Machine, Effect> End<Machine, Effect> {
             line.ended = Some(ended);
             self.told = None;
         }
+    }
+
+    /// The node's power is cut. See [`Self::crash`].
+    pub(crate) fn power_off(&mut self) {
+        self.off = true;
+        if self.vmm == Process::Alive {
+            self.vmm = Process::Died;
+        }
+        self.runs = false;
+        self.devices.fill(MigrationState::Running);
     }
 
     /// The agent's process ends, and all that it alone knew.
@@ -180,6 +199,9 @@ pub(crate) struct World {
     pub destination: DestinationEnd,
     pub stream: Option<Stream>,
     pub said: BTreeSet<Said>,
+    /// There can be no stream between the agents any more.
+    pub link_down: bool,
+    pub operator: Operator,
     /// Blobs that D has found whole, in this attempt.
     pub verified: BTreeSet<Blob>,
     /// LOADED has been durable at D in this attempt.
@@ -189,6 +211,7 @@ pub(crate) struct World {
     /// STARTING has been recorded at D, or something has been started there.
     pub has_started: bool,
     pub faults_left: u8,
+    pub power_left: u8,
     /// A twin's process has ended by itself.
     pub twin_died: bool,
     /// Where a device step has failed.
@@ -207,6 +230,7 @@ impl World {
             reserved: 0,
             source: End {
                 up: true,
+                off: false,
                 attempt: 0,
                 machine: None,
                 todo: Vec::new(),
@@ -218,6 +242,7 @@ impl World {
             },
             destination: End {
                 up: true,
+                off: false,
                 attempt: 0,
                 machine: None,
                 todo: Vec::new(),
@@ -229,11 +254,14 @@ impl World {
             },
             stream: None,
             said: BTreeSet::new(),
+            link_down: false,
+            operator: Operator::default(),
             verified: BTreeSet::new(),
             loaded: false,
             woken: 0,
             has_started: false,
             faults_left: config.faults,
+            power_left: config.power,
             twin_died: false,
             device_fault: None,
             write_fault: None,
