@@ -158,7 +158,7 @@ fn a_decision_for_the_destination_after_the_source_has_resumed_forks() {
 #[test]
 fn the_protocol_holds_with_two_devices_wherever_a_walk_goes() {
     let config = Config { devices: 2, faults: 2, ..SMALL };
-    holds_on_walks("two devices", config, 20_261_123, 300_000);
+    holds_on_walks("two devices", config, 20_261_123, 150_000);
 }
 
 #[test]

@@ -25,7 +25,7 @@ impl Chooser<Handover> for Walker {
     }
 
     fn choose_action(&self, random: &mut u64, _: &World, steps: &[Step]) -> usize {
-        let bad = split_mix(random) % RARELY == 0;
+        let bad = split_mix(random).is_multiple_of(RARELY);
         let wanted: Vec<usize> = (0..steps.len()).filter(|at| is_misfortune(steps[*at]) == bad).collect();
         let next = split_mix(random) as usize;
         if wanted.is_empty() { next % steps.len() } else { wanted[next % wanted.len()] }
