@@ -142,8 +142,10 @@ pub struct Resolve {
     /// have been ended for good. Needed for `runOn: Source`.
     #[serde(default)]
     pub destination_never_started: bool,
-    /// The source will not resume the VM: its node is off for good, or the VMM there has been ended. Needed for
-    /// `runOn: Destination`, unless the condition Committed is True (then the source's own journal keeps it from that).
+    /// The source has not run the VM since the migration stopped it, and never will: its node went down while the VM was
+    /// paused and stays off, or the VMM there has been ended. A source that gave the migration up, ran the VM on and went
+    /// down later has a newer state than the destination: then this is not true. Needed for `runOn: Destination`, unless
+    /// the condition Committed is True (then the source's own journal has kept it from that).
     #[serde(default)]
     pub source_never_resumes: bool,
     /// How that is known, for whoever reads it later; it is recorded in an event and in the agent's journal. 10 to 1024

@@ -154,8 +154,8 @@ fn by_resolve(draft: &Draft, run_on: End) -> String {
         End::Destination => {
             let stated = if draft.is_committed() { "" } else { "sourceNeverResumes: true, " };
             format!(
-                " If the VM does not run on {source}, and will not be resumed there (power it off first), {target} starts VM \
-                 {vm} by `spec.resolve: {{runOn: Destination, {stated}justification: \"how you know that\"}}`. If that is not \
+                " If the VM has not run on {source} since it was stopped, and will not be resumed there (power it off first), \
+                 {target} starts VM {vm} by `spec.resolve: {{runOn: Destination, {stated}justification: \"how you know that\"}}`. If that is not \
                  true, the VM runs twice."
             )
         }

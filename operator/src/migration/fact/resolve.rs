@@ -47,8 +47,8 @@ pub fn judge(draft: &Draft, resolve: &Resolve, fits: Result<(), Unfit>) -> Resul
         }
         RunOn::Destination if !resolve.source_never_resumes && !draft.is_committed() => {
             let message = format!(
-                "spec.resolve with runOn: Destination must state sourceNeverResumes: true, that is, that {} will not resume \
-                 VM {}: it is not known to have passed its point of no return.",
+                "spec.resolve with runOn: Destination must state sourceNeverResumes: true, that is, that {} has not run VM {} \
+                 since it was stopped, and will not: it is not known to have passed its point of no return.",
                 draft.source(),
                 draft.vm
             );

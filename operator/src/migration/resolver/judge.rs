@@ -52,6 +52,9 @@ impl Resolver {
     }
 
     fn verdict(&self, source: &Heard, target: &Heard) -> Verdict {
+        if self.decided_for(End::Destination) && target.record() == Some(Record::Running) && is_gone(source) {
+            return Verdict::settled(Settlement::RunsAtDestination);
+        }
         let word = match source {
             Heard::Silent(why) => return self.silent(why, target),
             Heard::Unreadable(why) => return Verdict::doubt(DoubtReason::SourceJournalUnreadable, why),
@@ -148,6 +151,20 @@ impl Resolver {
             }
             End::Source | End::Destination => None,
         }
+    }
+}
+
+/// The source cannot be asked, or has nothing journalled, or has found that its VMM was gone when it came back: as an administrator
+/// had stated who let the destination start the VM.
+fn is_gone(source: &Heard) -> bool {
+    match source {
+        Heard::Silent(_) => true,
+        Heard::Says(word) => match word.record {
+            Record::None => true,
+            Record::Aborted => word.failure.as_ref().is_some_and(|failure| failure.reason == "VMMExited"),
+            _ => false,
+        },
+        Heard::Unreadable(_) => false,
     }
 }
 
