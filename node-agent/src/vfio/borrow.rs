@@ -13,6 +13,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, fstat, major, minor};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
@@ -180,6 +181,13 @@ impl VmmProcess {
         let pidfd = sys::watch_readable(pidfd).map_err(failed)?;
         // A pidfd becomes readable once, when the process ends, and stays so.
         pidfd.readable().await.map(|_| ()).map_err(failed)
+    }
+
+    /// Whether the process has ended by now. One that cannot be asked about is taken to live.
+    pub fn has_exited(&self) -> bool {
+        let now = Timespec::default();
+        let mut watched = [PollFd::new(&self.pidfd, PollFlags::IN)];
+        poll(&mut watched, Some(&now)).is_ok_and(|ready| ready > 0)
     }
 }
 

@@ -55,4 +55,8 @@ impl Vmm for GoneVmm {
     }
 
     async fn exited(&self) {}
+
+    fn has_exited(&self) -> bool {
+        true
+    }
 }

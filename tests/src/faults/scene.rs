@@ -179,13 +179,18 @@ impl Scene<'_> {
             .await
     }
 
-    /// Until it has ended, or there is doubt about its end.
+    /// Until it has ended, or there is doubt about its end: where a journal was damaged, the doubt that names it.
     async fn until_decided(&mut self) -> anyhow::Result<VMMigration> {
         let api = self.cluster.migrations();
+        let names_a_file = matches!(self.cell.fault, Fault::JournalCorrupted(_));
         self.cluster
-            .until(api, self.name, "an end, or doubt", |migration: &VMMigration| {
+            .until(api, self.name, "an end, or doubt", move |migration: &VMMigration| {
                 let conditions = &migration.status.as_ref()?.conditions;
-                let doubt = has_condition(conditions, "InDoubt", "True") == Some(true);
+                let named = |message: &str| message.contains(".source") || message.contains(".destination");
+                let doubt = conditions.iter().any(|condition| {
+                    let told = condition.type_ == "InDoubt" && condition.status == "True";
+                    told && (!names_a_file || named(&condition.message))
+                });
                 let ended = ["True", "False"]
                     .iter()
                     .any(|status| has_condition(conditions, "Succeeded", status) == Some(true));

@@ -408,9 +408,10 @@ impl Shell {
 
     fn accept(&mut self, signal: Signal, machine: &Destination) -> Option<Event> {
         match signal {
+            Signal::Event(Event::CommitReceived) => Some(self.unless_twin_gone(Event::CommitReceived)),
             Signal::Event(Event::PeerSays(word)) => {
                 self.stated.clone_from(&word.stated_because);
-                Some(Event::PeerSays(word))
+                Some(self.unless_twin_gone(Event::PeerSays(word)))
             }
             Signal::Event(event) => Some(event),
             Signal::Peer(answers) => {
@@ -444,6 +445,15 @@ impl Shell {
                 let _ = answer.send(Ok(()));
                 Some(Event::AbortReceived(why))
             }
+        }
+    }
+
+    /// The source's word may be heard before the end of a twin that died before it. Then there is nothing left to start, and it is
+    /// not too late to say so: the source asks again.
+    fn unless_twin_gone(&self, event: Event) -> Event {
+        match &self.twin {
+            Some(twin) if twin.vmm.has_exited() => Event::Failed(twin_ended()),
+            _ => event,
         }
     }
 
@@ -555,8 +565,7 @@ impl Shell {
         tokio::spawn(async move {
             tokio::select! {
                 () = vmm.exited() => {
-                    let failure = Failure::new(Reason::TwinFailed, "the twin's process ended");
-                    let _ = signals.send(Signal::Event(Event::Failed(failure)));
+                    let _ = signals.send(Signal::Event(Event::Failed(twin_ended())));
                 }
                 () = signals.closed() => {}
             }
@@ -652,6 +661,10 @@ impl Shell {
         self.parts.ledger.finish(failure, ended).await;
         (end, left)
     }
+}
+
+fn twin_ended() -> Failure {
+    Failure::new(Reason::TwinFailed, "the twin's process ended")
 }
 
 fn failed(failure: &Failure) -> HandoverResponse {
