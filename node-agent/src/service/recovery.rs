@@ -389,3 +389,37 @@ async fn borrowed(
     }
     Ok((Arc::new(vmm), devices, states))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::handover::entry::tests::entry;
+
+    fn key(id: &str, role: Role) -> Key {
+        Key::new(id, role).unwrap()
+    }
+
+    #[test]
+    fn a_journal_that_is_what_its_name_says_is_understood() {
+        let content = serde_json::to_vec(&entry()).unwrap();
+        assert_eq!(understand(&key("3f", Role::Source), Ok(content)), Ok(entry()));
+    }
+
+    #[test]
+    fn a_journal_of_another_migration_or_end_or_version_is_told_by_its_file() {
+        let content = || serde_json::to_vec(&entry()).unwrap();
+        let other = understand(&key("4a", Role::Source), Ok(content())).unwrap_err();
+        assert_eq!(
+            other,
+            "the journal 4a.source is of another migration: it says 3f.source, VM demo/counter"
+        );
+        let end = understand(&key("3f", Role::Destination), Ok(content())).unwrap_err();
+        assert!(end.starts_with("the journal 3f.destination is of another migration"), "{end}");
+        let newer = understand(&key("3f", Role::Source), Ok(b"{\"quorum\": 3}".to_vec())).unwrap_err();
+        assert!(newer.starts_with("the journal 3f.source is not one of this agent's version"), "{newer}");
+        assert!(newer.contains("quorum"), "{newer}");
+        let unreadable = JournalError::InvalidId { id: "x".to_owned() };
+        let told = understand(&key("3f", Role::Source), Err(unreadable)).unwrap_err();
+        assert!(told.starts_with("the journal of this migration cannot be read: "), "{told}");
+    }
+}

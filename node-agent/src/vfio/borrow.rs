@@ -185,9 +185,7 @@ impl VmmProcess {
 
     /// Whether the process has ended by now. One that cannot be asked about is taken to live.
     pub fn has_exited(&self) -> bool {
-        let now = Timespec::default();
-        let mut watched = [PollFd::new(&self.pidfd, PollFlags::IN)];
-        poll(&mut watched, Some(&now)).is_ok_and(|ready| ready > 0)
+        has_exited(&self.pidfd)
     }
 }
 
@@ -252,9 +250,8 @@ fn parse_start_ticks(stat: &str) -> Option<u64> {
 
 /// Whether the pidfd is readable now.
 fn has_exited(pidfd: &OwnedFd) -> bool {
-    use rustix::event::{PollFd, PollFlags, poll};
     let mut fds = [PollFd::new(pidfd, PollFlags::IN)];
-    let now = rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 };
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
     poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
 }
 

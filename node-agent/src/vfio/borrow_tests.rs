@@ -98,8 +98,8 @@ fn a_process_that_has_ended_but_was_not_waited_for_is_no_process() {
     let process = VmmProcess::open(vmm.id()).unwrap();
     drop(vmm.stdin.take());
     // Blocks until it has ended, and leaves it to be waited for.
-    let mut fds = [rustix::event::PollFd::new(&process.pidfd, rustix::event::PollFlags::IN)];
-    rustix::event::poll(&mut fds, None).unwrap();
+    let mut fds = [PollFd::new(&process.pidfd, PollFlags::IN)];
+    poll(&mut fds, None).unwrap();
     let pid = vmm.id();
     assert_eq!(VmmProcess::open(pid).unwrap_err(), BorrowError::NoProcess { pid });
     vmm.wait().unwrap();
