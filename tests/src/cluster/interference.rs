@@ -1,11 +1,15 @@
 //! What may befall the product: links that are cut, disks that are full, journals that are damaged, processes that are killed.
 
+use std::time::Duration;
+
 use anyhow::{Context, ensure};
 
-use super::Cluster;
 use super::agents::{STATE_DIR, STATE_DISK};
+use super::{Cluster, SOON};
 use crate::lab::Node;
 
+/// Between two looks whether a killed process is gone.
+const DYING: Duration = Duration::from_millis(50);
 /// Behind the header and in what is said; further behind there may be nothing but space for later.
 const DAMAGED_BYTE: usize = 100;
 
@@ -113,7 +117,15 @@ impl Cluster {
     pub async fn kill_vmm(&self, node: &str) -> anyhow::Result<()> {
         let node = self.lab.node(node)?;
         let pid = only_vmm(node).await?;
-        Ok(node.kill(pid).await?)
+        node.kill(pid).await?;
+        // A process that has been killed takes a while to be gone, an emulated one longer.
+        let gone = async {
+            while vmms(node).await?.contains(&pid) {
+                tokio::time::sleep(DYING).await;
+            }
+            anyhow::Ok(())
+        };
+        tokio::time::timeout(SOON, gone).await?
     }
 
     /// The VMMs in a node, by their process ids.
