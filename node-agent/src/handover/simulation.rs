@@ -401,6 +401,8 @@ impl World {
             Effect::SendReady => return self.tell_source(source::Event::PeerReady),
             Effect::FinishLoad if fails => Event::Failed(trouble("finish load")),
             Effect::FinishLoad => Event::LoadFinished,
+            Effect::ConfirmTwin if fails => Event::Failed(trouble("confirm")),
+            Effect::ConfirmTwin => Event::TwinConfirmed,
             Effect::Record(record) if fails => Event::RecordFailed(record, trouble("record")),
             Effect::Record(record) | Effect::RecordAgain(record) => {
                 let started = self.destination_records.contains(&Record::Starting);

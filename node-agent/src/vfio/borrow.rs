@@ -182,11 +182,6 @@ impl VmmProcess {
         // A pidfd becomes readable once, when the process ends, and stays so.
         pidfd.readable().await.map(|_| ()).map_err(failed)
     }
-
-    /// Whether the process has ended by now. One that cannot be asked about is taken to live.
-    pub fn has_exited(&self) -> bool {
-        has_exited(&self.pidfd)
-    }
 }
 
 /// What a descriptor turned out to be.

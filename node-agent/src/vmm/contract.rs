@@ -302,10 +302,6 @@ impl Vmm for ContractVmm {
             pending::<()>().await;
         }
     }
-
-    fn has_exited(&self) -> bool {
-        self.process.has_exited()
-    }
 }
 
 #[cfg(test)]

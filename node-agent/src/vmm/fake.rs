@@ -263,10 +263,6 @@ impl Vmm for FakeVmm {
         // The sender lives as long as this borrow.
         let _ = exit.wait_for(|exited| *exited).await;
     }
-
-    fn has_exited(&self) -> bool {
-        *self.exit.borrow()
-    }
 }
 
 #[cfg(test)]

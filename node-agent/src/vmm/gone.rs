@@ -55,8 +55,4 @@ impl Vmm for GoneVmm {
     }
 
     async fn exited(&self) {}
-
-    fn has_exited(&self) -> bool {
-        true
-    }
 }

@@ -168,7 +168,4 @@ pub trait Vmm: Send + Sync {
 
     /// Returns when the VMM's process has ended.
     async fn exited(&self);
-
-    /// Whether it has ended by now. It may have, and nobody have been told by [`Vmm::exited`] yet.
-    fn has_exited(&self) -> bool;
 }

@@ -115,8 +115,27 @@ impl Cluster {
     /// # Errors
     /// When there is not exactly one.
     pub async fn kill_vmm(&self, node: &str) -> anyhow::Result<()> {
+        let pid = only_vmm(self.lab.node(node)?).await?;
+        self.kill_and_wait(node, pid).await
+    }
+
+    /// The same, if there is one and it does not end by itself meanwhile.
+    ///
+    /// # Errors
+    /// When there are several, or it does not die.
+    pub async fn kill_vmm_if_any(&self, node: &str) -> anyhow::Result<()> {
+        match self.vmms(node).await?.as_slice() {
+            [] => Ok(()),
+            [pid] => match self.kill_and_wait(node, *pid).await {
+                Err(_) if !self.vmms(node).await?.contains(pid) => Ok(()),
+                killed => killed,
+            },
+            several => anyhow::bail!("{} VMMs run on {node}", several.len()),
+        }
+    }
+
+    async fn kill_and_wait(&self, node: &str, pid: u32) -> anyhow::Result<()> {
         let node = self.lab.node(node)?;
-        let pid = only_vmm(node).await?;
         node.kill(pid).await?;
         // A process that has been killed takes a while to be gone, an emulated one longer.
         let gone = async {

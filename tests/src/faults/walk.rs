@@ -230,11 +230,7 @@ async fn befall(stage: &mut Stage, step: &Step, ends: Ends, name: &str) -> anyho
             sleep(step.lasts).await;
             cluster.start_operator().await?;
         }
-        Blow::Vmm(side) => {
-            if !cluster.vmms(ends.at(side)).await?.is_empty() {
-                cluster.kill_vmm(ends.at(side)).await?;
-            }
-        }
+        Blow::Vmm(side) => cluster.kill_vmm_if_any(ends.at(side)).await?,
         Blow::Link => {
             cluster.lab.cut_link(ends.destination).await?;
             sleep(step.lasts).await;

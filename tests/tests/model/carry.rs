@@ -201,7 +201,8 @@ impl World {
                 }
             }
             Effect::FinishLoad if there => Event::LoadFinished,
-            Effect::FinishLoad => Event::Failed(failure(Reason::TwinFailed)),
+            Effect::ConfirmTwin if there => Event::TwinConfirmed,
+            Effect::FinishLoad | Effect::ConfirmTwin => Event::Failed(failure(Reason::TwinFailed)),
             Effect::Record(record) | Effect::RecordAgain(record) => {
                 if self.write(Side::Destination, record, how) {
                     if record == Record::Loaded {

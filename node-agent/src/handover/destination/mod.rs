@@ -2,9 +2,11 @@
 //!
 //! ```text
 //! New ▶ Recording ▶ StartingTwin ▶ Preparing ▶ Reserved ▶ Loading ▶ Finishing ▶ Verifying ─▶ RecordingLoaded ▶ Loaded
-//!          └──────────────┴────────────┴─────────┴──────────┴───────────┘                    │      │ COMMIT
-//!                 ▼ any failure, or the source lost             ▼ a failure, or the source's word   ▼
-//!             Discarding ▶ Finished ◀──────────────────────────────────────                 RecordingStarting
+//!          └──────────────┴────────────┴─────────┴──────────┴───────────┘                    │      │      │ COMMIT
+//!                 ▼ any failure, or the source lost             ▼ a failure, or the source's word   │      ▼
+//!             Discarding ▶ Finished ◀──────────────────────────────────────────────────────────────── Confirming
+//!                                                                                                   ▼ the twin answers
+//!                                                                                             RecordingStarting
 //!                                                                                                   ▼ only forward
 //!                               Finished ◀ RecordingRunning ◀ Resuming ◀ Waking ◀ WakingP2p ◀ Starting
 //! ```
@@ -47,6 +49,8 @@ pub enum Phase {
     RecordingLoaded,
     /// LOADED has been sent. Only the source decides now.
     Loaded,
+    /// The source has committed itself; whether there is a twin to start is being asked of the twin itself.
+    Confirming,
     /// STARTING is being recorded.
     RecordingStarting,
     /// The devices' network identity is being taken over.
@@ -94,6 +98,8 @@ pub enum Event {
     AbortReceived(Failure),
     /// The source cannot be heard any more.
     PeerLost(Failure),
+    /// The twin has answered: it is there to be started.
+    TwinConfirmed,
     /// The devices carry the VM's network identity.
     IdentityActivated,
     /// The vCPUs run.
@@ -125,6 +131,8 @@ pub enum Effect {
     RecordAgain(Record),
     /// No answer; the peer may not hear it.
     SendLoaded,
+    /// Ask the twin anything at all. [`Event::TwinConfirmed`]
+    ConfirmTwin,
     /// No answer; the peer may not hear it.
     SendStarting,
     /// [`Event::IdentityActivated`]
@@ -165,6 +173,7 @@ pub struct Destination {
     resumed: bool,
     start_failures: u32,
     given_back: bool,
+    twin_confirmed: bool,
     /// The twin is being started: nothing of it can be cleared away before that has ended.
     twin_pending: bool,
     /// What had been recorded before the agent began again, and whether the twin is still there.
@@ -186,6 +195,7 @@ impl Destination {
             resumed: false,
             start_failures: 0,
             given_back: false,
+            twin_confirmed: false,
             twin_pending: false,
             recovered: None,
             failure: None,
@@ -284,6 +294,7 @@ impl Destination {
                     self.discard(failure, effects);
                 }
             }
+            Event::TwinConfirmed => self.twin_confirmed = true,
             Event::IdentityActivated => self.identity_active = true,
             Event::Resumed => self.resumed = true,
             Event::Failed(failure) => {
@@ -295,8 +306,8 @@ impl Destination {
     }
 
     fn before_loaded(&self) -> bool {
-        !matches!(self.phase, Phase::RecordingLoaded | Phase::Loaded | Phase::Discarding)
-            && !self.may_have_run()
+        let loaded = [Phase::RecordingLoaded, Phase::Loaded, Phase::Confirming, Phase::Discarding];
+        !loaded.contains(&self.phase) && !self.may_have_run()
     }
 
     fn device_failed(
@@ -336,10 +347,11 @@ impl Destination {
         }
     }
 
+    /// A twin may have died a moment ago, unnoticed so far. After STARTING that costs the VM; before it, the source still has it.
     fn commit(&mut self, effects: &mut Vec<Effect>) {
         if self.phase == Phase::Loaded {
-            self.phase = Phase::RecordingStarting;
-            effects.push(Effect::Record(Record::Starting));
+            self.enter(Phase::Confirming, effects);
+            effects.push(Effect::ConfirmTwin);
         }
     }
 
@@ -420,6 +432,10 @@ impl Destination {
             Phase::RecordingLoaded if self.recorded.contains(&Record::Loaded) => {
                 self.enter(Phase::Loaded, effects);
                 effects.push(Effect::SendLoaded);
+            }
+            Phase::Confirming if self.twin_confirmed => {
+                self.phase = Phase::RecordingStarting;
+                effects.push(Effect::Record(Record::Starting));
             }
             Phase::RecordingStarting if self.recorded.contains(&Record::Starting) => {
                 if let Some(failure) = self.failure.take() {

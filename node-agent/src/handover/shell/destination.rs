@@ -21,7 +21,7 @@ use tracing::{info, warn};
 
 use super::ledger::Ledger;
 use super::receiving::Receiver;
-use super::{VmmCall, of_twin, refused, resume, traced};
+use super::{VmmCall, confirm, of_twin, refused, resume, traced};
 use crate::handover::destination::{Destination, Effect, End, Event, Phase};
 use crate::handover::entry::{Ended, Process};
 use crate::handover::{Blob, Failure, Reason, Record, Word};
@@ -408,12 +408,12 @@ impl Shell {
 
     fn accept(&mut self, signal: Signal, machine: &Destination) -> Option<Event> {
         match signal {
-            Signal::Event(Event::CommitReceived) => Some(self.unless_twin_gone(Event::CommitReceived)),
-            Signal::Event(Event::PeerSays(word)) => {
-                self.stated.clone_from(&word.stated_because);
-                Some(self.unless_twin_gone(Event::PeerSays(word)))
+            Signal::Event(event) => {
+                if let Event::PeerSays(word) = &event {
+                    self.stated.clone_from(&word.stated_because);
+                }
+                Some(event)
             }
-            Signal::Event(event) => Some(event),
             Signal::Peer(answers) => {
                 self.answers = Some(answers);
                 Some(Event::PeerConnected)
@@ -445,15 +445,6 @@ impl Shell {
                 let _ = answer.send(Ok(()));
                 Some(Event::AbortReceived(why))
             }
-        }
-    }
-
-    /// The source's word may be heard before the end of a twin that died before it. Then there is nothing left to start, and it is
-    /// not too late to say so: the source asks again.
-    fn unless_twin_gone(&self, event: Event) -> Event {
-        match &self.twin {
-            Some(twin) if twin.vmm.has_exited() => Event::Failed(twin_ended()),
-            _ => event,
         }
     }
 
@@ -501,6 +492,7 @@ impl Shell {
             Effect::Record(record) => self.record(record, false),
             Effect::RecordAgain(record) => self.record(record, true),
             Effect::SendLoaded => self.answer(handover_response::Message::Loaded(Loaded { at: now() })),
+            Effect::ConfirmTwin => self.call(confirm, Event::TwinConfirmed),
             Effect::SendStarting => self.answer(handover_response::Message::Starting(Starting { at: now() })),
             Effect::ActivateIdentity => {
                 let (site, signals) = (Arc::clone(&self.parts.site), self.signals.clone());

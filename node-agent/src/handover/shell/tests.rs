@@ -498,6 +498,17 @@ async fn a_twin_that_dies_before_the_commit_is_rolled_back() {
 }
 
 #[tokio::test]
+async fn a_twin_that_gives_no_sign_of_life_after_the_commit_is_given_up_and_the_source_takes_the_vm_back() {
+    let mut rig = rig(|device| device).await;
+    rig.twin.fail("describe");
+    let finished = rig.migrate().await;
+    assert_eq!(finished.outcome(), Outcome::RolledBack, "{finished:?}");
+    assert!(finished.message.contains("the VMM refused describe"), "{finished:?}");
+    assert_eq!(rig.books.read(Role::Destination).record, Record::Discarded);
+    rig.assert_rolled_back().await;
+}
+
+#[tokio::test]
 async fn a_vm_whose_vmm_dies_is_lost_and_the_end_says_so() {
     let mut rig = rig(|device| device).await;
     let _never = rig.vm.hang("finish_save");
