@@ -82,9 +82,11 @@ pub struct Step {
 }
 
 /// A migration takes 1 to 3 s on the lab: most blows fall into it.
-const LATEST: Duration = Duration::from_millis(3000);
+const LATEST: Duration = Duration::from_millis(2500);
+/// What is down or slow so long is met by whoever needs it meanwhile.
+const LONGEST: Duration = Duration::from_secs(3);
 /// A cut is noticed after 7 s at most, so that some are noticed and some are not.
-const LONGEST: Duration = Duration::from_secs(10);
+const LONGEST_CUT: Duration = Duration::from_secs(10);
 
 impl Step {
     /// Draws the next.
@@ -120,7 +122,8 @@ impl Step {
             Blow::ApiServer,
         ];
         let blow = draw.one_of(&blows, Blow::Nothing);
-        Self { blow, after: draw.up_to(LATEST), lasts: draw.up_to(LONGEST) }
+        let longest = if matches!(blow, Blow::Link | Blow::CutOff) { LONGEST_CUT } else { LONGEST };
+        Self { blow, after: draw.up_to(LATEST), lasts: draw.up_to(longest) }
     }
 }
 
@@ -282,6 +285,6 @@ mod tests {
         let met = |blow: fn(&Blow) -> bool| steps.iter().any(|step| blow(&step.blow));
         assert!(met(|blow| *blow == Blow::BothAgents) && met(|blow| *blow == Blow::ApiServer));
         assert!(met(|blow| matches!(blow, Blow::DeviceError(Side::Destination, "STOP"))));
-        assert!(steps.iter().all(|step| step.after <= LATEST && step.lasts <= LONGEST));
+        assert!(steps.iter().all(|step| step.after <= LATEST && step.lasts <= LONGEST_CUT));
     }
 }
