@@ -11,6 +11,26 @@ pub enum PeerToPeer {
     AssumeIsolated,
 }
 
+/// Who issues the state changes of a VM's devices. Two drivers of one state machine would be in each other's way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Driver {
+    /// The agent: the VMM leaves its devices to it.
+    Agent,
+    /// The VMM, QEMU for one: the agent looks before anything that depends on the devices (the gate), and leads them only out of
+    /// RESUMING, which tells whether each driver takes its state (the check). Their states travel in the VMM's own stream.
+    Vmm,
+}
+
+impl Driver {
+    /// Of a VM with so many devices, how many have a stream of their own.
+    pub fn device_blobs(self, devices: usize) -> usize {
+        match self {
+            Self::Agent => devices,
+            Self::Vmm => 0,
+        }
+    }
+}
+
 /// The barrier that the devices of a VM must all have reached before any of them goes further (I2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum StopPlan {

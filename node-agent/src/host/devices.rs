@@ -21,6 +21,8 @@ use std::path::{Path, PathBuf};
 pub struct Device {
     /// PCI address, or UUID of a mediated device.
     pub name: String,
+    /// Where sysfs shows it: `/sys/bus/pci/devices/0000:3b:00.2`, `/sys/bus/mdev/devices/<UUID>`.
+    pub sysfs: PathBuf,
     /// The VFIO character device: `/dev/vfio/devices/vfio0`.
     pub cdev: PathBuf,
     /// Number of its IOMMU group, if it has one: the older way in is `/dev/vfio/<group>`.
@@ -94,8 +96,10 @@ fn read(entry: &Path) -> Result<Device, String> {
         "mdev" => link(&device.join("mdev_type"))?,
         other => format!("{other}:{driver}"),
     };
+    let name = link(&device)?;
     Ok(Device {
-        name: link(&device)?,
+        sysfs: Path::new("/sys/bus").join(bus).join("devices").join(&name),
+        name,
         cdev: Path::new("/dev/vfio/devices").join(number),
         group: link(&device.join("iommu_group")).ok().and_then(|group| group.parse().ok()),
         driver,

@@ -94,7 +94,14 @@ mod tests {
 
     fn device(cdev: &str, group: Option<u32>) -> Device {
         let (name, driver, model) = (String::new(), String::new(), String::new());
-        Device { name, cdev: PathBuf::from(cdev), group, driver, model }
+        Device {
+            sysfs: PathBuf::from("/sys/bus/pci/devices").join(&name),
+            name,
+            cdev: PathBuf::from(cdev),
+            group,
+            driver,
+            model,
+        }
     }
 
     #[test]

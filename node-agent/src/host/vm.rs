@@ -8,12 +8,26 @@
 //! }
 //! ```
 //!
+//! ```json
+//! {
+//!   "name": "web", "namespace": "demo",
+//!   "vmm": {"kind": "qemu", "socket": "qmp.sock", "devices": ["vf0"]},
+//!   "twin": {"program": "/usr/bin/qemu-system-x86_64", "args": ["-machine", "q35,accel=kvm", "-object", "iommufd,id=iommufd0",
+//!            "-device", "vfio-pci,id=vf0,sysfsdev={device.0.sysfs},iommufd=iommufd0",
+//!            "-qmp", "unix:{socket},server=on,wait=off", "-S", "-incoming", "defer"]}
+//! }
+//! ```
+//!
+//! `vmm.kind` is `contract` (`slackwater.vmm.v1`) or `qemu` (QMP, a monitor of the agent's own). `vmm.devices`, of a VM of QEMU's, are
+//! the ids of its VFIO devices, in the order in which placeholders count them.
+//!
 //! `vmm.socket` is absolute, or relative to the directory in which `vm.json` lies. In `twin.args` stand for:
 //!
 //! | placeholder | what it becomes at the destination |
 //! |---|---|
 //! | `{socket}` | absolute path of the socket on which the twin must serve |
 //! | `{device.N.cdev}` | `/dev/vfio/devices/vfioM` of the VM's device N, from 0 |
+//! | `{device.N.sysfs}` | its folder in sysfs, `/sys/bus/pci/devices/...` or `/sys/bus/mdev/devices/...` |
 //! | `{device.N.name}` | its PCI address or UUID |
 //! | `{{` and `}}` | `{` and `}` |
 //!
@@ -25,6 +39,7 @@ use std::path::{Component, Path, PathBuf};
 use serde::Deserialize;
 
 use super::devices::Device;
+use crate::handover::policy::Driver;
 
 /// The largest `vm.json`, in bytes.
 pub const VM_JSON_LIMIT_BYTES: usize = 64 << 10;
@@ -54,6 +69,9 @@ pub struct VmmEntry {
     pub kind: VmmKind,
     /// Where it speaks it: see [`VmJson::socket_in`].
     pub socket: PathBuf,
+    /// What QEMU calls the VM's VFIO devices (`id=`), in the VM's order; none for another VMM, which names them itself.
+    #[serde(default)]
+    pub devices: Vec<String>,
 }
 
 /// What a VMM speaks.
@@ -62,13 +80,24 @@ pub struct VmmEntry {
 pub enum VmmKind {
     /// `slackwater.vmm.v1`.
     Contract,
+    /// QEMU's machine protocol.
+    Qemu,
 }
 
 impl VmmKind {
+    /// Who drives the devices of its VMs.
+    pub fn driver(self) -> Driver {
+        match self {
+            Self::Contract => Driver::Agent,
+            Self::Qemu => Driver::Vmm,
+        }
+    }
+
     /// As in `vm.json`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Contract => "contract",
+            Self::Qemu => "qemu",
         }
     }
 }
@@ -113,8 +142,8 @@ pub enum VmJsonError {
     },
     /// A placeholder that means nothing.
     #[error(
-        "vm.json: field `{field}`: `{placeholder}` is no placeholder: {{socket}}, {{device.N.cdev}} and {{device.N.name}} are, \
-             and a brace itself is written twice"
+        "vm.json: field `{field}`: `{placeholder}` is no placeholder: {{socket}}, {{device.N.cdev}}, {{device.N.sysfs}} and \
+             {{device.N.name}} are, and a brace itself is written twice"
     )]
     Placeholder {
         /// Which argument.
@@ -210,7 +239,62 @@ impl VmJson {
             }
             pieces(&field, argument)?;
         }
-        Ok(())
+        match self.vmm.kind {
+            VmmKind::Contract if self.vmm.devices.is_empty() => Ok(()),
+            VmmKind::Contract => {
+                let right =
+                    "belongs to a VMM of kind qemu: one that serves the contract names its devices itself";
+                Err(value("vmm.devices", &self.vmm.devices.join(", "), right))
+            }
+            VmmKind::Qemu => self.check_qemu(),
+        }
+    }
+
+    /// A twin of QEMU's must wait for its state, and after that for the hand-over.
+    fn check_qemu(&self) -> Result<(), VmJsonError> {
+        if self.vmm.devices.is_empty() {
+            let right = "must name the ids of the VM's vfio-pci devices (`-device vfio-pci,id=...`)";
+            return Err(value("vmm.devices", &"[]", right));
+        }
+        for (index, id) in self.vmm.devices.iter().enumerate() {
+            let field = format!("vmm.devices[{index}]");
+            // What QEMU takes for an id: a letter, then letters, digits, `-`, `.` and `_` (id_wellformed() of util/id.c).
+            let mut bytes = id.bytes();
+            let plain = bytes.next().is_some_and(|byte| byte.is_ascii_alphabetic())
+                && bytes.all(|byte| byte.is_ascii_alphanumeric() || b"-._".contains(&byte));
+            if !plain {
+                return Err(value(
+                    &field,
+                    id,
+                    "must be an id of QEMU's: a letter, then letters, digits, `-`, `.` and `_`",
+                ));
+            }
+            if self.vmm.devices.iter().take(index).any(|other| other == id) {
+                return Err(value(&field, id, "is named twice"));
+            }
+        }
+        let args = &self.twin.args;
+        let has_pair = |first: &str, second: &str| {
+            args.windows(2).any(|pair| matches!(pair, [a, b] if a == first && b == second))
+        };
+        let needed: [(bool, &str); 3] = [
+            (
+                args.iter().any(|argument| argument == "-S"),
+                "`-S`: the twin must not run before the hand-over lets it",
+            ),
+            (
+                has_pair("-incoming", "defer"),
+                "`-incoming` `defer`: the agent says when, and from where, its state comes",
+            ),
+            (
+                args.iter().any(|argument| argument.contains("{socket}")),
+                "`-qmp` `unix:{socket},server=on,wait=off`: without a monitor the agent cannot reach the twin",
+            ),
+        ];
+        match needed.iter().find(|(there, _)| !there) {
+            Some((_, right)) => Err(value("twin.args", &args.join(" "), format!("must have {right}"))),
+            None => Ok(()),
+        }
     }
 
     /// The name of the VM's directory under `vms/`: namespace and name are labels, so the dot is unambiguous.
@@ -271,7 +355,9 @@ pub fn twin_arguments(vm: &VmJson, socket: &Path, devices: &[Device]) -> Result<
                     filled.push_str(&socket.ok_or_else(|| value(&field, &"{socket}", "must be UTF-8"))?);
                     continue;
                 }
-                Piece::Cdev(number, placeholder) | Piece::Name(number, placeholder) => (number, placeholder),
+                Piece::Cdev(number, placeholder)
+                | Piece::Sysfs(number, placeholder)
+                | Piece::Name(number, placeholder) => (number, placeholder),
             };
             let device = devices.get(number).ok_or_else(|| VmJsonError::NoSuchDevice {
                 field: field.clone(),
@@ -280,6 +366,7 @@ pub fn twin_arguments(vm: &VmJson, socket: &Path, devices: &[Device]) -> Result<
             })?;
             match piece {
                 Piece::Cdev(..) => filled.push_str(&device.cdev.display().to_string()),
+                Piece::Sysfs(..) => filled.push_str(&device.sysfs.display().to_string()),
                 _ => filled.push_str(&device.name),
             }
         }
@@ -294,6 +381,7 @@ enum Piece<'a> {
     Text(&'a str),
     Socket,
     Cdev(usize, &'a str),
+    Sysfs(usize, &'a str),
     Name(usize, &'a str),
 }
 
@@ -336,6 +424,7 @@ impl<'a> Piece<'a> {
         let number = number.parse().ok().filter(canonical)?;
         match what {
             "cdev" => Some(Self::Cdev(number, placeholder)),
+            "sysfs" => Some(Self::Sysfs(number, placeholder)),
             "name" => Some(Self::Name(number, placeholder)),
             _ => None,
         }

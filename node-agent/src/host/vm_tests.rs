@@ -22,6 +22,7 @@ fn error_with(pointer: &str, value: Value) -> String {
 fn device(name: &str, number: u32) -> Device {
     Device {
         name: name.to_owned(),
+        sysfs: PathBuf::from(format!("/sys/bus/mdev/devices/{name}")),
         cdev: PathBuf::from(format!("/dev/vfio/devices/vfio{number}")),
         group: None,
         driver: "mtty".to_owned(),
@@ -77,8 +78,8 @@ fn unknown_placeholders_are_named_when_the_file_is_read() {
         assert_eq!(
             error,
             format!(
-                "vm.json: field `twin.args[2]`: `{bad}` is no placeholder: {{socket}}, {{device.N.cdev}} and \
-                {{device.N.name}} are, and a brace itself is written twice"
+                "vm.json: field `twin.args[2]`: `{bad}` is no placeholder: {{socket}}, {{device.N.cdev}}, \
+                {{device.N.sysfs}} and {{device.N.name}} are, and a brace itself is written twice"
             )
         );
     }
@@ -112,9 +113,9 @@ fn every_error_names_the_field_its_value_and_what_is_right() {
         error_with("/twin/args/0", json!("a\0")),
         "vm.json: field `twin.args[0]`: `a\\0` must not contain NUL"
     );
-    let error = error_with("/vmm/kind", json!("qemu"));
+    let error = error_with("/vmm/kind", json!("xen"));
     assert!(
-        error.starts_with("vm.json: field `vmm.kind`: unknown variant `qemu`, expected `contract`"),
+        error.starts_with("vm.json: field `vmm.kind`: unknown variant `xen`, expected `contract` or `qemu`"),
         "{error}"
     );
     let error = error_with("/twin/args/1", json!(7));
@@ -124,7 +125,9 @@ fn every_error_names_the_field_its_value_and_what_is_right() {
     );
     let error = error_with("/vmm", json!({"kind": "contract", "socket": "s", "mode": 1}));
     assert!(
-        error.starts_with("vm.json: field `vmm.mode`: unknown field `mode`, expected `kind` or `socket`"),
+        error.starts_with(
+            "vm.json: field `vmm.mode`: unknown field `mode`, expected one of `kind`, `socket`, `devices`"
+        ),
         "{error}"
     );
     let error = parse("{}").unwrap_err().to_string();
@@ -134,6 +137,52 @@ fn every_error_names_the_field_its_value_and_what_is_right() {
     let error = parse(r#"{"name": "a", "name": "b"}"#).unwrap_err().to_string();
     assert!(error.contains("duplicate field `name`"), "{error}");
     assert!(parse("").unwrap_err().to_string().starts_with("vm.json: EOF while parsing"));
+}
+
+fn qemu() -> Value {
+    json!({
+        "name": "web", "namespace": "demo",
+        "vmm": {"kind": "qemu", "socket": "qmp.sock", "devices": ["vf0", "vf1"]},
+        "twin": {"program": "/bin/qemu", "args": ["-device", "vfio-pci,id=vf0,sysfsdev={device.0.sysfs}",
+            "-qmp", "unix:{socket},server=on,wait=off", "-S", "-incoming", "defer"]}
+    })
+}
+
+#[test]
+fn a_vm_of_qemus_is_given_the_folder_of_its_device_in_sysfs() {
+    let vm = parse(&qemu().to_string()).unwrap();
+    assert_eq!((vm.vmm.kind, vm.vmm.kind.driver()), (VmmKind::Qemu, Driver::Vmm));
+    let arguments = twin_arguments(&vm, Path::new("/s"), &[device("uuid-a", 4)]).unwrap();
+    assert_eq!(arguments[1], "vfio-pci,id=vf0,sysfsdev=/sys/bus/mdev/devices/uuid-a");
+}
+
+#[test]
+fn a_vm_of_qemus_that_could_not_be_handed_over_is_refused_when_its_file_is_read() {
+    let error = |change: fn(&mut Value)| {
+        let mut vm = qemu();
+        change(&mut vm);
+        parse(&vm.to_string()).unwrap_err().to_string()
+    };
+    let without = |word: &str| {
+        let mut vm = qemu();
+        vm["twin"]["args"].as_array_mut().unwrap().retain(|argument| argument != word);
+        parse(&vm.to_string()).unwrap_err().to_string()
+    };
+    assert!(without("-S").contains("must have `-S`: the twin must not run before"), "{}", without("-S"));
+    assert!(without("defer").contains("must have `-incoming` `defer`"), "{}", without("defer"));
+    let socket = without("unix:{socket},server=on,wait=off");
+    assert!(socket.contains("must have `-qmp` `unix:{socket}"), "{socket}");
+    let none = error(|vm| vm["vmm"]["devices"] = json!([]));
+    assert!(none.starts_with("vm.json: field `vmm.devices`: `[]` must name the ids"), "{none}");
+    let bad = error(|vm| vm["vmm"]["devices"] = json!(["vf0", "0vf"]));
+    assert!(bad.starts_with("vm.json: field `vmm.devices[1]`: `0vf` must be an id of QEMU's"), "{bad}");
+    let twice = error(|vm| vm["vmm"]["devices"] = json!(["vf0", "vf0"]));
+    assert_eq!(twice, "vm.json: field `vmm.devices[1]`: `vf0` is named twice");
+    let contract = error_with("/vmm", json!({"kind": "contract", "socket": "s", "devices": ["vf0"]}));
+    assert!(
+        contract.starts_with("vm.json: field `vmm.devices`: `vf0` belongs to a VMM of kind qemu"),
+        "{contract}"
+    );
 }
 
 #[test]

@@ -3,14 +3,13 @@
 use crate::handover::{Failure, Reason};
 use crate::vfio::kernel::KernelDevice;
 use crate::vfio::worker::DeviceHandle;
-use crate::vmm::contract::ContractVmm;
-use crate::vmm::{Description, VmmDevice};
+use crate::vmm::{Description, LocalVmm, VmmDevice};
 
 /// Borrows one device.
 ///
 /// # Errors
 /// In words: the VMM has no such descriptor, or its driver has no migration.
-pub(super) fn device(vmm: &ContractVmm, device: &VmmDevice) -> Result<KernelDevice, String> {
+pub(super) fn device(vmm: &dyn LocalVmm, device: &VmmDevice) -> Result<KernelDevice, String> {
     let descriptor =
         vmm.process().borrow(device.descriptor, &device.name).map_err(|error| error.to_string())?;
     KernelDevice::new(device.name.as_str(), descriptor).map_err(|error| error.to_string())
@@ -20,7 +19,7 @@ pub(super) fn device(vmm: &ContractVmm, device: &VmmDevice) -> Result<KernelDevi
 ///
 /// # Errors
 /// DeviceFailed, in words. Nothing stays borrowed then.
-pub(super) fn devices(vmm: &ContractVmm, description: &Description) -> Result<Vec<DeviceHandle>, Failure> {
+pub(super) fn devices(vmm: &dyn LocalVmm, description: &Description) -> Result<Vec<DeviceHandle>, Failure> {
     let failed = |why: String| Failure::new(Reason::DeviceFailed, why);
     let mut handles = Vec::with_capacity(description.devices.len());
     for named in &description.devices {

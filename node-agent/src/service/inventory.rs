@@ -17,8 +17,7 @@ use crate::host::vms::{KnownVm, VmEntry, VmWatch};
 use crate::vfio::device::Device as _;
 use crate::vfio::probe;
 use crate::vfio::state::Features;
-use crate::vmm::contract::ContractVmm;
-use crate::vmm::{Description, RunState, Vmm, VmmDevice, VmmError};
+use crate::vmm::{self, Description, LocalVmm, RunState, VmmDevice, VmmError};
 
 /// A device's features as its driver told them once; another driver is another device.
 type FeatureKey = (String, String);
@@ -29,7 +28,7 @@ pub struct Inventory {
     registry: Arc<Registry>,
     vms: VmWatch,
     /// Connections to VMMs, by socket, so that not every look connects anew.
-    vmms: Mutex<HashMap<PathBuf, Arc<ContractVmm>>>,
+    vmms: Mutex<HashMap<PathBuf, Arc<dyn LocalVmm>>>,
     /// Held while a free device is probed: a reservation waits for it, and the twin then finds the device closed.
     features: Mutex<HashMap<FeatureKey, Features>>,
     ended: watch::Sender<u64>,
@@ -162,7 +161,7 @@ impl Inventory {
     /// Features of a VM's device, by way of its VMM.
     async fn features_in_use(
         &self,
-        vmm: &ContractVmm,
+        vmm: &dyn LocalVmm,
         used: &VmmDevice,
         devices: &[Device],
     ) -> Result<Features, String> {
@@ -187,7 +186,7 @@ impl Inventory {
             Ok((vmm, description)) => {
                 let mut features = Vec::with_capacity(description.devices.len());
                 for device in &description.devices {
-                    let known = self.features_in_use(&vmm, device, devices).await;
+                    let known = self.features_in_use(vmm.as_ref(), device, devices).await;
                     features.push((device.name.clone(), known));
                 }
                 VmDescription {
@@ -227,7 +226,7 @@ impl Inventory {
     ///
     /// # Errors
     /// If it does not answer.
-    pub async fn vmm(self: &Arc<Self>, vm: &KnownVm) -> Result<(Arc<ContractVmm>, Description), VmmError> {
+    pub async fn vmm(self: &Arc<Self>, vm: &KnownVm) -> Result<(Arc<dyn LocalVmm>, Description), VmmError> {
         let mut vmms = self.vmms.lock().await;
         if let Some(vmm) = vmms.get(&vm.socket) {
             match vmm.describe().await {
@@ -236,7 +235,7 @@ impl Inventory {
                 Err(_) => vmms.remove(&vm.socket),
             };
         }
-        let vmm = Arc::new(ContractVmm::connect(&vm.socket, self.config.deadlines).await?);
+        let vmm = vmm::connect(&vm.json.vmm, &vm.socket, self.config.deadlines).await?;
         let description = vmm.describe().await?;
         vmms.insert(vm.socket.clone(), Arc::clone(&vmm));
         let (inventory, watched) = (Arc::downgrade(self), Arc::clone(&vmm));

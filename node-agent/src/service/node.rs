@@ -36,8 +36,7 @@ use crate::journal::{Journal, JournalError, Role};
 use crate::vfio::state::MigrationState;
 use crate::vfio::worker::DeviceHandle;
 use crate::vmm::cgroup::Cgroup;
-use crate::vmm::contract::ContractVmm;
-use crate::vmm::{Description, RunState, Vmm, twin};
+use crate::vmm::{Description, LocalVmm, RunState, Vmm, twin};
 
 /// The service.
 pub struct NodeService {
@@ -150,7 +149,7 @@ impl NodeService {
         let names = given.devices.iter().map(|pair| pair.source.as_str());
         self.registry.take(&reference.id, &vm, names).map_err(precondition)?;
         let prepared = async {
-            let devices = borrowing::devices(&vmm, &description)
+            let devices = borrowing::devices(vmm.as_ref(), &description)
                 .map_err(|failure| Status::failed_precondition(failure.message))?;
             all_running(&devices).await?;
             let features: Vec<_> = devices.iter().map(DeviceHandle::features).collect();
@@ -245,6 +244,7 @@ impl NodeService {
             &given,
             &targets.devices,
         )?;
+        let driver = site.driver();
         self.registry.take(&reference.id, &vm, names).map_err(precondition)?;
         let site: Arc<dyn Site> = Arc::new(site);
         let key = journalling::key(&reference.id, Role::Destination)?;
@@ -256,6 +256,7 @@ impl NodeService {
         let run = DestinationRun::start(DestinationParts {
             migration_id: reference.id.clone(),
             features: targets.features,
+            driver,
             site,
             silence_timeout,
             ledger,
@@ -277,7 +278,7 @@ pub(super) struct Left {
 
 /// Gives back what is left of a VM here, once it runs elsewhere.
 pub(super) fn release(
-    leaving: Arc<ContractVmm>,
+    leaving: Arc<dyn LocalVmm>,
     left: Left,
     config: &NodeConfig,
     vf_identity: Arc<dyn VfIdentity>,
@@ -290,7 +291,7 @@ pub(super) fn release(
             if let Err(error) = vf_identity.withdraw(&of).await {
                 warn!(migration = of.migration_id, %error, "an identity could not be withdrawn");
             }
-            let ended = twin::end(&leaving, left.cgroup.as_ref(), &left.directory, &left.socket, limit).await;
+            let ended = twin::end(leaving.as_ref(), left.cgroup.as_ref(), &left.directory, &left.socket, limit).await;
             if let Err(error) = ended {
                 error!(migration = of.migration_id, %error, "the VM runs elsewhere, but something of it is left here");
             }

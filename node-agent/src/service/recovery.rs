@@ -32,15 +32,15 @@ use crate::host::clock::Clock;
 use crate::host::devices::vfio_devices;
 use crate::host::identity::VfIdentity;
 use crate::host::node::kernel;
-use crate::host::{vm, vms};
+use crate::host::vm::{self, VmmEntry};
+use crate::host::vms::{self, KnownVm};
 use crate::journal::{Journal, JournalError, Key, Role};
 use crate::vfio::borrow::VmmProcess;
 use crate::vfio::state::MigrationState;
 use crate::vfio::worker::DeviceHandle;
 use crate::vmm::cgroup::Cgroup;
-use crate::vmm::contract::ContractVmm;
 use crate::vmm::gone::GoneVmm;
-use crate::vmm::{Vmm, twin};
+use crate::vmm::{self, Description, LocalVmm, Vmm, VmmError, twin};
 
 /// Attempts that have ended and are still remembered, so that a late question gets its answer.
 const REMEMBERED: usize = super::registry::REMEMBERED;
@@ -212,7 +212,7 @@ async fn source(around: &Around, key: Key, entry: Entry) -> Result<(), String> {
     let known = known.and_then(|vm| Some((vm.directory, vm.vm.ok()?)));
     let directory = vms::directory_of(&around.config.run_dir, &entry.namespace, &entry.name);
     let found = match &known {
-        Some((_, known)) => holder(&known.socket, around, entry.vmm.as_ref()).await,
+        Some((_, known)) => holder(&Way::Vm(known), around, entry.vmm.as_ref()).await,
         None => None,
     };
     let left = Left {
@@ -312,7 +312,8 @@ async fn destination(around: &Around, key: Key, entry: Entry) -> Result<(), Stri
         &devices,
     )
     .map_err(|status| status.message().to_owned())?;
-    let found = holder(&socket, around, entry.vmm.as_ref()).await;
+    let driver = site.driver();
+    let found = holder(&Way::Twin(&json.vmm, &socket), around, entry.vmm.as_ref()).await;
     let (twin, found) = match found {
         Some((vmm, devices, states)) => {
             (Some(Twin { vmm: vmm as Arc<dyn Vmm>, devices, process: entry.vmm.clone() }), states)
@@ -323,6 +324,7 @@ async fn destination(around: &Around, key: Key, entry: Entry) -> Result<(), Stri
     let run = DestinationRun::start(DestinationParts {
         migration_id: entry.migration_id.clone(),
         features: Vec::new(),
+        driver,
         site,
         silence_timeout: Duration::from_millis(request.silence_timeout_ms),
         ledger,
@@ -340,13 +342,41 @@ async fn destination(around: &Around, key: Key, entry: Entry) -> Result<(), Stri
     Ok(())
 }
 
+/// How a VMM is reached.
+enum Way<'a> {
+    /// A VM's, together with all others who look at it: a monitor has room for one.
+    Vm(&'a KnownVm),
+    /// A twin's, which nobody else knows.
+    Twin(&'a VmmEntry, &'a Path),
+}
+
+impl Way<'_> {
+    fn socket(&self) -> &Path {
+        match self {
+            Self::Vm(vm) => &vm.socket,
+            Self::Twin(_, socket) => socket,
+        }
+    }
+
+    async fn reach(&self, around: &Around) -> Result<(Arc<dyn LocalVmm>, Description), VmmError> {
+        match self {
+            Self::Vm(vm) => around.inventory.vmm(vm).await,
+            Self::Twin(entry, socket) => {
+                let vmm = vmm::connect(entry, socket, around.config.deadlines).await?;
+                let description = vmm.describe().await?;
+                Ok((vmm, description))
+            }
+        }
+    }
+}
+
 /// The VMM that was journalled, with its devices as they are read back; None if its process has ended. As long as that lives, its
 /// answer is waited for.
 async fn holder(
-    socket: &Path,
+    way: &Way<'_>,
     around: &Around,
     journalled: Option<&Process>,
-) -> Option<(Arc<ContractVmm>, Vec<DeviceHandle>, Vec<Option<MigrationState>>)> {
+) -> Option<(Arc<dyn LocalVmm>, Vec<DeviceHandle>, Vec<Option<MigrationState>>)> {
     let journalled = journalled?;
     let mut told = false;
     loop {
@@ -354,7 +384,7 @@ async fn holder(
         if !alive {
             return None;
         }
-        match borrowed(socket, around, journalled).await {
+        match borrowed(way, around, journalled).await {
             Ok(found) => return Some(found),
             Err(why) => {
                 if !std::mem::replace(&mut told, true) {
@@ -367,27 +397,25 @@ async fn holder(
 }
 
 async fn borrowed(
-    socket: &Path,
+    way: &Way<'_>,
     around: &Around,
     journalled: &Process,
-) -> Result<(Arc<ContractVmm>, Vec<DeviceHandle>, Vec<Option<MigrationState>>), String> {
-    let connected = ContractVmm::connect(socket, around.config.deadlines).await;
-    let vmm = connected.map_err(|error| error.to_string())?;
+) -> Result<(Arc<dyn LocalVmm>, Vec<DeviceHandle>, Vec<Option<MigrationState>>), String> {
+    let (vmm, description) = way.reach(around).await.map_err(|error| error.to_string())?;
     if !journalled.is(vmm.process().identity()) {
         return Err(format!(
             "{} is served by process {}, not by {}",
-            socket.display(),
+            way.socket().display(),
             vmm.pid(),
             journalled.pid
         ));
     }
-    let description = vmm.describe().await.map_err(|error| error.to_string())?;
-    let devices = borrowing::devices(&vmm, &description).map_err(|failure| failure.message)?;
+    let devices = borrowing::devices(vmm.as_ref(), &description).map_err(|failure| failure.message)?;
     let mut states = Vec::with_capacity(devices.len());
     for device in &devices {
         states.push(device.state().await.ok());
     }
-    Ok((Arc::new(vmm), devices, states))
+    Ok((vmm, devices, states))
 }
 
 #[cfg(test)]

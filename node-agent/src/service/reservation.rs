@@ -89,6 +89,7 @@ pub(super) fn site(
         cgroup_root: config.cgroup_root.clone(),
         cgroup_name: format!("{}-{}", json.directory_name(), reference.id),
         directory,
+        vmm: json.vmm.clone(),
         program: json.twin.program.clone(),
         arguments,
         socket,
@@ -112,6 +113,7 @@ mod tests {
     fn device(driver: &str, model: &str) -> Device {
         Device {
             name: "b0".to_owned(),
+            sysfs: PathBuf::from("/sys/bus/mdev/devices/b0"),
             cdev: PathBuf::from("/dev/vfio/devices/vfio0"),
             group: None,
             driver: driver.to_owned(),

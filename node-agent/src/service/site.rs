@@ -8,6 +8,7 @@ use tokio::sync::Mutex;
 use tracing::{error, warn};
 
 use super::borrowing;
+use crate::handover::policy::Driver;
 use crate::handover::shell::destination::{Site, Twin as Landed};
 use crate::handover::{Failure, Reason};
 use crate::host::identity::{IdentityOf, VfIdentity};
@@ -28,6 +29,11 @@ pub(super) struct NodeSite {
 }
 
 impl NodeSite {
+    /// Who will drive the devices of the VM that lands here.
+    pub(super) fn driver(&self) -> Driver {
+        self.plan.vmm.kind.driver()
+    }
+
     async fn prepare_and_start(&self) -> Result<Landed, Failure> {
         let failed = |reason, message: String| Failure::new(reason, format!("at the destination, {message}"));
         self.identity
@@ -51,7 +57,7 @@ impl NodeSite {
             );
             return Err(failed(Reason::TwinFailed, message));
         }
-        let devices = borrowing::devices(&vmm, &description)
+        let devices = borrowing::devices(vmm.as_ref(), &description)
             .map_err(|failure| failed(failure.reason, failure.message))?;
         for device in &devices {
             running(device).await.map_err(|error| failed(Reason::DeviceFailed, error.to_string()))?;

@@ -4,18 +4,13 @@
 //! it trusts only a socket that nobody but itself could have made: mode 0600, owned by the agent's own user, and served by a
 //! process of that user. The process is the one that SO_PEERCRED names: the one that called listen(2).
 
-use std::future::pending;
-use std::io;
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures::{Stream, StreamExt};
-use rustix::process::{Pid, PidfdFlags, Signal, geteuid, pidfd_open, pidfd_send_signal};
-use slackwater_proto::channel::{ConnectError, is_lost, open_unix, over_unix, words};
+use slackwater_proto::channel::{is_lost, open_unix, over_unix, words};
 use slackwater_proto::limits::vmm_client;
 use slackwater_proto::tonic::transport::Channel;
 use slackwater_proto::tonic::{Response, Status, async_trait};
@@ -26,9 +21,11 @@ use slackwater_proto::vmm::{
     StartLoadRequest, StartSaveRequest,
 };
 use tokio::time::timeout;
-use tracing::warn;
 
-use super::{Description, DirtyTracking, LoadStream, RunState, SaveStream, Vmm, VmmDevice, VmmError};
+use super::server::{PRIVATE, Server, trust};
+use super::{
+    Description, DirtyTracking, LoadStream, LocalVmm, RunState, SaveStream, Vmm, VmmDevice, VmmError,
+};
 use crate::vfio::borrow::VmmProcess;
 
 /// How long each call may take. Loading and the stream of a save have no deadline: RAM takes as long as the wire needs.
@@ -65,8 +62,7 @@ impl Default for Deadlines {
 #[derive(Debug)]
 pub struct ContractVmm {
     client: VmmClient<Channel>,
-    process: VmmProcess,
-    pidfd: OwnedFd,
+    server: Server,
     deadlines: Deadlines,
 }
 
@@ -77,61 +73,15 @@ impl ContractVmm {
     /// [`VmmError::Trust`] if the socket or who serves it may not be trusted, [`VmmError::Connect`] if nobody serves it,
     /// [`VmmError::Deadline`] if nobody takes the connection.
     pub async fn connect(socket: &Path, deadlines: Deadlines) -> Result<Self, VmmError> {
-        let distrust = |reason: String| VmmError::Trust { path: socket.display().to_string(), reason };
-        let user = geteuid().as_raw();
-        trust(socket, user)?;
+        trust(socket, PRIVATE)?;
         let limit = deadlines.describe;
         let stream = timeout(limit, open_unix(socket))
             .await
             .map_err(|_| VmmError::Deadline { call: "connect", limit })?
             .map_err(VmmError::Connect)?;
-        let peer =
-            stream.peer_cred().map_err(|error| distrust(format!("who serves it is not known: {error}")))?;
-        if peer.uid() != user {
-            return Err(distrust(format!("it is served by user {}, and must be by user {user}", peer.uid())));
-        }
-        let pid = peer.pid().and_then(Pid::from_raw).ok_or_else(|| {
-            distrust(
-                "its process is in another PID namespace: the agent must see the VMM's process".to_owned(),
-            )
-        })?;
-        let ended = |why: String| distrust(format!("its process {pid} cannot be held: {why}"));
-        let pidfd = pidfd_open(pid, PidfdFlags::empty())
-            .map_err(|errno| ended(io::Error::from(errno).to_string()))?;
-        let process = VmmProcess::open(pid.as_raw_nonzero().get().unsigned_abs())
-            .map_err(|error| ended(error.to_string()))?;
+        let server = Server::of(stream.peer_cred(), socket)?;
         let client = vmm_client(over_unix(stream));
-        Ok(Self { client, process, pidfd, deadlines })
-    }
-
-    /// The VMM's process: its devices are borrowed from it.
-    pub fn process(&self) -> &VmmProcess {
-        &self.process
-    }
-
-    /// Ends the VMM: asks it to quit, and kills its process if it has not ended in time. Returns when it has ended.
-    ///
-    /// # Errors
-    /// [`VmmError::Deadline`] if it is still there, killed or not.
-    pub async fn end(&self) -> Result<(), VmmError> {
-        let limit = self.deadlines.quit;
-        if let Err(error) = self.quit().await {
-            warn!(pid = self.pid(), %error, "the VMM did not quit");
-        } else if timeout(limit, self.exited()).await.is_ok() {
-            return Ok(());
-        }
-        self.kill();
-        timeout(limit, self.exited())
-            .await
-            .map_err(|_| VmmError::Deadline { call: "the end of its process", limit })
-    }
-
-    /// Kills the process, by its pidfd: never another one that has got its number.
-    fn kill(&self) {
-        // It fails only if the process has ended.
-        if let Err(error) = pidfd_send_signal(&self.pidfd, Signal::KILL) {
-            warn!(pid = self.pid(), %error, "the VMM's process was not killed");
-        }
+        Ok(Self { client, server, deadlines })
     }
 
     async fn call<T>(
@@ -146,30 +96,6 @@ impl ContractVmm {
             Err(_) => Err(VmmError::Deadline { call, limit }),
         }
     }
-}
-
-/// Lets only sockets through that nobody but `user` could have made.
-fn trust(socket: &Path, user: u32) -> Result<(), VmmError> {
-    let metadata = std::fs::symlink_metadata(socket).map_err(|error| {
-        VmmError::Connect(ConnectError::Socket {
-            path: socket.to_owned(),
-            reason: match error.kind() {
-                io::ErrorKind::NotFound => "it does not exist".to_owned(),
-                _ => error.to_string(),
-            },
-        })
-    })?;
-    let mode = metadata.permissions().mode() & 0o7777;
-    let reason = if !metadata.file_type().is_socket() {
-        "it is not a socket".to_owned()
-    } else if metadata.uid() != user {
-        format!("it belongs to user {}, and must belong to user {user}", metadata.uid())
-    } else if mode != 0o600 {
-        format!("its mode is {mode:04o}, and must be 0600")
-    } else {
-        return Ok(());
-    };
-    Err(VmmError::Trust { path: socket.display().to_string(), reason })
 }
 
 /// The VMM's own words, or that it was lost.
@@ -293,14 +219,22 @@ impl Vmm for ContractVmm {
     }
 
     fn pid(&self) -> u32 {
-        self.process.identity().pid
+        self.server.pid()
     }
 
     async fn exited(&self) {
-        if let Err(error) = self.process.exited().await {
-            warn!(pid = self.pid(), %error, "the end of the VMM's process will not be noticed");
-            pending::<()>().await;
-        }
+        self.server.exited().await;
+    }
+}
+
+#[async_trait]
+impl LocalVmm for ContractVmm {
+    fn process(&self) -> &VmmProcess {
+        self.server.process()
+    }
+
+    async fn end(&self) -> Result<(), VmmError> {
+        self.server.end(self.quit().await, self.deadlines.quit).await
     }
 }
 

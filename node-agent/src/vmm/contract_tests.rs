@@ -1,9 +1,11 @@
 use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 
 use bytes::Bytes;
 use futures::stream;
+use rustix::process::geteuid;
 use slackwater_proto::limits::vmm_server;
 use slackwater_proto::server::{bind_unix, serve_unix};
 use slackwater_proto::tonic::service::Routes;
@@ -12,6 +14,7 @@ use tempfile::TempDir;
 use tokio::sync::oneshot;
 
 use super::*;
+use crate::vmm::server::trust_for;
 use crate::vmm::stub::Stub;
 
 struct Served {
@@ -122,12 +125,12 @@ async fn only_a_socket_that_nobody_else_could_have_made_is_trusted() {
     assert_eq!(refusal(&link).await, "the VMM's socket DIR/link.sock is refused: it is not a socket");
     // Another user than the one that it belongs to.
     let me = geteuid().as_raw();
-    let error = trust(&socket, me + 1).unwrap_err().to_string();
+    let error = trust_for(&socket, PRIVATE, me + 1).unwrap_err().to_string();
     assert!(
         error.ends_with(&format!("it belongs to user {me}, and must belong to user {}", me + 1)),
         "{error}"
     );
-    assert!(trust(&socket, me).is_ok());
+    assert!(trust_for(&socket, PRIVATE, me).is_ok());
 }
 
 fn device(name: &str, descriptor: i32) -> Device {

@@ -5,12 +5,23 @@
 //! devices out of RESUMING, and, after the commit and with all devices RUNNING, [`Vmm::resume`].
 
 use std::os::fd::RawFd;
+use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures::stream::BoxStream;
 use slackwater_proto::channel::ConnectError;
 use slackwater_proto::tonic::{Code, async_trait};
+use tokio::sync::mpsc;
+
+use self::contract::{ContractVmm, Deadlines};
+use self::qemu::QemuVmm;
+use crate::handover::policy::Driver;
+use crate::host::clock::Clock;
+use crate::host::vm::{VmmEntry, VmmKind};
+use crate::vfio::borrow::VmmProcess;
+use crate::vfio::state::MigrationState;
 
 pub mod cgroup;
 pub mod contract;
@@ -18,6 +29,8 @@ pub mod contract;
 pub mod fake;
 mod file_events;
 pub mod gone;
+pub mod qemu;
+pub mod server;
 #[cfg(test)]
 mod stub;
 pub mod twin;
@@ -75,6 +88,17 @@ pub struct Description {
     pub dirty_tracking: DirtyTracking,
     /// Program and version, for logs.
     pub vmm: String,
+}
+
+/// A VMM that drives its devices has taken one to another state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceSeen {
+    /// In the VM's order.
+    pub index: usize,
+    /// The state that it says.
+    pub state: MigrationState,
+    /// When it was heard of.
+    pub at: Clock,
 }
 
 /// Why a VMM did not do what it was asked.
@@ -163,9 +187,61 @@ pub trait Vmm: Send + Sync {
     /// Ends the VMM: it answers and then exits.
     async fn quit(&self) -> Result<(), VmmError>;
 
+    /// Who issues the state changes of its devices during a migration.
+    fn driver(&self) -> Driver {
+        Driver::Agent
+    }
+
+    /// Returns when what is left to save is little enough for the blackout, after [`Vmm::start_save`]. A VMM that drives its devices
+    /// has then stopped its vCPUs and its devices, too, and waits for [`Vmm::finish_save`].
+    async fn converged(&self) -> Result<(), VmmError> {
+        Ok(())
+    }
+
+    /// Tells from now on where the VMM takes its devices, as far as it says so; None if it does not drive them. Taken once.
+    fn watch_devices(&self) -> Option<mpsc::UnboundedReceiver<DeviceSeen>> {
+        None
+    }
+
+    /// What a twin says while it loads to the VMM that saves; None if it says nothing. Taken once.
+    fn take_replies(&self) -> Option<mpsc::Receiver<Bytes>> {
+        None
+    }
+
+    /// Hands what the twin says to the VMM that saves.
+    fn reply(&self, _said: Bytes) -> Result<(), VmmError> {
+        Ok(())
+    }
+
     /// The VMM's process id in the agent's pid namespace.
     fn pid(&self) -> u32;
 
     /// Returns when the VMM's process has ended.
     async fn exited(&self);
+}
+
+/// A VMM in a process of this node, whose devices can be borrowed.
+#[async_trait]
+pub trait LocalVmm: Vmm + std::fmt::Debug {
+    /// Its process.
+    fn process(&self) -> &VmmProcess;
+
+    /// Ends the VMM: asks it to quit, and kills its process if it has not ended in time. Returns when it has ended.
+    async fn end(&self) -> Result<(), VmmError>;
+}
+
+/// Connects to the VMM that serves a VM's socket.
+///
+/// # Errors
+/// [`VmmError::Trust`] if the socket or who serves it may not be trusted, [`VmmError::Connect`] if nobody serves it,
+/// [`VmmError::Deadline`] if nobody takes the connection.
+pub async fn connect(
+    vmm: &VmmEntry,
+    socket: &Path,
+    deadlines: Deadlines,
+) -> Result<Arc<dyn LocalVmm>, VmmError> {
+    Ok(match vmm.kind {
+        VmmKind::Contract => Arc::new(ContractVmm::connect(socket, deadlines).await?),
+        VmmKind::Qemu => Arc::new(QemuVmm::connect(socket, &vmm.devices, deadlines).await?),
+    })
 }

@@ -22,10 +22,11 @@ use tokio::time::{Instant, sleep, timeout_at};
 use tracing::{info, warn};
 
 use super::cgroup::{Cgroup, CgroupError};
-use super::contract::{ContractVmm, Deadlines};
+use super::contract::Deadlines;
 use super::file_events::FileEvents;
 use super::twin_exec::TWIN_EXEC;
-use super::{Description, RunState, Vmm, VmmError};
+use super::{Description, LocalVmm, RunState, VmmError};
+use crate::host::vm::VmmEntry;
 use crate::host::vms;
 
 /// The twin's output, in its directory.
@@ -49,6 +50,8 @@ pub struct TwinPlan {
     pub cgroup_name: String,
     /// The VM's directory at this node: [`vms::directory`]. It is made, and must not hold a VM yet.
     pub directory: PathBuf,
+    /// What it will speak.
+    pub vmm: VmmEntry,
     /// Absolute; the caller has checked that it is allowed.
     pub program: PathBuf,
     /// With all placeholders filled in.
@@ -152,7 +155,7 @@ fn log_words(log: &str) -> String {
 /// A twin that has answered and waits for its state.
 #[derive(Debug)]
 pub struct Twin {
-    vmm: Arc<ContractVmm>,
+    vmm: Arc<dyn LocalVmm>,
     description: Description,
     remains: Remains,
     /// Reaped by the runtime when it has ended, even after this is gone.
@@ -169,7 +172,7 @@ struct Remains {
 
 impl Twin {
     /// Its VMM.
-    pub fn vmm(&self) -> &Arc<ContractVmm> {
+    pub fn vmm(&self) -> &Arc<dyn LocalVmm> {
         &self.vmm
     }
 
@@ -231,7 +234,7 @@ pub async fn forget(
 /// # Errors
 /// What is left, if something is.
 pub async fn end(
-    vmm: &ContractVmm,
+    vmm: &dyn LocalVmm,
     cgroup: Option<&Cgroup>,
     directory: &Path,
     socket: &Path,
@@ -312,7 +315,7 @@ async fn start_in(plan: &TwinPlan, remains: Remains) -> Result<Twin, TwinError> 
         answered = timeout_at(deadline, answered) => match answered {
             Ok(Ok((vmm, description))) => {
                 info!(pid = vmm.pid(), program = %program.display(), vmm = description.vmm, "twin started");
-                return Ok(Twin { vmm: Arc::new(vmm), description, remains, _child: child });
+                return Ok(Twin { vmm, description, remains, _child: child });
             }
             Ok(Err(error)) => error,
             Err(_) => {
@@ -361,8 +364,8 @@ enum NotYet {
     Never(TwinError),
 }
 
-async fn answer(plan: &TwinPlan, remains: &Remains) -> Result<(ContractVmm, Description), NotYet> {
-    let connected = ContractVmm::connect(&plan.socket, plan.deadlines).await;
+async fn answer(plan: &TwinPlan, remains: &Remains) -> Result<(Arc<dyn LocalVmm>, Description), NotYet> {
+    let connected = super::connect(&plan.vmm, &plan.socket, plan.deadlines).await;
     let vmm = connected.map_err(|error| match error {
         VmmError::Connect(_) if plan.socket.exists() => NotYet::Listening(error.to_string()),
         other => NotYet::There(other.to_string()),

@@ -10,6 +10,9 @@ use slackwater_proto::tonic::service::Routes;
 use tempfile::TempDir;
 
 use super::*;
+use crate::host::vm::VmmKind;
+use crate::vmm::Vmm as _;
+use crate::vmm::contract::ContractVmm;
 use crate::vmm::stub::Stub;
 use crate::vmm::twin_exec::TwinExec;
 
@@ -78,6 +81,7 @@ fn plan(run: &Path, cgroup_root: PathBuf, cgroup_name: &str, part: &[&str]) -> T
         cgroup_root,
         cgroup_name: cgroup_name.to_owned(),
         directory,
+        vmm: VmmEntry { kind: VmmKind::Contract, socket: socket.clone(), devices: Vec::new() },
         program: this,
         arguments: arguments.collect(),
         socket,

@@ -20,6 +20,7 @@ mod recovery;
 use std::collections::BTreeSet;
 
 use super::devices::{Devices, Track};
+use super::policy::Driver;
 use super::{Blob, Failure, Reason, Record, Word, blobs};
 use crate::vfio::state::{Features, MigrationState};
 
@@ -119,6 +120,9 @@ pub enum Effect {
     StartTwin,
     /// [`Event::DeviceReached`], [`Event::DeviceFailed`]
     SetState(usize, MigrationState),
+    /// Lead a device that its VMM has loaded from RESUMING to STOP: its driver says whether it takes its state.
+    /// [`Event::DeviceReached`], [`Event::DeviceFailed`]
+    Check(usize),
     /// Answer the reservation: the devices stand in RESUMING. No answer.
     ConfirmReserved,
     /// No answer.
@@ -164,6 +168,7 @@ pub enum End {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Destination {
     phase: Phase,
+    driver: Driver,
     devices: Devices,
     verified: BTreeSet<Blob>,
     recorded: BTreeSet<Record>,
@@ -186,6 +191,7 @@ impl Destination {
     pub fn new(features: &[Features]) -> Self {
         Self {
             phase: Phase::New,
+            driver: Driver::Agent,
             devices: Devices::new(features, MigrationState::Running),
             verified: BTreeSet::new(),
             recorded: BTreeSet::new(),
@@ -200,6 +206,12 @@ impl Destination {
             recovered: None,
             failure: None,
         }
+    }
+
+    /// The same, whose devices are driven by `driver`.
+    #[must_use]
+    pub fn driven_by(self, driver: Driver) -> Self {
+        Self { driver, ..self }
     }
 
     /// Where it stands.
@@ -256,7 +268,9 @@ impl Destination {
                 self.twin_answered(effects);
                 if self.phase == Phase::StartingTwin {
                     self.enter(Phase::Preparing, effects);
-                    self.order(effects, |_| Some(MigrationState::Resuming));
+                    if self.driver == Driver::Agent {
+                        self.order(effects, |_| Some(MigrationState::Resuming));
+                    }
                 }
             }
             Event::DeviceReached(index, state) => self.devices.read_back(index, state),
@@ -409,7 +423,7 @@ impl Destination {
                 self.twin_pending = true;
                 effects.push(Effect::StartTwin);
             }
-            Phase::Preparing if self.devices.all_at(|state| state == MigrationState::Resuming) => {
+            Phase::Preparing if self.prepared() => {
                 self.enter(Phase::Reserved, effects);
                 effects.push(Effect::ConfirmReserved);
             }
@@ -417,7 +431,7 @@ impl Destination {
                 self.enter(Phase::Loading, effects);
                 effects.push(Effect::SendReady);
             }
-            Phase::Loading if blobs(self.devices.len()).all(|blob| self.verified.contains(&blob)) => {
+            Phase::Loading if self.all_verified() => {
                 self.enter(Phase::Finishing, effects);
                 effects.push(Effect::FinishLoad);
             }
@@ -444,6 +458,10 @@ impl Destination {
                 }
                 self.enter(Phase::Starting, effects);
                 effects.extend([Effect::SendStarting, Effect::ActivateIdentity]);
+            }
+            Phase::Starting if self.identity_active && self.driver == Driver::Vmm => {
+                self.enter(Phase::Resuming, effects);
+                effects.push(Effect::Resume);
             }
             Phase::Starting if self.identity_active => {
                 self.enter(Phase::WakingP2p, effects);
@@ -481,8 +499,22 @@ impl Destination {
         true
     }
 
+    /// A VMM that drives its devices takes them to RESUMING when their states arrive.
+    fn prepared(&self) -> bool {
+        self.driver == Driver::Vmm || self.devices.all_at(|state| state == MigrationState::Resuming)
+    }
+
+    fn all_verified(&self) -> bool {
+        blobs(self.driver.device_blobs(self.devices.len())).all(|blob| self.verified.contains(&blob))
+    }
+
+    /// Starts a step of all devices. Those that their VMM drives are led only out of RESUMING.
     fn order(&mut self, effects: &mut Vec<Effect>, target: impl Fn(&Track) -> Option<MigrationState>) {
-        effects.extend(self.devices.order(target).into_iter().map(|(index, to)| Effect::SetState(index, to)));
+        let driver = self.driver;
+        effects.extend(self.devices.order(target).into_iter().map(|(index, to)| match driver {
+            Driver::Agent => Effect::SetState(index, to),
+            Driver::Vmm => Effect::Check(index),
+        }));
     }
 
     fn enter(&mut self, phase: Phase, effects: &mut Vec<Effect>) {

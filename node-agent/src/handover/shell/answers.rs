@@ -1,5 +1,6 @@
 //! What the destination's answers mean to the source. Pure.
 
+use bytes::Bytes;
 use slackwater_proto::node::{DeviceStateChange, Phase};
 use slackwater_proto::transfer::{Clock as WireClock, handover_response::Message};
 
@@ -38,12 +39,15 @@ pub(super) enum Answer {
     Phase(Clock, Phase, Option<Event>),
     /// Tell whoever watches.
     Device(Clock, DeviceStateChange),
+    /// Hand it to the VMM.
+    Reply(Bytes),
 }
 
 /// Reads one answer of `peer`.
 pub(super) fn understand(peer: &str, clock: PeerClock, heard: Clock, message: Message) -> Answer {
     let clock = |at| clock.ours(at, heard);
     match message {
+        Message::VmmReply(reply) => Answer::Reply(reply.data),
         Message::Ready(_) => Answer::Event(Event::PeerReady),
         Message::Loaded(loaded) => Answer::Phase(clock(loaded.at), Phase::Loaded, Some(Event::Loaded)),
         Message::Starting(starting) => Answer::Phase(clock(starting.at), Phase::Starting, None),

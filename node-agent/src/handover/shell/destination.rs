@@ -4,32 +4,34 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::Stream;
+use bytes::Bytes;
 use futures::future::BoxFuture;
+use futures::{Stream, StreamExt};
 use slackwater_proto::channel::words;
-use slackwater_proto::node::JournalState;
+use slackwater_proto::node::{DeviceStateChange, JournalState};
 use slackwater_proto::tonic::{Status, Streaming};
 use slackwater_proto::transfer::{
     self, DeviceStep, Failed, HandoverRequest, HandoverResponse, Loaded, Ready, SendBlobRequest, Started,
-    Starting, handover_request, handover_response,
+    Starting, VmmReply, handover_request, handover_response,
 };
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio_stream::wrappers::UnboundedReceiverStream;
+use tokio_stream::wrappers::{ReceiverStream, UnboundedReceiverStream};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::task_tracker::{TaskTracker, TaskTrackerToken};
 use tracing::{info, warn};
 
 use super::ledger::Ledger;
 use super::receiving::Receiver;
-use super::{VmmCall, confirm, of_twin, refused, resume, traced};
+use super::{Seen, VmmCall, confirm, look, of_twin, refused, resume, traced};
 use crate::handover::destination::{Destination, Effect, End, Event, Phase};
 use crate::handover::entry::{Ended, Process};
+use crate::handover::policy::Driver;
 use crate::handover::{Blob, Failure, Reason, Record, Word};
 use crate::host::clock::Clock;
 use crate::transfer::incoming::{self, ReceiveError};
 use crate::vfio::state::{Features, MigrationState};
 use crate::vfio::worker::DeviceHandle;
-use crate::vmm::Vmm;
+use crate::vmm::{DeviceSeen, Vmm};
 
 /// The twin when it has been started, paused.
 pub struct Twin {
@@ -59,6 +61,8 @@ pub struct DestinationParts {
     pub migration_id: String,
     /// What the drivers of the devices have advertised.
     pub features: Vec<Features>,
+    /// Who drives them.
+    pub driver: Driver,
     /// The place.
     pub site: Arc<dyn Site>,
     /// For so long the source may leave a reservation unused.
@@ -101,6 +105,10 @@ enum Signal {
     Peer(Answers),
     TwinReady(Twin),
     Step(DeviceStep),
+    /// A device that its VMM drives, as the VMM tells or as it was read back.
+    Seen(DeviceSeen),
+    /// What the twin says to the VMM at the source.
+    Reply(Bytes),
     OpenBlob(Blob, oneshot::Sender<Result<OpenBlob, Status>>),
     Release(Failure, oneshot::Sender<Result<(), MayHaveRun>>),
 }
@@ -128,6 +136,7 @@ impl DestinationRun {
             signals: signals.clone(),
             heard,
             twin: None,
+            seen: Seen::new(&[]),
             answers: None,
             steps: Vec::new(),
             opened: BTreeSet::new(),
@@ -329,6 +338,7 @@ struct Shell {
     signals: mpsc::UnboundedSender<Signal>,
     heard: mpsc::UnboundedReceiver<Signal>,
     twin: Option<Twin>,
+    seen: Seen,
     answers: Option<Answers>,
     /// Steps that the source has not been told, because it is not connected yet.
     steps: Vec<DeviceStep>,
@@ -392,7 +402,10 @@ impl Shell {
     }
 
     fn machine(&mut self) -> Destination {
-        let Some(found) = self.parts.recovered.take() else { return Destination::new(&self.parts.features) };
+        let driver = self.parts.driver;
+        let Some(found) = self.parts.recovered.take() else {
+            return Destination::new(&self.parts.features).driven_by(driver);
+        };
         let twin_there = found.twin.is_some();
         let features = found
             .twin
@@ -404,6 +417,7 @@ impl Shell {
         self.twin = found.twin;
         let features = features.unwrap_or_default();
         Destination::recover(&features, &found.found, found.record, found.failure, twin_there)
+            .driven_by(driver)
     }
 
     fn accept(&mut self, signal: Signal, machine: &Destination) -> Option<Event> {
@@ -433,6 +447,14 @@ impl Shell {
                 self.answer(handover_response::Message::DeviceStep(step));
                 None
             }
+            Signal::Seen(seen) => {
+                self.trace(seen);
+                None
+            }
+            Signal::Reply(data) => {
+                self.answer(handover_response::Message::VmmReply(VmmReply { data }));
+                None
+            }
             Signal::OpenBlob(blob, answer) => {
                 let _ = answer.send(self.open_blob(blob, machine));
                 None
@@ -445,6 +467,15 @@ impl Shell {
                 let _ = answer.send(Ok(()));
                 Some(Event::AbortReceived(why))
             }
+        }
+    }
+
+    fn trace(&mut self, seen: DeviceSeen) {
+        let device = self.twin.as_ref().and_then(|twin| twin.devices.get(seen.index));
+        if let Some(change) = device.and_then(|device| self.seen.change(device, seen)) {
+            let DeviceStateChange { device, from, to, took_ns } = change;
+            let step = DeviceStep { at: Some(seen.at.into()), device, from, to, took_ns };
+            self.answer(handover_response::Message::DeviceStep(step));
         }
     }
 
@@ -477,6 +508,7 @@ impl Shell {
             }
             Effect::StartTwin => self.start_twin(),
             Effect::SetState(index, to) => self.set_state(index, to),
+            Effect::Check(index) => self.check(index),
             Effect::ConfirmReserved => {
                 self.tell_reserved.send_replace(Some(Ok(())));
             }
@@ -504,6 +536,7 @@ impl Shell {
                     let _ = signals.send(Signal::Event(event));
                 });
             }
+            Effect::Resume if self.parts.driver == Driver::Vmm => self.resume_and_look(),
             Effect::Resume => self.call(resume, Event::Resumed),
             Effect::SendStarted => self.answer(handover_response::Message::Started(Started { at: now() })),
             Effect::SendFailed(failure) => {
@@ -552,7 +585,10 @@ impl Shell {
         });
     }
 
-    fn watch_twin(&self, twin: &Twin) {
+    fn watch_twin(&mut self, twin: &Twin) {
+        self.seen = Seen::new(&twin.devices);
+        forward(twin.vmm.watch_devices().map(UnboundedReceiverStream::new), &self.signals, Signal::Seen);
+        forward(twin.vmm.take_replies().map(ReceiverStream::new), &self.signals, Signal::Reply);
         let (vmm, signals) = (Arc::clone(&twin.vmm), self.signals.clone());
         tokio::spawn(async move {
             tokio::select! {
@@ -587,6 +623,48 @@ impl Shell {
                     let (found, failure) = refused("destination", &error);
                     Event::DeviceFailed(index, found, failure)
                 }
+            };
+            let _ = signals.send(Signal::Event(event));
+        });
+    }
+
+    /// The driver of a device that the twin has loaded says here whether it takes its state, while it is not too late. QEMU itself
+    /// would reset a device that refuses, and say that it runs.
+    fn check(&self, index: usize) {
+        let Some(device) = self.twin.as_ref().and_then(|twin| twin.devices.get(index)).cloned() else {
+            return;
+        };
+        let signals = self.signals.clone();
+        tokio::spawn(async move {
+            let event = match check(index, &device, &signals).await {
+                Ok(()) => Event::DeviceReached(index, MigrationState::Stop),
+                Err((found, failure)) => {
+                    let message = format!("at the destination, {}", failure.message);
+                    Event::DeviceFailed(index, found, Failure::new(failure.reason, message))
+                }
+            };
+            let _ = signals.send(Signal::Event(event));
+        });
+    }
+
+    /// A VMM that drives its devices wakes them before its vCPUs: where it got them is read back, for the trace. The VM runs.
+    fn resume_and_look(&self) {
+        let Some(twin) = &self.twin else { return };
+        let (vmm, devices, signals) = (Arc::clone(&twin.vmm), twin.devices.clone(), self.signals.clone());
+        tokio::spawn(async move {
+            let event = match resume(vmm.as_ref()).await {
+                Ok(()) => {
+                    for (index, device) in devices.iter().enumerate() {
+                        if let Ok(seen) = look(index, device).await {
+                            if seen.state != MigrationState::Running {
+                                warn!(device = device.name(), state = %seen.state, "the VM runs, but a device of it does not");
+                            }
+                            let _ = signals.send(Signal::Seen(seen));
+                        }
+                    }
+                    Event::Resumed
+                }
+                Err(error) => Event::Failed(of_twin(&error)),
             };
             let _ = signals.send(Signal::Event(event));
         });
@@ -653,6 +731,47 @@ impl Shell {
         self.parts.ledger.finish(failure, ended).await;
         (end, left)
     }
+}
+
+/// Passes on what the twin tells by itself.
+fn forward<T: Send + 'static>(
+    told: Option<impl Stream<Item = T> + Send + Unpin + 'static>,
+    signals: &mpsc::UnboundedSender<Signal>,
+    signal: fn(T) -> Signal,
+) {
+    let Some(mut told) = told else { return };
+    let signals = signals.clone();
+    tokio::spawn(async move {
+        while let Some(item) = told.next().await {
+            if signals.send(signal(item)).is_err() {
+                return;
+            }
+        }
+    });
+}
+
+/// From RESUMING to STOP. One that stands anywhere else was never given a state, or has been reset since.
+async fn check(
+    index: usize,
+    device: &DeviceHandle,
+    signals: &mpsc::UnboundedSender<Signal>,
+) -> Result<(), (Option<MigrationState>, Failure)> {
+    let seen = look(index, device).await.map_err(|failure| (None, failure))?;
+    let _ = signals.send(Signal::Seen(seen));
+    if seen.state != MigrationState::Resuming {
+        let message = format!(
+            "device {} was read back in {} and not in RESUMING: the twin has not loaded its state",
+            device.name(),
+            seen.state.name()
+        );
+        return Err((Some(seen.state), Failure::new(Reason::DeviceFailed, message)));
+    }
+    device
+        .set_state(MigrationState::Stop)
+        .await
+        .map_err(|error| (error.found(), Failure::new(Reason::DeviceFailed, error.to_string())))?;
+    let _ = signals.send(Signal::Seen(look(index, device).await.map_err(|failure| (None, failure))?));
+    Ok(())
 }
 
 fn twin_ended() -> Failure {

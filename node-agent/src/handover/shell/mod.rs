@@ -21,8 +21,8 @@ use super::{Failure, Reason};
 use crate::host::clock::Clock;
 use crate::vfio::error::SetStateError;
 use crate::vfio::state::MigrationState;
-use crate::vfio::worker::Reached;
-use crate::vmm::{RunState, Vmm, VmmError};
+use crate::vfio::worker::{DeviceHandle, Reached};
+use crate::vmm::{DeviceSeen, RunState, Vmm, VmmError};
 
 /// A call to a VMM that is answered by nothing but success or failure.
 type VmmCall = for<'a> fn(&'a dyn Vmm) -> BoxFuture<'a, Result<(), VmmError>>;
@@ -42,6 +42,36 @@ fn traced(device: &str, reached: &Reached) -> (Clock, DeviceStateChange) {
         took_ns: u64::try_from(reached.took.as_nanos()).unwrap_or(u64::MAX),
     };
     (at, change)
+}
+
+/// Where devices were last seen that their VMM drives: each change goes into the trace once, whether the VMM told of it or the agent
+/// read it back.
+#[derive(Debug)]
+struct Seen(Vec<MigrationState>);
+
+impl Seen {
+    fn new(devices: &[DeviceHandle]) -> Self {
+        Self(vec![MigrationState::Running; devices.len()])
+    }
+
+    /// The change, if it is one.
+    fn change(&mut self, device: &DeviceHandle, seen: DeviceSeen) -> Option<DeviceStateChange> {
+        let last = self.0.get_mut(seen.index)?;
+        let from = std::mem::replace(last, seen.state);
+        (from != seen.state).then(|| DeviceStateChange {
+            device: device.name().to_owned(),
+            from: from.number(),
+            to: seen.state.number(),
+            took_ns: 0,
+        })
+    }
+}
+
+/// Reads where a device stands that its VMM drives.
+async fn look(index: usize, device: &DeviceHandle) -> Result<DeviceSeen, Failure> {
+    let state =
+        device.state().await.map_err(|error| Failure::new(Reason::DeviceFailed, error.to_string()))?;
+    Ok(DeviceSeen { index, state, at: Clock::now() })
 }
 
 /// A call to the twin that failed: the twin's own refusal, or its end, whichever way that is heard of first.

@@ -21,15 +21,15 @@ use super::events::EventLog;
 use super::ledger::Ledger;
 use super::link::{Answers, BlobLink, Decisions, Link, Peer};
 use super::pump::{self, DevicePump};
-use super::{VmmCall, limits, phases, refused, resume, traced};
+use super::{Seen, VmmCall, limits, look, phases, refused, resume, traced};
 use crate::handover::entry::{EndEntry, Ended, Marks};
-use crate::handover::policy::StopPlan;
+use crate::handover::policy::{Driver, StopPlan};
 use crate::handover::source::{Effect, End, Event, Phase, Source};
 use crate::handover::{Blob, Failure, Reason, Record, Word};
 use crate::host::clock::Clock;
 use crate::vfio::state::{Features, MigrationState};
 use crate::vfio::worker::DeviceHandle;
-use crate::vmm::{Vmm, VmmError};
+use crate::vmm::{DeviceSeen, Vmm, VmmError};
 
 /// How often progress is told while bytes are moving.
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
@@ -173,6 +173,10 @@ impl SourceRun {
 enum Signal {
     Event(Event),
     Connected(Box<Link>),
+    /// A device that its VMM drives: the VMM has told where it took it.
+    Seen(DeviceSeen),
+    /// The same, read back.
+    Looked(DeviceSeen),
     /// A pump has drained a device's initial data, and waits for the final data.
     PreCopied(usize, Box<DevicePump>),
 }
@@ -185,6 +189,7 @@ struct Shell {
     pumps: Vec<Option<Box<DevicePump>>>,
     sent_bytes: Vec<Arc<AtomicU64>>,
     vmm_link: Option<BlobLink>,
+    seen: Seen,
     streams: CancellationToken,
     stream_tasks: TaskTracker,
     save_started: bool,
@@ -203,6 +208,7 @@ impl Shell {
     fn new(parts: SourceParts) -> Self {
         let (signals, heard) = mpsc::unbounded_channel();
         Self {
+            seen: Seen::new(&parts.devices),
             parts,
             signals,
             heard,
@@ -232,6 +238,7 @@ impl Shell {
         let mut bounded: Option<(Phase, Duration)> = None;
         let mut progress = tokio::time::interval(PROGRESS_EVERY);
         self.watch_vmm();
+        self.watch_devices();
         let mut event = Event::Start;
         loop {
             let before = machine.phase();
@@ -256,7 +263,11 @@ impl Shell {
             }
             event = loop {
                 tokio::select! {
-                    Some(signal) = self.heard.recv() => break self.accept(signal),
+                    Some(signal) = self.heard.recv() => {
+                        if let Some(event) = self.accept(signal) {
+                            break event;
+                        }
+                    }
                     () = &mut deadline, if !deadline_passed => {
                         deadline_passed = true;
                         let message = format!(
@@ -285,7 +296,8 @@ impl Shell {
     }
 
     fn machine(&mut self) -> Source {
-        match self.parts.recovered.take() {
+        let driver = self.parts.vmm.driver();
+        let machine = match self.parts.recovered.take() {
             None => {
                 self.marks.begin(Clock::now().monotonic_ns);
                 Source::new(&self.parts.features, self.parts.plan)
@@ -303,11 +315,12 @@ impl Shell {
                     found.vmm_gone,
                 )
             }
-        }
+        };
+        machine.driven_by(driver)
     }
 
-    fn accept(&mut self, signal: Signal) -> Event {
-        match signal {
+    fn accept(&mut self, signal: Signal) -> Option<Event> {
+        Some(match signal {
             Signal::Event(Event::Relayed(word)) => {
                 self.stated.clone_from(&word.stated_because);
                 Event::Relayed(word)
@@ -323,6 +336,21 @@ impl Shell {
                 }
                 Event::PreCopied(index)
             }
+            Signal::Seen(seen) => {
+                self.trace(seen);
+                return None;
+            }
+            Signal::Looked(seen) => {
+                self.trace(seen);
+                Event::DeviceReached(seen.index, seen.state)
+            }
+        })
+    }
+
+    fn trace(&mut self, seen: DeviceSeen) {
+        let device = self.parts.devices.get(seen.index);
+        if let Some(change) = device.and_then(|device| self.seen.change(device, seen)) {
+            self.parts.log.device(seen.at, change);
         }
     }
 
@@ -339,7 +367,9 @@ impl Shell {
             Effect::AskPeer => self.ask_peer(),
             Effect::Doubt(failure) => self.doubt(&failure),
             Effect::StartSave => self.start_save(),
+            Effect::Converge => self.call(|vmm| vmm.converged(), Event::Converged, Event::Failed),
             Effect::SetState(index, to) => self.set_state(index, to),
+            Effect::ReadState(index) => self.read_state(index),
             Effect::PreCopy(index) => self.pre_copy(index),
             Effect::Pause => self.call(|vmm| vmm.pause(), Event::Paused, Event::PauseFailed),
             Effect::FinishSave => self.finish_save(),
@@ -358,6 +388,7 @@ impl Shell {
             }
             Effect::CloseStreams => self.close_streams(),
             Effect::Reset(index) => self.reset(index),
+            Effect::Resume if self.parts.vmm.driver() == Driver::Vmm => self.resume_and_look(),
             Effect::Resume => self.call(resume, Event::Resumed, Event::ResumeFailed),
             Effect::Release => self.release(),
             Effect::Finish(end) => self.end = Some(end),
@@ -469,9 +500,24 @@ impl Shell {
         });
     }
 
+    fn watch_devices(&self) {
+        let Some(mut seen) = self.parts.vmm.watch_devices() else { return };
+        let signals = self.signals.clone();
+        tokio::spawn(async move {
+            while let Some(seen) = seen.recv().await {
+                if signals.send(Signal::Seen(seen)).is_err() {
+                    return;
+                }
+            }
+        });
+    }
+
+    fn device_blobs(&self) -> usize {
+        self.parts.vmm.driver().device_blobs(self.parts.features.len())
+    }
+
     fn connect(&self) {
-        let (peer, devices, signals) =
-            (self.parts.peer.clone(), self.parts.devices.len(), self.signals.clone());
+        let (peer, devices, signals) = (self.parts.peer.clone(), self.device_blobs(), self.signals.clone());
         tokio::spawn(async move {
             let signal = match peer.connect(devices).await {
                 Ok(link) => Signal::Connected(Box::new(link)),
@@ -503,6 +549,7 @@ impl Shell {
         let Answers { mut stream, peer_clock } = answers;
         let (signals, log, peer) =
             (self.signals.clone(), self.parts.log.clone(), self.parts.peer.node.clone());
+        let vmm = Arc::clone(&self.parts.vmm);
         tokio::spawn(async move {
             loop {
                 let said = tokio::select! {
@@ -521,6 +568,9 @@ impl Shell {
                                 log.peer_device(&peer, at, change);
                                 None
                             }
+                            Answer::Reply(said) => vmm.reply(said).err().map(|error| {
+                                Event::Failed(Failure::new(Reason::VmmFailed, error.to_string()))
+                            }),
                         }
                     }
                     Ok(Some(HandoverResponse { message: None })) => None,
@@ -573,6 +623,41 @@ impl Shell {
                     let (found, failure) = refused("source", &error);
                     Event::DeviceFailed(index, found, failure)
                 }
+            };
+            let _ = signals.send(Signal::Event(event));
+        });
+    }
+
+    fn read_state(&self, index: usize) {
+        let Some(device) = self.parts.devices.get(index).cloned() else { return };
+        let signals = self.signals.clone();
+        tokio::spawn(async move {
+            let signal = match look(index, &device).await {
+                Ok(seen) => Signal::Looked(seen),
+                Err(failure) => {
+                    let message = format!("at the source, {}", failure.message);
+                    Signal::Event(Event::DeviceFailed(index, None, Failure::new(failure.reason, message)))
+                }
+            };
+            let _ = signals.send(signal);
+        });
+    }
+
+    /// A VMM that drives its devices wakes them before its vCPUs: where it got them is read back.
+    fn resume_and_look(&self) {
+        let (vmm, devices, signals) =
+            (Arc::clone(&self.parts.vmm), self.parts.devices.clone(), self.signals.clone());
+        tokio::spawn(async move {
+            let event = match resume(vmm.as_ref()).await {
+                Ok(()) => {
+                    for (index, device) in devices.iter().enumerate() {
+                        if let Ok(seen) = look(index, device).await {
+                            let _ = signals.send(Signal::Looked(seen));
+                        }
+                    }
+                    Event::Resumed
+                }
+                Err(error) => Event::ResumeFailed(Failure::new(Reason::VmmFailed, error.to_string())),
             };
             let _ = signals.send(Signal::Event(event));
         });
@@ -706,7 +791,7 @@ impl Shell {
     }
 
     fn device_bytes(&self) -> Vec<u64> {
-        let devices = self.parts.features.len();
+        let devices = self.device_blobs();
         self.sent_bytes.iter().take(devices).map(|bytes| bytes.load(Ordering::Relaxed)).collect()
     }
 

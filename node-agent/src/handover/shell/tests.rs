@@ -24,7 +24,7 @@ use super::source::{PastTheCommit, SourceParts, SourceRun};
 use crate::handover::destination::End;
 use crate::handover::entry::Entry;
 use crate::handover::entry::tests::entry;
-use crate::handover::policy::{PeerToPeer, stop_plan};
+use crate::handover::policy::{Driver, PeerToPeer, stop_plan};
 use crate::handover::{Failure, Record};
 use crate::journal::{Journal, Key, Role};
 use crate::service::registry::{Part, Registry};
@@ -182,6 +182,7 @@ async fn rig_with(
     let destination = DestinationRun::start(DestinationParts {
         migration_id: "m".to_owned(),
         features: features.to_vec(),
+        driver: Driver::Agent,
         site: destination_site,
         silence_timeout: LONG,
         ledger: books.ledger(Role::Destination),
@@ -566,6 +567,7 @@ async fn a_reservation_that_nobody_uses_is_given_back() {
     let run = DestinationRun::start(DestinationParts {
         migration_id: "m".to_owned(),
         features: vec![Features::ALL],
+        driver: Driver::Agent,
         site: Arc::<FakeSite>::clone(&site),
         silence_timeout: Duration::from_millis(50),
         ledger: books.ledger(Role::Destination),

@@ -19,7 +19,7 @@ mod rollback;
 use std::collections::BTreeSet;
 
 use super::devices::{Devices, Track};
-use super::policy::StopPlan;
+use super::policy::{Driver, StopPlan};
 use super::{Blob, Failure, Reason, Record, Word, blobs};
 use crate::vfio::state::{Features, MigrationState};
 
@@ -73,6 +73,8 @@ pub enum Event {
     PeerReady,
     /// The VMM has begun a save.
     SaveStarted,
+    /// What is left to send is little enough for the blackout.
+    Converged,
     /// A device has been read back where it was told to go, or has been reset to RUNNING.
     DeviceReached(usize, MigrationState),
     /// A device did not get where it was told to go; where it was found, if it could be read.
@@ -133,6 +135,10 @@ pub enum Effect {
     Doubt(Failure),
     /// [`Event::SaveStarted`]
     StartSave,
+    /// Wait until a VMM that drives its devices is ready for the blackout. [`Event::Converged`]
+    Converge,
+    /// Read where a device stands that its VMM drives. [`Event::DeviceReached`], [`Event::DeviceFailed`]
+    ReadState(usize),
     /// [`Event::DeviceReached`], [`Event::DeviceFailed`]
     SetState(usize, MigrationState),
     /// Read and send initial data until none is left. [`Event::PreCopied`]
@@ -184,10 +190,13 @@ enum Vcpus {
 pub struct Source {
     phase: Phase,
     plan: StopPlan,
+    driver: Driver,
     devices: Devices,
     vcpus: Vcpus,
     peer_ready: bool,
     save_started: bool,
+    converging: bool,
+    converged: bool,
     pre_copied: BTreeSet<usize>,
     sent: BTreeSet<Blob>,
     loaded: bool,
@@ -209,10 +218,13 @@ impl Source {
         Self {
             phase: Phase::New,
             plan,
+            driver: Driver::Agent,
             devices: Devices::new(features, MigrationState::Running),
             vcpus: Vcpus::Running,
             peer_ready: false,
             save_started: false,
+            converging: false,
+            converged: false,
             pre_copied: BTreeSet::new(),
             sent: BTreeSet::new(),
             loaded: false,
@@ -226,6 +238,12 @@ impl Source {
             recovered: None,
             failure: None,
         }
+    }
+
+    /// The same, whose devices are driven by `driver`.
+    #[must_use]
+    pub fn driven_by(self, driver: Driver) -> Self {
+        Self { driver, ..self }
     }
 
     /// Where it stands.
@@ -269,10 +287,14 @@ impl Source {
             Event::Start => {}
             Event::PeerReady => self.peer_ready = true,
             Event::SaveStarted => self.save_started = true,
+            Event::Converged => self.converged = true,
             Event::DeviceReached(index, state) => {
                 self.devices.read_back(index, state);
                 if self.phase == Phase::PreCopying && state == MigrationState::PreCopy {
                     effects.push(Effect::PreCopy(index));
+                }
+                if self.phase == Phase::Stopping && !stopped(self.driver, state) {
+                    self.fail(not_at_slack_water(index, state), effects);
                 }
             }
             Event::DeviceFailed(index, found, failure) => self.device_failed(index, found, failure, effects),
@@ -493,10 +515,14 @@ impl Source {
                 self.touched = true;
                 self.enter(Phase::PreCopying, effects);
                 effects.push(Effect::StartSave);
-                let uses = self.plan != StopPlan::StopFirst;
+                let uses = self.plan != StopPlan::StopFirst && self.driver == Driver::Agent;
                 self.order(effects, |track| {
                     (uses && track.features.pre_copy).then_some(MigrationState::PreCopy)
                 });
+            }
+            Phase::PreCopying if self.save_started && self.driver == Driver::Vmm && !self.converging => {
+                self.converging = true;
+                effects.push(Effect::Converge);
             }
             Phase::PreCopying if self.save_started && self.devices.settled() && self.all_pre_copied() => {
                 self.vcpus = Vcpus::Pausing;
@@ -506,16 +532,18 @@ impl Source {
             Phase::Pausing if self.vcpus == Vcpus::Paused => {
                 self.enter(Phase::Quiescing, effects);
                 let plan = self.plan;
-                self.order(effects, |track| barrier_state(plan, track));
+                if self.driver == Driver::Agent {
+                    self.order(effects, |track| barrier_state(plan, track));
+                }
             }
-            Phase::Quiescing if self.devices.all_at(|state| at_barrier(self.plan, state)) => {
+            Phase::Quiescing if self.quiesced() => {
                 self.enter(Phase::Stopping, effects);
                 self.order(effects, |_| Some(MigrationState::StopCopy));
             }
-            Phase::Stopping if self.devices.all_at(|state| state == MigrationState::StopCopy) => {
+            Phase::Stopping if self.devices.all_at(|state| stopped(self.driver, state)) => {
                 self.enter(Phase::Capturing, effects);
                 effects.push(Effect::FinishSave);
-                effects.extend((0..self.devices.len()).map(Effect::Capture));
+                effects.extend((0..self.device_blobs()).map(Effect::Capture));
             }
             Phase::Capturing if self.loaded && self.all_sent() => {
                 self.phase = Phase::Committing;
@@ -541,17 +569,35 @@ impl Source {
     }
 
     fn all_pre_copied(&self) -> bool {
-        self.devices
-            .iter()
-            .all(|(index, track)| track.at != MigrationState::PreCopy || self.pre_copied.contains(&index))
+        let device = |(index, track): (usize, &Track)| {
+            track.at != MigrationState::PreCopy || self.pre_copied.contains(&index)
+        };
+        match self.driver {
+            Driver::Agent => self.devices.iter().all(device),
+            Driver::Vmm => self.converged,
+        }
+    }
+
+    /// A VMM that drives its devices has quiesced them before it says that it is ready.
+    fn quiesced(&self) -> bool {
+        self.driver == Driver::Vmm || self.devices.all_at(|state| at_barrier(self.plan, state))
+    }
+
+    fn device_blobs(&self) -> usize {
+        self.driver.device_blobs(self.devices.len())
     }
 
     fn all_sent(&self) -> bool {
-        blobs(self.devices.len()).all(|blob| self.sent.contains(&blob))
+        blobs(self.device_blobs()).all(|blob| self.sent.contains(&blob))
     }
 
+    /// Starts a step of all devices. One that its VMM drives is only looked at: it should be there, or be on its way by itself.
     fn order(&mut self, effects: &mut Vec<Effect>, target: impl Fn(&Track) -> Option<MigrationState>) {
-        effects.extend(self.devices.order(target).into_iter().map(|(index, to)| Effect::SetState(index, to)));
+        let driver = self.driver;
+        effects.extend(self.devices.order(target).into_iter().map(|(index, to)| match driver {
+            Driver::Agent => Effect::SetState(index, to),
+            Driver::Vmm => Effect::ReadState(index),
+        }));
     }
 
     fn enter(&mut self, phase: Phase, effects: &mut Vec<Effect>) {
@@ -563,6 +609,21 @@ impl Source {
         self.phase = Phase::Finished;
         effects.push(Effect::Finish(end));
     }
+}
+
+/// The gate: nothing of the VM is captured.
+fn not_at_slack_water(index: usize, state: MigrationState) -> Failure {
+    let message = format!(
+        "at the source, the VM's device {index} was read back in {} when all of them should have been stopped, so nothing was \
+         captured",
+        state.name()
+    );
+    Failure::new(Reason::DeviceFailed, message)
+}
+
+/// Whether a device is at slack water. QEMU leaves a device without pre-copy in STOP until it reads its state.
+fn stopped(driver: Driver, state: MigrationState) -> bool {
+    state == MigrationState::StopCopy || (driver == Driver::Vmm && state == MigrationState::Stop)
 }
 
 /// Where a device waits for the others before any of them gives up its state.

@@ -1,6 +1,7 @@
 //! The way back: from whatever has been done so far to a VM that runs here with all its devices.
 
 use super::{Effect, End, Phase, Source, Vcpus};
+use crate::handover::policy::Driver;
 use crate::handover::{Failure, Reason, Record};
 use crate::vfio::state::MigrationState;
 
@@ -43,9 +44,7 @@ impl Source {
             }
             Phase::Waking if self.devices.all_at(|state| state == MigrationState::Running) => {
                 if self.touched {
-                    // Asked even if they were never paused: a VMM that has died since is not known of yet.
-                    self.phase = Phase::Resuming;
-                    effects.push(Effect::Resume);
+                    self.resume(effects);
                 } else {
                     self.finish_rollback(effects);
                 }
@@ -55,11 +54,22 @@ impl Source {
         true
     }
 
+    /// Asked even if the vCPUs were never paused: a VMM that has died since is not known of yet. One that drives its devices wakes
+    /// them first.
+    fn resume(&mut self, effects: &mut Vec<Effect>) {
+        self.phase = Phase::Resuming;
+        effects.push(Effect::Resume);
+    }
+
     fn begin_rollback(&mut self, effects: &mut Vec<Effect>) -> bool {
         if self.vmm_gone {
             let failure = self.take_failure();
             self.finish(End::Lost(failure), effects);
             return false;
+        }
+        if self.driver == Driver::Vmm {
+            self.resume(effects);
+            return true;
         }
         self.phase = Phase::LeavingCapture;
         self.order(effects, |track| (track.at == MigrationState::StopCopy).then_some(MigrationState::Stop));
@@ -87,6 +97,14 @@ impl Source {
                 self.reset
             ));
         }
+        if self.driver == Driver::Vmm {
+            let astray = self.devices.iter().filter(|(_, track)| track.at != MigrationState::Running);
+            for (index, track) in astray {
+                let told =
+                    format!("; the VM runs, but its device {index} was read back in {}", track.at.name());
+                failure.message.push_str(&told);
+            }
+        }
         self.finish(if self.touched { End::RolledBack(failure) } else { End::Refused(failure) }, effects);
     }
 
@@ -96,10 +114,12 @@ impl Source {
             self.finish(End::Lost(vmm_exited()), effects);
             return;
         }
-        let message = format!(
-            "{}; and the rollback did not come through, so the VM stays paused here: {}",
-            first.message, why.message
-        );
+        let end = match self.driver {
+            Driver::Agent => "so the VM stays paused here",
+            Driver::Vmm => "and whether its VMM has taken the VM back by itself is not known",
+        };
+        let message =
+            format!("{}; and the rollback did not come through, {end}: {}", first.message, why.message);
         self.finish(End::Lost(Failure::new(Reason::RollbackFailed, message)), effects);
     }
 

@@ -1,0 +1,114 @@
+//! The socket by which a migration's stream leaves or enters QEMU, in both directions.
+
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use bytes::{BufMut, Bytes, BytesMut};
+use futures::{StreamExt, stream};
+use slackwater_proto::tonic::Code;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::unix::OwnedReadHalf;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::mpsc;
+
+use super::super::{LoadStream, SaveStream, VmmError};
+
+/// Its name, beside the monitor.
+pub(super) const SOCKET: &str = "migrate.sock";
+/// Pieces of what a twin says that wait for whoever takes them. It says a few dozen bytes in all.
+pub(super) const REPLIES: usize = 64;
+
+/// A piece of a save, at most.
+const PIECE_BYTES: usize = 1 << 20;
+/// A piece of what a twin says, at most.
+const REPLY_BYTES: usize = 64 << 10;
+
+/// A save on its way.
+pub(super) struct Carried {
+    /// What QEMU gives.
+    pub(super) pieces: SaveStream,
+    /// What the twin says goes here. The socket stays open until this and the pieces are dropped.
+    pub(super) replies: mpsc::Sender<Bytes>,
+}
+
+/// A socket for QEMU to connect to, for this user alone.
+pub(super) fn listen(path: &Path) -> io::Result<UnixListener> {
+    remove(path);
+    let listener = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+/// Connects to where QEMU listens. It listens before it answers.
+pub(super) async fn connect(path: &Path) -> io::Result<UnixStream> {
+    UnixStream::connect(path).await
+}
+
+/// What is not there is no error.
+pub(super) fn remove(path: &Path) {
+    let _ = std::fs::remove_file(path);
+}
+
+/// Reads what QEMU gives, and writes what the twin says.
+pub(super) fn save(stream: UnixStream) -> Carried {
+    let (from, mut to) = stream.into_split();
+    let (replies, mut said) = mpsc::channel::<Bytes>(REPLIES);
+    tokio::spawn(async move {
+        while let Some(said) = said.recv().await {
+            // QEMU has ended its migration, and says so itself.
+            if to.write_all(&said).await.is_err() {
+                return;
+            }
+        }
+    });
+    let read = |(mut from, mut buffer): (OwnedReadHalf, BytesMut)| async move {
+        buffer.reserve(PIECE_BYTES);
+        match from.read_buf(&mut (&mut buffer).limit(PIECE_BYTES)).await {
+            Ok(0) => None,
+            Ok(_) => {
+                let piece = buffer.split().freeze();
+                Some((Ok(piece), (from, buffer)))
+            }
+            Err(error) => Some((Err(failed("start_save", &error)), (from, buffer))),
+        }
+    };
+    Carried { pieces: stream::unfold((from, BytesMut::new()), read).boxed(), replies }
+}
+
+/// Writes a state to QEMU, and passes on what QEMU says meanwhile and afterwards, until it closes the socket.
+///
+/// # Errors
+/// When QEMU does not take it all.
+pub(super) async fn load(
+    stream: UnixStream,
+    mut state: LoadStream,
+    replies: mpsc::Sender<Bytes>,
+) -> io::Result<()> {
+    let (mut from, mut to) = stream.into_split();
+    let answering = tokio::spawn(async move {
+        let mut buffer = BytesMut::with_capacity(REPLY_BYTES);
+        while let Ok(read) = from.read_buf(&mut buffer).await {
+            if read == 0 || replies.send(buffer.split().freeze()).await.is_err() {
+                return;
+            }
+            buffer.reserve(REPLY_BYTES);
+        }
+    });
+    while let Some(piece) = state.next().await {
+        if let Err(error) = to.write_all(&piece).await {
+            answering.abort();
+            return Err(error);
+        }
+    }
+    // What QEMU still says is read until it has closed; this end is closed then, too, and not before.
+    tokio::spawn(async move {
+        let _ = answering.await;
+        drop(to);
+    });
+    Ok(())
+}
+
+pub(super) fn failed(call: &'static str, error: &io::Error) -> VmmError {
+    VmmError::Refused { call, code: Code::Unavailable, message: format!("the migration's socket: {error}") }
+}

@@ -1,0 +1,175 @@
+//! A VM's VFIO devices in QEMU's process: which descriptor is which device.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::super::{VmmDevice, VmmError};
+use super::qmp::commands::QomGet;
+use super::qmp::{QmpClient, VfioState};
+use crate::host::devices::vfio_devices;
+use crate::vfio::state::MigrationState;
+
+/// What a VFIO device that came by a group reads like in /proc. They cannot be told apart.
+const GROUP_DEVICE: &str = "anon_inode:[vfio-device]";
+
+/// The devices with these ids, in this order, and the descriptors by which QEMU holds them.
+pub(super) async fn of(qmp: &QmpClient, pid: u32, ids: &[String]) -> Result<Vec<VmmDevice>, VmmError> {
+    let mut named = Vec::with_capacity(ids.len());
+    for id in ids {
+        named.push((id.clone(), name(qmp, id).await?));
+    }
+    let open = tokio::task::spawn_blocking(move || open_devices(pid)).await;
+    let open = open.map_err(|error| wrong(error.to_string()))?.map_err(wrong)?;
+    assign(&named, open).map_err(wrong)
+}
+
+fn wrong(reason: String) -> VmmError {
+    VmmError::Answer { call: "describe", reason }
+}
+
+/// The device's name on the host: by `sysfsdev` or `host`, whichever QEMU was given. None if it was given a descriptor.
+async fn name(qmp: &QmpClient, id: &str) -> Result<Option<String>, VmmError> {
+    for property in ["sysfsdev", "host"] {
+        let path = format!("/machine/peripheral/{id}");
+        let asked = qmp.execute(QomGet { path, property: property.to_owned() }).await;
+        let value = asked.map_err(|error| match error {
+            super::QmpError::Refused { class, desc, .. } => {
+                wrong(format!("vmm.devices names `{id}`, and QEMU has no such VFIO device ({class}: {desc})"))
+            }
+            other => super::of_qmp("describe", other),
+        })?;
+        let value = value.as_str().unwrap_or_default();
+        let last = Path::new(value).file_name().and_then(|last| last.to_str()).unwrap_or_default();
+        // What `host` says when it was not given.
+        if !last.is_empty() && last != "ffffffff:ffffffff:ffffffff.ffffffff" && !last.starts_with("ffff") {
+            return Ok(Some(last.to_owned()));
+        }
+    }
+    Ok(None)
+}
+
+/// The VFIO devices that a process has open.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Open {
+    /// Character devices, by the device's name.
+    named: BTreeMap<String, i32>,
+    /// Those that came by a group.
+    nameless: Vec<i32>,
+}
+
+fn open_devices(pid: u32) -> Result<Open, String> {
+    let folder = PathBuf::from(format!("/proc/{pid}/fd"));
+    let unreadable = |error: std::io::Error| format!("{}: {error}", folder.display());
+    let mut links = Vec::new();
+    for entry in fs::read_dir(&folder).map_err(unreadable)? {
+        let entry = entry.map_err(unreadable)?;
+        // It may be closed by now.
+        let Ok(target) = fs::read_link(entry.path()) else { continue };
+        let Some(number) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        links.push((number, target));
+    }
+    links.sort();
+    let devices = vfio_devices(Path::new("/sys")).map_err(|error| error.to_string())?.devices;
+    let cdev =
+        |target: &Path| devices.iter().find(|device| device.cdev == target).map(|device| device.name.clone());
+    Ok(sort(&links, cdev))
+}
+
+fn sort(links: &[(i32, PathBuf)], device_of: impl Fn(&Path) -> Option<String>) -> Open {
+    let mut open = Open::default();
+    for (number, target) in links {
+        if target.as_os_str() == GROUP_DEVICE {
+            open.nameless.push(*number);
+        } else if let Some(name) = device_of(target) {
+            open.named.insert(name, *number);
+        }
+    }
+    open
+}
+
+/// A device that came by a group gets any of those: only all of them together mean something. One that QEMU was given by its
+/// descriptor gets what nobody else has, in the order in which QEMU opened them.
+fn assign(wanted: &[(String, Option<String>)], mut open: Open) -> Result<Vec<VmmDevice>, String> {
+    let known: Vec<&str> = wanted.iter().filter_map(|(_, name)| name.as_deref()).collect();
+    let mut unclaimed: Vec<(i32, String)> = open
+        .named
+        .iter()
+        .filter(|(name, _)| !known.contains(&name.as_str()))
+        .map(|(name, number)| (*number, name.clone()))
+        .collect();
+    unclaimed.sort();
+    let mut unclaimed = unclaimed.into_iter();
+    open.nameless.reverse();
+    let mut devices = Vec::with_capacity(wanted.len());
+    for (id, name) in wanted {
+        let found = match name {
+            Some(name) => open
+                .named
+                .get(name)
+                .copied()
+                .or_else(|| open.nameless.pop())
+                .map(|descriptor| (descriptor, name.clone())),
+            None => unclaimed.next(),
+        };
+        let (descriptor, name) = found.ok_or_else(|| {
+            let what = name.as_deref().unwrap_or("a device that it was given by its descriptor");
+            format!("QEMU has the device `{id}`, {what}, but its process has no VFIO descriptor for it")
+        })?;
+        devices.push(VmmDevice { name, descriptor, guest_address: id.clone() });
+    }
+    Ok(devices)
+}
+
+/// The kernel's state that QEMU names.
+pub(super) fn state(told: &VfioState) -> Option<MigrationState> {
+    Some(match told {
+        VfioState::Stop => MigrationState::Stop,
+        VfioState::Running => MigrationState::Running,
+        VfioState::StopCopy => MigrationState::StopCopy,
+        VfioState::Resuming => MigrationState::Resuming,
+        VfioState::RunningP2p => MigrationState::RunningP2p,
+        VfioState::PreCopy => MigrationState::PreCopy,
+        VfioState::PreCopyP2p => MigrationState::PreCopyP2p,
+        VfioState::Other(_) => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wanted(names: &[Option<&str>]) -> Vec<(String, Option<String>)> {
+        names.iter().enumerate().map(|(n, name)| (format!("v{n}"), name.map(str::to_owned))).collect()
+    }
+
+    fn numbers(devices: Vec<VmmDevice>) -> Vec<(String, i32)> {
+        devices.into_iter().map(|device| (device.name, device.descriptor)).collect()
+    }
+
+    #[test]
+    fn links_are_told_apart_by_what_they_lead_to() {
+        let links = [(3, "/dev/kvm"), (7, "/dev/vfio/devices/vfio1"), (9, GROUP_DEVICE), (4, "socket:[1]")];
+        let links = links.map(|(number, target)| (number, PathBuf::from(target)));
+        let open = sort(&links, |path| path.ends_with("vfio1").then(|| "uuid-b".to_owned()));
+        assert_eq!(open, Open { named: [("uuid-b".to_owned(), 7)].into(), nameless: vec![9] });
+    }
+
+    #[test]
+    fn each_device_gets_its_own_descriptor_or_one_that_came_by_a_group() {
+        let open =
+            || Open { named: [("a".to_owned(), 7), ("b".to_owned(), 6)].into(), nameless: vec![9, 10] };
+        let found = assign(&wanted(&[Some("b"), Some("a")]), open()).unwrap();
+        assert_eq!(numbers(found), [("b".to_owned(), 6), ("a".to_owned(), 7)]);
+        let found = assign(&wanted(&[Some("c"), Some("d")]), open()).unwrap();
+        assert_eq!(numbers(found), [("c".to_owned(), 9), ("d".to_owned(), 10)]);
+        let found = assign(&wanted(&[None, None]), open()).unwrap();
+        assert_eq!(numbers(found), [("b".to_owned(), 6), ("a".to_owned(), 7)]);
+    }
+
+    #[test]
+    fn a_device_without_a_descriptor_is_named() {
+        let error = assign(&wanted(&[Some("a")]), Open::default()).unwrap_err();
+        assert_eq!(error, "QEMU has the device `v0`, a, but its process has no VFIO descriptor for it");
+    }
+}

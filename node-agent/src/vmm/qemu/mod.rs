@@ -1,0 +1,406 @@
+//! The driver of QEMU, over a QMP socket of the agent's own.
+//!
+//! QEMU drives its own devices. The agent begins and ends each step of QEMU's migration, looks at the devices between them, and
+//! carries QEMU's stream to the twin, both ways:
+//!
+//! ```text
+//! source's QEMU ──migrate unix:migrate.sock──▶ agent ═══ blob ═══▶ agent ──▶ migrate-incoming unix:migrate.sock ── twin's QEMU
+//!               ◀──────────────────────────── agent ◀══ replies ══ agent ◀──
+//!
+//! start_save    capabilities, parameters, migrate           start_load    capabilities, migrate-incoming, the bytes
+//! converged     status pre-switchover: VM and devices stand
+//! (the gate: the agent reads each device: STOP_COPY or STOP)
+//! finish_save   migrate-continue, status completed          finish_load   status completed, the VM paused (-S)
+//!                                                           (the check: the agent leads each device RESUMING -> STOP)
+//! abort_save    migrate_cancel                              resume        cont
+//! ```
+//!
+//! With `return-path` the source's QEMU is `completed` only when the twin's has said that it has loaded everything.
+
+mod carry;
+mod devices;
+pub mod qmp;
+
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use slackwater_proto::channel::ConnectError;
+use slackwater_proto::tonic::{Code, async_trait};
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+use tracing::info;
+
+use self::carry::{Carried, REPLIES};
+use self::qmp::commands::{
+    Cont, Migrate, MigrateCancel, MigrateContinue, MigrateSetCapabilities, MigrateSetParameters,
+    MigrationCapability, MigrationInfo, QueryMigrate, QueryMigrateCapabilities, QueryStatus, Quit, Stop,
+};
+use self::qmp::{EventKind, MigrationStatus, Notice, QmpClient, QmpError, RunState as QemuState};
+use super::contract::Deadlines;
+use super::server::{Server, trust};
+use super::{
+    Description, DeviceSeen, DirtyTracking, LoadStream, LocalVmm, RunState, SaveStream, Vmm, VmmError,
+};
+use crate::handover::policy::Driver;
+use crate::host::clock::Clock;
+use crate::vfio::borrow::VmmProcess;
+
+/// QEMU makes its socket by its umask: any mode will do that is closed to everybody else.
+const OWNERS_ONLY: u32 = 0o700;
+
+/// Switched on where QEMU knows them: its events, the stop before the final state that the gate needs, the twin's word on whether
+/// it has loaded its devices, and, at the twin, no lock on a disk before it runs.
+const ON: [&str; 5] =
+    ["events", "pause-before-switchover", "return-path", "switchover-ack", "late-block-activate"];
+/// Without these there is no gate, and no safe hand-over.
+const NEEDED: [&str; 2] = ["pause-before-switchover", "return-path"];
+/// Switched off where QEMU knows them: the state then does not come in one stream, or the source cannot take the VM back.
+const OFF: [&str; 5] = ["multifd", "postcopy-ram", "release-ram", "x-colo", "background-snapshot"];
+
+/// The blackout that QEMU aims for, and what it may assume of the wire for that.
+const DOWNTIME_LIMIT: Duration = Duration::from_millis(300);
+const BANDWIDTH_BYTES_PER_SECOND: u64 = 1 << 30;
+
+/// How long a state that QEMU has promised may take to be told.
+const SETTLING: Duration = Duration::from_secs(10);
+
+/// A VM of QEMU's, or a twin.
+#[derive(Debug)]
+pub struct QemuVmm {
+    qmp: QmpClient,
+    server: Server,
+    /// Of its devices, in the VM's order.
+    ids: Vec<String>,
+    /// Where its migration's stream goes by.
+    carrier: PathBuf,
+    deadlines: Deadlines,
+    /// What the twin says goes to the VMM that saves by this.
+    to_qemu: Mutex<Option<mpsc::Sender<Bytes>>>,
+    /// What this twin says, until somebody takes it.
+    from_qemu: (mpsc::Sender<Bytes>, Mutex<Option<mpsc::Receiver<Bytes>>>),
+}
+
+impl QemuVmm {
+    /// Connects to the monitor on this socket and holds QEMU's process. `ids` are those of the VM's devices.
+    ///
+    /// # Errors
+    /// [`VmmError::Trust`] if the socket or who serves it may not be trusted, [`VmmError::Connect`] if nobody serves it,
+    /// [`VmmError::Deadline`] if nobody greets.
+    pub async fn connect(socket: &Path, ids: &[String], deadlines: Deadlines) -> Result<Self, VmmError> {
+        trust(socket, OWNERS_ONLY)?;
+        let qmp = QmpClient::connect(socket).await.map_err(|error| match error {
+            QmpError::Connect { path, reason } | QmpError::NoGreeting { path, reason } => {
+                VmmError::Connect(ConnectError::Socket { path, reason })
+            }
+            other => of_qmp("connect", other),
+        })?;
+        let server = Server::of(Ok(qmp.peer()), socket)?;
+        let (tell, told) = mpsc::channel(REPLIES);
+        Ok(Self {
+            qmp,
+            server,
+            ids: ids.to_vec(),
+            carrier: socket.with_file_name(carry::SOCKET),
+            deadlines,
+            to_qemu: Mutex::default(),
+            from_qemu: (tell, Mutex::new(Some(told))),
+        })
+    }
+
+    /// The capabilities that both ends need, switched.
+    async fn prepare(&self, call: &'static str) -> Result<(), VmmError> {
+        let known = self.qmp.execute(QueryMigrateCapabilities).await.map_err(|error| of_qmp(call, error))?;
+        let knows = |name: &&str| known.iter().any(|capability| capability.capability == *name);
+        if let Some(missing) = NEEDED.iter().find(|name| !knows(name)) {
+            let message = format!("QEMU {} has no migration capability {missing}", self.qmp.version());
+            return Err(VmmError::Refused { call, code: Code::FailedPrecondition, message });
+        }
+        let on = ON.iter().filter(|name| knows(name)).map(|name| MigrationCapability::on(name));
+        let off = OFF.iter().filter(|name| knows(name)).map(|name| MigrationCapability::off(name));
+        let capabilities = on.chain(off).collect();
+        let set = self.qmp.execute(MigrateSetCapabilities { capabilities }).await;
+        set.map(drop).map_err(|error| of_qmp(call, error))?;
+        let parameters = MigrateSetParameters {
+            downtime_limit_ms: u64::try_from(DOWNTIME_LIMIT.as_millis()).ok(),
+            max_bandwidth: Some(BANDWIDTH_BYTES_PER_SECOND),
+            avail_switchover_bandwidth: (self.qmp.version().qemu.at_least(8, 2))
+                .then_some(BANDWIDTH_BYTES_PER_SECOND),
+            ..MigrateSetParameters::default()
+        };
+        self.qmp.execute(parameters).await.map(drop).map_err(|error| of_qmp(call, error))
+    }
+
+    /// Waits until the migration stands where `there` says, or has ended otherwise.
+    async fn until(
+        &self,
+        call: &'static str,
+        there: impl Fn(&MigrationStatus) -> bool,
+    ) -> Result<MigrationInfo, VmmError> {
+        let ended = |status: &MigrationStatus| {
+            use MigrationStatus::{Cancelled, Completed, Failed};
+            matches!(status, Completed | Failed | Cancelled)
+        };
+        let reached = |info: &MigrationInfo| info.status.as_ref().is_some_and(|s| there(s) || ended(s));
+        let info = self.qmp.migration_status_until(reached).await.map_err(|error| of_qmp(call, error))?;
+        match &info.status {
+            Some(status) if there(status) => Ok(info),
+            status => {
+                let status = status.as_ref().map_or("none", MigrationStatus::as_str);
+                let why = info.error_desc.as_deref().unwrap_or("it does not say why");
+                let message = format!("QEMU's migration is {status}: {why}");
+                Err(VmmError::Refused { call, code: Code::Aborted, message })
+            }
+        }
+    }
+
+    async fn run_state(&self, call: &'static str) -> Result<QemuState, VmmError> {
+        let status = self.qmp.execute_within(QueryStatus, self.deadlines.describe).await;
+        status.map(|status| status.status).map_err(|error| of_qmp(call, error))
+    }
+
+    async fn ram_bytes(&self) -> u64 {
+        let summary = self.qmp.raw("query-memory-size-summary", serde_json::json!({})).await.ok();
+        summary.and_then(|summary| summary.get("base-memory")?.as_u64()).unwrap_or(0)
+    }
+
+    /// Why a load broke off, in QEMU's words, if it has any.
+    async fn why_load_failed(&self, seen: String) -> VmmError {
+        let info = timeout(SETTLING, self.until("start_load", |_| false)).await;
+        match info {
+            Ok(Err(error)) => error,
+            _ => VmmError::Refused { call: "start_load", code: Code::Aborted, message: seen },
+        }
+    }
+}
+
+#[async_trait]
+impl Vmm for QemuVmm {
+    async fn describe(&self) -> Result<Description, VmmError> {
+        let run_state = match self.run_state("describe").await? {
+            QemuState::Running => RunState::Running,
+            QemuState::InMigrate => RunState::Incoming,
+            _ => RunState::Paused,
+        };
+        Ok(Description {
+            run_state,
+            devices: devices::of(&self.qmp, self.server.pid(), &self.ids).await?,
+            ram_bytes: self.ram_bytes().await,
+            dirty_tracking: DirtyTracking::None,
+            vmm: format!("QEMU {}", self.qmp.version()),
+        })
+    }
+
+    async fn start_save(&self, _live: bool) -> Result<SaveStream, VmmError> {
+        let call = "start_save";
+        self.prepare(call).await?;
+        let listener = carry::listen(&self.carrier).map_err(|error| carry::failed(call, &error))?;
+        let uri = format!("unix:{}", self.carrier.display());
+        self.qmp.execute(Migrate { uri }).await.map_err(|error| of_qmp(call, error))?;
+        let accepted = timeout(self.deadlines.save, listener.accept()).await;
+        // Nobody else is to connect.
+        carry::remove(&self.carrier);
+        let (stream, _) = match accepted {
+            Ok(accepted) => accepted.map_err(|error| carry::failed(call, &error))?,
+            Err(_) => return Err(VmmError::Deadline { call: "migrate", limit: self.deadlines.save }),
+        };
+        let Carried { pieces, replies } = carry::save(stream);
+        *locked(&self.to_qemu) = Some(replies);
+        Ok(pieces)
+    }
+
+    async fn converged(&self) -> Result<(), VmmError> {
+        self.until("migrate", |status| *status == MigrationStatus::PreSwitchover).await.map(drop)
+    }
+
+    async fn pause(&self) -> Result<(), VmmError> {
+        match self.run_state("pause").await? {
+            QemuState::Running => {
+                self.qmp.execute(Stop).await.map(drop).map_err(|error| of_qmp("pause", error))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    async fn finish_save(&self) -> Result<(), VmmError> {
+        let call = "finish_save";
+        self.qmp.execute(MigrateContinue::switch_over()).await.map_err(|error| of_qmp(call, error))?;
+        let done = self.until(call, |status| *status == MigrationStatus::Completed);
+        let info = timeout(self.deadlines.finish_save, done)
+            .await
+            .map_err(|_| VmmError::Deadline { call, limit: self.deadlines.finish_save })??;
+        info!(
+            pid = self.server.pid(),
+            downtime_ms = info.downtime_ms,
+            total_ms = info.total_time_ms,
+            vfio_bytes = info.vfio.map(|vfio| vfio.transferred_bytes),
+            "QEMU has saved"
+        );
+        Ok(())
+    }
+
+    async fn abort_save(&self) -> Result<(), VmmError> {
+        let call = "abort_save";
+        *locked(&self.to_qemu) = None;
+        carry::remove(&self.carrier);
+        let info = self.qmp.execute(QueryMigrate).await.map_err(|error| of_qmp(call, error))?;
+        if info.status.is_none_or(|status| over(&status)) {
+            return Ok(());
+        }
+        self.qmp.execute(MigrateCancel).await.map_err(|error| of_qmp(call, error))?;
+        let ended = self.until(call, over);
+        timeout(self.deadlines.save, ended)
+            .await
+            .map_err(|_| VmmError::Deadline { call, limit: self.deadlines.save })?
+            .map(drop)
+    }
+
+    async fn start_load(&self, state: LoadStream) -> Result<(), VmmError> {
+        let call = "start_load";
+        self.prepare(call).await?;
+        carry::remove(&self.carrier);
+        let uri = format!("unix:{}", self.carrier.display());
+        // A twin that cannot load is to say why, and not to end.
+        let quiet = serde_json::json!({"uri": uri, "exit-on-error": false});
+        let arguments =
+            if self.qmp.version().qemu.at_least(9, 1) { quiet } else { serde_json::json!({"uri": uri}) };
+        self.qmp.raw("migrate-incoming", arguments).await.map_err(|error| of_qmp(call, error))?;
+        let connected = carry::connect(&self.carrier).await;
+        carry::remove(&self.carrier);
+        let stream = connected.map_err(|error| carry::failed(call, &error))?;
+        match carry::load(stream, state, self.from_qemu.0.clone()).await {
+            Ok(()) => Ok(()),
+            Err(error) => Err(self.why_load_failed(format!("QEMU stopped taking its state: {error}")).await),
+        }
+    }
+
+    async fn finish_load(&self) -> Result<(), VmmError> {
+        let call = "finish_load";
+        let limit = self.deadlines.finish_load;
+        let loaded = async {
+            self.until(call, |status| *status == MigrationStatus::Completed).await?;
+            loop {
+                match self.run_state(call).await? {
+                    // It is told a moment before the machine has been put together.
+                    QemuState::InMigrate => tokio::time::sleep(Duration::from_millis(5)).await,
+                    QemuState::Paused | QemuState::Prelaunch => return Ok(()),
+                    other => {
+                        let message = format!("the twin is {other} after its load, and must be paused (-S)");
+                        return Err(VmmError::Refused { call, code: Code::FailedPrecondition, message });
+                    }
+                }
+            }
+        };
+        timeout(limit, loaded).await.map_err(|_| VmmError::Deadline { call, limit })?
+    }
+
+    async fn resume(&self) -> Result<(), VmmError> {
+        let call = "resume";
+        let limit = self.deadlines.run_state;
+        self.qmp.execute_within(Cont, limit).await.map_err(|error| of_qmp(call, error))?;
+        match self.run_state(call).await? {
+            QemuState::Running => Ok(()),
+            other => {
+                let message = format!("QEMU took `cont`, but is {other}");
+                Err(VmmError::Refused { call, code: Code::Aborted, message })
+            }
+        }
+    }
+
+    async fn quit(&self) -> Result<(), VmmError> {
+        match self.qmp.execute_within(Quit, self.deadlines.quit).await {
+            // It may have ended before its answer was on its way.
+            Ok(_) | Err(QmpError::Lost { .. }) => timeout(self.deadlines.quit, self.exited())
+                .await
+                .map_err(|_| VmmError::Deadline { call: "quit", limit: self.deadlines.quit }),
+            Err(error) => Err(of_qmp("quit", error)),
+        }
+    }
+
+    fn driver(&self) -> Driver {
+        Driver::Vmm
+    }
+
+    /// By QEMU's events, if the devices were given `migration-events=on`.
+    fn watch_devices(&self) -> Option<mpsc::UnboundedReceiver<DeviceSeen>> {
+        let (tell, told) = mpsc::unbounded_channel();
+        let (mut events, ids) = (self.qmp.events(), self.ids.clone());
+        tokio::spawn(async move {
+            loop {
+                let notice = tokio::select! {
+                    notice = events.next() => notice,
+                    () = tell.closed() => return,
+                };
+                let Some(notice) = notice else { return };
+                let Notice::Event(event) = notice else { continue };
+                let EventKind::VfioMigration { device_id, state, .. } = event.kind else { continue };
+                let index = ids.iter().position(|id| *id == device_id);
+                if let (Some(index), Some(state)) = (index, devices::state(&state))
+                    && tell.send(DeviceSeen { index, state, at: Clock::now() }).is_err()
+                {
+                    return;
+                }
+            }
+        });
+        Some(told)
+    }
+
+    fn take_replies(&self) -> Option<mpsc::Receiver<Bytes>> {
+        locked(&self.from_qemu.1).take()
+    }
+
+    fn reply(&self, said: Bytes) -> Result<(), VmmError> {
+        let to_qemu = locked(&self.to_qemu).clone();
+        match to_qemu.map(|to_qemu| to_qemu.try_send(said)) {
+            None | Some(Ok(())) => Ok(()),
+            // Its migration has ended, which is told elsewhere.
+            Some(Err(mpsc::error::TrySendError::Closed(_))) => Ok(()),
+            Some(Err(mpsc::error::TrySendError::Full(_))) => {
+                let message = format!("QEMU does not read what the twin says: {REPLIES} pieces wait");
+                Err(VmmError::Refused { call: "reply", code: Code::ResourceExhausted, message })
+            }
+        }
+    }
+
+    fn pid(&self) -> u32 {
+        self.server.pid()
+    }
+
+    async fn exited(&self) {
+        self.server.exited().await;
+    }
+}
+
+#[async_trait]
+impl LocalVmm for QemuVmm {
+    fn process(&self) -> &VmmProcess {
+        self.server.process()
+    }
+
+    async fn end(&self) -> Result<(), VmmError> {
+        self.server.end(self.quit().await, self.deadlines.quit).await
+    }
+}
+
+/// Whether a migration has ended, or none was begun.
+fn over(status: &MigrationStatus) -> bool {
+    use MigrationStatus::{Cancelled, Completed, Failed, None};
+    matches!(status, None | Completed | Failed | Cancelled)
+}
+
+fn of_qmp(call: &'static str, error: QmpError) -> VmmError {
+    match error {
+        QmpError::Lost { reason, .. } => VmmError::Lost { call, message: reason },
+        QmpError::Deadline { limit, .. } => VmmError::Deadline { call, limit },
+        QmpError::Answer { reason, .. } => VmmError::Answer { call, reason },
+        QmpError::Connect { path, reason } | QmpError::NoGreeting { path, reason } => {
+            VmmError::Lost { call, message: format!("{}: {reason}", path.display()) }
+        }
+        other => VmmError::Refused { call, code: Code::FailedPrecondition, message: other.to_string() },
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,302 @@
+//! One connection: its negotiation, and the task that serves it until it breaks.
+
+use std::collections::HashMap;
+use std::future::pending;
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use serde_json::{Map, Value, json};
+use tokio::io::{AsyncWrite, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf, UCred};
+use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::task::JoinHandle;
+use tokio::time::{sleep, timeout};
+use tracing::{debug, warn};
+
+use super::commands::Version;
+use super::error::QmpError;
+use super::events::Notice;
+use super::lines::Lines;
+use super::message::{Failure, Message, Outcome};
+
+/// How many commands may wait to be written. QEMU itself takes eight at a time and then stops to read.
+const QUEUE: usize = 64;
+
+/// How long, when writing has failed, what QEMU wrote before may take to be read.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// How often to knock when the socket's queue is full: there is no event for it.
+const KNOCK: Duration = Duration::from_millis(50);
+
+const HELD: &str = "another client may hold the monitor, which serves one at a time (libvirt occupies its own monitor: give the \
+                    agent a socket of its own)";
+
+/// A connection that has been negotiated and is not served yet.
+#[derive(Debug)]
+pub(super) struct Negotiated {
+    from: Lines<OwnedReadHalf>,
+    to: OwnedWriteHalf,
+    pub(super) version: Version,
+    /// Who serves the socket.
+    pub(super) peer: UCred,
+}
+
+/// Connects, reads the greeting and leaves the negotiation behind, all within `limit`.
+pub(super) async fn negotiate(socket: &Path, limit: Duration) -> Result<Negotiated, QmpError> {
+    let path = || socket.to_owned();
+    let mut stage = Stage::Connecting;
+    timeout(limit, talk(socket, &mut stage)).await.unwrap_or_else(|_| {
+        let ms = limit.as_millis();
+        Err(match stage {
+            Stage::Connecting => QmpError::Connect {
+                path: path(),
+                reason: format!("its queue of connections was full for {ms} ms: {HELD}"),
+            },
+            Stage::Greeting => QmpError::NoGreeting {
+                path: path(),
+                reason: format!("the connection was made, but nothing was said within {ms} ms: {HELD}"),
+            },
+            Stage::Capabilities => QmpError::NoGreeting {
+                path: path(),
+                reason: format!("QEMU greeted, but did not answer qmp_capabilities within {ms} ms: it hangs"),
+            },
+        })
+    })
+}
+
+/// How far the negotiation is.
+enum Stage {
+    Connecting,
+    Greeting,
+    Capabilities,
+}
+
+async fn talk(socket: &Path, stage: &mut Stage) -> Result<Negotiated, QmpError> {
+    let no_greeting = |reason: String| QmpError::NoGreeting { path: socket.to_owned(), reason };
+    let stream = knock(socket).await?;
+    let peer = stream.peer_cred().map_err(|error| QmpError::Connect {
+        path: socket.to_owned(),
+        reason: format!("who serves it is not known: {error}"),
+    })?;
+    let (from, mut to) = stream.into_split();
+    let mut from = Lines::new(from);
+
+    *stage = Stage::Greeting;
+    let line = from.next().await.map_err(&no_greeting)?;
+    let version = match Message::of(&line).map_err(&no_greeting)? {
+        Message::Greeting(version) => version.map_err(&no_greeting)?,
+        _ => return Err(no_greeting("the first line is not a greeting: it is not a QMP socket".to_owned())),
+    };
+
+    *stage = Stage::Capabilities;
+    let command = "qmp_capabilities";
+    let lost = |reason: String| Failure::Lost { reason }.of(command);
+    let line = request(command, Value::Null, 0);
+    to.write_all(&line).await.map_err(|error| lost(format!("writing failed: {error}")))?;
+    loop {
+        let line = from.next().await.map_err(&lost)?;
+        match Message::of(&line).map_err(&lost)? {
+            Message::Answer { id: Some(0), outcome: Ok(_) } => {
+                return Ok(Negotiated { from, to, version, peer });
+            }
+            Message::Answer { outcome: Err(failure), .. } => return Err(failure.of(command)),
+            other => debug!(?other, "ignored during QMP's negotiation"),
+        }
+    }
+}
+
+/// Connects. A full queue is waited for: two dead connections of an agent that was killed suffice to fill QEMU's.
+async fn knock(socket: &Path) -> Result<UnixStream, QmpError> {
+    loop {
+        match UnixStream::connect(socket).await {
+            Ok(stream) => return Ok(stream),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => sleep(KNOCK).await,
+            Err(error) => {
+                let reason = match error.kind() {
+                    io::ErrorKind::NotFound => {
+                        "it does not exist: was QEMU started with it (-qmp unix:PATH,server=on,wait=off)?"
+                            .to_owned()
+                    }
+                    io::ErrorKind::ConnectionRefused => "nobody listens on it: its QEMU has ended".to_owned(),
+                    _ => error.to_string(),
+                };
+                return Err(QmpError::Connect { path: socket.to_owned(), reason });
+            }
+        }
+    }
+}
+
+/// A command as QEMU reads it.
+fn request(command: &str, arguments: Value, id: u64) -> Vec<u8> {
+    let mut object = Map::new();
+    object.insert("execute".to_owned(), json!(command));
+    if !arguments.is_null() {
+        object.insert("arguments".to_owned(), arguments);
+    }
+    object.insert("id".to_owned(), json!(id));
+    format!("{}\n", Value::Object(object)).into_bytes()
+}
+
+/// Who waits for which answer.
+#[derive(Debug, Default)]
+struct Waiting {
+    last_id: u64,
+    answers: HashMap<u64, oneshot::Sender<Outcome>>,
+    /// Why the connection has broken.
+    ended: Option<String>,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Table(Arc<Mutex<Waiting>>);
+
+impl Table {
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take(&self, id: u64) -> Option<oneshot::Sender<Outcome>> {
+        self.lock().answers.remove(&id)
+    }
+
+    fn end(&self, reason: &str) {
+        let mut waiting = self.lock();
+        waiting.ended = Some(reason.to_owned());
+        for (_, answer) in waiting.answers.drain() {
+            // It fails if nobody waits any more.
+            let _ = answer.send(Err(Failure::Lost { reason: reason.to_owned() }));
+        }
+    }
+}
+
+/// A served connection. It is closed when it is dropped.
+#[derive(Debug)]
+pub(super) struct Connection {
+    table: Table,
+    requests: mpsc::Sender<(u64, Vec<u8>)>,
+    task: JoinHandle<()>,
+}
+
+impl Connection {
+    /// Serves a connection.
+    pub(super) fn start(negotiated: Negotiated, notices: broadcast::Sender<Notice>) -> Self {
+        let table = Table::default();
+        let (requests, queue) = mpsc::channel(QUEUE);
+        let task = tokio::spawn(serve(negotiated, queue, table.clone(), notices));
+        Self { table, requests, task }
+    }
+
+    /// A place for a command's answer.
+    ///
+    /// # Errors
+    /// Why the connection has broken, if it has: the command can be given to another one.
+    pub(super) fn place(&self) -> Result<Place, String> {
+        let mut waiting = self.table.lock();
+        if let Some(reason) = &waiting.ended {
+            return Err(reason.clone());
+        }
+        waiting.last_id = waiting.last_id.wrapping_add(1);
+        let id = waiting.last_id;
+        let (sender, answer) = oneshot::channel();
+        waiting.answers.insert(id, sender);
+        Ok(Place { id, answer, table: self.table.clone(), requests: self.requests.clone() })
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// A command's place in a connection. Who drops it waits no longer, and a command that was not written yet will not be.
+#[derive(Debug)]
+pub(super) struct Place {
+    id: u64,
+    answer: oneshot::Receiver<Outcome>,
+    table: Table,
+    requests: mpsc::Sender<(u64, Vec<u8>)>,
+}
+
+impl Place {
+    /// Gives the command to QEMU and waits for its answer.
+    pub(super) async fn execute(mut self, command: &str, arguments: Value) -> Outcome {
+        let line = request(command, arguments, self.id);
+        // If this fails, the connection has ended, and the answer says why.
+        let _ = self.requests.send((self.id, line)).await;
+        let lost = || Failure::Lost { reason: "the client was dropped".to_owned() };
+        (&mut self.answer).await.unwrap_or_else(|_| Err(lost()))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.table.take(self.id);
+    }
+}
+
+async fn serve(
+    negotiated: Negotiated,
+    queue: mpsc::Receiver<(u64, Vec<u8>)>,
+    table: Table,
+    notices: broadcast::Sender<Notice>,
+) {
+    let Negotiated { mut from, mut to, .. } = negotiated;
+    let reason = tokio::select! {
+        reason = read(&mut from, &table, &notices) => reason,
+        reason = write(&mut to, queue, &table) => reason,
+    };
+    debug!(%reason, "a QMP connection has ended");
+    // The monitor is free again, and subscribers know, before anyone can connect anew.
+    drop((from, to));
+    // Both fail if nobody listens.
+    let _ = notices.send(Notice::Lost { reason: reason.clone() });
+    table.end(&reason);
+}
+
+/// Reads until it cannot go on, and returns why.
+async fn read(from: &mut Lines<OwnedReadHalf>, table: &Table, notices: &broadcast::Sender<Notice>) -> String {
+    loop {
+        let message = match from.next().await.and_then(|line| Message::of(&line)) {
+            Ok(message) => message,
+            Err(reason) => return reason,
+        };
+        match message {
+            Message::Event(event) => {
+                // It fails if nobody listens.
+                let _ = notices.send(Notice::Event(event));
+            }
+            Message::Answer { id: None, outcome } => {
+                warn!(?outcome, "QEMU answered without saying which command");
+            }
+            Message::Answer { id: Some(id), outcome } => match table.take(id) {
+                Some(answer) => {
+                    let _ = answer.send(outcome);
+                }
+                None => debug!(id, "an answer that nobody waits for (any more)"),
+            },
+            Message::Greeting(_) | Message::Unknown => debug!(?message, "ignored what QEMU said"),
+        }
+    }
+}
+
+/// Writes until it cannot go on, and returns why.
+async fn write(
+    to: &mut (impl AsyncWrite + Unpin),
+    mut queue: mpsc::Receiver<(u64, Vec<u8>)>,
+    table: &Table,
+) -> String {
+    while let Some((id, line)) = queue.recv().await {
+        if !table.lock().answers.contains_key(&id) {
+            continue;
+        }
+        if let Err(error) = to.write_all(&line).await {
+            // The reader ends, too, when it has read what QEMU wrote before.
+            sleep(LAST_WORDS).await;
+            return format!("writing failed: {error}");
+        }
+    }
+    pending().await
+}

@@ -1,0 +1,5 @@
+mod broken;
+mod commands;
+mod events;
+mod real;
+mod server;

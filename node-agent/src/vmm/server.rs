@@ -1,0 +1,130 @@
+//! The process behind a VMM's socket.
+//!
+//! The agent takes devices out of it and lets it write guest memory that it sends to another node, so it trusts only a socket that
+//! nobody but itself could have made: owned by the agent's own user, closed to all others, and served by a process of that user.
+//! The process is the one that SO_PEERCRED names: the one that called listen(2).
+
+use std::future::pending;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::path::Path;
+use std::time::Duration;
+
+use rustix::process::{Pid, PidfdFlags, Signal, geteuid, pidfd_open, pidfd_send_signal};
+use slackwater_proto::channel::ConnectError;
+use tokio::net::unix::UCred;
+use tokio::time::timeout;
+use tracing::warn;
+
+use super::VmmError;
+use crate::vfio::borrow::VmmProcess;
+
+/// The mode of a socket that only its owner can use, as the contract wants it.
+pub const PRIVATE: u32 = 0o600;
+
+/// Lets only sockets through that nobody but this user could have made, with these permissions at most.
+///
+/// # Errors
+/// [`VmmError::Trust`], or [`VmmError::Connect`] if there is none.
+pub fn trust(socket: &Path, most: u32) -> Result<(), VmmError> {
+    trust_for(socket, most, geteuid().as_raw())
+}
+
+pub(super) fn trust_for(socket: &Path, most: u32, user: u32) -> Result<(), VmmError> {
+    let metadata = std::fs::symlink_metadata(socket).map_err(|error| {
+        VmmError::Connect(ConnectError::Socket {
+            path: socket.to_owned(),
+            reason: match error.kind() {
+                io::ErrorKind::NotFound => "it does not exist".to_owned(),
+                _ => error.to_string(),
+            },
+        })
+    })?;
+    let mode = metadata.permissions().mode() & 0o7777;
+    let reason = if !metadata.file_type().is_socket() {
+        "it is not a socket".to_owned()
+    } else if metadata.uid() != user {
+        format!("it belongs to user {}, and must belong to user {user}", metadata.uid())
+    } else if mode & !most != 0 {
+        format!("its mode is {mode:04o}, and must be {most:04o}")
+    } else {
+        return Ok(());
+    };
+    Err(VmmError::Trust { path: socket.display().to_string(), reason })
+}
+
+/// The process, held by a pidfd: another one that gets its number is never taken for it.
+#[derive(Debug)]
+pub struct Server {
+    process: VmmProcess,
+    pidfd: OwnedFd,
+}
+
+impl Server {
+    /// The process that serves the socket, as a connection to it tells.
+    ///
+    /// # Errors
+    /// [`VmmError::Trust`] if it may not be trusted, or cannot be held.
+    pub fn of(peer: io::Result<UCred>, socket: &Path) -> Result<Self, VmmError> {
+        let distrust = |reason: String| VmmError::Trust { path: socket.display().to_string(), reason };
+        let peer = peer.map_err(|error| distrust(format!("who serves it is not known: {error}")))?;
+        let user = geteuid().as_raw();
+        if peer.uid() != user {
+            return Err(distrust(format!("it is served by user {}, and must be by user {user}", peer.uid())));
+        }
+        let pid = peer.pid().and_then(Pid::from_raw).ok_or_else(|| {
+            distrust(
+                "its process is in another PID namespace: the agent must see the VMM's process".to_owned(),
+            )
+        })?;
+        let ended = |why: String| distrust(format!("its process {pid} cannot be held: {why}"));
+        let pidfd = pidfd_open(pid, PidfdFlags::empty())
+            .map_err(|errno| ended(io::Error::from(errno).to_string()))?;
+        let process = VmmProcess::open(pid.as_raw_nonzero().get().unsigned_abs())
+            .map_err(|error| ended(error.to_string()))?;
+        Ok(Self { process, pidfd })
+    }
+
+    /// The process: devices are borrowed from it.
+    pub fn process(&self) -> &VmmProcess {
+        &self.process
+    }
+
+    /// Its process id in the agent's pid namespace.
+    pub fn pid(&self) -> u32 {
+        self.process.identity().pid
+    }
+
+    /// Returns when the process has ended.
+    pub async fn exited(&self) {
+        if let Err(error) = self.process.exited().await {
+            warn!(pid = self.pid(), %error, "the end of the VMM's process will not be noticed");
+            pending::<()>().await;
+        }
+    }
+
+    /// Waits until the process has ended that was asked to quit, and kills it if it has not within `limit`, or has refused.
+    ///
+    /// # Errors
+    /// [`VmmError::Deadline`] if it is still there, killed or not.
+    pub async fn end(&self, asked: Result<(), VmmError>, limit: Duration) -> Result<(), VmmError> {
+        if let Err(error) = asked {
+            warn!(pid = self.pid(), %error, "the VMM did not quit");
+        } else if timeout(limit, self.exited()).await.is_ok() {
+            return Ok(());
+        }
+        self.kill();
+        timeout(limit, self.exited())
+            .await
+            .map_err(|_| VmmError::Deadline { call: "the end of its process", limit })
+    }
+
+    /// By the pidfd: never another process that has got its number.
+    fn kill(&self) {
+        // It fails only if the process has ended.
+        if let Err(error) = pidfd_send_signal(&self.pidfd, Signal::KILL) {
+            warn!(pid = self.pid(), %error, "the VMM's process was not killed");
+        }
+    }
+}
