@@ -4,6 +4,7 @@
 
 pub mod cluster;
 pub mod faults;
+pub mod guests;
 pub mod lab;
 pub mod vmm;
 pub mod witness;

@@ -14,6 +14,8 @@ use std::{
 };
 
 use slackwater_tests::{
+    cluster::QemuVm,
+    guests::counter::Report,
     lab::{Image, Lab, LabConfig, Node, NodeConfig, protocol::Ending},
     witness::{self, PeerToPeer, State, Waking},
 };
@@ -276,4 +278,38 @@ async fn the_witness_sees_a_machine_of_qemus_move_and_what_it_does_not_keep() {
         let written: u64 = destination.devices[device].accesses.iter().map(|access| access.bytes).sum();
         assert_eq!(written, 60, "mtty's state has 60 bytes");
     }
+}
+
+/// Long enough to see that it counts on: 20 rounds are 0.4 s.
+const ROUNDS: u64 = 20;
+
+#[tokio::test]
+async fn a_vm_of_qemus_counts_in_a_node_and_counts_on_in_another() {
+    let node = |name: &str| NodeConfig { memory_mib: 768, ..NodeConfig::new(name, ["mtty-1", "mtty-1"]) };
+    let config = LabConfig::nodes([node("node-a"), node("node-b")]);
+    let image = QemuVm::in_image(Image::default()).unwrap();
+    let lab = Lab::start(LabConfig { image, ..config }).await.unwrap();
+    let (a, b) = (lab.node("node-a").unwrap(), lab.node("node-b").unwrap());
+    let vm = QemuVm::counter(2);
+
+    let begin = Instant::now();
+    vm.start(a).await.unwrap();
+    println!("the VM counts after {:?}", begin.elapsed());
+    let known = a.get_text(&format!("{}/vm.json", vm.directory())).await.unwrap();
+    assert!(known.contains("{device.1.sysfs}"), "{known}");
+    assert_eq!(a.shell(&format!("stat -c %a {}", vm.socket())).await.unwrap(), "700\n");
+    let counted = vm.report(a).await.unwrap();
+    vm.until_counted(a, counted.count + ROUNDS).await.unwrap();
+
+    vm.await_migration(b).await.unwrap();
+    vm.migrate(a, b).await.unwrap();
+    let stopped = vm.report(a).await.unwrap();
+    assert!(vm.report(b).await.is_err(), "it is stopped still");
+    vm.execute(b, "cont", serde_json::json!({})).await.unwrap();
+    let moved = vm.until_counted(b, stopped.count + ROUNDS).await.unwrap();
+    assert_eq!((moved.errors, moved.devices), (0, 2));
+    let first = b.shell(&format!("grep -m1 ^count= {}", vm.debug_file())).await.unwrap();
+    let first = Report::last_of(&first).unwrap();
+    assert_eq!(first.count, stopped.count + 8, "the report after the last one at the source");
+    assert_eq!(vm.report(a).await.unwrap(), stopped, "the source counts no more");
 }

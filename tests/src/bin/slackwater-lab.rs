@@ -68,7 +68,7 @@ async fn main() -> anyhow::Result<ExitCode> {
     if nodes.is_empty() {
         bail!("name a node: --node node-a=mtty-1,mtty-1");
     }
-    let image = Image { programs: arguments.programs, files: Vec::new() };
+    let image = Image { programs: arguments.programs, ..Image::default() };
     let lab = Lab::start(LabConfig { image, ..LabConfig::nodes(nodes) }).await?;
     eprintln!("up after {:.1} s, files in {}", begin.elapsed().as_secs_f64(), lab.folder().display());
     for node in lab.nodes() {

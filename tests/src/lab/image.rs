@@ -27,9 +27,27 @@ pub struct Image {
     pub programs: Vec<PathBuf>,
     /// Anything else.
     pub files: Vec<ImageFile>,
+    /// What is no file of this machine.
+    pub made: Vec<MadeFile>,
+}
+
+/// A file that the lab makes for the nodes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MadeFile {
+    /// In the nodes (absolute).
+    pub to: String,
+    /// What is in it.
+    pub content: Vec<u8>,
 }
 
 impl Image {
+    /// Adds a file with this content.
+    #[must_use]
+    pub fn with_made(mut self, to: &str, content: Vec<u8>) -> Self {
+        self.made.push(MadeFile { to: to.to_owned(), content });
+        self
+    }
+
     /// Adds this machine's QEMU with a firmware, so that nodes can run virtual machines of QEMU's with their devices. The nodes
     /// need 256 MiB more memory for it.
     ///
@@ -38,7 +56,7 @@ impl Image {
     pub fn with_qemu(mut self) -> Result<Self, LabError> {
         let missing = || LabError::NotInstalled { what: "host-packages".into() };
         self.programs.push(which("qemu-system-x86_64").ok_or_else(missing)?);
-        for file in ["seabios/bios-256k.bin", "qemu/kvmvapic.bin"] {
+        for file in ["seabios/bios-256k.bin", "qemu/kvmvapic.bin", "qemu/linuxboot_dma.bin"] {
             let path = Path::new("/usr/share").join(file);
             // Where QEMU looks for it, which may be a link.
             let to = path.to_string_lossy().into_owned();
@@ -88,6 +106,9 @@ fn fill(archive: &mut Archive, image: &Image, kernel: &Path) -> Result<(), LabEr
             .permissions()
             .mode();
         archive.file(file.to.trim_start_matches('/'), mode & 0o777, &read(&file.from)?).map_err(adding())?;
+    }
+    for file in &image.made {
+        archive.file(file.to.trim_start_matches('/'), 0o644, &file.content).map_err(adding())?;
     }
     Ok(())
 }

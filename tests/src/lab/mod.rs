@@ -52,7 +52,7 @@ pub use config::{LabConfig, NodeConfig};
 pub use control_plane::{CLUSTER_VARIABLE, ControlPlane};
 pub use error::LabError;
 pub use folder::KEEP_VARIABLE;
-pub use image::{Image, ImageFile};
+pub use image::{Image, ImageFile, MadeFile};
 pub use machine::AGENT_PORT;
 pub use node::{Executed, Node};
 pub use pki::{Issued, Pki, Subject};

@@ -2,10 +2,12 @@
 //! emulated CPUs with what it is to observe.
 //!
 //! Invoked as `slackwater-lab-node serve`, or as `slackwater-lab-node launch CGROUP PROGRAM ARGUMENT...`, which the service
-//! itself uses to put a program into a session and a cgroup of its own before it begins.
+//! itself uses to put a program into a session and a cgroup of its own before it begins, or as
+//! `slackwater-lab-node qmp SOCKET COMMAND ARGUMENTS`, which has a QEMU in the node execute one command.
 
 mod launch;
 mod processes;
+mod qmp;
 mod serve;
 
 use anyhow::bail;
@@ -19,6 +21,9 @@ pub fn run(arguments: Vec<String>) -> anyhow::Result<()> {
     match words.as_slice() {
         ["serve"] => serve::serve(),
         ["launch", cgroup, program, arguments @ ..] => launch::launch(cgroup, program, arguments),
-        _ => bail!("usage: slackwater-lab-node serve | launch CGROUP PROGRAM ARGUMENT..."),
+        ["qmp", socket, command, arguments] => qmp::execute(socket, command, arguments),
+        _ => bail!(
+            "usage: slackwater-lab-node serve | launch CGROUP PROGRAM ARGUMENT... | qmp SOCKET COMMAND ARGUMENTS"
+        ),
     }
 }

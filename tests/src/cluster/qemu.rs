@@ -1,0 +1,350 @@
+//! VMs of QEMU's with the nodes' devices, started in a node and made known to the agent.
+//!
+//! The argument vector is written once, with a word for each device and one for the socket, and serves three: the VM at the source
+//! (`start`), the `twin` of `vm.json`, which the agent fills in at the destination, and a destination by hand (`await_migration`).
+
+use std::time::Duration;
+
+use anyhow::{Context, bail, ensure};
+use serde_json::{Value, json};
+
+use super::{NAMESPACE, SOON};
+use crate::guests::counter::{self, Report};
+use crate::lab::{Image, LabError, Node};
+
+/// QEMU, in a node.
+pub const QEMU_PROGRAM: &str = "/bin/qemu-system-x86_64";
+
+/// What runs the guest's code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Accelerator {
+    /// The node's KVM, itself emulated.
+    Kvm,
+    /// QEMU's own emulation.
+    Tcg,
+}
+
+/// How QEMU opens its devices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceAccess {
+    /// Each by its character device, all bound to one `/dev/iommu`.
+    Iommufd,
+    /// Each by its VFIO group and the container of them all.
+    Group,
+}
+
+/// A VM to start.
+#[derive(Clone, Debug)]
+pub struct QemuVm {
+    /// Its name, in the namespace [`NAMESPACE`].
+    pub name: String,
+    /// How many of the node's devices it gets: the first ones. QEMU calls them `v0`, `v1` and so on.
+    pub devices: usize,
+    /// What runs its code.
+    pub accelerator: Accelerator,
+    /// How it opens its devices.
+    pub access: DeviceAccess,
+    /// Whether QEMU says on QMP what state it brings each device to (`VFIO_MIGRATION`).
+    pub migration_events: bool,
+}
+
+/// What differs from one QEMU of a VM's to the other.
+struct Place {
+    /// The sysfs folder of each device.
+    devices: Vec<String>,
+    /// The path of its QMP socket.
+    socket: String,
+}
+
+impl QemuVm {
+    /// The VM `counter`, with KVM, by iommufd, without migration events.
+    #[must_use]
+    pub fn counter(devices: usize) -> Self {
+        Self {
+            name: "counter".to_owned(),
+            devices,
+            accelerator: Accelerator::Kvm,
+            access: DeviceAccess::Iommufd,
+            migration_events: false,
+        }
+    }
+
+    /// The same, emulated by QEMU itself.
+    #[must_use]
+    pub fn emulated(mut self) -> Self {
+        self.accelerator = Accelerator::Tcg;
+        self
+    }
+
+    /// The same, with its devices opened by their groups.
+    #[must_use]
+    pub fn by_group(mut self) -> Self {
+        self.access = DeviceAccess::Group;
+        self
+    }
+
+    /// The same, with migration events.
+    #[must_use]
+    pub fn with_migration_events(mut self) -> Self {
+        self.migration_events = true;
+        self
+    }
+
+    /// Adds to a node's image what these VMs need. The nodes need 256 MiB more memory for it.
+    ///
+    /// # Errors
+    /// When something is not installed.
+    pub fn in_image(image: Image) -> anyhow::Result<Image> {
+        Ok(image.with_qemu()?.with_made(counter::DISK, counter::disk()?))
+    }
+
+    /// The folder in which the agent finds the VM.
+    #[must_use]
+    pub fn directory(&self) -> String {
+        format!("/run/slackwater/vms/{NAMESPACE}.{}", self.name)
+    }
+
+    /// The QMP socket of the VM that [`QemuVm::start`] started.
+    #[must_use]
+    pub fn socket(&self) -> String {
+        format!("{}/qmp.sock", self.directory())
+    }
+
+    /// Where its QEMU in a node adds to what the guest says.
+    #[must_use]
+    pub fn debug_file(&self) -> String {
+        format!("/run/slackwater-lab/{}.debug", self.name)
+    }
+
+    fn device_names(&self) -> Vec<String> {
+        (0..self.devices).map(|device| format!("v{device}")).collect()
+    }
+
+    /// QEMU's arguments at a place. The same at all places in all that a guest can see: QEMU moves nothing otherwise.
+    fn arguments(&self, place: &Place) -> Vec<String> {
+        let (machine, cpu) = match self.accelerator {
+            Accelerator::Kvm => ("pc,accel=kvm", "host"),
+            Accelerator::Tcg => ("pc,accel=tcg", "max"),
+        };
+        let mut list = words("-nodefaults -no-user-config -display none -m 32");
+        list.extend(words(&format!("-machine {machine} -cpu {cpu}")));
+        // A guest that was held up must not be given all the ticks at once that it has missed.
+        list.extend(words("-global kvm-pit.lost_tick_policy=discard"));
+        list.extend(words(&format!("-drive if=none,id=boot,format=raw,readonly=on,file={}", counter::DISK)));
+        list.extend(words("-device virtio-blk-pci,drive=boot"));
+        list.extend(words(&format!("-chardev file,id=dbg,path={},append=on", self.debug_file())));
+        list.extend(words("-device isa-debugcon,iobase=0xe9,chardev=dbg"));
+        if self.access == DeviceAccess::Iommufd {
+            list.extend(words("-object iommufd,id=iommufd0"));
+        }
+        for (name, sysfs) in self.device_names().iter().zip(&place.devices) {
+            list.extend(["-device".to_owned(), self.device(name, sysfs)]);
+        }
+        list.extend(["-qmp".to_owned(), format!("unix:{},server=on,wait=off", place.socket)]);
+        list
+    }
+
+    fn device(&self, name: &str, sysfs: &str) -> String {
+        let events = if self.migration_events { ",migration-events=on" } else { "" };
+        let iommufd = match self.access {
+            DeviceAccess::Iommufd => ",iommufd=iommufd0",
+            DeviceAccess::Group => "",
+        };
+        format!("vfio-pci,id={name},sysfsdev={sysfs}{events}{iommufd}")
+    }
+
+    fn place_in(&self, node: &Node) -> anyhow::Result<Place> {
+        let devices = node.devices().get(..self.devices);
+        let devices = devices.with_context(|| format!("{} has too few devices", node.name()))?;
+        let sysfs = |device: &String| format!("/sys/bus/mdev/devices/{device}");
+        Ok(Place { devices: devices.iter().map(sysfs).collect(), socket: self.socket() })
+    }
+
+    /// The same with the agent's words for what only it will know. Nothing else in it has a brace, which would have to be doubled.
+    fn place_of_the_twin(&self) -> Place {
+        let devices = (0..self.devices).map(|device| format!("{{device.{device}.sysfs}}"));
+        Place { devices: devices.collect(), socket: "{socket}".to_owned() }
+    }
+
+    fn json(&self) -> Value {
+        let mut args = self.arguments(&self.place_of_the_twin());
+        args.extend(words("-S -incoming defer"));
+        json!({
+            "name": self.name,
+            "namespace": NAMESPACE,
+            "vmm": {"kind": "qemu", "socket": "qmp.sock", "devices": self.device_names()},
+            "twin": {"program": QEMU_PROGRAM, "args": args},
+        })
+    }
+
+    /// Starts it in a node, and makes it known when it counts.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub async fn start(&self, node: &Node) -> anyhow::Result<()> {
+        self.spawn(node, &[]).await?;
+        self.until_counted(node, 1).await?;
+        // Whole at once: the agent watches.
+        let directory = self.directory();
+        let text = serde_json::to_vec_pretty(&self.json())?;
+        node.put(&format!("{directory}/.vm.json.new"), 0o600, &text).await?;
+        node.shell(&format!("mv {directory}/.vm.json.new {directory}/vm.json")).await?;
+        Ok(())
+    }
+
+    /// Starts the twin by hand, as the agent would: stopped, and waiting for `migrate-incoming`. It is not made known.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub async fn await_migration(&self, node: &Node) -> anyhow::Result<()> {
+        self.spawn(node, &["-S", "-incoming", "defer"]).await?;
+        self.until(node, "answer", || async {
+            self.execute(node, "query-status", json!({})).await.ok().map(drop)
+        })
+        .await
+    }
+
+    async fn spawn(&self, node: &Node, more: &[&str]) -> anyhow::Result<()> {
+        node.shell(&format!("mkdir -p -m 700 {} /run/slackwater-lab", self.directory())).await?;
+        let arguments = self.arguments(&self.place_in(node)?);
+        // The socket is for nobody else.
+        let mut list = vec!["sh", "-c", "umask 077; exec \"$0\" \"$@\"", QEMU_PROGRAM];
+        list.extend(arguments.iter().map(String::as_str).chain(more.iter().copied()));
+        node.spawn(&self.group(), &list, &[]).await?;
+        Ok(())
+    }
+
+    /// The name under which the lab's control service knows the VM that it started.
+    fn group(&self) -> String {
+        format!("vm-{}", self.name)
+    }
+
+    /// What its guest has said last in a node.
+    ///
+    /// # Errors
+    /// When it has not said anything.
+    pub async fn report(&self, node: &Node) -> anyhow::Result<Report> {
+        let said = node.get_text(&self.debug_file()).await?;
+        Report::last_of(&said).with_context(|| format!("the guest of {} says nothing", self.name))
+    }
+
+    /// Waits until its guest has counted so far in a node.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub async fn until_counted(&self, node: &Node, count: u64) -> anyhow::Result<Report> {
+        self.until(node, &format!("count to {count}"), || async {
+            self.report(node).await.ok().filter(|report| report.count >= count)
+        })
+        .await
+    }
+
+    async fn until<T>(
+        &self,
+        node: &Node,
+        what: &str,
+        look: impl AsyncFn() -> Option<T>,
+    ) -> anyhow::Result<T> {
+        let deadline = tokio::time::Instant::now() + SOON;
+        let mut looks = tokio::time::interval(Duration::from_millis(100));
+        loop {
+            looks.tick().await;
+            if let Some(found) = look().await {
+                return Ok(found);
+            }
+            if tokio::time::Instant::now() >= deadline {
+                let log = node.get_text(&format!("/var/log/{}.log", self.group())).await.unwrap_or_default();
+                let said = node.get_text(&self.debug_file()).await.unwrap_or_default();
+                let last = said.lines().last().unwrap_or_default();
+                bail!("{} does not {what}; its guest said last {last:?}, QEMU said\n{log}", self.name);
+            }
+        }
+    }
+
+    /// Has its QEMU in a node execute a QMP command, and returns what that returned.
+    ///
+    /// # Errors
+    /// When there is none, or it refuses.
+    pub async fn execute(&self, node: &Node, command: &str, arguments: Value) -> anyhow::Result<Value> {
+        let arguments = arguments.to_string();
+        let list = ["slackwater-lab-node", "qmp", &self.socket(), command, &arguments];
+        Ok(serde_json::from_str(&node.exec(&list).await?.success()?)?)
+    }
+
+    /// Moves it by hand, without the product, over the link between the nodes; the destination waits ([`QemuVm::await_migration`]),
+    /// and stays stopped.
+    ///
+    /// # Errors
+    /// When QEMU says that it failed.
+    pub async fn migrate(&self, from: &Node, to: &Node) -> anyhow::Result<()> {
+        let uri = format!("tcp:{}:4444", to.link_address().ip());
+        self.execute(to, "migrate-incoming", json!({ "uri": uri })).await?;
+        self.execute(from, "migrate", json!({ "uri": uri })).await?;
+        for node in [from, to] {
+            let status = self
+                .until(node, "end its migration", || async {
+                    let answer = self.execute(node, "query-migrate", json!({})).await.ok()?;
+                    let status = answer.get("status")?.as_str()?.to_owned();
+                    matches!(status.as_str(), "completed" | "failed" | "cancelled").then_some(status)
+                })
+                .await?;
+            ensure!(status == "completed", "the migration {status} at {}", node.name());
+        }
+        Ok(())
+    }
+
+    /// Kills its QEMU in a node.
+    ///
+    /// # Errors
+    /// When none was started there by hand.
+    pub async fn kill(&self, node: &Node) -> Result<(), LabError> {
+        node.kill_group(&self.group()).await
+    }
+}
+
+fn words(text: &str) -> Vec<String> {
+    text.split(' ').map(str::to_owned).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn device_arguments(vm: &QemuVm) -> Vec<String> {
+        let args = vm.arguments(&vm.place_of_the_twin());
+        args.into_iter().filter(|arg| arg.starts_with("vfio-pci") || arg.starts_with("iommufd")).collect()
+    }
+
+    #[test]
+    fn the_twin_has_the_agents_words_for_its_devices_and_its_socket() {
+        let json = QemuVm::counter(2).json();
+        assert_eq!(json["vmm"], json!({"kind": "qemu", "socket": "qmp.sock", "devices": ["v0", "v1"]}));
+        let args: Vec<&str> =
+            json["twin"]["args"].as_array().unwrap().iter().filter_map(Value::as_str).collect();
+        assert!(args.contains(&"vfio-pci,id=v1,sysfsdev={device.1.sysfs},iommufd=iommufd0"), "{args:?}");
+        assert!(
+            args.ends_with(&["-qmp", "unix:{socket},server=on,wait=off", "-S", "-incoming", "defer"]),
+            "{args:?}"
+        );
+        let braces = args.iter().map(|arg| arg.matches('{').count()).sum::<usize>();
+        assert_eq!(braces, 3, "only the agent's words have braces");
+    }
+
+    #[test]
+    fn each_flavour_differs_in_its_own_arguments_only() {
+        let vm = QemuVm::counter(1);
+        assert_eq!(
+            device_arguments(&vm),
+            ["iommufd,id=iommufd0", "vfio-pci,id=v0,sysfsdev={device.0.sysfs},iommufd=iommufd0"]
+        );
+        let group = vm.clone().by_group().with_migration_events();
+        assert_eq!(
+            device_arguments(&group),
+            ["vfio-pci,id=v0,sysfsdev={device.0.sysfs},migration-events=on"]
+        );
+        let (kvm, tcg) = (vm.arguments(&vm.place_of_the_twin()), vm.clone().emulated());
+        let differing: Vec<_> =
+            tcg.arguments(&tcg.place_of_the_twin()).into_iter().filter(|arg| !kvm.contains(arg)).collect();
+        assert_eq!(differing, ["pc,accel=tcg", "max"]);
+    }
+}
