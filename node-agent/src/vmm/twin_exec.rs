@@ -1,7 +1,7 @@
 //! What stands between the agent and a twin for a moment: the agent's own program, called as
 //! `twin-exec --cgroup DIR -- PROGRAM ARGUMENT...`.
 //!
-//! It leaves the agent's session and control group and becomes the program. Between fork and exec of one's own process only
+//! It leaves the agent's session and control group, closes what it makes to other users, and becomes the program. Between fork and exec of one's own process only
 //! async-signal-safe code may run, which takes `unsafe`; a program of its own may do as it likes.
 
 use std::ffi::OsString;
@@ -62,6 +62,8 @@ impl TwinExec {
         if let Err(source) = std::fs::write(self.cgroup.join("cgroup.procs"), "0") {
             return TwinExecError::EnterCgroup { path: self.cgroup, source };
         }
+        // What the VMM makes, its socket above all, is for this user alone.
+        rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
         let mut command = self.command.into_iter();
         let Some(program) = command.next() else { return TwinExecError::NoProgram };
         let source = Command::new(&program).args(command).exec();

@@ -70,3 +70,28 @@ pub(super) fn agrees(account: &DeviceAccount, trace: &Trace) -> anyhow::Result<u
     }
     Ok(compared)
 }
+
+/// The weaker comparison for devices that their VMM drives, of which the agents tell what they have seen: every state that they tell
+/// is one that the kernel saw, in the same order, and none before it was there. Returns the number of states that were compared.
+///
+/// # Errors
+/// Names the device and the first state that the kernel did not see.
+pub(super) fn in_order(account: &DeviceAccount, trace: &Trace) -> anyhow::Result<usize> {
+    let mut compared = 0;
+    for (device, seen) in &trace.devices {
+        let told = account.get(&(trace.node.clone(), device.clone())).map(Vec::as_slice).unwrap_or_default();
+        let mut changes = seen.changes.iter();
+        for span in told {
+            let found = changes.any(|change| change.to == Some(span.to) && change.ended_ns <= span.at_ns);
+            if !found {
+                bail!(
+                    "{} {device}: the agent tells {told:?}, but the kernel saw {:?}",
+                    trace.node,
+                    seen.changes
+                );
+            }
+            compared += 1;
+        }
+    }
+    Ok(compared)
+}

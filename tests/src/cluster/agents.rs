@@ -8,7 +8,7 @@ use kube::{Api, ResourceExt};
 use slackwater_api::VMMigration;
 use slackwater_proto::node::{DescribeRequest, JournalState, MigrationRef, NodeDescription, ResolveRequest};
 
-use super::{Cluster, SOON, SYSTEM, VMM_PROGRAM};
+use super::{Cluster, QEMU_PROGRAM, SOON, SYSTEM, VMM_PROGRAM};
 use crate::lab::Issued;
 
 /// The agent's program, its cgroup and its log.
@@ -53,7 +53,7 @@ impl Cluster {
         let node = self.lab.node(name)?;
         let arguments = format!(
             "/bin/{AGENT} serve --node-name {name} --listen 0.0.0.0:7443 --run-dir /run/slackwater --state-dir {STATE_DIR} \
-             --tls-cert {TLS}/tls.crt --tls-key {TLS}/tls.key --tls-ca {TLS}/ca.crt --twin-program {VMM_PROGRAM}"
+             --tls-cert {TLS}/tls.crt --tls-key {TLS}/tls.key --tls-ca {TLS}/ca.crt --twin-program {VMM_PROGRAM} --twin-program {QEMU_PROGRAM}"
         );
         let arguments: Vec<&str> = arguments.split_whitespace().collect();
         node.spawn(AGENT, &arguments, &[("SLACKWATER_FAULTS_FILE", FAULTS), ("RUST_BACKTRACE", "1")]).await?;

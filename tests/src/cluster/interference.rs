@@ -6,7 +6,6 @@ use anyhow::{Context, ensure};
 
 use super::agents::{STATE_DIR, STATE_DISK};
 use super::{Cluster, SOON};
-use crate::lab::Node;
 
 /// Between two looks whether a killed process is gone.
 const DYING: Duration = Duration::from_millis(50);
@@ -115,8 +114,10 @@ impl Cluster {
     /// # Errors
     /// When there is not exactly one.
     pub async fn kill_vmm(&self, node: &str) -> anyhow::Result<()> {
-        let pid = only_vmm(self.lab.node(node)?).await?;
-        self.kill_and_wait(node, pid).await
+        match self.vmms(node).await?.as_slice() {
+            [pid] => self.kill_and_wait(node, *pid).await,
+            several => anyhow::bail!("{} VMMs run on {node}", several.len()),
+        }
     }
 
     /// The same, if there is one and it does not end by itself meanwhile.
@@ -135,11 +136,10 @@ impl Cluster {
     }
 
     async fn kill_and_wait(&self, node: &str, pid: u32) -> anyhow::Result<()> {
-        let node = self.lab.node(node)?;
-        node.kill(pid).await?;
+        self.lab.node(node)?.kill(pid).await?;
         // A process that has been killed takes a while to be gone, an emulated one longer.
         let gone = async {
-            while vmms(node).await?.contains(&pid) {
+            while self.vmms(node).await?.contains(&pid) {
                 tokio::time::sleep(DYING).await;
             }
             anyhow::Ok(())
@@ -152,20 +152,8 @@ impl Cluster {
     /// # Errors
     /// When the node cannot be asked.
     pub async fn vmms(&self, node: &str) -> anyhow::Result<Vec<u32>> {
-        vmms(self.lab.node(node)?).await
-    }
-}
-
-async fn vmms(node: &Node) -> anyhow::Result<Vec<u32>> {
-    let pids = node.exec(&["pidof", super::vm::VMM]).await?;
-    let pids = String::from_utf8_lossy(&pids.stdout).into_owned();
-    Ok(pids.split_whitespace().map(str::parse).collect::<Result<_, _>>()?)
-}
-
-async fn only_vmm(node: &Node) -> anyhow::Result<u32> {
-    let pids = vmms(node).await?;
-    match pids.as_slice() {
-        [pid] => Ok(*pid),
-        _ => anyhow::bail!("{} VMMs run on {}", pids.len(), node.name()),
+        let pids = self.lab.node(node)?.exec(&["pidof", self.vmm()]).await?;
+        let pids = String::from_utf8_lossy(&pids.stdout).into_owned();
+        Ok(pids.split_whitespace().map(str::parse).collect::<Result<_, _>>()?)
     }
 }

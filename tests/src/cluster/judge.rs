@@ -67,6 +67,9 @@ impl Cluster {
     /// When a node cannot be reached.
     pub async fn watch(&self, source: &str, target: &str) -> anyhow::Result<Watching> {
         let (a, b) = (self.lab.node(source)?, self.lab.node(target)?);
+        if let Some(vm) = &self.qemu {
+            vm.forget_words(b).await?;
+        }
         Ok(Watching {
             before: self.guest(source).await?,
             source: (source.to_owned(), witness::watch(a).await?),
@@ -152,12 +155,24 @@ impl Cluster {
         let stops = witness::quiesced_together(&source, peer_to_peer)?;
         let reads = witness::captured_at_slack_water(&source)?;
         let wakings = witness::woke_together(&target, Waking::AfterLoad, peer_to_peer)?;
-        let told = account::read(&self.events(migration).await?)?;
-        let agreed = account::agrees(&told, &source)? + account::agrees(&told, &target)?;
-        ensure!(agreed > 0, "the agents told of no state change");
+        let agreed = self.agents_agree(migration, [&source, &target]).await?;
         let clock_error_ns = source.clock.error_ns() + target.clock.error_ns();
         let apart_at_least_ns = separation.at_least_ns;
         Ok(Verdict { apart_at_least_ns, clock_error_ns, stops, reads, wakings, agreed, after })
+    }
+
+    /// Compares the agents' account with the kernels': change by change, as far as the agents drive the devices or are told of each.
+    async fn agents_agree(&self, migration: &VMMigration, traces: [&Trace; 2]) -> anyhow::Result<usize> {
+        let told = account::read(&self.events(migration).await?)?;
+        let mut agreed = 0;
+        for trace in traces {
+            agreed += match &self.qemu {
+                None => account::agrees(&told, trace)?,
+                Some(_) => account::in_order(&told, trace)?,
+            };
+        }
+        ensure!(agreed > 0, "the agents told of no state change");
+        Ok(agreed)
     }
 
     /// Judges a migration that is said to have been rolled back after its devices had been touched: the VM runs on at the source,

@@ -57,6 +57,8 @@ pub struct Cluster {
     kubeconfig: PathBuf,
     /// The operator's ways to the agents, by node.
     relays: BTreeMap<String, Relay>,
+    /// The VM that is looked at; none: that of the lab's own VMM.
+    qemu: Option<QemuVm>,
     /// What it all runs on.
     pub lab: Lab,
 }
@@ -90,7 +92,8 @@ impl Cluster {
         for node in lab.nodes() {
             relays.insert(node.name().to_owned(), Relay::to(node.agent_address()?).await?);
         }
-        let mut cluster = Self { client, pki, operator: None, operator_faults, kubeconfig, relays, lab };
+        let mut cluster =
+            Self { client, pki, operator: None, operator_faults, kubeconfig, relays, qemu: None, lab };
         for node in cluster.lab.nodes() {
             cluster.start_agent(node.name()).await?;
         }
@@ -275,12 +278,42 @@ impl Cluster {
         Ok(Credentials::read(&certificate, &key, &self.lab.folder().join("ca.crt"))?)
     }
 
+    /// Starts a VM of QEMU's at a node. From now on it is the one that is looked at, and that is migrated.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub async fn start_qemu(&mut self, vm: QemuVm, node: &str) -> anyhow::Result<()> {
+        for node in self.lab.nodes() {
+            vm.make_room(node).await?;
+        }
+        vm.start(self.lab.node(node)?).await?;
+        self.qemu = Some(vm);
+        Ok(())
+    }
+
+    /// The VM of QEMU's that is looked at.
+    ///
+    /// # Errors
+    /// When none was started.
+    pub fn qemu(&self) -> anyhow::Result<&QemuVm> {
+        self.qemu.as_ref().context("no VM of QEMU's was started")
+    }
+
     /// The guest of the VM at a node, as of now.
     ///
     /// # Errors
     /// When no VMM runs there.
     pub async fn guest(&self, node: &str) -> anyhow::Result<Report> {
-        vm::guest(self.lab.node(node)?).await
+        let node = self.lab.node(node)?;
+        match &self.qemu {
+            None => vm::guest(node).await,
+            Some(vm) => vm.guest(node).await,
+        }
+    }
+
+    /// The program of the VM's VMM.
+    fn vmm(&self) -> &'static str {
+        if self.qemu.is_some() { "qemu-system-x86_64" } else { vm::VMM }
     }
 
     /// Fails if the API server refused the operator anything: its rights are those that the chart rendered.

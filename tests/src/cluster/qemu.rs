@@ -15,6 +15,9 @@ use crate::lab::{Image, LabError, Node};
 /// QEMU, in a node.
 pub const QEMU_PROGRAM: &str = "/bin/qemu-system-x86_64";
 
+/// A guest that says nothing for so long does not run.
+const SILENCE: Duration = Duration::from_secs(10);
+
 /// What runs the guest's code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Accelerator {
@@ -226,6 +229,51 @@ impl QemuVm {
     pub async fn report(&self, node: &Node) -> anyhow::Result<Report> {
         let said = node.get_text(&self.debug_file()).await?;
         Report::last_of(&said).with_context(|| format!("the guest of {} says nothing", self.name))
+    }
+
+    /// Makes the folder in a node where its QEMU writes what the guest says: it is not QEMU's to make.
+    ///
+    /// # Errors
+    /// When the node cannot be reached.
+    pub(super) async fn make_room(&self, node: &Node) -> anyhow::Result<()> {
+        node.shell("mkdir -p -m 700 /run/slackwater-lab").await?;
+        Ok(())
+    }
+
+    /// Forgets what its guest said in a node that it has left, so that nobody takes it for what it says now.
+    ///
+    /// # Errors
+    /// When the node cannot be reached.
+    pub(super) async fn forget_words(&self, node: &Node) -> anyhow::Result<()> {
+        node.shell(&format!("rm -f {}", self.debug_file())).await?;
+        Ok(())
+    }
+
+    /// What its guest in a node says next.
+    ///
+    /// # Errors
+    /// When no QEMU runs there, or its guest says nothing for a while.
+    pub(super) async fn guest(&self, node: &Node) -> anyhow::Result<crate::vmm::guest::Report> {
+        let running = node.exec(&["pidof", "qemu-system-x86_64"]).await?;
+        ensure!(!running.stdout.is_empty(), "no VMM runs on {}", node.name());
+        let before = node.get(&self.debug_file()).await.unwrap_or_default().len();
+        let deadline = tokio::time::Instant::now() + SILENCE;
+        while tokio::time::Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            let said = node.get(&self.debug_file()).await.unwrap_or_default();
+            let new = String::from_utf8_lossy(said.get(before..).unwrap_or_default()).into_owned();
+            // The first line may have begun before.
+            let whole = new.split_once('\n').map_or("", |(_, whole)| whole);
+            if let Some(report) = Report::last_of(whole) {
+                return Ok(crate::vmm::guest::Report {
+                    count: report.count,
+                    errors: report.errors,
+                    ram_errors: 0,
+                    devices: Vec::new(),
+                });
+            }
+        }
+        bail!("the guest of {} on {} says nothing for {SILENCE:?}", self.name, node.name())
     }
 
     /// Waits until its guest has counted so far in a node.

@@ -7,6 +7,7 @@ mod callers;
 mod damaged;
 mod interrupted;
 mod moved;
+mod qemu;
 mod refused;
 
 use slackwater_api::VMMigration;
