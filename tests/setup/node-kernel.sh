@@ -2,10 +2,14 @@
 # configuration lacks iommufd and the VFIO character devices, so vfio, its type-1 IOMMU and mdev are rebuilt with them outside
 # the tree, iommufd is added, and so is mtty, the kernel tree's sample driver with migration (STOP_COPY | P2P | PRE_COPY).
 #
-# Result: FOLDER/vmlinuz, FOLDER/modules/*.ko, and FOLDER/modules/order, the names in the order of loading.
+# Result: FOLDER/vmlinuz, FOLDER/modules/*.ko, and FOLDER/modules/order, the names in the order of loading. The same kernel runs in
+# VMs inside the nodes: FOLDER/guest-modules has what it needs there.
 
 # What a node loads, in any order: dependencies are found.
 node_modules=(virtio_pci virtio_net virtio_rng kvm kvm_amd vfio vfio_iommu_type1 iommufd mdev mtty)
+
+# What a VM inside a node loads: its disk's driver. The serial ports' is built in.
+guest_modules=(virtio_blk)
 
 # What the witness puts its probes on. A function that the compiler inlined, or split, could not be probed.
 declare -A probed=(
@@ -28,7 +32,8 @@ make_node_kernel() {
   step "$w/log/modules.log" "node kernel: building the modules, about half a minute, once" \
     make -j"$(nproc)" -C "$w/k/usr/src/linux-headers-$release-amd64" M="$w/oot" CONFIG_DEBUG_INFO_BTF_MODULES= modules
   check_probed "$w" "$release"
-  collect_modules "$w" "$release"
+  collect_modules "$w" "$release" "$w/modules" "${node_modules[@]}"
+  collect_modules "$w" "$release" "$w/guest-modules" "${guest_modules[@]}"
   cp "$w/k/boot/vmlinuz-$release-amd64" "$w/vmlinuz"
   echo "$release-amd64" >"$w/release"
   rm -rf "$w"/{apt,debs,k,src,oot}
@@ -115,22 +120,24 @@ check_probed() {
   rm -f "$w/probed.ko"
 }
 
+# collect_modules W RELEASE TO NAME...
 collect_modules() {
-  local w=${1:?} release=$2 name
-  rm -rf "$w/modules"
-  mkdir -p "$w/modules"
-  : >"$w/modules/order"
-  for name in "${node_modules[@]}"; do collect_module "$w" "$release" "$name"; done
+  local w=${1:?} release=$2 to=$3 name
+  shift 3
+  rm -rf "$to"
+  mkdir -p "$to"
+  : >"$to/order"
+  for name in "$@"; do collect_module "$w" "$release" "$to" "$name"; done
 }
 
 collect_module() {
-  local w=${1:?} release=$2 name=${3//-/_} file needs need
-  [ ! -e "$w/modules/$name.ko" ] || return 0
+  local w=${1:?} release=$2 to=$3 name=${4//-/_} file needs need
+  [ ! -e "$to/$name.ko" ] || return 0
   file=$(module_file "$w" "$release" "$name")
   # Built into the kernel.
   [ -n "$file" ] || return 0
-  plain_module "$file" "$w/modules/$name.ko"
-  needs=$(objcopy -O binary --only-section=.modinfo "$w/modules/$name.ko" /dev/stdout | tr '\0' '\n' | sed -n 's/^depends=//p')
-  for need in ${needs//,/ }; do collect_module "$w" "$release" "$need"; done
-  echo "$name" >>"$w/modules/order"
+  plain_module "$file" "$to/$name.ko"
+  needs=$(objcopy -O binary --only-section=.modinfo "$to/$name.ko" /dev/stdout | tr '\0' '\n' | sed -n 's/^depends=//p')
+  for need in ${needs//,/ }; do collect_module "$w" "$release" "$to" "$need"; done
+  echo "$name" >>"$to/order"
 }

@@ -15,7 +15,7 @@ use std::{
 
 use slackwater_tests::{
     cluster::QemuVm,
-    guests::counter::Report,
+    guests::Report,
     lab::{Image, Lab, LabConfig, Node, NodeConfig, protocol::Ending},
     witness::{self, PeerToPeer, State, Waking},
 };
@@ -280,36 +280,62 @@ async fn the_witness_sees_a_machine_of_qemus_move_and_what_it_does_not_keep() {
     }
 }
 
-/// Long enough to see that it counts on: 20 rounds are 0.4 s.
+/// Long enough to see that a guest counts on: 20 rounds are 0.4 s.
 const ROUNDS: u64 = 20;
 
-#[tokio::test]
-async fn a_vm_of_qemus_counts_in_a_node_and_counts_on_in_another() {
-    let node = |name: &str| NodeConfig { memory_mib: 768, ..NodeConfig::new(name, ["mtty-1", "mtty-1"]) };
+async fn lab_for(vm: &QemuVm) -> Lab {
+    let node = |name: &str| NodeConfig {
+        memory_mib: vm.node_memory_mib(),
+        ..NodeConfig::new(name, vec!["mtty-1"; vm.devices])
+    };
+    let image = vm.in_image(Image::default()).unwrap();
     let config = LabConfig::nodes([node("node-a"), node("node-b")]);
-    let image = QemuVm::in_image(Image::default()).unwrap();
-    let lab = Lab::start(LabConfig { image, ..config }).await.unwrap();
-    let (a, b) = (lab.node("node-a").unwrap(), lab.node("node-b").unwrap());
-    let vm = QemuVm::counter(2);
+    Lab::start(LabConfig { image, ..config }).await.unwrap()
+}
 
+/// The VM counts at `a`, and is moved by hand, and counts on at `b`, with nothing lost.
+async fn counts_on(vm: &QemuVm, a: &Node, b: &Node) {
     let begin = Instant::now();
     vm.start(a).await.unwrap();
-    println!("the VM counts after {:?}", begin.elapsed());
-    let known = a.get_text(&format!("{}/vm.json", vm.directory())).await.unwrap();
-    assert!(known.contains("{device.1.sysfs}"), "{known}");
-    assert_eq!(a.shell(&format!("stat -c %a {}", vm.socket())).await.unwrap(), "700\n");
+    println!("{} with {:?}, {:?}: counts after {:?}", vm.name, vm.accelerator, vm.access, begin.elapsed());
     let counted = vm.report(a).await.unwrap();
     vm.until_counted(a, counted.count + ROUNDS).await.unwrap();
 
     vm.await_migration(b).await.unwrap();
+    let begin = Instant::now();
     vm.migrate(a, b).await.unwrap();
+    println!("moved after {:?}", begin.elapsed());
     let stopped = vm.report(a).await.unwrap();
     assert!(vm.report(b).await.is_err(), "it is stopped still");
     vm.execute(b, "cont", serde_json::json!({})).await.unwrap();
     let moved = vm.until_counted(b, stopped.count + ROUNDS).await.unwrap();
-    assert_eq!((moved.errors, moved.devices), (0, 2));
+    assert_eq!((moved.errors, moved.devices), (0, vm.devices));
     let first = b.shell(&format!("grep -m1 ^count= {}", vm.debug_file())).await.unwrap();
     let first = Report::last_of(&first).unwrap();
     assert_eq!(first.count, stopped.count + 8, "the report after the last one at the source");
     assert_eq!(vm.report(a).await.unwrap(), stopped, "the source counts no more");
+}
+
+#[tokio::test]
+async fn a_vm_of_qemus_counts_in_a_node_and_counts_on_in_another() {
+    let vm = QemuVm::counter(2);
+    let lab = lab_for(&vm).await;
+    let (a, b) = (lab.node("node-a").unwrap(), lab.node("node-b").unwrap());
+    counts_on(&vm, a, b).await;
+    let known = a.get_text(&format!("{}/vm.json", vm.directory())).await.unwrap();
+    assert!(known.contains("{device.1.sysfs}"), "{known}");
+    assert_eq!(a.shell(&format!("stat -c %a {}", vm.socket())).await.unwrap(), "700\n");
+
+    for node in [a, b] {
+        vm.kill(node).await.unwrap();
+        vm.forget(node).await.unwrap();
+    }
+    counts_on(&vm.emulated().by_group().with_migration_events(), b, a).await;
+}
+
+#[tokio::test]
+async fn a_linux_in_a_vm_of_qemus_talks_on_through_its_serial_ports() {
+    let vm = QemuVm::linux(2);
+    let lab = lab_for(&vm).await;
+    counts_on(&vm, lab.node("node-a").unwrap(), lab.node("node-b").unwrap()).await;
 }

@@ -31,7 +31,7 @@ use tokio::time::timeout;
 pub use account::{DeviceAccount, Span};
 pub use interference::Damaged;
 pub use judge::{Verdict, Watching};
-pub use qemu::{Accelerator, DeviceAccess, QEMU_PROGRAM, QemuVm};
+pub use qemu::{Accelerator, DeviceAccess, Guest, QEMU_PROGRAM, QemuVm};
 pub use vm::{LabVm, VMM_PROGRAM};
 
 use crate::lab::{Issued, Lab, LabConfig, NodeConfig, Pki, Relay};

@@ -9,7 +9,7 @@ use anyhow::{Context, bail, ensure};
 use serde_json::{Value, json};
 
 use super::{NAMESPACE, SOON};
-use crate::guests::counter::{self, Report};
+use crate::guests::{Report, counter, linux};
 use crate::lab::{Image, LabError, Node};
 
 /// QEMU, in a node.
@@ -36,6 +36,15 @@ pub enum DeviceAccess {
     Group,
 }
 
+/// What runs in a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Guest {
+    /// A boot sector that counts: [`counter`].
+    Counter,
+    /// A Linux that talks through its serial ports: [`linux`].
+    Linux,
+}
+
 /// A VM to start.
 #[derive(Clone, Debug)]
 pub struct QemuVm {
@@ -43,6 +52,8 @@ pub struct QemuVm {
     pub name: String,
     /// How many of the node's devices it gets: the first ones. QEMU calls them `v0`, `v1` and so on.
     pub devices: usize,
+    /// What runs in it.
+    pub guest: Guest,
     /// What runs its code.
     pub accelerator: Accelerator,
     /// How it opens its devices.
@@ -59,6 +70,23 @@ struct Place {
     socket: String,
 }
 
+impl Guest {
+    fn arguments(self) -> Vec<String> {
+        match self {
+            Self::Counter => {
+                let drive = format!("if=none,id=boot,format=raw,readonly=on,file={}", counter::DISK);
+                words(&format!("-m 32 -drive {drive} -device virtio-blk-pci,drive=boot"))
+            }
+            Self::Linux => {
+                let mut list =
+                    words(&format!("-m 128 -no-reboot -kernel {} -initrd {}", linux::KERNEL, linux::INITRD));
+                list.extend(["-append".to_owned(), linux::COMMAND_LINE.to_owned()]);
+                list
+            }
+        }
+    }
+}
+
 impl QemuVm {
     /// The VM `counter`, with KVM, by iommufd, without migration events.
     #[must_use]
@@ -66,10 +94,17 @@ impl QemuVm {
         Self {
             name: "counter".to_owned(),
             devices,
+            guest: Guest::Counter,
             accelerator: Accelerator::Kvm,
             access: DeviceAccess::Iommufd,
             migration_events: false,
         }
+    }
+
+    /// The VM `linux`, likewise.
+    #[must_use]
+    pub fn linux(devices: usize) -> Self {
+        Self { name: "linux".to_owned(), guest: Guest::Linux, ..Self::counter(devices) }
     }
 
     /// The same, emulated by QEMU itself.
@@ -93,12 +128,25 @@ impl QemuVm {
         self
     }
 
-    /// Adds to a node's image what these VMs need. The nodes need 256 MiB more memory for it.
+    /// Adds to the nodes' image what the VM needs. The nodes need more memory for it: [`QemuVm::node_memory_mib`].
     ///
     /// # Errors
-    /// When something is not installed.
-    pub fn in_image(image: Image) -> anyhow::Result<Image> {
-        Ok(image.with_qemu()?.with_made(counter::DISK, counter::disk()?))
+    /// When something is not installed, or not built.
+    pub fn in_image(&self, image: Image) -> anyhow::Result<Image> {
+        let image = image.with_qemu()?;
+        Ok(match self.guest {
+            Guest::Counter => image.with_made(counter::DISK, counter::disk()?),
+            Guest::Linux => image.with_linux_guest()?,
+        })
+    }
+
+    /// The memory of a node that has room for the VM, and for another one while they change places.
+    #[must_use]
+    pub fn node_memory_mib(&self) -> u32 {
+        match self.guest {
+            Guest::Counter => 768,
+            Guest::Linux => 1024,
+        }
     }
 
     /// The folder in which the agent finds the VM.
@@ -129,12 +177,11 @@ impl QemuVm {
             Accelerator::Kvm => ("pc,accel=kvm", "host"),
             Accelerator::Tcg => ("pc,accel=tcg", "max"),
         };
-        let mut list = words("-nodefaults -no-user-config -display none -m 32");
+        let mut list = words("-nodefaults -no-user-config -display none");
         list.extend(words(&format!("-machine {machine} -cpu {cpu}")));
         // A guest that was held up must not be given all the ticks at once that it has missed.
         list.extend(words("-global kvm-pit.lost_tick_policy=discard"));
-        list.extend(words(&format!("-drive if=none,id=boot,format=raw,readonly=on,file={}", counter::DISK)));
-        list.extend(words("-device virtio-blk-pci,drive=boot"));
+        list.extend(self.guest.arguments());
         list.extend(words(&format!("-chardev file,id=dbg,path={},append=on", self.debug_file())));
         list.extend(words("-device isa-debugcon,iobase=0xe9,chardev=dbg"));
         if self.access == DeviceAccess::Iommufd {
@@ -344,9 +391,17 @@ impl QemuVm {
     /// Kills its QEMU in a node.
     ///
     /// # Errors
-    /// When none was started there by hand.
+    /// When the lab has started none there.
     pub async fn kill(&self, node: &Node) -> Result<(), LabError> {
         node.kill_group(&self.group()).await
+    }
+
+    /// Removes what a killed one has left in a node.
+    ///
+    /// # Errors
+    /// When the node cannot be asked.
+    pub async fn forget(&self, node: &Node) -> Result<(), LabError> {
+        node.shell(&format!("rm -rf {} {}", self.directory(), self.debug_file())).await.map(drop)
     }
 }
 

@@ -126,14 +126,14 @@ fn add_busybox(archive: &mut Archive) -> Result<(), LabError> {
 }
 
 /// The program's bytes less what only a debugger reads, which would be most of them, and memory of every node.
-fn without_debug_information(program: &Path) -> Result<Vec<u8>, LabError> {
+pub(super) fn without_debug_information(program: &Path) -> Result<Vec<u8>, LabError> {
     let stripped = tempfile::NamedTempFile::new().map_err(LabError::io("making a temporary file"))?;
     output_of(Command::new("strip").arg("--strip-debug").arg("-o").arg(stripped.path()).arg(program))?;
     read(stripped.path())
 }
 
 /// The shared libraries that a program needs, the loader among them, each at the path where it is looked for.
-fn libraries_of(program: &Path) -> Result<BTreeSet<PathBuf>, LabError> {
+pub(super) fn libraries_of(program: &Path) -> Result<BTreeSet<PathBuf>, LabError> {
     // A static program makes ldd fail: it needs none.
     Ok(output_of(Command::new("ldd").arg(program)).map(|text| parse_ldd(&text)).unwrap_or_default())
 }
@@ -166,11 +166,11 @@ fn output_of(command: &mut Command) -> Result<String, LabError> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, LabError> {
+pub(super) fn read(path: &Path) -> Result<Vec<u8>, LabError> {
     fs::read(path).map_err(LabError::io(format!("reading {}", path.display())))
 }
 
-fn names_in(folder: &Path) -> Result<Vec<String>, LabError> {
+pub(super) fn names_in(folder: &Path) -> Result<Vec<String>, LabError> {
     let names = || -> io::Result<Vec<String>> {
         fs::read_dir(folder)?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
     };

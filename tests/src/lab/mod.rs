@@ -32,6 +32,7 @@ mod folder;
 mod image;
 pub mod in_node;
 mod installed;
+mod linux_guest;
 mod machine;
 mod node;
 mod pki;

@@ -56,7 +56,7 @@ impl HostProgram {
 }
 
 /// Where a program of the workspace is: a test's own program is one folder below the others.
-fn beside_this_program(name: &str) -> Result<PathBuf, LabError> {
+pub(super) fn beside_this_program(name: &str) -> Result<PathBuf, LabError> {
     let own = std::env::current_exe().map_err(LabError::io("finding this program"))?;
     let folder = own.parent().unwrap_or(Path::new("/")).to_owned();
     let candidates = [folder.join(name), folder.join("..").join(name)];
