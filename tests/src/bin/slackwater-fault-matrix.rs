@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, ensure};
 use clap::Parser;
-use slackwater_tests::faults::matrix::{self, Cell, Expected};
+use slackwater_tests::faults::matrix::{self, Cell, Expected, VmmKind};
 use slackwater_tests::faults::report::{Outcome, markdown};
 use slackwater_tests::faults::stage::Stage;
 
@@ -19,6 +19,9 @@ struct Arguments {
     /// Only these faults, by their names in the table.
     #[arg(long, value_delimiter = ',')]
     fault: Vec<String>,
+    /// What runs the VM.
+    #[arg(long, value_enum, default_value_t)]
+    vmm: VmmKind,
     /// Where to write the table; without it, to the standard output.
     #[arg(long)]
     out: Option<PathBuf>,
@@ -40,7 +43,7 @@ async fn main() -> ExitCode {
 }
 
 async fn run(arguments: &Arguments) -> anyhow::Result<bool> {
-    let all = matrix::cells();
+    let all = matrix::cells(arguments.vmm);
     let named = |names: &[String], name: &str| names.is_empty() || names.iter().any(|one| one == name);
     let is_wanted = |cell: &&Cell| {
         let possible = !matches!(cell.expected, Expected::CannotOccur(_));
@@ -50,7 +53,7 @@ async fn run(arguments: &Arguments) -> anyhow::Result<bool> {
     ensure!(!wanted.is_empty(), "no cell has that name");
     let mut outcomes = Vec::new();
     if !arguments.list {
-        let mut stage = Stage::set().await?;
+        let mut stage = Stage::set(arguments.vmm).await?;
         for (number, cell) in (1..).zip(&wanted) {
             let outcome = stage.play(cell).await;
             tell(number, wanted.len(), &outcome);

@@ -147,7 +147,7 @@ impl Cluster {
         Ok(self.lab.control_plane()?.kubectl(arguments).await?)
     }
 
-    /// Applies a VMMigration of the VM `counter`; `fields` are further fields of its spec, in YAML's flow style.
+    /// Applies a VMMigration of the VM; `fields` are further fields of its spec, in YAML's flow style.
     ///
     /// # Errors
     /// When kubectl refuses it.
@@ -155,7 +155,8 @@ impl Cluster {
         let manifest = format!(
             "apiVersion: slackwater.dev/v1alpha1\nkind: VMMigration\n\
              metadata: {{name: {name}, namespace: {NAMESPACE}}}\n\
-             spec: {{vmRef: {{kind: AssignedVM, name: counter}}, {fields}}}\n"
+             spec: {{vmRef: {{kind: AssignedVM, name: {}}}, {fields}}}\n",
+            self.vm_name()
         );
         self.apply(name, &manifest).await.map(|_| ())
     }
@@ -213,14 +214,14 @@ impl Cluster {
         }
     }
 
-    /// Waits until the VM `counter` is reported at a node, and can be migrated.
+    /// Waits until the VM is reported at a node, and can be migrated.
     ///
     /// # Errors
     /// When it is not.
     pub async fn until_vm_at(&self, node: &str) -> anyhow::Result<AssignedVM> {
         let at = node.to_owned();
         let api = Api::namespaced(self.client.clone(), NAMESPACE);
-        self.until(api, "counter", &format!("be migratable at {node}"), move |vm: &AssignedVM| {
+        self.until(api, self.vm_name(), &format!("be migratable at {node}"), move |vm: &AssignedVM| {
             let status = vm.status.as_ref()?;
             let there = status.node_name.as_deref() == Some(&at) && status.migration.is_none();
             Some(there && has_condition(&status.conditions, "Migratable", "True")?)
@@ -309,6 +310,12 @@ impl Cluster {
             None => vm::guest(node).await,
             Some(vm) => vm.guest(node).await,
         }
+    }
+
+    /// The VM's name.
+    #[must_use]
+    pub fn vm_name(&self) -> &str {
+        self.qemu.as_ref().map_or("counter", |vm| &vm.name)
     }
 
     /// The program of the VM's VMM.

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::{NAMESPACE, SOON};
 use crate::guests::{Report, counter, linux};
-use crate::lab::{Image, LabError, Node};
+use crate::lab::{Image, LabConfig, LabError, Node};
 
 /// QEMU, in a node.
 pub const QEMU_PROGRAM: &str = "/bin/qemu-system-x86_64";
@@ -147,6 +147,18 @@ impl QemuVm {
             Guest::Counter => 768,
             Guest::Linux => 1024,
         }
+    }
+
+    /// Gives the nodes of a lab what the VM needs: memory, and files in their image.
+    ///
+    /// # Errors
+    /// As [`QemuVm::in_image`].
+    pub fn in_nodes(&self, mut config: LabConfig) -> anyhow::Result<LabConfig> {
+        for node in &mut config.nodes {
+            node.memory_mib = self.node_memory_mib();
+        }
+        config.image = self.in_image(config.image)?;
+        Ok(config)
     }
 
     /// The folder in which the agent finds the VM.

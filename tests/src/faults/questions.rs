@@ -353,7 +353,7 @@ async fn left_at(
 /// Counts what a node's /proc and /sys show.
 async fn counted(cluster: &Cluster, node: &str) -> anyhow::Result<BTreeMap<String, usize>> {
     const COUNT: &str = r#"
-        vmms=$(pidof slackwater-lab-vmm | wc -w)
+        vmms=$(pidof slackwater-lab-vmm qemu-system-x86_64 | wc -w)
         cgroups=0; empty=0
         for group in /sys/fs/cgroup/slackwater/*/; do
             [ -d "$group" ] || continue
@@ -365,7 +365,7 @@ async fn counted(cluster: &Cluster, node: &str) -> anyhow::Result<BTreeMap<Strin
             opened=$(ls -l "$process/fd" 2>/dev/null | grep -c '/dev/vfio/devices/')
             [ "$opened" -gt 0 ] || continue
             case $(cat "$process/comm") in
-                slackwater-lab-*) vmm=$((vmm + opened)) ;;
+                slackwater-lab-* | qemu-system-*) vmm=$((vmm + opened)) ;;
                 *) elsewhere=$((elsewhere + opened)) ;;
             esac
         done

@@ -79,11 +79,11 @@ pub fn markdown(all: &[Cell], outcomes: &[Outcome]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::faults::matrix::{Fault, Phase, cells};
+    use crate::faults::matrix::{Fault, Phase, VmmKind, cells};
 
     #[test]
     fn every_cell_has_its_row_and_a_problem_is_told_in_it() {
-        let all = cells();
+        let all = cells(VmmKind::Contract);
         let cell =
             *all.iter().find(|cell| (cell.phase, cell.fault) == (Phase::Stop, Fault::TwinKilled)).unwrap();
         let text = markdown(&all, &[Outcome::failed(cell, "a | b\nc".to_owned())]);

@@ -5,11 +5,11 @@ use std::time::Duration;
 use anyhow::Context;
 use kube::api::{Patch, PatchParams};
 
-use super::matrix::{Cell, Side};
+use super::matrix::{Cell, Side, VmmKind};
 use super::report::Outcome;
 use super::{questions, scene};
-use crate::cluster::{Cluster, LabVm};
-use crate::lab::NodeConfig;
+use crate::cluster::{Cluster, LabVm, QemuVm};
+use crate::lab::{LabConfig, NodeConfig};
 
 /// Devices of each node, and of the VM.
 pub const DEVICES: usize = 2;
@@ -17,12 +17,17 @@ const NODES: [&str; 2] = ["node-a", "node-b"];
 /// Slow enough for the kernel's trace of a cell that takes a minute, and quick enough to see the guest go on within a second.
 const PACE: Duration = Duration::from_millis(40);
 
+fn qemu() -> QemuVm {
+    QemuVm::counter(DEVICES).with_migration_events()
+}
+
 /// The product on two nodes, with a VM.
 pub struct Stage {
     /// The product.
     pub cluster: Cluster,
     /// Where the VM runs; none: nowhere.
     home: Option<&'static str>,
+    vmm: VmmKind,
     /// Migrations so far: each has a name of its own.
     played: u32,
 }
@@ -52,10 +57,13 @@ impl Stage {
     ///
     /// # Errors
     /// When a part does not come up.
-    pub async fn set() -> anyhow::Result<Self> {
-        let types = ["mtty-1"; DEVICES];
-        let cluster = Cluster::start(NODES.map(|name| NodeConfig::new(name, types))).await?;
-        Ok(Self { cluster, home: None, played: 0 })
+    pub async fn set(vmm: VmmKind) -> anyhow::Result<Self> {
+        let mut config = LabConfig::nodes(NODES.map(|name| NodeConfig::new(name, ["mtty-1"; DEVICES])));
+        if vmm == VmmKind::Qemu {
+            config = qemu().in_nodes(config)?;
+        }
+        let cluster = Cluster::start_with(config, "").await?;
+        Ok(Self { cluster, home: None, vmm, played: 0 })
     }
 
     /// A VM that runs at one node and can go to the other: the one that is there, or a new one.
@@ -90,7 +98,12 @@ impl Stage {
             self.cluster.until_free(node, i32::try_from(DEVICES)?).await?;
         }
         let home = NODES[0];
-        LabVm::counter(DEVICES).paced(PACE).start(self.cluster.lab.node(home)?).await?;
+        match self.vmm {
+            VmmKind::Contract => {
+                LabVm::counter(DEVICES).paced(PACE).start(self.cluster.lab.node(home)?).await?;
+            }
+            VmmKind::Qemu => self.cluster.start_qemu(qemu(), home).await?,
+        }
         self.cluster.until_vm_at(home).await?;
         self.home = Some(home);
         Ok(home)

@@ -1,12 +1,11 @@
 use slackwater_tests::cluster::{Cluster, QemuVm, has_condition};
-use slackwater_tests::lab::{Image, LabConfig, NodeConfig};
+use slackwater_tests::lab::{LabConfig, NodeConfig};
 use slackwater_tests::witness::PeerToPeer;
 
 /// Two nodes with two devices each, and room for a VM of QEMU's.
-fn nodes(_vm: &QemuVm) -> LabConfig {
-    let node = |name| NodeConfig { memory_mib: 768, ..NodeConfig::new(name, ["mtty-1", "mtty-1"]) };
-    let image = QemuVm::in_image(Image::default()).unwrap();
-    LabConfig { image, ..LabConfig::nodes([node("node-a"), node("node-b")]) }
+fn nodes(vm: &QemuVm) -> LabConfig {
+    let node = |name| NodeConfig::new(name, ["mtty-1", "mtty-1"]);
+    vm.in_nodes(LabConfig::nodes([node("node-a"), node("node-b")])).unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]
