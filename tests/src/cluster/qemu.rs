@@ -266,12 +266,20 @@ impl QemuVm {
         format!("vm-{}", self.name)
     }
 
-    /// What its guest has said last in a node.
+    /// All that its guest has said in a node.
+    ///
+    /// # Errors
+    /// When it has not run there.
+    pub async fn said(&self, node: &Node) -> Result<String, LabError> {
+        node.get_text(&self.debug_file()).await
+    }
+
+    /// What its guest has reported last in a node.
     ///
     /// # Errors
     /// When it has not said anything.
     pub async fn report(&self, node: &Node) -> anyhow::Result<Report> {
-        let said = node.get_text(&self.debug_file()).await?;
+        let said = self.said(node).await?;
         Report::last_of(&said).with_context(|| format!("the guest of {} says nothing", self.name))
     }
 
@@ -301,9 +309,12 @@ impl QemuVm {
             }
             if tokio::time::Instant::now() >= deadline {
                 let log = node.get_text(&format!("/var/log/{}.log", self.group())).await.unwrap_or_default();
-                let said = node.get_text(&self.debug_file()).await.unwrap_or_default();
-                let last = said.lines().last().unwrap_or_default();
-                bail!("{} does not {what}; its guest said last {last:?}, QEMU said\n{log}", self.name);
+                let said = self.said(node).await.unwrap_or_default();
+                let (begin, last) = (said.lines().take(10).collect::<Vec<_>>(), said.lines().last());
+                bail!(
+                    "{} does not {what}; its guest said at first {begin:#?} and last {last:?}, QEMU said\n{log}",
+                    self.name
+                );
             }
         }
     }
