@@ -15,7 +15,7 @@ use std::{
 
 use slackwater_tests::{
     cluster::QemuVm,
-    guests::Report,
+    guests::{Report, lines::check_disk},
     lab::{Image, Lab, LabConfig, Node, NodeConfig, protocol::Ending},
     witness::{self, PeerToPeer, State, Waking},
 };
@@ -283,6 +283,9 @@ async fn the_witness_sees_a_machine_of_qemus_move_and_what_it_does_not_keep() {
 /// Long enough to see that a guest counts on: 20 rounds are 0.4 s.
 const ROUNDS: u64 = 20;
 
+/// 32,768 lines of the Linux guest's, more than ten minutes.
+const SHARED_DISK_MIB: u32 = 16;
+
 async fn lab_for(vm: &QemuVm) -> Lab {
     let node = |name: &str| NodeConfig {
         memory_mib: vm.node_memory_mib(),
@@ -290,7 +293,8 @@ async fn lab_for(vm: &QemuVm) -> Lab {
     };
     let image = vm.in_image(Image::default()).unwrap();
     let config = LabConfig::nodes([node("node-a"), node("node-b")]);
-    Lab::start(LabConfig { image, ..config }).await.unwrap()
+    let shared_disk_mib = vm.shared_disk.then_some(SHARED_DISK_MIB);
+    Lab::start(LabConfig { image, shared_disk_mib, ..config }).await.unwrap()
 }
 
 /// The VM counts at `a`, and is moved by hand, and counts on at `b`, with nothing lost.
@@ -338,8 +342,15 @@ async fn a_vm_of_qemus_counts_in_a_node_and_counts_on_in_another() {
 }
 
 #[tokio::test]
-async fn a_linux_in_a_vm_of_qemus_talks_on_through_its_serial_ports() {
-    let vm = QemuVm::linux(2);
+async fn a_linux_in_a_vm_of_qemus_talks_on_through_its_serial_ports_and_writes_on_to_its_disk() {
+    let vm = QemuVm::linux(2).with_shared_disk();
     let lab = lab_for(&vm).await;
-    counts_on(&vm, lab.node("node-a").unwrap(), lab.node("node-b").unwrap()).await;
+    let (a, b) = (lab.node("node-a").unwrap(), lab.node("node-b").unwrap());
+    counts_on(&vm, a, b).await;
+    let report = vm.report(b).await.unwrap();
+    // Whoever writes is killed, and the disk is whole.
+    vm.kill(b).await.unwrap();
+    let written = check_disk(&std::fs::read(lab.shared_disk().unwrap()).unwrap()).unwrap();
+    println!("{written} lines on the disk");
+    assert!(written >= report.count, "{written} lines of {report:?} are on the disk");
 }

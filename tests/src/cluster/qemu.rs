@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::{NAMESPACE, SOON};
 use crate::guests::{Report, counter, linux};
-use crate::lab::{Image, LabError, Node};
+use crate::lab::{Image, LabError, Node, SHARED_DISK_ADDRESS};
 
 /// QEMU, in a node.
 pub const QEMU_PROGRAM: &str = "/bin/qemu-system-x86_64";
@@ -57,6 +57,8 @@ pub struct QemuVm {
     pub access: DeviceAccess,
     /// Whether QEMU says on QMP what state it brings each device to (`VFIO_MIGRATION`).
     pub migration_events: bool,
+    /// Whether it has the lab's shared disk.
+    pub shared_disk: bool,
 }
 
 /// What differs from one QEMU of a VM's to the other.
@@ -95,6 +97,7 @@ impl QemuVm {
             accelerator: Accelerator::Kvm,
             access: DeviceAccess::Iommufd,
             migration_events: false,
+            shared_disk: false,
         }
     }
 
@@ -122,6 +125,13 @@ impl QemuVm {
     #[must_use]
     pub fn with_migration_events(mut self) -> Self {
         self.migration_events = true;
+        self
+    }
+
+    /// The same, with the lab's shared disk. Only a Linux writes to it.
+    #[must_use]
+    pub fn with_shared_disk(mut self) -> Self {
+        self.shared_disk = true;
         self
     }
 
@@ -181,6 +191,12 @@ impl QemuVm {
         list.extend(self.guest.arguments());
         list.extend(words(&format!("-chardev file,id=dbg,path={},append=on", self.debug_file())));
         list.extend(words("-device isa-debugcon,iobase=0xe9,chardev=dbg"));
+        if self.shared_disk {
+            let (host, port) = SHARED_DISK_ADDRESS;
+            let file = format!("file.driver=nbd,file.host={host},file.port={port}");
+            list.extend(words(&format!("-drive if=none,id=shared,driver=raw,{file},cache.direct=on")));
+            list.extend(words("-device virtio-blk-pci,drive=shared"));
+        }
         if self.access == DeviceAccess::Iommufd {
             list.extend(words("-object iommufd,id=iommufd0"));
         }
