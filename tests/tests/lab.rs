@@ -338,7 +338,26 @@ async fn a_vm_of_qemus_counts_in_a_node_and_counts_on_in_another() {
         vm.kill(node).await.unwrap();
         vm.forget(node).await.unwrap();
     }
-    counts_on(&vm.emulated().by_group().with_migration_events(), b, a).await;
+    let vm = vm.emulated().by_group().with_migration_events();
+    counts_on(&vm, b, a).await;
+    assert!(spoil_register(&vm, a).await.errors > 0, "it notices what it has not done itself");
+}
+
+/// Writes to the first card's scratch register, and returns what the guest says of it.
+async fn spoil_register(vm: &QemuVm, node: &Node) -> Report {
+    let monitor = async |line: &str| {
+        let arguments = serde_json::json!({ "command-line": line });
+        vm.execute(node, "human-monitor-command", arguments).await.unwrap().as_str().unwrap().to_owned()
+    };
+    let cards = monitor("info pci").await;
+    let (_, card) = cards.split_once("PCI device 4348:3253").unwrap();
+    let (_, port) = card.split_once("I/O at 0x").unwrap();
+    let port = u16::from_str_radix(port.split_once(' ').unwrap().0, 16).unwrap() + 7;
+    let spoiled = vm.report(node).await.unwrap();
+    // Any value is wrong for all but one in 256 rounds.
+    monitor(&format!("o/b {port:#x} 0x5a")).await;
+    monitor(&format!("o/b {port:#x} 0xa5")).await;
+    vm.until_counted(node, spoiled.count + 2 * 8).await.unwrap()
 }
 
 #[tokio::test]
