@@ -107,7 +107,7 @@ impl QemuVm {
         Self { name: "linux".to_owned(), guest: Guest::Linux, ..Self::counter(devices) }
     }
 
-    /// The same, emulated by QEMU itself.
+    /// The same, emulated by QEMU itself. In an emulated node a Linux does not come up so in [`SOON`].
     #[must_use]
     pub fn emulated(mut self) -> Self {
         self.accelerator = Accelerator::Tcg;
