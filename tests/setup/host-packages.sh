@@ -18,7 +18,7 @@ missing_packages() {
 }
 
 install_host_packages() {
-  local wanted=(busybox-static make gcc-12 binutils xz-utils bc unzip util-linux libelf1) missing folder=$cache/host-packages
+  local wanted=(busybox-static qemu-utils make gcc-12 binutils xz-utils bc unzip util-linux libelf1) missing folder=$cache/host-packages
   ! is_debian || wanted+=(debian-archive-keyring)
   command -v npm >/dev/null || wanted+=(npm)
   command -v cc >/dev/null || wanted+=(gcc libc6-dev)

@@ -15,7 +15,7 @@ use std::{
 
 use slackwater_tests::{
     cluster::QemuVm,
-    guests::Report,
+    guests::{Report, lines::check_disk},
     lab::{Image, Lab, LabConfig, Node, NodeConfig, protocol::Ending},
     witness::{self, PeerToPeer, State, Waking},
 };
@@ -283,6 +283,9 @@ async fn the_witness_sees_a_machine_of_qemus_move_and_what_it_does_not_keep() {
 /// Long enough to see that a guest counts on: 20 rounds are 0.4 s.
 const ROUNDS: u64 = 20;
 
+/// 32,768 lines of the Linux guest's, more than ten minutes.
+const SHARED_DISK_MIB: u32 = 16;
+
 async fn lab_for(vm: &QemuVm) -> Lab {
     let node = |name: &str| NodeConfig {
         memory_mib: vm.node_memory_mib(),
@@ -290,7 +293,8 @@ async fn lab_for(vm: &QemuVm) -> Lab {
     };
     let image = vm.in_image(Image::default()).unwrap();
     let config = LabConfig::nodes([node("node-a"), node("node-b")]);
-    Lab::start(LabConfig { image, ..config }).await.unwrap()
+    let shared_disk_mib = vm.shared_disk.then_some(SHARED_DISK_MIB);
+    Lab::start(LabConfig { image, shared_disk_mib, ..config }).await.unwrap()
 }
 
 /// The VM counts at `a`, and is moved by hand, and counts on at `b`, with nothing lost.
@@ -310,9 +314,13 @@ async fn counts_on(vm: &QemuVm, a: &Node, b: &Node) {
     vm.execute(b, "cont", serde_json::json!({})).await.unwrap();
     let moved = vm.until_counted(b, stopped.count + ROUNDS).await.unwrap();
     assert_eq!((moved.errors, moved.devices), (0, vm.devices));
-    let first = b.shell(&format!("grep -m1 ^count= {}", vm.debug_file())).await.unwrap();
-    let first = Report::last_of(&first).unwrap();
-    assert_eq!(first.count, stopped.count + 8, "the report after the last one at the source");
+    // A line may have begun at the one node and ended at the other: together they are whole.
+    let said = vm.said(a).await.unwrap() + &vm.said(b).await.unwrap();
+    let (said, _unfinished) = said.rsplit_once('\n').unwrap();
+    let counts: Vec<u64> =
+        said.lines().map(|line| Report::last_of(&format!("{line}\n")).unwrap().count).collect();
+    let expected: Vec<u64> = (1..=counts.len() as u64).map(|report| 8 * report).collect();
+    assert_eq!(counts, expected, "not a word of the guest's is lost or said twice");
     assert_eq!(vm.report(a).await.unwrap(), stopped, "the source counts no more");
 }
 
@@ -330,12 +338,38 @@ async fn a_vm_of_qemus_counts_in_a_node_and_counts_on_in_another() {
         vm.kill(node).await.unwrap();
         vm.forget(node).await.unwrap();
     }
-    counts_on(&vm.emulated().by_group().with_migration_events(), b, a).await;
+    let vm = vm.emulated().by_group().with_migration_events();
+    counts_on(&vm, b, a).await;
+    assert!(spoil_register(&vm, a).await.errors > 0, "it notices what it has not done itself");
+}
+
+/// Writes to the first card's scratch register, and returns what the guest says of it.
+async fn spoil_register(vm: &QemuVm, node: &Node) -> Report {
+    let monitor = async |line: &str| {
+        let arguments = serde_json::json!({ "command-line": line });
+        vm.execute(node, "human-monitor-command", arguments).await.unwrap().as_str().unwrap().to_owned()
+    };
+    let cards = monitor("info pci").await;
+    let (_, card) = cards.split_once("PCI device 4348:3253").unwrap();
+    let (_, port) = card.split_once("I/O at 0x").unwrap();
+    let port = u16::from_str_radix(port.split_once(' ').unwrap().0, 16).unwrap() + 7;
+    let spoiled = vm.report(node).await.unwrap();
+    // Any value is wrong for all but one in 256 rounds.
+    monitor(&format!("o/b {port:#x} 0x5a")).await;
+    monitor(&format!("o/b {port:#x} 0xa5")).await;
+    vm.until_counted(node, spoiled.count + 2 * 8).await.unwrap()
 }
 
 #[tokio::test]
-async fn a_linux_in_a_vm_of_qemus_talks_on_through_its_serial_ports() {
-    let vm = QemuVm::linux(2);
+async fn a_linux_in_a_vm_of_qemus_talks_on_through_its_serial_ports_and_writes_on_to_its_disk() {
+    let vm = QemuVm::linux(2).with_shared_disk();
     let lab = lab_for(&vm).await;
-    counts_on(&vm, lab.node("node-a").unwrap(), lab.node("node-b").unwrap()).await;
+    let (a, b) = (lab.node("node-a").unwrap(), lab.node("node-b").unwrap());
+    counts_on(&vm, a, b).await;
+    let report = vm.report(b).await.unwrap();
+    // Whoever writes is killed, and the disk is whole.
+    vm.kill(b).await.unwrap();
+    let written = check_disk(&std::fs::read(lab.shared_disk().unwrap()).unwrap()).unwrap();
+    println!("{written} lines on the disk");
+    assert!(written >= report.count, "{written} lines of {report:?} are on the disk");
 }

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::{NAMESPACE, SOON};
 use crate::guests::{Report, counter, linux};
-use crate::lab::{Image, LabConfig, LabError, Node};
+use crate::lab::{Image, LabConfig, LabError, Node, SHARED_DISK_ADDRESS};
 
 /// QEMU, in a node.
 pub const QEMU_PROGRAM: &str = "/bin/qemu-system-x86_64";
@@ -60,6 +60,8 @@ pub struct QemuVm {
     pub access: DeviceAccess,
     /// Whether QEMU says on QMP what state it brings each device to (`VFIO_MIGRATION`).
     pub migration_events: bool,
+    /// Whether it has the lab's shared disk.
+    pub shared_disk: bool,
 }
 
 /// What differs from one QEMU of a VM's to the other.
@@ -98,6 +100,7 @@ impl QemuVm {
             accelerator: Accelerator::Kvm,
             access: DeviceAccess::Iommufd,
             migration_events: false,
+            shared_disk: false,
         }
     }
 
@@ -107,7 +110,7 @@ impl QemuVm {
         Self { name: "linux".to_owned(), guest: Guest::Linux, ..Self::counter(devices) }
     }
 
-    /// The same, emulated by QEMU itself.
+    /// The same, emulated by QEMU itself. In an emulated node a Linux does not come up so in [`SOON`].
     #[must_use]
     pub fn emulated(mut self) -> Self {
         self.accelerator = Accelerator::Tcg;
@@ -125,6 +128,13 @@ impl QemuVm {
     #[must_use]
     pub fn with_migration_events(mut self) -> Self {
         self.migration_events = true;
+        self
+    }
+
+    /// The same, with the lab's shared disk. Only a Linux writes to it.
+    #[must_use]
+    pub fn with_shared_disk(mut self) -> Self {
+        self.shared_disk = true;
         self
     }
 
@@ -196,6 +206,12 @@ impl QemuVm {
         list.extend(self.guest.arguments());
         list.extend(words(&format!("-chardev file,id=dbg,path={},append=on", self.debug_file())));
         list.extend(words("-device isa-debugcon,iobase=0xe9,chardev=dbg"));
+        if self.shared_disk {
+            let (host, port) = SHARED_DISK_ADDRESS;
+            let file = format!("file.driver=nbd,file.host={host},file.port={port}");
+            list.extend(words(&format!("-drive if=none,id=shared,driver=raw,{file},cache.direct=on")));
+            list.extend(words("-device virtio-blk-pci,drive=shared"));
+        }
         if self.access == DeviceAccess::Iommufd {
             list.extend(words("-object iommufd,id=iommufd0"));
         }
@@ -281,12 +297,20 @@ impl QemuVm {
         format!("vm-{}", self.name)
     }
 
-    /// What its guest has said last in a node.
+    /// All that its guest has said in a node.
+    ///
+    /// # Errors
+    /// When it has not run there.
+    pub async fn said(&self, node: &Node) -> Result<String, LabError> {
+        node.get_text(&self.debug_file()).await
+    }
+
+    /// What its guest has reported last in a node.
     ///
     /// # Errors
     /// When it has not said anything.
     pub async fn report(&self, node: &Node) -> anyhow::Result<Report> {
-        let said = node.get_text(&self.debug_file()).await?;
+        let said = self.said(node).await?;
         Report::last_of(&said).with_context(|| format!("the guest of {} says nothing", self.name))
     }
 
@@ -361,9 +385,12 @@ impl QemuVm {
             }
             if tokio::time::Instant::now() >= deadline {
                 let log = node.get_text(&format!("/var/log/{}.log", self.group())).await.unwrap_or_default();
-                let said = node.get_text(&self.debug_file()).await.unwrap_or_default();
-                let last = said.lines().last().unwrap_or_default();
-                bail!("{} does not {what}; its guest said last {last:?}, QEMU said\n{log}", self.name);
+                let said = self.said(node).await.unwrap_or_default();
+                let (begin, last) = (said.lines().take(10).collect::<Vec<_>>(), said.lines().last());
+                bail!(
+                    "{} does not {what}; its guest said at first {begin:#?} and last {last:?}, QEMU said\n{log}",
+                    self.name
+                );
             }
         }
     }

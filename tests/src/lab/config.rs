@@ -24,6 +24,8 @@ pub struct LabConfig {
     pub control_plane: bool,
     /// What is in the nodes' image besides the workspace's programs.
     pub image: Image,
+    /// The size of the disk that VMs in all nodes can reach, in MiB; none: there is no such disk.
+    pub shared_disk_mib: Option<u32>,
 }
 
 impl NodeConfig {
@@ -48,6 +50,13 @@ impl LabConfig {
     #[must_use]
     pub fn with_control_plane(mut self) -> Self {
         self.control_plane = true;
+        self
+    }
+
+    /// The same with a shared disk of so many MiB.
+    #[must_use]
+    pub fn with_shared_disk(mut self, mib: u32) -> Self {
+        self.shared_disk_mib = Some(mib);
         self
     }
 

@@ -44,6 +44,8 @@ pub(super) struct Boot<'a> {
     pub(super) kernel: &'a Path,
     pub(super) image: &'a Path,
     pub(super) folder: &'a Path,
+    /// What the user network has for the shared disk.
+    pub(super) shared_disk: String,
 }
 
 /// A running QEMU.
@@ -180,7 +182,12 @@ fn arguments(
         .args(["-device", "virtio-rng-pci"])
         // restrict: nothing inside reaches this machine, or what lies behind it, but by the forwarded ports.
         .arg("-netdev")
-        .arg(format!("user,id=host0,restrict=on{}{}", forward(CONTROL_PORT), forward(AGENT_PORT)))
+        .arg(format!(
+            "user,id=host0,restrict=on{}{}{}",
+            forward(CONTROL_PORT),
+            forward(AGENT_PORT),
+            boot.shared_disk
+        ))
         .arg("-device")
         .arg(format!("virtio-net-pci,netdev=host0,mac=52:54:00:76:00:{number:02x},romfile="))
         .arg("-netdev")

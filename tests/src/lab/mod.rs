@@ -40,6 +40,7 @@ mod program;
 pub mod protocol;
 mod qmp;
 mod relay;
+mod shared_disk;
 mod switch;
 
 use std::path::{Path, PathBuf};
@@ -59,9 +60,11 @@ pub use node::{Executed, Node};
 pub use pki::{Issued, Pki, Subject};
 pub use program::HostProgram;
 pub use relay::Relay;
+pub use shared_disk::SHARED_DISK_ADDRESS;
 
 use folder::LabFolder;
 use machine::Boot;
+use shared_disk::SharedDisk;
 use switch::Switch;
 
 /// A running lab.
@@ -70,6 +73,7 @@ pub struct Lab {
     // In the order in which they go when the lab is dropped: the folder last.
     nodes: Vec<Node>,
     control_plane: Option<ControlPlane>,
+    shared_disk: Option<SharedDisk>,
     switch: AbortHandle,
     folder: LabFolder,
 }
@@ -86,15 +90,18 @@ impl Lab {
             config.nodes.iter().map(|node| folder.path().join(format!("{}.link", node.name))).collect();
         let switch = Switch::bind(&links).map_err(LabError::io("binding the switch's ports"))?;
         let switch = tokio::spawn(switch.run()).abort_handle();
-        let mut lab = Self { nodes: Vec::new(), control_plane: None, switch, folder };
+        let shared_disk = match config.shared_disk_mib {
+            Some(mib) => Some(SharedDisk::start(folder.path(), mib).await?),
+            None => None,
+        };
+        let mut lab = Self { nodes: Vec::new(), control_plane: None, shared_disk, switch, folder };
         let control_plane = async {
             match config.control_plane {
                 true => ControlPlane::start(lab.folder().join("control-plane")).await.map(Some),
                 false => Ok(None),
             }
         };
-        (lab.nodes, lab.control_plane) =
-            try_join!(start_nodes(&config, lab.folder(), &links), control_plane)?;
+        (lab.nodes, lab.control_plane) = try_join!(start_nodes(&config, &lab, &links), control_plane)?;
         Ok(lab)
     }
 
@@ -114,6 +121,15 @@ impl Lab {
     pub fn control_plane(&self) -> Result<&ControlPlane, LabError> {
         let none = || LabError::Configuration("there is no control plane".into());
         self.control_plane.as_ref().ok_or_else(none)
+    }
+
+    /// The file that the shared disk is.
+    ///
+    /// # Errors
+    /// When the configuration asked for none.
+    pub fn shared_disk(&self) -> Result<&Path, LabError> {
+        let none = || LabError::Configuration("there is no shared disk".into());
+        self.shared_disk.as_ref().map(SharedDisk::path).ok_or_else(none)
     }
 
     /// All nodes, in the configuration's order.
@@ -152,16 +168,18 @@ impl Drop for Lab {
     }
 }
 
-async fn start_nodes(config: &LabConfig, folder: &Path, links: &[PathBuf]) -> Result<Vec<Node>, LabError> {
+async fn start_nodes(config: &LabConfig, lab: &Lab, links: &[PathBuf]) -> Result<Vec<Node>, LabError> {
     if config.nodes.is_empty() {
         return Ok(Vec::new());
     }
     let kernel = installed::installed("node-kernel")?;
+    let folder = lab.folder();
     let path = folder.join("image.cpio");
     let mut image = config.image.clone();
     image.programs.extend(installed::node_programs()?);
     image::write(&image, &kernel, &path)?;
-    let boot = Boot { kernel: &kernel, image: &path, folder };
+    let shared_disk = lab.shared_disk.as_ref().map(SharedDisk::forward).unwrap_or_default();
+    let boot = Boot { kernel: &kernel, image: &path, folder, shared_disk };
     let starting = (1..).zip(&config.nodes).zip(links).map(|((number, node), link)| {
         let boot = &boot;
         async move {

@@ -17,6 +17,8 @@ use disk::Disk;
 /// Between two lines.
 const PACE: Duration = Duration::from_millis(20);
 const LINES_A_REPORT: u64 = 8;
+/// So many errors are said in detail.
+const DETAILED_ERRORS: u64 = 10;
 
 fn main() -> anyhow::Result<()> {
     for (kind, to) in [("devtmpfs", "/dev"), ("sysfs", "/sys"), ("proc", "/proc")] {
@@ -36,9 +38,16 @@ fn run(debug: &File) -> anyhow::Result<std::convert::Infallible> {
     let mut disk = Disk::open()?;
     let (mut count, mut errors) = (0_u64, 0_u64);
     for number in 1_u64.. {
-        let bad =
-            ports.iter_mut().map(|port| port.exchange(number)).collect::<anyhow::Result<Vec<bool>>>()?;
-        let bad = bad.into_iter().filter(|bad| *bad).count() as u64;
+        let mut bad = 0;
+        for (index, port) in ports.iter_mut().enumerate() {
+            if let Some(back) = port.exchange(number)? {
+                bad += 1;
+                if errors + bad <= DETAILED_ERRORS {
+                    let back = String::from_utf8_lossy(&back).into_owned();
+                    say(debug, &format!("port {index}: line {number} came back as {back:?}\n"))?;
+                }
+            }
+        }
         count += u64::from(bad == 0);
         errors += bad;
         if let Some(disk) = &mut disk {

@@ -17,6 +17,7 @@ use slackwater_tests::guests::lines::serial_line;
 
 /// A line that is not back by then is lost. By the guest's clock, which stands still while the VM does.
 const PATIENCE: Timespec = Timespec { tv_sec: 5, tv_nsec: 0 };
+const AT_ONCE: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
 
 /// An open port.
 pub(crate) struct Port(File);
@@ -53,27 +54,31 @@ impl Port {
         Ok(Self(file))
     }
 
-    /// Sends a line and reads it back. False when it did not come back as it was.
-    pub(crate) fn exchange(&mut self, number: u64) -> anyhow::Result<bool> {
+    /// Sends a line and reads it back. Returns what came back if that is something else.
+    pub(crate) fn exchange(&mut self, number: u64) -> anyhow::Result<Option<Vec<u8>>> {
         let line = serial_line(number);
         let sent = self.0.write(&line).context("writing to a port")?;
         ensure!(sent == line.len(), "a port took {sent} bytes only");
-        let mut back = vec![0; line.len()];
-        let mut received = 0;
-        while let Some(rest) = back.get_mut(received..).filter(|rest| !rest.is_empty()) {
-            if poll(&mut [PollFd::new(&self.0, PollFlags::IN)], Some(&PATIENCE))? == 0 {
-                break;
-            }
-            received += self.0.read(rest).context("reading from a port")?;
+        let mut back = Vec::new();
+        while back.len() < line.len() && self.is_readable(PATIENCE)? {
+            self.read(&mut back)?;
         }
-        let good = back == line && self.is_quiet()?;
-        if !good {
-            tcflush(&self.0, QueueSelector::IOFlush)?;
+        // One byte too many would be here, too.
+        while self.is_readable(AT_ONCE)? {
+            self.read(&mut back)?;
         }
-        Ok(good)
+        Ok((back != line).then_some(back))
     }
 
-    fn is_quiet(&self) -> anyhow::Result<bool> {
-        Ok(poll(&mut [PollFd::new(&self.0, PollFlags::IN)], Some(&Timespec::default()))? == 0)
+    fn read(&mut self, back: &mut Vec<u8>) -> anyhow::Result<()> {
+        let mut bytes = [0; 64];
+        let count = self.0.read(&mut bytes).context("reading from a port")?;
+        ensure!(count > 0, "a port has hung up");
+        back.extend_from_slice(bytes.get(..count).unwrap_or_default());
+        Ok(())
+    }
+
+    fn is_readable(&self, limit: Timespec) -> anyhow::Result<bool> {
+        Ok(poll(&mut [PollFd::new(&self.0, PollFlags::IN)], Some(&limit))? > 0)
     }
 }
