@@ -23,7 +23,7 @@ use super::events::EventLog;
 use super::ledger::Ledger;
 use super::link::{Answers, BlobLink, Decisions, Link, Peer};
 use super::pump::{self, DevicePump};
-use super::{Seen, VmmCall, limits, look, phases, refused, resume, traced};
+use super::{Seen, limits, look, phases, refused, resume, traced};
 use crate::handover::entry::{EndEntry, Ended, Marks};
 use crate::handover::policy::{Driver, StopPlan};
 use crate::handover::source::{Effect, End, Event, Phase, Source};
