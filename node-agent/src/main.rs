@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, value_parser};
 use slackwater_node_agent::host::identity::NoIdentity;
 use slackwater_node_agent::host::vms::VmWatch;
 use slackwater_node_agent::journal::Journal;
@@ -17,6 +17,7 @@ use slackwater_node_agent::service::inventory::Inventory;
 use slackwater_node_agent::service::node::NodeService;
 use slackwater_node_agent::service::registry::Registry;
 use slackwater_node_agent::service::transfer::TransferService;
+use slackwater_node_agent::vmm::budget::DEFAULT_BANDWIDTH;
 use slackwater_node_agent::vmm::contract::Deadlines;
 use slackwater_node_agent::vmm::twin_exec::{self, TwinExec};
 use slackwater_proto::identity::Role;
@@ -79,6 +80,10 @@ struct Serve {
     /// Seconds within which a twin must answer.
     #[arg(long, default_value_t = 30)]
     twin_start_seconds: u64,
+    /// Bytes per second that the migration of a VM of QEMU's may take of the network, and that QEMU reckons with for the blackout.
+    /// At least 1000.
+    #[arg(long, value_name = "BYTES_PER_SECOND", default_value_t = DEFAULT_BANDWIDTH, value_parser = value_parser!(u64).range(1000..))]
+    migration_bandwidth: u64,
     /// Seconds for which calls under way may go on after SIGTERM.
     #[arg(long, default_value_t = 20)]
     drain_seconds: u64,
@@ -118,6 +123,7 @@ async fn run(serve: Serve) -> anyhow::Result<()> {
         twin_programs: serve.twin_programs,
         twin_start_limit: Duration::from_secs(serve.twin_start_seconds),
         deadlines: Deadlines::default(),
+        migration_bandwidth_bytes_per_second: serve.migration_bandwidth,
     };
     let journal = Arc::new(Journal::open(&serve.state_dir)?);
     let registry = Arc::new(Registry::default());

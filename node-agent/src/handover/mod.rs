@@ -127,10 +127,12 @@ pub enum Reason {
     TargetForgot,
     /// The destination answers, and has not started the VM yet.
     TargetSlow,
+    /// The guest would have to stand still for longer than it may.
+    BudgetExceeded,
 }
 
 impl Reason {
-    const ALL: [Self; 18] = [
+    const ALL: [Self; 19] = [
         Self::DeviceFailed,
         Self::VmmFailed,
         Self::VmmExited,
@@ -149,6 +151,7 @@ impl Reason {
         Self::JournalFailed,
         Self::TargetForgot,
         Self::TargetSlow,
+        Self::BudgetExceeded,
     ];
 
     /// The reason of this name, as the other end has written it.
@@ -177,6 +180,7 @@ impl Reason {
             Reason::JournalFailed => "JournalFailed",
             Reason::TargetForgot => "TargetForgot",
             Reason::TargetSlow => "TargetSlow",
+            Reason::BudgetExceeded => "BudgetExceeded",
         }
     }
 }

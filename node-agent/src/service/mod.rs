@@ -32,4 +32,6 @@ pub struct NodeConfig {
     pub twin_start_limit: Duration,
     /// How long the calls to a VMM may take.
     pub deadlines: Deadlines,
+    /// What a migration may take of the wire, where the VMM copies while the guest runs.
+    pub migration_bandwidth_bytes_per_second: u64,
 }

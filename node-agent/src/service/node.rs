@@ -35,6 +35,7 @@ use crate::host::identity::{IdentityOf, VfIdentity};
 use crate::journal::{Journal, JournalError, Role};
 use crate::vfio::state::MigrationState;
 use crate::vfio::worker::DeviceHandle;
+use crate::vmm::budget::Budget;
 use crate::vmm::cgroup::Cgroup;
 use crate::vmm::{Description, LocalVmm, RunState, Vmm, twin};
 
@@ -114,7 +115,8 @@ impl NodeService {
 
     /// Begins a migration away from here, or joins it if it has begun.
     async fn source(&self, given: MigrateRequest) -> Result<SourceRun, Status> {
-        let (reference, vm, policy, pre_commit_timeout) = request::migrate(&given).map_err(invalid)?;
+        let request::Migration { reference, vm, policy, pre_commit_timeout, downtime, on_exceeded } =
+            request::migrate(&given).map_err(invalid)?;
         let _one_at_a_time = self.beginning.lock().await;
         self.fence(&reference).await?;
         match self.part(&reference)? {
@@ -186,6 +188,11 @@ impl NodeService {
             ledger,
             recovered: None,
             pre_commit_timeout,
+            budget: Budget {
+                downtime,
+                on_exceeded,
+                bandwidth_bytes_per_second: self.config.migration_bandwidth_bytes_per_second,
+            },
             release,
             log: EventLog::new(&self.config.node),
         });

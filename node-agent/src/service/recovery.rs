@@ -38,6 +38,7 @@ use crate::journal::{Journal, JournalError, Key, Role};
 use crate::vfio::borrow::VmmProcess;
 use crate::vfio::state::MigrationState;
 use crate::vfio::worker::DeviceHandle;
+use crate::vmm::budget::Budget;
 use crate::vmm::cgroup::Cgroup;
 use crate::vmm::gone::GoneVmm;
 use crate::vmm::{self, Description, LocalVmm, Vmm, VmmError, twin};
@@ -257,6 +258,7 @@ async fn source(around: &Around, key: Key, entry: Entry) -> Result<(), String> {
                 ledger,
                 recovered: Some(recovered(states, false)),
                 pre_commit_timeout: NO_LIMIT,
+                budget: Budget::default(),
                 release,
                 log,
             }
@@ -273,6 +275,7 @@ async fn source(around: &Around, key: Key, entry: Entry) -> Result<(), String> {
                 ledger,
                 recovered: Some(recovered(Vec::new(), true)),
                 pre_commit_timeout: NO_LIMIT,
+                budget: Budget::default(),
                 release: Box::new(move || {
                     Box::pin(async move {
                         let Left { cgroup, directory, socket } = left;

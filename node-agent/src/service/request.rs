@@ -4,12 +4,13 @@
 use std::time::Duration;
 
 use slackwater_proto::node::{
-    DevicePair, MigrateRequest, MigrationFeatures, MigrationRef, PeerToPeer as WirePeerToPeer,
-    ReserveRequest, VmRef,
+    DevicePair, MigrateRequest, MigrationFeatures, MigrationRef, OnBudgetExceeded,
+    PeerToPeer as WirePeerToPeer, ReserveRequest, VmRef,
 };
 
 use crate::handover::policy::PeerToPeer;
 use crate::vfio::state::Features;
+use crate::vmm::budget::{DEFAULT_BUDGET, MAX_BUDGET, OnExceeded};
 
 /// More devices than any VM has; a bound on what a request can make us do.
 const DEVICES_MAX: usize = 256;
@@ -79,6 +80,28 @@ pub(super) fn milliseconds(field: &str, given: u64) -> Result<Duration, InvalidF
     Ok(Duration::from_millis(given))
 }
 
+/// For how long the guest may stand still.
+fn downtime_budget(given: u64) -> Result<Duration, InvalidField> {
+    match Duration::from_millis(given) {
+        Duration::ZERO => Ok(DEFAULT_BUDGET),
+        budget if budget <= MAX_BUDGET => Ok(budget),
+        _ => Err(invalid("downtime_budget_ms", given, "1 to 60000 milliseconds, or 0 for 300")),
+    }
+}
+
+/// What to do when that does not suffice.
+fn on_exceeded(given: i32) -> Result<OnExceeded, InvalidField> {
+    match OnBudgetExceeded::try_from(given) {
+        Ok(OnBudgetExceeded::Unspecified | OnBudgetExceeded::Abort) => Ok(OnExceeded::Abort),
+        Ok(OnBudgetExceeded::Proceed) => Ok(OnExceeded::Proceed),
+        Err(_) => Err(invalid(
+            "on_budget_exceeded",
+            given,
+            "ON_BUDGET_EXCEEDED_ABORT or ON_BUDGET_EXCEEDED_PROCEED",
+        )),
+    }
+}
+
 /// Device pairs: each side named, and named once.
 pub(super) fn devices(given: &[DevicePair]) -> Result<&[DevicePair], InvalidField> {
     if given.len() > DEVICES_MAX {
@@ -124,10 +147,20 @@ pub(super) fn reserve(
     Ok((reference, vm, policy, silence))
 }
 
+/// A migration, as it was asked for.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Migration {
+    pub(super) reference: MigrationRef,
+    pub(super) vm: VmRef,
+    pub(super) policy: PeerToPeer,
+    pub(super) pre_commit_timeout: Duration,
+    /// For how long the guest may stand still, and what to do when that does not suffice.
+    pub(super) downtime: Duration,
+    pub(super) on_exceeded: OnExceeded,
+}
+
 /// Checks what a migration says, as far as the message alone can tell.
-pub(super) fn migrate(
-    request: &MigrateRequest,
-) -> Result<(MigrationRef, VmRef, PeerToPeer, Duration), InvalidField> {
+pub(super) fn migrate(request: &MigrateRequest) -> Result<Migration, InvalidField> {
     let reference = migration(request.migration.as_ref())?;
     let vm = vm(request.vm.as_ref())?;
     if !slackwater_proto::identity::is_node_name(&request.target_node) {
@@ -142,8 +175,10 @@ pub(super) fn migrate(
     }
     devices(&request.devices)?;
     let policy = peer_to_peer(request.peer_to_peer)?;
-    let timeout = milliseconds("pre_commit_timeout_ms", request.pre_commit_timeout_ms)?;
-    Ok((reference, vm, policy, timeout))
+    let pre_commit_timeout = milliseconds("pre_commit_timeout_ms", request.pre_commit_timeout_ms)?;
+    let downtime = downtime_budget(request.downtime_budget_ms)?;
+    let on_exceeded = on_exceeded(request.on_budget_exceeded)?;
+    Ok(Migration { reference, vm, policy, pre_commit_timeout, downtime, on_exceeded })
 }
 
 /// Features as the wire has them.
@@ -182,6 +217,8 @@ mod tests {
             devices: vec![pair("a", "b")],
             peer_to_peer: WirePeerToPeer::Required.into(),
             pre_commit_timeout_ms: 1000,
+            downtime_budget_ms: 0,
+            on_budget_exceeded: OnBudgetExceeded::Unspecified.into(),
         }
     }
 
@@ -191,9 +228,20 @@ mod tests {
     }
 
     #[test]
+    fn a_request_that_says_nothing_of_a_budget_has_300_ms_and_is_given_up_beyond() {
+        let read = |downtime_budget_ms, on: OnBudgetExceeded| {
+            let request = MigrateRequest { downtime_budget_ms, on_budget_exceeded: on.into(), ..request() };
+            migrate(&request).map(|read| (read.downtime.as_millis(), read.on_exceeded)).unwrap()
+        };
+        assert_eq!(read(0, OnBudgetExceeded::Unspecified), (300, OnExceeded::Abort));
+        assert_eq!(read(1, OnBudgetExceeded::Abort), (1, OnExceeded::Abort));
+        assert_eq!(read(60_000, OnBudgetExceeded::Proceed), (60_000, OnExceeded::Proceed));
+    }
+
+    #[test]
     fn every_broken_field_is_named_with_its_value_and_what_would_be_right() {
         type Break = fn(&mut MigrateRequest);
-        let cases: [(Break, &str); 10] = [
+        let cases: [(Break, &str); 12] = [
             (|r| r.migration = None, r#"migration is "absent": every call names its migration"#),
             (
                 |r| r.migration.as_mut().unwrap().id = "A/B".to_owned(),
@@ -206,6 +254,8 @@ mod tests {
             (|r| r.target_address.clear(), r#"target_address is "": host:port"#),
             (|r| r.peer_to_peer = 9, "peer_to_peer is 9: PEER_TO_PEER_REQUIRED or"),
             (|r| r.pre_commit_timeout_ms = 0, "pre_commit_timeout_ms is 0: a time in milliseconds"),
+            (|r| r.downtime_budget_ms = 60_001, "downtime_budget_ms is 60001: 1 to 60000 milliseconds, or 0"),
+            (|r| r.on_budget_exceeded = 7, "on_budget_exceeded is 7: ON_BUDGET_EXCEEDED_ABORT or"),
             (|r| r.devices.push(pair("c", "b")), r#"devices[1] is "c -> b": no device may be named twice"#),
         ];
         for (break_it, expected) in cases {

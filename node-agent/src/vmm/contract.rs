@@ -22,6 +22,7 @@ use slackwater_proto::vmm::{
 };
 use tokio::time::timeout;
 
+use super::budget::Budget;
 use super::server::{PRIVATE, Server, trust};
 use super::{
     Description, DirtyTracking, LoadStream, LocalVmm, RunState, SaveStream, Vmm, VmmDevice, VmmError,
@@ -162,7 +163,7 @@ impl Vmm for ContractVmm {
         understand(answer.await?)
     }
 
-    async fn start_save(&self, live: bool) -> Result<SaveStream, VmmError> {
+    async fn start_save(&self, live: bool, _budget: Budget) -> Result<SaveStream, VmmError> {
         let mut client = self.client.clone();
         let answer = client.start_save(StartSaveRequest { live });
         let stream = self.call("start_save", self.deadlines.save, answer).await?;

@@ -47,9 +47,9 @@ async fn every_call_reaches_the_vmm_and_its_refusals_come_back_in_its_words() {
     let (_served, vmm) = connected(stub.clone()).await;
     assert_eq!(vmm.pid(), std::process::id(), "the one that listens");
 
-    let error = vmm.start_save(true).await.err().unwrap().to_string();
+    let error = vmm.start_save(true, Budget::default()).await.err().unwrap().to_string();
     assert_eq!(error, "the VMM refused start_save: nobody tracks what the devices write");
-    let saved: Vec<_> = vmm.start_save(false).await.unwrap().collect().await;
+    let saved: Vec<_> = vmm.start_save(false, Budget::default()).await.unwrap().collect().await;
     let saved: Vec<String> = saved
         .into_iter()
         .map(|piece| match piece {

@@ -9,6 +9,7 @@ use slackwater_proto::tonic::{Code, async_trait};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 
+use super::budget::Budget;
 use super::{Description, DirtyTracking, LoadStream, RunState, SaveStream, Vmm, VmmDevice, VmmError};
 
 /// Lines in the order in which they were added. Clones share them.
@@ -166,7 +167,7 @@ impl Vmm for FakeVmm {
         })
     }
 
-    async fn start_save(&self, live: bool) -> Result<SaveStream, VmmError> {
+    async fn start_save(&self, live: bool, _budget: Budget) -> Result<SaveStream, VmmError> {
         self.enter("start_save").await?;
         if live {
             return Err(refused("start_save", Code::FailedPrecondition, "nobody tracks dirty pages"));
@@ -277,7 +278,7 @@ mod tests {
         let state = vec![Bytes::from_static(b"ra"), Bytes::from_static(b"m")];
         let (vm, twin) = (FakeVmm::running("vm", log.clone(), state), FakeVmm::incoming("twin", log.clone()));
 
-        let stream = vm.start_save(false).await.unwrap();
+        let stream = vm.start_save(false, Budget::default()).await.unwrap();
         assert!(matches!(vm.finish_save().await, Err(VmmError::Refused { call: "finish_save", .. })));
         vm.pause().await.unwrap();
         let (saved, finished) = tokio::join!(stream.collect::<Vec<_>>(), vm.finish_save());
@@ -311,7 +312,7 @@ mod tests {
         release.notify_one();
         pausing.await.unwrap().unwrap();
 
-        let mut stream = vm.start_save(false).await.unwrap();
+        let mut stream = vm.start_save(false, Budget::default()).await.unwrap();
         vm.abort_save().await.unwrap();
         let ended = stream.next().await.unwrap().unwrap_err().to_string();
         assert_eq!(ended, "the VMM refused start_save: the save was aborted");

@@ -2,6 +2,7 @@
 
 use slackwater_proto::tonic::async_trait;
 
+use super::budget::Budget;
 use super::{Description, LoadStream, SaveStream, Vmm, VmmError};
 
 /// It refuses every call, since there is nobody to ask.
@@ -18,7 +19,7 @@ impl Vmm for GoneVmm {
         gone("Describe")
     }
 
-    async fn start_save(&self, _live: bool) -> Result<SaveStream, VmmError> {
+    async fn start_save(&self, _live: bool, _budget: Budget) -> Result<SaveStream, VmmError> {
         gone("StartSave")
     }
 

@@ -15,6 +15,7 @@ use slackwater_proto::channel::ConnectError;
 use slackwater_proto::tonic::{Code, async_trait};
 use tokio::sync::mpsc;
 
+use self::budget::{Budget, BudgetExceeded, Copying};
 use self::contract::{ContractVmm, Deadlines};
 use self::qemu::QemuVmm;
 use crate::handover::policy::Driver;
@@ -23,6 +24,7 @@ use crate::host::vm::{VmmEntry, VmmKind};
 use crate::vfio::borrow::VmmProcess;
 use crate::vfio::state::MigrationState;
 
+pub mod budget;
 pub mod cgroup;
 pub mod contract;
 #[cfg(any(test, feature = "faults"))]
@@ -142,6 +144,9 @@ pub enum VmmError {
         /// How long it had.
         limit: Duration,
     },
+    /// The blackout would take longer than the budget allows.
+    #[error(transparent)]
+    BudgetExceeded(BudgetExceeded),
     /// An answer that means nothing.
     #[error("the VMM's answer to {call} is not valid: {reason}")]
     Answer {
@@ -162,7 +167,8 @@ pub trait Vmm: Send + Sync {
 
     /// Begins a save. With `live`, RAM flows while the guest runs; refused if nobody tracks the devices' writes.
     /// The stream has no deadline: it lasts as long as RAM and the wire need.
-    async fn start_save(&self, live: bool) -> Result<SaveStream, VmmError>;
+    /// A VMM that does not drive its devices is stopped before it copies, and leaves the budget aside.
+    async fn start_save(&self, live: bool, budget: Budget) -> Result<SaveStream, VmmError>;
 
     /// Returns when no vCPU runs and nothing in the VMM touches a device. It stays so until [`Vmm::resume`].
     async fn pause(&self) -> Result<(), VmmError>;
@@ -194,7 +200,10 @@ pub trait Vmm: Send + Sync {
 
     /// Returns when what is left to save is little enough for the blackout, after [`Vmm::start_save`]. A VMM that drives its devices
     /// has then stopped its vCPUs and its devices, too, and waits for [`Vmm::finish_save`].
-    async fn converged(&self) -> Result<(), VmmError> {
+    ///
+    /// It fails by [`VmmError::BudgetExceeded`] when the blackout would be too long for the budget, and the migration is to be given
+    /// up then. No deadline.
+    async fn converged(&self, _copy: Copying) -> Result<(), VmmError> {
         Ok(())
     }
 

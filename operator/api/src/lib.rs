@@ -27,12 +27,13 @@ pub use assigned_vm::{
 pub use device::{Features, MigrationFeature};
 pub use duration::{DurationError, format_duration, parse_duration};
 pub use migration::{
-    JUSTIFICATION_CHARACTERS, MAX_ATTEMPTS, MAX_PRE_COMMIT_TIMEOUT, MIN_PRE_COMMIT_TIMEOUT, PeerToPeer,
-    Resolve, RunOn, Target, VMMigration, VMMigrationSpec, VmKind, VmReference,
+    JUSTIFICATION_CHARACTERS, MAX_ATTEMPTS, MAX_DOWNTIME_BUDGET, MAX_PRE_COMMIT_TIMEOUT, MIN_DOWNTIME_BUDGET,
+    MIN_PRE_COMMIT_TIMEOUT, OnBudgetExceeded, PeerToPeer, Resolve, RunOn, Target, VMMigration,
+    VMMigrationSpec, VmKind, VmReference,
 };
 pub use migration_status::{
-    DeviceMigration, DeviceStep, EndedAttempt, MigrationPhase, Reservation, TimelineEntry, Timings,
-    TransferredBytes, VMMigrationStatus,
+    BlackoutEstimate, DeviceMigration, DeviceStep, EndedAttempt, MigrationPhase, Reservation, TimelineEntry,
+    Timings, TransferredBytes, VMMigrationStatus,
 };
 pub use node::{MigrationNode, MigrationNodeSpec, MigrationNodeStatus, NodeDevice};
 

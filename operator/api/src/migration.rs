@@ -14,6 +14,11 @@ pub const MIN_PRE_COMMIT_TIMEOUT: Duration = Duration::from_secs(1);
 /// The greatest `spec.preCommitTimeout`.
 pub const MAX_PRE_COMMIT_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 
+/// The least `spec.downtimeBudget`.
+pub const MIN_DOWNTIME_BUDGET: Duration = Duration::from_millis(1);
+/// The greatest `spec.downtimeBudget`.
+pub const MAX_DOWNTIME_BUDGET: Duration = Duration::from_secs(60);
+
 /// The most `spec.attempts`.
 pub const MAX_ATTEMPTS: i32 = 10;
 /// The least and the most characters of `spec.resolve.justification`.
@@ -94,6 +99,21 @@ pub struct VMMigrationSpec {
             .message("preCommitTimeout must be from 1s to 24h"),
     )]
     pub pre_commit_timeout: String,
+    /// How long the guest may stand still for what is left to be sent when it is stopped, as far as that can be told before:
+    /// a VMM that copies while the guest runs (QEMU) stops it only when it expects to need no longer. What the hand-over needs
+    /// besides is not in it. It does nothing yet for a VMM of the VMM contract, which stops the guest before it copies. Whole
+    /// minutes, seconds and milliseconds, as in 300ms or 1s500ms; from 1ms to 60s.
+    #[serde(default = "default_downtime_budget")]
+    #[schemars(regex(pattern = DURATION_PATTERN), length(min = 2, max = 48))]
+    #[x_kube(
+        validation = Rule::new("duration(self) >= duration('1ms') && duration(self) <= duration('60s')")
+            .message("downtimeBudget must be from 1ms to 60s"),
+    )]
+    pub downtime_budget: String,
+    /// What to do when the state does not fit `downtimeBudget`: when the VMM has gone through the guest's RAM three times, for 5s at
+    /// least, and still expects to need longer.
+    #[serde(default)]
+    pub on_budget_exceeded: OnBudgetExceeded,
     /// How often to try. After an attempt that was rolled back, with the target's reservation given back, the next one is
     /// planned anew, 5s later, then 10s, up to 60s. From 1 to 10.
     #[serde(default = "default_attempts")]
@@ -111,7 +131,8 @@ pub struct VMMigrationSpec {
 
 /// Everything but `cancel` and `resolve` is as it was.
 const MOVE_STAYS: &str = "self.vmRef == oldSelf.vmRef && self.peerToPeer == oldSelf.peerToPeer && self.preCommitTimeout == \
-     oldSelf.preCommitTimeout && self.attempts == oldSelf.attempts && has(self.target) == has(oldSelf.target) && \
+     oldSelf.preCommitTimeout && self.downtimeBudget == oldSelf.downtimeBudget && self.onBudgetExceeded == \
+     oldSelf.onBudgetExceeded && self.attempts == oldSelf.attempts && has(self.target) == has(oldSelf.target) && \
      (!has(self.target) || self.target == oldSelf.target)";
 
 /// `resolve` is set once, unless the operator has refused what was set.
@@ -125,6 +146,10 @@ fn default_attempts() -> i32 {
 
 fn default_pre_commit_timeout() -> String {
     "5m".to_owned()
+}
+
+fn default_downtime_budget() -> String {
+    "300ms".to_owned()
 }
 
 /// Where the VM shall run, by an administrator's word in the place of an agent that cannot be asked. What is stated is
@@ -190,6 +215,16 @@ pub struct Target {
     /// The name of a MigrationNode.
     #[schemars(length(min = 1, max = 253))]
     pub node_name: String,
+}
+
+/// What to do when the blackout would be longer than `downtimeBudget`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum OnBudgetExceeded {
+    /// The migration is rolled back with the reason BudgetExceeded; the guest was never stopped.
+    #[default]
+    Abort,
+    /// The guest is stopped for longer: twice what is expected is allowed then, which an event tells.
+    Proceed,
 }
 
 /// The policy for a VM whose devices may talk to each other.

@@ -54,6 +54,10 @@ pub struct VMMigrationStatus {
     /// When it ended, well or badly. Absent while the outcome is not known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub completion_time: Option<Time>,
+    /// What the VMM expects of the blackout while it copies and the guest runs; afterwards, what it said last. Absent where it
+    /// cannot say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub estimate: Option<BlackoutEstimate>,
     /// How long it took, measured by the source's agent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timings: Option<Timings>,
@@ -127,6 +131,19 @@ pub enum Reservation {
     Used,
     /// Nobody can tell whether it may be given back. The agents keep what they have.
     Kept,
+}
+
+/// What the VMM expects of the blackout.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct BlackoutEstimate {
+    /// For how long the guest would stand still if it were stopped now, as far as the bytes go that are left (412ms).
+    pub downtime: String,
+    /// What is allowed, where that is more than `spec.downtimeBudget`, since `spec.onBudgetExceeded` is Proceed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allowed: Option<String>,
+    /// When it was told, by the source's wall clock.
+    pub time: MicroTime,
 }
 
 /// Durations, all on the source's clock, written as Kubernetes does (87.412ms, 2.013s).

@@ -142,6 +142,8 @@ mod tests {
             target: None,
             peer_to_peer: PeerToPeer::Required,
             pre_commit_timeout: "5m".into(),
+            downtime_budget: "300ms".into(),
+            on_budget_exceeded: Default::default(),
             attempts: 1,
             cancel: false,
             resolve: None,

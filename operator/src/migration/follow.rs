@@ -266,7 +266,7 @@ impl Run {
                 }
                 Err(error) => return Some(Followed::Broken(error)),
             };
-            let (node, what) = (event.node.clone(), event.what.clone());
+            let (node, unix_ns, what) = (event.node.clone(), event.unix_ns, event.what.clone());
             if !self.trace.push(event) {
                 continue;
             }
@@ -278,6 +278,10 @@ impl Run {
                 Some(What::Doubt(doubt)) => {
                     self.inquiry.hear_doubt(doubt.reason, doubt.message);
                     worth_writing = true;
+                }
+                Some(What::Estimate(estimate)) => {
+                    worth_writing |=
+                        self.learn(|draft, stamp| fact::estimated(draft, &estimate, unix_ns, stamp));
                 }
                 Some(What::Finished(finished)) => {
                     let trace = std::mem::take(&mut self.trace);

@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use slackwater_api::{
-    DeviceMigration, MAX_ATTEMPTS, MAX_PRE_COMMIT_TIMEOUT, MIN_PRE_COMMIT_TIMEOUT, MigrationFeature,
-    PeerToPeer, VMMigrationSpec, VMMigrationStatus, format_duration, parse_duration,
+    DeviceMigration, MAX_ATTEMPTS, MAX_DOWNTIME_BUDGET, MAX_PRE_COMMIT_TIMEOUT, MIN_DOWNTIME_BUDGET,
+    MIN_PRE_COMMIT_TIMEOUT, MigrationFeature, OnBudgetExceeded, PeerToPeer, VMMigrationSpec,
+    VMMigrationStatus, format_duration, parse_duration,
 };
 use slackwater_proto::node as proto;
 
@@ -26,6 +27,14 @@ pub fn read_spec(namespace: &str, spec: &VMMigrationSpec) -> Result<Request, Ref
         return Err(invalid(format!(
             "spec.preCommitTimeout is {}; it must be from 1s to 24h.",
             spec.pre_commit_timeout
+        )));
+    }
+    let budget =
+        parse_duration(&spec.downtime_budget).map_err(|e| invalid(format!("spec.downtimeBudget: {e}.")))?;
+    if !(MIN_DOWNTIME_BUDGET..=MAX_DOWNTIME_BUDGET).contains(&budget) {
+        return Err(invalid(format!(
+            "spec.downtimeBudget is {}; it must be from 1ms to 60s.",
+            spec.downtime_budget
         )));
     }
     if !(1..=MAX_ATTEMPTS).contains(&spec.attempts) {
@@ -57,6 +66,8 @@ pub struct Accepted {
     devices: Vec<proto::DevicePair>,
     peer_to_peer: proto::PeerToPeer,
     pre_commit_timeout: Duration,
+    downtime_budget: Duration,
+    on_budget_exceeded: proto::OnBudgetExceeded,
 }
 
 impl Accepted {
@@ -77,6 +88,11 @@ impl Accepted {
                 PeerToPeer::AssumeIsolated => proto::PeerToPeer::AssumeIsolated,
             },
             pre_commit_timeout: parse_duration(&spec.pre_commit_timeout).ok()?,
+            downtime_budget: parse_duration(&spec.downtime_budget).ok()?,
+            on_budget_exceeded: match spec.on_budget_exceeded {
+                OnBudgetExceeded::Abort => proto::OnBudgetExceeded::Abort,
+                OnBudgetExceeded::Proceed => proto::OnBudgetExceeded::Proceed,
+            },
         })
     }
 
@@ -113,6 +129,8 @@ impl Accepted {
             devices: self.devices.clone(),
             peer_to_peer: self.peer_to_peer.into(),
             pre_commit_timeout_ms: milliseconds(self.pre_commit_timeout),
+            downtime_budget_ms: milliseconds(self.downtime_budget),
+            on_budget_exceeded: self.on_budget_exceeded.into(),
         }
     }
 
@@ -167,6 +185,8 @@ mod tests {
             target: Some(Target { node_name: "node-b".into() }),
             peer_to_peer: PeerToPeer::Required,
             pre_commit_timeout: timeout.into(),
+            downtime_budget: "300ms".into(),
+            on_budget_exceeded: OnBudgetExceeded::Abort,
             attempts: 1,
             cancel: false,
             resolve: None,
@@ -184,6 +204,47 @@ mod tests {
         assert_eq!(said("500ms"), "spec.preCommitTimeout is 500ms; it must be from 1s to 24h.");
         assert_eq!(said("24h0m1s"), "spec.preCommitTimeout is 24h0m1s; it must be from 1s to 24h.");
         assert!(read_spec("demo", &spec("24h")).is_ok());
+    }
+
+    #[test]
+    fn a_budget_that_makes_no_sense_is_refused_with_its_value_and_what_would_be_right() {
+        let read = |budget: &str| {
+            read_spec("demo", &VMMigrationSpec { downtime_budget: budget.into(), ..spec("5m") })
+        };
+        let said = |budget: &str| read(budget).unwrap_err().to_string();
+        assert_eq!(
+            said("300"),
+            "spec.downtimeBudget: \"300\" is not a duration; write hours, minutes, seconds and milliseconds in that order, as \
+             in 5m, 1m30s or 500ms."
+        );
+        assert_eq!(said("0ms"), "spec.downtimeBudget is 0ms; it must be from 1ms to 60s.");
+        assert_eq!(said("1m1ms"), "spec.downtimeBudget is 1m1ms; it must be from 1ms to 60s.");
+        assert!(read("1ms").is_ok() && read("60s").is_ok());
+    }
+
+    #[test]
+    fn the_source_is_told_of_the_budget_and_the_default_is_300_ms_and_to_give_up() {
+        let asked = |spec: VMMigrationSpec| {
+            let status = VMMigrationStatus {
+                observed_spec: Some(spec),
+                source_node: Some("node-a".into()),
+                target_node: Some("node-b".into()),
+                target_address: Some("10.0.0.2:7443".into()),
+                attempt: Some(1),
+                ..Default::default()
+            };
+            let migrate = Accepted::read("demo", "u-1", &status).unwrap().migrate();
+            (migrate.downtime_budget_ms, migrate.on_budget_exceeded())
+        };
+        let least: VMMigrationSpec =
+            serde_json::from_value(serde_json::json!({"vmRef": {"name": "counter"}})).unwrap();
+        assert_eq!(asked(least), (300, proto::OnBudgetExceeded::Abort));
+        let given = VMMigrationSpec {
+            downtime_budget: "1s500ms".into(),
+            on_budget_exceeded: OnBudgetExceeded::Proceed,
+            ..spec("5m")
+        };
+        assert_eq!(asked(given), (1500, proto::OnBudgetExceeded::Proceed));
     }
 
     #[test]

@@ -46,8 +46,8 @@ impl Trace {
         if self.events.iter().take(self.earlier).any(is_same) {
             return false;
         }
-        // Of progress the last word counts, and nobody keeps it.
-        if !matches!(event.what, Some(What::Progress(_))) {
+        // Of these the last word counts, and nobody keeps it.
+        if !matches!(event.what, Some(What::Progress(_) | What::Estimate(_))) {
             self.events.push(event);
         }
         true

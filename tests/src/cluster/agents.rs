@@ -50,12 +50,20 @@ impl Cluster {
     /// # Errors
     /// When it does not come up.
     pub async fn restart_agent(&self, name: &str) -> anyhow::Result<()> {
+        self.restart_agent_with(name, &[]).await
+    }
+
+    /// The same, with further arguments, such as `--migration-bandwidth`.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub async fn restart_agent_with(&self, name: &str, more: &[&str]) -> anyhow::Result<()> {
         let node = self.lab.node(name)?;
         let arguments = format!(
             "/bin/{AGENT} serve --node-name {name} --listen 0.0.0.0:7443 --run-dir /run/slackwater --state-dir {STATE_DIR} \
              --tls-cert {TLS}/tls.crt --tls-key {TLS}/tls.key --tls-ca {TLS}/ca.crt --twin-program {VMM_PROGRAM} --twin-program {QEMU_PROGRAM}"
         );
-        let arguments: Vec<&str> = arguments.split_whitespace().collect();
+        let arguments: Vec<&str> = arguments.split_whitespace().chain(more.iter().copied()).collect();
         node.spawn(AGENT, &arguments, &[("SLACKWATER_FAULTS_FILE", FAULTS), ("RUST_BACKTRACE", "1")]).await?;
         node.wait_line(AGENT, "serving", SOON).await?;
         Ok(())

@@ -99,6 +99,7 @@ impl Cluster {
             devices: status.devices.iter().map(pair).collect(),
             peer_to_peer: WirePolicy::Required.into(),
             pre_commit_timeout_ms: 1,
+            ..MigrateRequest::default()
         };
         let mut stream = client.migrate(request).await?.into_inner();
         let mut events = Vec::new();

@@ -30,3 +30,49 @@ async fn a_vm_of_qemus_moves_with_its_devices_and_back_again_and_its_count_goes_
     }
     cluster.nothing_was_forbidden().unwrap();
 }
+
+/// Bytes per second. The state that the devices have when they stand, 36 bytes each, does not fit a budget of 1 ms then.
+const NARROW: &str = "1000";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_budget_that_cannot_be_met_is_kept_by_giving_up_or_told_and_exceeded_as_its_user_wants() {
+    let vm = QemuVm::counter(2).with_migration_events();
+    let mut cluster = Cluster::start_with(nodes(&vm), "").await.unwrap();
+    cluster.kill_agent("node-a").await.unwrap();
+    cluster.restart_agent_with("node-a", &["--migration-bandwidth", NARROW]).await.unwrap();
+    cluster.start_qemu(vm, "node-a").await.unwrap();
+    cluster.until_vm_at("node-a").await.unwrap();
+    let before = cluster.guest("node-a").await.unwrap();
+
+    cluster.migrate("careful", "target: {nodeName: node-b}, downtimeBudget: 1ms").await.unwrap();
+    let status = cluster.until_ended("careful").await.unwrap().status.unwrap();
+    println!("{}", serde_json::to_string_pretty(&status).unwrap());
+    let given_up = has_condition(&status.conditions, "Succeeded", "False/BudgetExceeded");
+    assert_eq!(given_up, Some(true), "{status:#?}");
+    let message = &status.conditions.iter().find(|c| c.type_ == "Succeeded").unwrap().message;
+    assert!(message.contains("its downtimeBudget is 1ms"), "{message}");
+    let estimate = status.estimate.clone().unwrap();
+    assert_eq!(estimate.allowed, None, "{estimate:?}");
+    assert!(
+        status.timeline.iter().all(|entry| entry.phase != "PAUSING"),
+        "the guest was stopped: {status:#?}"
+    );
+    cluster.until_vm_at("node-a").await.unwrap();
+    cluster.until_free("node-b", 2).await.unwrap();
+    let after = cluster.guest("node-a").await.unwrap();
+    assert!(after.count > before.count && after.errors == 0, "{before:?} {after:?}");
+
+    let fields = "target: {nodeName: node-b}, downtimeBudget: 1ms, onBudgetExceeded: Proceed";
+    let watching = cluster.watch("node-a", "node-b").await.unwrap();
+    cluster.migrate("bold", fields).await.unwrap();
+    let migration = cluster.until_ended("bold").await.unwrap();
+    let status = migration.status.clone().unwrap();
+    println!("{}", serde_json::to_string_pretty(&status).unwrap());
+    assert_eq!(has_condition(&status.conditions, "Succeeded", "True"), Some(true), "{status:#?}");
+    assert!(status.estimate.clone().unwrap().allowed.is_some(), "{status:#?}");
+    let told = cluster.event_reasons("bold").await.unwrap();
+    assert!(told.iter().any(|reason| reason == "BudgetExceeded"), "{told:?}");
+    cluster.until_vm_at("node-b").await.unwrap();
+    println!("{}", cluster.judge_success(&watching, &migration, PeerToPeer::Required).await.unwrap());
+    cluster.nothing_was_forbidden().unwrap();
+}

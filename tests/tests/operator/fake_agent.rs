@@ -13,7 +13,7 @@ use slackwater_proto::node::migration_event::What;
 use slackwater_proto::node::node_agent_server::{NodeAgent, NodeAgentServer};
 use slackwater_proto::node::{
     AbortRequest, AbortResponse, DescribeRequest, DescribeResponse, DeviceDescription, DeviceStateChange,
-    Doubt, Finished, JournalRecord, JournalState, MigrateRequest, MigrateResponse, MigrationEvent,
+    Doubt, Estimate, Finished, JournalRecord, JournalState, MigrateRequest, MigrateResponse, MigrationEvent,
     MigrationFeatures, MigrationRef, NodeDescription, Outcome, Phase, ReleaseRequest, ReleaseResponse,
     ReserveRequest, ReserveResponse, ResolveRequest, ResolveResponse, Timings, VmDescription, VmRef, VmState,
     WatchRequest, WatchResponse,
@@ -239,6 +239,13 @@ impl FakeAgent {
 
     pub(crate) fn doubt(&self, reason: &str, message: &str) {
         self.event(&self.node, What::Doubt(Doubt { reason: reason.into(), message: message.into() }));
+    }
+
+    pub(crate) fn estimate(&self, downtime_ms: u64, allowed_ms: u64) {
+        let nanoseconds = |milliseconds: u64| milliseconds * 1_000_000;
+        let estimate =
+            Estimate { downtime_ns: nanoseconds(downtime_ms), allowed_ns: nanoseconds(allowed_ms) };
+        self.event(&self.node, What::Estimate(estimate));
     }
 
     /// Forgets the events that it has told, as a restarted agent does: the next is number 1 again.

@@ -10,6 +10,7 @@
 )]
 
 mod attempts;
+mod budget;
 mod doubt;
 mod fake_agent;
 mod giving_up;

@@ -32,6 +32,9 @@ async fn a_spec_that_cannot_work_is_refused_in_words_and_no_agent_is_asked() {
     refused("too-hasty", "False/InvalidSpec", "spec.preCommitTimeout is 10ms; it must be from 1s to 24h")
         .await;
 
+    world.migrate("too-strict", |spec| spec.downtime_budget = "2m".into()).await;
+    refused("too-strict", "False/InvalidSpec", "spec.downtimeBudget is 2m; it must be from 1ms to 60s").await;
+
     world.b.describe(|node| node.devices[1] = device("b2", "mtty-1", "process 4711 (qemu-system-x86)"));
     let one_free = |node: &slackwater_api::MigrationNode| Some(node.status.as_ref()?.free_device_count? == 1);
     world.node("node-b", "have one free device", one_free).await;

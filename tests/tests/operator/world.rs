@@ -133,6 +133,8 @@ impl World {
             target: Some(Target { node_name: "node-b".into() }),
             peer_to_peer: PeerToPeer::Required,
             pre_commit_timeout: "5m".into(),
+            downtime_budget: "300ms".into(),
+            on_budget_exceeded: Default::default(),
             attempts: 1,
             cancel: false,
             resolve: None,

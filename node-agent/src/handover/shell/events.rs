@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use futures::Stream;
 use slackwater_proto::node::{
-    DeviceStateChange, Doubt, Finished, MigrationEvent, Phase, Progress, migration_event::What,
+    DeviceStateChange, Doubt, Estimate, Finished, MigrationEvent, Phase, Progress, migration_event::What,
 };
 use tokio::sync::watch;
 
@@ -48,6 +48,11 @@ impl EventLog {
     /// How much has been sent.
     pub fn progress(&self, at: Clock, progress: Progress) {
         self.push(&self.node, at, What::Progress(progress));
+    }
+
+    /// What the VMM expects of the blackout.
+    pub fn estimate(&self, at: Clock, estimate: Estimate) {
+        self.push(&self.node, at, What::Estimate(estimate));
     }
 
     /// Something keeps the migration from its end.

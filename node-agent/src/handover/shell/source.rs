@@ -9,7 +9,9 @@ use std::time::Duration;
 
 use futures::future::BoxFuture;
 use slackwater_proto::channel::words;
-use slackwater_proto::node::{Doubt, JournalRecord, JournalState, Outcome, Phase as ToldPhase, Progress};
+use slackwater_proto::node::{
+    Doubt, Estimate as ToldEstimate, JournalRecord, JournalState, Outcome, Phase as ToldPhase, Progress,
+};
 use slackwater_proto::transfer::HandoverResponse;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
@@ -21,7 +23,7 @@ use super::events::EventLog;
 use super::ledger::Ledger;
 use super::link::{Answers, BlobLink, Decisions, Link, Peer};
 use super::pump::{self, DevicePump};
-use super::{Seen, VmmCall, limits, look, phases, refused, resume, traced};
+use super::{Seen, limits, look, phases, refused, resume, traced};
 use crate::handover::entry::{EndEntry, Ended, Marks};
 use crate::handover::policy::{Driver, StopPlan};
 use crate::handover::source::{Effect, End, Event, Phase, Source};
@@ -29,6 +31,7 @@ use crate::handover::{Blob, Failure, Reason, Record, Word};
 use crate::host::clock::Clock;
 use crate::vfio::state::{Features, MigrationState};
 use crate::vfio::worker::DeviceHandle;
+use crate::vmm::budget::{Budget, Copying, Estimate};
 use crate::vmm::{DeviceSeen, Vmm, VmmError};
 
 /// How often progress is told while bytes are moving.
@@ -60,6 +63,8 @@ pub struct SourceParts {
     pub recovered: Option<Recovered>,
     /// The commit must have happened by then.
     pub pre_commit_timeout: Duration,
+    /// What the copying may cost.
+    pub budget: Budget,
     /// Gives back what is left of the VM here, once it runs elsewhere.
     pub release: Box<dyn FnOnce() -> BoxFuture<'static, ()> + Send>,
     /// Where everything is told.
@@ -367,7 +372,7 @@ impl Shell {
             Effect::AskPeer => self.ask_peer(),
             Effect::Doubt(failure) => self.doubt(&failure),
             Effect::StartSave => self.start_save(),
-            Effect::Converge => self.call(|vmm| vmm.converged(), Event::Converged, Event::Failed),
+            Effect::Converge => self.converge(),
             Effect::SetState(index, to) => self.set_state(index, to),
             Effect::ReadState(index) => self.read_state(index),
             Effect::PreCopy(index) => self.pre_copy(index),
@@ -594,8 +599,9 @@ impl Shell {
         let Some(link) = self.vmm_link.take() else { return };
         let (vmm, signals, streams) =
             (Arc::clone(&self.parts.vmm), self.signals.clone(), self.streams.clone());
+        let budget = self.parts.budget;
         self.stream_tasks.spawn(async move {
-            let event = match vmm.start_save(false).await {
+            let event = match vmm.start_save(false, budget).await {
                 Ok(stream) => {
                     let _ = signals.send(Signal::Event(Event::SaveStarted));
                     tokio::select! {
@@ -751,7 +757,26 @@ impl Shell {
         });
     }
 
-    fn call(&self, call: VmmCall, done: Event, failed: fn(Failure) -> Event) {
+    fn converge(&self) {
+        let (tell, mut told) = mpsc::unbounded_channel::<Estimate>();
+        let log = self.parts.log.clone();
+        tokio::spawn(async move {
+            while let Some(Estimate { downtime, allowed }) = told.recv().await {
+                let estimate = ToldEstimate {
+                    downtime_ns: nanoseconds(downtime),
+                    allowed_ns: allowed.map_or(0, nanoseconds),
+                };
+                log.estimate(Clock::now(), estimate);
+            }
+        });
+        let copy = Copying { budget: self.parts.budget, devices: self.parts.devices.clone(), tell };
+        self.call(move |vmm| vmm.converged(copy), Event::Converged, Event::Failed);
+    }
+
+    fn call<F>(&self, call: F, done: Event, failed: fn(Failure) -> Event)
+    where
+        F: for<'a> FnOnce(&'a dyn Vmm) -> BoxFuture<'a, Result<(), VmmError>> + Send + 'static,
+    {
         let (vmm, signals) = (Arc::clone(&self.parts.vmm), self.signals.clone());
         tokio::spawn(async move {
             let event = match call(vmm.as_ref()).await {
@@ -763,7 +788,11 @@ impl Shell {
                     {
                         let _ = signals.send(Signal::Event(Event::VmmExited));
                     }
-                    failed(Failure::new(Reason::VmmFailed, error.to_string()))
+                    let reason = match error {
+                        VmmError::BudgetExceeded(_) => Reason::BudgetExceeded,
+                        _ => Reason::VmmFailed,
+                    };
+                    failed(Failure::new(reason, error.to_string()))
                 }
             };
             let _ = signals.send(Signal::Event(event));
@@ -839,6 +868,10 @@ impl Shell {
         self.parts.ledger.finish(failure, ended).await;
         self.parts.log.finished(now, finished);
     }
+}
+
+fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
 fn lost(peer: &str, why: &str) -> Event {

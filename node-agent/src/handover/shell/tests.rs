@@ -32,6 +32,7 @@ use crate::service::transfer::TransferService;
 use crate::vfio::fake::{Call, CallLog, FakeDevice, FakeWatch, Gate};
 use crate::vfio::state::{Features, MigrationState};
 use crate::vfio::worker::DeviceHandle;
+use crate::vmm::budget::Budget;
 use crate::vmm::fake::{FakeVmm, SharedLog};
 use crate::vmm::{RunState, Vmm};
 
@@ -218,6 +219,7 @@ async fn rig_with(
         ledger: books.ledger(Role::Source),
         recovered: None,
         pre_commit_timeout: LONG,
+        budget: Budget::default(),
         release: Box::new(move || async move { released.add("vm released") }.boxed()),
         log: EventLog::new("node-a"),
     };

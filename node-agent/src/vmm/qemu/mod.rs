@@ -8,7 +8,7 @@
 //!               ◀──────────────────────────── agent ◀══ replies ══ agent ◀──
 //!
 //! start_save    capabilities, parameters, migrate           start_load    capabilities, migrate-incoming, the bytes
-//! converged     status pre-switchover: VM and devices stand
+//! converged     status pre-switchover: VM and devices stand (convergence.rs: whether it ever comes to that)
 //! (the gate: the agent reads each device: STOP_COPY or STOP)
 //! finish_save   migrate-continue, status completed          finish_load   status completed, the VM paused (-S)
 //!                                                           (the check: the agent leads each device RESUMING -> STOP)
@@ -18,6 +18,7 @@
 //! With `return-path` the source's QEMU is `completed` only when the twin's has said that it has loaded everything.
 
 mod carry;
+mod convergence;
 mod devices;
 pub mod qmp;
 
@@ -29,15 +30,17 @@ use bytes::Bytes;
 use slackwater_proto::channel::ConnectError;
 use slackwater_proto::tonic::{Code, async_trait};
 use tokio::sync::mpsc;
-use tokio::time::timeout;
-use tracing::info;
+use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
+use tracing::{debug, info};
 
 use self::carry::{Carried, REPLIES};
+use self::convergence::{Convergence, Sample, Verdict};
 use self::qmp::commands::{
     Cont, Migrate, MigrateCancel, MigrateContinue, MigrateSetCapabilities, MigrateSetParameters,
     MigrationCapability, MigrationInfo, QueryMigrate, QueryMigrateCapabilities, QueryStatus, Quit, Stop,
 };
 use self::qmp::{EventKind, MigrationStatus, Notice, QmpClient, QmpError, RunState as QemuState};
+use super::budget::{Budget, Copying};
 use super::contract::Deadlines;
 use super::server::{Server, trust};
 use super::{
@@ -59,9 +62,8 @@ const NEEDED: [&str; 2] = ["pause-before-switchover", "return-path"];
 /// Switched off where QEMU knows them: the state then does not come in one stream, or the source cannot take the VM back.
 const OFF: [&str; 5] = ["multifd", "postcopy-ram", "release-ram", "x-colo", "background-snapshot"];
 
-/// The blackout that QEMU aims for, and what it may assume of the wire for that.
-const DOWNTIME_LIMIT: Duration = Duration::from_millis(300);
-const BANDWIDTH_BYTES_PER_SECOND: u64 = 1 << 30;
+/// How often it is looked at whether QEMU's copying comes to an end.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// How long a state that QEMU has promised may take to be told.
 const SETTLING: Duration = Duration::from_secs(10);
@@ -121,15 +123,37 @@ impl QemuVmm {
         let off = OFF.iter().filter(|name| knows(name)).map(|name| MigrationCapability::off(name));
         let capabilities = on.chain(off).collect();
         let set = self.qmp.execute(MigrateSetCapabilities { capabilities }).await;
-        set.map(drop).map_err(|error| of_qmp(call, error))?;
+        set.map(drop).map_err(|error| of_qmp(call, error))
+    }
+
+    /// The blackout that QEMU aims for, and what it may assume of the wire for that.
+    async fn limit(&self, call: &'static str, budget: Budget) -> Result<(), VmmError> {
+        let bandwidth = budget.bandwidth_bytes_per_second;
         let parameters = MigrateSetParameters {
-            downtime_limit_ms: u64::try_from(DOWNTIME_LIMIT.as_millis()).ok(),
-            max_bandwidth: Some(BANDWIDTH_BYTES_PER_SECOND),
-            avail_switchover_bandwidth: (self.qmp.version().qemu.at_least(8, 2))
-                .then_some(BANDWIDTH_BYTES_PER_SECOND),
-            ..MigrateSetParameters::default()
+            max_bandwidth: Some(bandwidth),
+            avail_switchover_bandwidth: self.qmp.version().qemu.at_least(8, 2).then_some(bandwidth),
+            ..downtime_limit(budget.downtime)
         };
         self.qmp.execute(parameters).await.map(drop).map_err(|error| of_qmp(call, error))
+    }
+
+    /// How far the copying is; None when there is nothing to go by.
+    async fn look(&self, copy: &Copying, began: Instant) -> Option<Sample> {
+        let info = match self.qmp.execute(QueryMigrate).await {
+            Ok(info) => info,
+            Err(error) => {
+                debug!(%error, "QEMU does not tell how far it is");
+                return None;
+            }
+        };
+        let mut device_bytes: u64 = 0;
+        for device in &copy.devices {
+            match device.estimate_bytes().await {
+                Ok(bytes) => device_bytes = device_bytes.saturating_add(bytes),
+                Err(error) => debug!(%error, "a device does not tell how much state it has"),
+            }
+        }
+        Sample::of(&info, copy.budget, began.elapsed(), device_bytes)
     }
 
     /// Waits until the migration stands where `there` says, or has ended otherwise.
@@ -192,9 +216,10 @@ impl Vmm for QemuVmm {
         })
     }
 
-    async fn start_save(&self, _live: bool) -> Result<SaveStream, VmmError> {
+    async fn start_save(&self, _live: bool, budget: Budget) -> Result<SaveStream, VmmError> {
         let call = "start_save";
         self.prepare(call).await?;
+        self.limit(call, budget).await?;
         let listener = carry::listen(&self.carrier).map_err(|error| carry::failed(call, &error))?;
         let uri = format!("unix:{}", self.carrier.display());
         self.qmp.execute(Migrate { uri }).await.map_err(|error| of_qmp(call, error))?;
@@ -210,8 +235,43 @@ impl Vmm for QemuVmm {
         Ok(pieces)
     }
 
-    async fn converged(&self) -> Result<(), VmmError> {
-        self.until("migrate", |status| *status == MigrationStatus::PreSwitchover).await.map(drop)
+    async fn converged(&self, copy: Copying) -> Result<(), VmmError> {
+        let call = "migrate";
+        let stands = self.until(call, |status| *status == MigrationStatus::PreSwitchover);
+        tokio::pin!(stands);
+        let mut course = Convergence::new(copy.budget);
+        let began = Instant::now();
+        let mut looks = interval(LOOK_EVERY);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let look = async {
+                looks.tick().await;
+                self.look(&copy, began).await
+            };
+            let sample = tokio::select! {
+                biased;
+                stands = &mut stands => return stands.map(drop),
+                sample = look => sample,
+            };
+            let Some(step) = sample.map(|sample| course.step(sample)) else { continue };
+            if let Some(estimate) = step.tell {
+                // That nobody listens does not matter to QEMU.
+                let _ = copy.tell.send(estimate);
+            }
+            match step.verdict {
+                Verdict::GoOn => {}
+                Verdict::Raise(limit) => {
+                    info!(
+                        pid = self.server.pid(),
+                        ?limit,
+                        "QEMU does not keep to the budget, and may take longer"
+                    );
+                    let raised = self.qmp.execute(downtime_limit(limit)).await;
+                    raised.map_err(|error| of_qmp(call, error))?;
+                }
+                Verdict::GiveUp(exceeded) => return Err(VmmError::BudgetExceeded(exceeded)),
+            }
+        }
     }
 
     async fn pause(&self) -> Result<(), VmmError> {
@@ -387,6 +447,11 @@ impl LocalVmm for QemuVmm {
 fn over(status: &MigrationStatus) -> bool {
     use MigrationStatus::{Cancelled, Completed, Failed, None};
     matches!(status, None | Completed | Failed | Cancelled)
+}
+
+fn downtime_limit(limit: Duration) -> MigrateSetParameters {
+    let downtime_limit_ms = u64::try_from(limit.as_millis()).ok();
+    MigrateSetParameters { downtime_limit_ms, ..MigrateSetParameters::default() }
 }
 
 fn of_qmp(call: &'static str, error: QmpError) -> VmmError {

@@ -56,7 +56,7 @@ pub fn phase(draft: &mut Draft, trace: &Trace, phase: Phase, stamp: Stamp) -> bo
     }
 }
 
-fn in_progress(draft: &mut Draft, message: &str, stamp: Stamp) {
+pub(super) fn in_progress(draft: &mut Draft, message: &str, stamp: Stamp) {
     if draft.status.phase != Some(MigrationPhase::Aborting) {
         draft.set(SUCCEEDED, Status::Unknown, "InProgress", message, stamp);
     }

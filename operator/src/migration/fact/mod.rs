@@ -7,6 +7,7 @@
 mod attempts;
 mod doubt;
 mod ending;
+mod estimate;
 mod events;
 mod resolve;
 mod spec;
@@ -29,6 +30,7 @@ use crate::plan::{Plan, Refusal};
 pub use attempts::{no_plan_this_time, paused_before_the_next};
 pub use doubt::{Doubtful, doubt_cleared, in_doubt};
 pub use ending::{gave_up_before_asking, release_failed, release_refused, released, settled};
+pub use estimate::estimated;
 pub use events::{finished, is_news, phase};
 pub use resolve::{Refused, end, judge, resolve_accepted, resolve_refused, unjudged};
 pub use spec::spec_changed;
@@ -165,6 +167,7 @@ pub fn planned(draft: &mut Draft, spec: &VMMigrationSpec, plan: &Plan, stamp: St
     // All else is of an attempt that has ended.
     status.next_attempt_time = None;
     status.timeline.clear();
+    status.estimate = None;
     status.timings = None;
     status.bytes = None;
     status.conditions.retain(|condition| condition.type_ != IN_DOUBT);

@@ -76,6 +76,8 @@ fn changed_fields(observed: &VMMigrationSpec, spec: &VMMigrationSpec, resolved: 
         (observed.target != spec.target, "spec.target"),
         (observed.peer_to_peer != spec.peer_to_peer, "spec.peerToPeer"),
         (observed.pre_commit_timeout != spec.pre_commit_timeout, "spec.preCommitTimeout"),
+        (observed.downtime_budget != spec.downtime_budget, "spec.downtimeBudget"),
+        (observed.on_budget_exceeded != spec.on_budget_exceeded, "spec.onBudgetExceeded"),
         (observed.attempts != spec.attempts, "spec.attempts"),
         (observed.cancel && !spec.cancel, "spec.cancel"),
         (resolved && observed.resolve != spec.resolve, "spec.resolve"),

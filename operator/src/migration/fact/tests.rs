@@ -17,6 +17,8 @@ fn spec() -> VMMigrationSpec {
         target: None,
         peer_to_peer: PeerToPeer::Required,
         pre_commit_timeout: "5m".into(),
+        downtime_budget: "300ms".into(),
+        on_budget_exceeded: Default::default(),
         attempts: 1,
         cancel: false,
         resolve: None,
@@ -627,4 +629,75 @@ fn devices_that_are_stated_to_be_isolated_are_shown_and_warned_of() {
     planned(&mut draft, &isolated, &plan(), stamp(10));
     assert!(message(&draft, ACCEPTED).contains("isolated from each other"));
     assert_eq!(told(&draft), ["Accepted", "AssumeIsolated"]);
+}
+
+const SECOND: i64 = 1_000_000_000;
+
+fn estimate(downtime_ms: u64, allowed_ms: u64) -> slackwater_proto::node::Estimate {
+    slackwater_proto::node::Estimate {
+        downtime_ns: downtime_ms * 1_000_000,
+        allowed_ns: allowed_ms * 1_000_000,
+    }
+}
+
+#[test]
+fn what_the_vmm_expects_is_shown_while_it_copies_and_stays_when_it_has_ended() {
+    let mut draft = held();
+    play(&mut draft, &FORWARD[..2], None);
+    assert!(estimated(&mut draft, &estimate(412, 0), 20 * SECOND + 1_999, stamp(20)));
+    let shown = serde_json::to_value(draft.status.estimate.as_ref().unwrap()).unwrap();
+    assert_eq!(shown, serde_json::json!({"downtime": "412ms", "time": "1970-01-01T00:00:20.000001Z"}));
+    let message = "412ms is too long.";
+    play(&mut draft, &[], ended(Outcome::RolledBack, "BudgetExceeded", message));
+    assert_eq!(seen(&draft, SUCCEEDED), ("False".to_owned(), "BudgetExceeded".to_owned()));
+    assert_eq!(draft.status.estimate.as_ref().unwrap().downtime, "412ms");
+    assert!(!estimated(&mut draft, &estimate(1, 0), 40 * SECOND, stamp(40)), "it has ended");
+    // Another attempt knows nothing yet.
+    planned(&mut draft, &spec(), &plan(), stamp(50));
+    assert_eq!(draft.status.estimate, None);
+}
+
+#[test]
+fn an_estimate_that_is_told_again_changes_nothing_whoever_kept_the_status_meanwhile() {
+    let mut draft = held();
+    play(&mut draft, &FORWARD[..2], None);
+    let told_at = 20 * SECOND + 1_999;
+    assert!(estimated(&mut draft, &estimate(900, 1800), told_at, stamp(20)));
+    let kept = serde_json::to_value(&draft.status).unwrap();
+    draft.status = serde_json::from_value(kept).unwrap();
+    draft.notices.clear();
+    assert!(!estimated(&mut draft, &estimate(412, 0), told_at - SECOND, stamp(21)));
+    assert!(!estimated(&mut draft, &estimate(900, 1800), told_at, stamp(21)));
+    assert!(estimated(&mut draft, &estimate(700, 1800), told_at + SECOND, stamp(22)));
+    assert_eq!(told(&draft), [""; 0], "no more was allowed than before");
+}
+
+#[test]
+fn what_is_allowed_beyond_the_budget_is_told_by_an_event_each_time_that_it_is_raised() {
+    let mut draft = held();
+    play(&mut draft, &FORWARD[..2], None);
+    draft.notices.clear();
+    for (second, downtime, allowed) in [(20, 412, 0), (25, 412, 824), (26, 500, 824), (31, 1500, 3000)] {
+        assert!(estimated(&mut draft, &estimate(downtime, allowed), second * SECOND, stamp(second)));
+    }
+    assert_eq!(told(&draft), ["BudgetExceeded", "BudgetExceeded"]);
+    assert!(draft.notices.iter().all(|notice| notice.warning));
+    let expected = "The guest is expected to stand still for 1.5s, and spec.downtimeBudget is 300ms. Since spec.onBudgetExceeded \
+                    is Proceed, up to 3s is allowed now.";
+    assert_eq!(draft.notices[1].note, expected);
+    assert_eq!(message(&draft, SUCCEEDED), format!("State is being copied; the guest runs. {expected}"));
+    assert_eq!(draft.status.estimate.unwrap().allowed.as_deref(), Some("3s"));
+}
+
+#[test]
+fn a_budget_that_is_changed_afterwards_is_ignored_in_words() {
+    let mut draft = held();
+    let changed = VMMigrationSpec {
+        downtime_budget: "1s".into(),
+        on_budget_exceeded: slackwater_api::OnBudgetExceeded::Proceed,
+        ..spec()
+    };
+    assert!(spec_changed(&mut draft, &changed, stamp(20)));
+    let said = message(&draft, ACCEPTED);
+    assert!(said.starts_with("spec.downtimeBudget, spec.onBudgetExceeded was changed afterwards"), "{said}");
 }

@@ -1,0 +1,346 @@
+//! Whether QEMU's copying comes to an end within the budget. Pure: samples in, decisions out.
+//!
+//! QEMU stops the VM only when it expects to need no longer than `downtime-limit` for what is left. It goes through RAM again and
+//! again until then, for ever if need be. A migration has exceeded its limit when RAM has been gone through 3 times, the last pass has
+//! not lowered the estimate by a quarter, and
+//!
+//! - the estimate has stayed above the limit for 5 s, or
+//! - QEMU has not stopped the VM within 30 s, whatever the estimate says: then QEMU knows of something that is not told (a driver
+//!   that does not say how much state it has counts for 100 GiB).
+//!
+//! ```text
+//!   limit = budget ──▶ copying ── exceeded ──▶ Abort: given up
+//!                         ▲                └──▶ Proceed: limit = twice what is expected
+//!                         └─────────── begins anew ────────────┘
+//! ```
+
+use std::time::Duration;
+
+use super::qmp::MigrationStatus;
+use super::qmp::commands::MigrationInfo;
+use crate::vmm::budget::{Budget, BudgetExceeded, Estimate, OnExceeded};
+
+/// For so long the estimate must have been above the limit.
+const HELD: Duration = Duration::from_secs(5);
+/// So often RAM must have been gone through.
+const PASSES: u64 = 3;
+/// For so long QEMU may go on although nothing that is known keeps it from stopping the VM.
+const STUCK: Duration = Duration::from_secs(30);
+/// The greatest `downtime-limit` that QEMU takes.
+const GREATEST_LIMIT: Duration = Duration::from_millis(2_000_000);
+
+/// What is known at a moment of the copying.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Sample {
+    /// Since the copying began.
+    pub(super) elapsed: Duration,
+    /// How often the dirty log was read: once before the first pass, and once after each.
+    pub(super) syncs: u64,
+    /// Bytes of RAM that are still to be sent.
+    pub(super) ram_bytes: u64,
+    /// What QEMU expects to need for RAM, if it says so. It leaves the devices' state out.
+    pub(super) ram_downtime: Option<Duration>,
+    /// Bytes of device state, as the drivers tell.
+    pub(super) device_bytes: u64,
+}
+
+impl Sample {
+    /// What `query-migrate` tells; None while QEMU does not copy.
+    pub(super) fn of(
+        info: &MigrationInfo,
+        budget: Budget,
+        elapsed: Duration,
+        device_bytes: u64,
+    ) -> Option<Self> {
+        let ram = info.ram.filter(|_| info.status == Some(MigrationStatus::Active))?;
+        // Until QEMU has measured how fast pages are written, it repeats the limit that it was given.
+        let measured = |downtime: &Duration| ram.dirty_pages_rate > 0 && *downtime != budget.downtime;
+        Some(Self {
+            elapsed,
+            syncs: ram.dirty_sync_count,
+            ram_bytes: ram.remaining_bytes,
+            ram_downtime: info.expected_downtime_ms.map(Duration::from_millis).filter(measured),
+            device_bytes,
+        })
+    }
+
+    /// How long the guest would stand still. None in the first pass: what is left then is mostly what was never sent.
+    fn downtime(&self, bandwidth_bytes_per_second: u64) -> Option<Duration> {
+        if self.syncs < 2 {
+            return None;
+        }
+        let ram = self.ram_downtime.unwrap_or_else(|| time_for(self.ram_bytes, bandwidth_bytes_per_second));
+        Some(ram.saturating_add(time_for(self.device_bytes, bandwidth_bytes_per_second)))
+    }
+}
+
+/// In whole milliseconds, as QEMU counts.
+fn time_for(bytes: u64, bytes_per_second: u64) -> Duration {
+    let milliseconds = u128::from(bytes).saturating_mul(1000).div_ceil(u128::from(bytes_per_second.max(1)));
+    Duration::from_millis(u64::try_from(milliseconds).unwrap_or(u64::MAX))
+}
+
+/// What to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// Nothing.
+    GoOn,
+    /// Let QEMU expect so long.
+    Raise(Duration),
+    /// End the migration.
+    GiveUp(BudgetExceeded),
+}
+
+/// What follows from a sample.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Step {
+    /// What is worth telling.
+    pub(super) tell: Option<Estimate>,
+    /// What to do.
+    pub(super) verdict: Verdict,
+}
+
+/// The course of one copying.
+#[derive(Clone, Debug)]
+pub(super) struct Convergence {
+    budget: Budget,
+    /// QEMU's `downtime-limit`.
+    limit: Duration,
+    /// What was told last.
+    told: Option<Duration>,
+    under_this_limit: Window,
+}
+
+/// What was seen since the limit was set.
+#[derive(Clone, Copy, Debug, Default)]
+struct Window {
+    /// The time and the syncs of its first sample.
+    began: Option<(Duration, u64)>,
+    /// Since when every estimate was above the limit.
+    above_since: Option<Duration>,
+    /// The lowest estimate, and the syncs at which it was seen; lower ones count from a quarter below it.
+    lowest: Option<(Duration, u64)>,
+}
+
+impl Convergence {
+    pub(super) fn new(budget: Budget) -> Self {
+        Self { budget, limit: budget.downtime, told: None, under_this_limit: Window::default() }
+    }
+
+    /// Takes in a sample, later than all before.
+    pub(super) fn step(&mut self, sample: Sample) -> Step {
+        let estimate = sample.downtime(self.budget.bandwidth_bytes_per_second);
+        let Some(downtime) = estimate else { return Step { tell: None, verdict: Verdict::GoOn } };
+        let verdict = if self.under_this_limit.exceeded(sample, downtime, self.limit) {
+            self.exceeded(sample, downtime)
+        } else {
+            Verdict::GoOn
+        };
+        let raised = matches!(verdict, Verdict::Raise(_));
+        let tell = (raised || self.is_news(downtime)).then(|| {
+            self.told = Some(downtime);
+            Estimate { downtime, allowed: (self.limit > self.budget.downtime).then_some(self.limit) }
+        });
+        Step { tell, verdict }
+    }
+
+    fn exceeded(&mut self, sample: Sample, downtime: Duration) -> Verdict {
+        // That QEMU has not stopped the VM says that it expects no less.
+        let expected = downtime.max(self.limit);
+        if self.budget.on_exceeded == OnExceeded::Abort {
+            let (passes, elapsed) = (sample.syncs.saturating_sub(1), sample.elapsed);
+            return Verdict::GiveUp(BudgetExceeded { budget: self.budget, expected, passes, elapsed });
+        }
+        self.under_this_limit = Window::default();
+        let limit = expected.saturating_mul(2).min(GREATEST_LIMIT);
+        if limit <= self.limit {
+            return Verdict::GoOn;
+        }
+        self.limit = limit;
+        Verdict::Raise(limit)
+    }
+
+    /// It differs by more than a tenth from what was told.
+    fn is_news(&self, downtime: Duration) -> bool {
+        self.told.is_none_or(|told| told.abs_diff(downtime) > told / 10)
+    }
+}
+
+impl Window {
+    fn exceeded(&mut self, sample: Sample, downtime: Duration, limit: Duration) -> bool {
+        let (began, first_sync) = *self.began.get_or_insert((sample.elapsed, sample.syncs));
+        let above_since = match downtime > limit {
+            true => Some(*self.above_since.get_or_insert(sample.elapsed)),
+            false => None,
+        };
+        self.above_since = above_since;
+        let (lowest, lowest_at) = *self.lowest.get_or_insert((downtime, sample.syncs));
+        let lowered = downtime < lowest.saturating_sub(lowest / 4);
+        if lowered {
+            self.lowest = Some((downtime, sample.syncs));
+        }
+        let since = |then: Duration| sample.elapsed.saturating_sub(then);
+        // The sample that has no estimate was the first pass.
+        let passes = sample.syncs.saturating_sub(first_sync.saturating_sub(1));
+        let going_down = lowered || sample.syncs == lowest_at;
+        let held = above_since.is_some_and(|then| since(then) >= HELD);
+        passes >= PASSES && !going_down && (held || since(began) >= STUCK)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::vmm::qemu::qmp::commands::RamInfo;
+
+    const MIB: u64 = 1 << 20;
+
+    fn ms(milliseconds: u64) -> Duration {
+        Duration::from_millis(milliseconds)
+    }
+
+    fn budget(milliseconds: u64, on_exceeded: OnExceeded) -> Budget {
+        Budget { downtime: ms(milliseconds), on_exceeded, bandwidth_bytes_per_second: 100 * MIB }
+    }
+
+    fn sample(second: u64, syncs: u64, downtime: u64) -> Sample {
+        let (elapsed, ram_downtime) = (Duration::from_secs(second), Some(ms(downtime)));
+        Sample { elapsed, syncs, ram_downtime, ..Sample::default() }
+    }
+
+    /// Steps once a second with these syncs and estimates, up to the first verdict that is not to go on.
+    fn run(budget: Budget, samples: impl IntoIterator<Item = (u64, u64)>) -> Option<(u64, Verdict)> {
+        let mut convergence = Convergence::new(budget);
+        (0..).zip(samples).find_map(|(second, (syncs, downtime))| {
+            let verdict = convergence.step(sample(second, syncs, downtime)).verdict;
+            (verdict != Verdict::GoOn).then_some((second, verdict))
+        })
+    }
+
+    #[test]
+    fn what_stays_above_the_budget_is_given_up_after_five_seconds_with_what_was_expected() {
+        let (second, verdict) = run(budget(300, OnExceeded::Abort), (2..).map(|syncs| (syncs, 412))).unwrap();
+        assert_eq!(second, 5);
+        let Verdict::GiveUp(exceeded) = verdict else { panic!("{verdict:?}") };
+        assert_eq!(
+            exceeded.to_string(),
+            "the guest would stand still for about 412ms, and its downtimeBudget is 300ms; 6 passes over its RAM in 5s have not \
+             changed that. A larger downtimeBudget, onBudgetExceeded: Proceed, or more bandwidth would let it move (the agent's \
+             --migration-bandwidth is 104857600 bytes per second)"
+        );
+    }
+
+    #[test]
+    fn nothing_is_decided_before_three_passes_however_long_they_take() {
+        let slow = (0..300_u64).map(|second| (1 + second / 100, 412));
+        assert_eq!(run(budget(300, OnExceeded::Abort), slow), None);
+        let slow = (0..400_u64).map(|second| (1 + second / 100, 412));
+        assert_eq!(run(budget(300, OnExceeded::Abort), slow).unwrap().0, 300);
+    }
+
+    #[test]
+    fn the_first_pass_says_nothing_about_the_blackout() {
+        let mut convergence = Convergence::new(budget(300, OnExceeded::Abort));
+        for second in 0..1000 {
+            let step = convergence.step(sample(second, 1, 60_000));
+            assert_eq!(step, Step { tell: None, verdict: Verdict::GoOn });
+        }
+    }
+
+    #[test]
+    fn a_copying_that_each_pass_brings_nearer_is_left_alone() {
+        let halving = (0..12_u64).map(|pass| (2 + pass, 1_000_000 >> pass));
+        assert_eq!(run(budget(300, OnExceeded::Abort), halving), None);
+    }
+
+    #[test]
+    fn an_estimate_that_keeps_to_the_budget_is_not_held_against_it_unless_qemu_does_not_stop_the_vm() {
+        let at_the_budget = |seconds: u64| (0..seconds).map(|second| (2 + second, 300));
+        assert_eq!(run(budget(300, OnExceeded::Abort), at_the_budget(30)), None);
+        let (second, verdict) = run(budget(300, OnExceeded::Proceed), at_the_budget(31)).unwrap();
+        assert_eq!((second, verdict), (30, Verdict::Raise(ms(600))));
+    }
+
+    #[test]
+    fn an_estimate_that_falls_below_the_budget_now_and_then_has_not_stayed_above_it() {
+        let falling = (0..29_u64).map(|second| (2 + second, if second % 4 == 3 { 200 } else { 412 }));
+        assert_eq!(run(budget(300, OnExceeded::Abort), falling), None);
+    }
+
+    #[test]
+    fn the_limit_is_raised_to_twice_the_estimate_and_again_while_that_does_not_suffice() {
+        let mut convergence = Convergence::new(budget(300, OnExceeded::Proceed));
+        let mut raised = Vec::new();
+        for second in 0..25 {
+            let expected = if second < 6 { 412 } else { 5_000 };
+            let step = convergence.step(sample(second, 2 + second, expected));
+            if let Verdict::Raise(limit) = step.verdict {
+                assert_eq!(step.tell, Some(Estimate { downtime: ms(expected), allowed: Some(limit) }));
+                raised.push((second, limit));
+            }
+        }
+        assert_eq!(raised, [(5, ms(824)), (11, ms(10_000))]);
+    }
+
+    #[test]
+    fn a_limit_that_qemu_would_refuse_is_not_asked_for() {
+        let mut convergence = Convergence::new(budget(60_000, OnExceeded::Proceed));
+        let raised: Vec<_> = (0..40)
+            .map(|second| convergence.step(sample(second, 2 + second, 1_999_000)).verdict)
+            .filter(|verdict| *verdict != Verdict::GoOn)
+            .collect();
+        assert_eq!(raised, [Verdict::Raise(GREATEST_LIMIT)]);
+    }
+
+    #[test]
+    fn an_estimate_is_told_when_it_has_changed_by_more_than_a_tenth() {
+        let mut convergence = Convergence::new(budget(300, OnExceeded::Abort));
+        let told: Vec<_> = [100, 109, 110, 111, 100, 99, 0, 0, 1]
+            .into_iter()
+            .zip(0..)
+            .filter_map(|(downtime, second)| convergence.step(sample(second, 2, downtime)).tell)
+            .map(|estimate| estimate.downtime.as_millis())
+            .collect();
+        assert_eq!(told, [100, 111, 99, 0, 1]);
+    }
+
+    #[test]
+    fn the_devices_state_counts_and_ram_goes_by_its_bytes_where_qemu_says_nothing() {
+        let sample = Sample { syncs: 2, ram_bytes: 50 * MIB, device_bytes: 64 * MIB, ..Sample::default() };
+        assert_eq!(sample.downtime(100 * MIB), Some(ms(1140)));
+        let said = Sample { ram_downtime: Some(ms(20)), ..sample };
+        assert_eq!(said.downtime(100 * MIB), Some(ms(660)));
+        assert_eq!(time_for(u64::MAX, 0), ms(u64::MAX));
+    }
+
+    #[test]
+    fn qemus_own_word_counts_once_it_has_measured_and_only_while_it_copies() {
+        let info = |text: serde_json::Value| serde_json::from_value::<MigrationInfo>(text).unwrap();
+        let ram = json!({"remaining": 8192, "dirty-pages-rate": 7, "dirty-sync-count": 4});
+        let active = info(json!({"status": "active", "expected-downtime": 412, "ram": ram}));
+        let read = |info: &MigrationInfo| Sample::of(info, budget(300, OnExceeded::Abort), ms(1), 36);
+        let expected = Sample {
+            elapsed: ms(1),
+            syncs: 4,
+            ram_bytes: 8192,
+            ram_downtime: Some(ms(412)),
+            device_bytes: 36,
+        };
+        assert_eq!(read(&active), Some(expected));
+        let unmeasured = RamInfo { dirty_pages_rate: 0, ..active.ram.unwrap() };
+        let silent = [
+            MigrationInfo { ram: Some(unmeasured), ..active.clone() },
+            MigrationInfo { expected_downtime_ms: Some(300), ..active.clone() },
+            MigrationInfo { expected_downtime_ms: None, ..active.clone() },
+        ];
+        for info in silent {
+            assert_eq!(read(&info).unwrap().ram_downtime, None, "{info:?}");
+        }
+        for status in ["setup", "pre-switchover", "device", "completed"] {
+            let info = info(json!({"status": status, "expected-downtime": 412, "ram": ram}));
+            assert_eq!(read(&info), None, "{status}");
+        }
+    }
+}
