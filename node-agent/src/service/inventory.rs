@@ -3,6 +3,8 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use slackwater_proto::node::{DeviceDescription, NodeDescription, VmDescription, VmRef, VmState};
 use tokio::sync::{Mutex, watch};
@@ -32,7 +34,12 @@ pub struct Inventory {
     /// Held while a free device is probed: a reservation waits for it, and the twin then finds the device closed.
     features: Mutex<HashMap<FeatureKey, Features>>,
     ended: watch::Sender<u64>,
+    /// A VMM did not answer, and will be asked again soon.
+    asking_again: AtomicBool,
 }
+
+/// Between two looks at a VMM that does not answer: it may be starting, or its monitor be held by somebody else for a moment.
+const ASK_AGAIN: Duration = Duration::from_secs(2);
 
 /// Why the node cannot be described.
 #[derive(Debug, thiserror::Error)]
@@ -43,7 +50,7 @@ impl Inventory {
     /// A node whose VMs are watched.
     pub fn new(config: NodeConfig, registry: Arc<Registry>, vms: VmWatch) -> Self {
         let (vmms, features, ended) = (Mutex::default(), Mutex::default(), watch::Sender::new(0));
-        Self { config, registry, vms, vmms, features, ended }
+        Self { config, registry, vms, vmms, features, ended, asking_again: AtomicBool::new(false) }
     }
 
     /// Returns when something may have changed since the last look; the first time at once.
@@ -201,7 +208,10 @@ impl Inventory {
                     ..VmDescription::default()
                 }
             }
-            Err(error) => unreachable(None, error.to_string()),
+            Err(error) => {
+                self.ask_again_soon();
+                unreachable(None, error.to_string())
+            }
         };
         described.vm = Some(VmRef { namespace: namespace.clone(), name: name.clone() });
         described.vmm_kind = known.json.vmm.kind.as_str().to_owned();
@@ -212,6 +222,20 @@ impl Inventory {
             described.migration_id = migration;
         }
         described
+    }
+
+    fn ask_again_soon(self: &Arc<Self>) {
+        if self.asking_again.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let inventory = Arc::downgrade(self);
+        tokio::spawn(async move {
+            tokio::time::sleep(ASK_AGAIN).await;
+            if let Some(inventory) = inventory.upgrade() {
+                inventory.asking_again.store(false, Ordering::Relaxed);
+                inventory.ended.send_modify(|count| *count += 1);
+            }
+        });
     }
 
     /// The VM of this name.

@@ -260,6 +260,7 @@ impl QemuVm {
     /// # Errors
     /// When it does not come up.
     pub async fn start(&self, node: &Node) -> anyhow::Result<()> {
+        self.forget_words(node).await?;
         self.spawn(node, &[]).await?;
         self.until_counted(node, 1).await?;
         // Whole at once: the agent watches.

@@ -166,6 +166,8 @@ impl World {
                 self.finish_source(&end);
                 return;
             }
+            // Of VMs whose VMM drives the devices, which this model has none of: the simulation in the agent has.
+            Effect::Converge | Effect::ReadState(_) => return,
             // Answered by what is heard: see `hear`.
             Effect::AskPeer => Event::PeerSilent(failure(Reason::PeerLost)),
             Effect::Report(_) | Effect::Doubt(_) | Effect::SendCommit | Effect::SendAbort(_) => return,
