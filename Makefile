@@ -61,6 +61,13 @@ random-walk: rust ## 1,000 migrations, each befallen by something drawn (STEPS=5
 	SLACKWATER_WALK_STEPS="$(or $(STEPS),1000)" SLACKWATER_WALK_SEED="$(or $(SEED),$(shell date +%s))" \
 	  cargo test --locked --package slackwater-tests --test faults $(faults) -- --nocapture whatever_befalls
 
+.PHONY: linux-guest
+linux-guest: rust ## a Linux in a VM of QEMU's moves ten times, talking through its devices and writing to a shared disk (MIGRATIONS=2)
+	"$(install)" host-packages node-kernel kubernetes kubectl-helm
+	$(cargo) build --locked $(programs) $(faults)
+	SLACKWATER_LINUX_MIGRATIONS="$(or $(MIGRATIONS),10)" \
+	  cargo test --locked --package slackwater-tests --test migration $(faults) -- --ignored --nocapture a_linux
+
 .PHONY: lint
 lint: rust rust-components ## format, lints, and what the dependencies may be
 	"$(install)" cargo-deny

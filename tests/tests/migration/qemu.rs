@@ -1,4 +1,5 @@
 use slackwater_tests::cluster::{Cluster, QemuVm, has_condition};
+use slackwater_tests::guests::lines::check_disk;
 use slackwater_tests::lab::{LabConfig, NodeConfig};
 use slackwater_tests::witness::PeerToPeer;
 
@@ -75,4 +76,41 @@ async fn a_budget_that_cannot_be_met_is_kept_by_giving_up_or_told_and_exceeded_a
     cluster.until_vm_at("node-b").await.unwrap();
     println!("{}", cluster.judge_success(&watching, &migration, PeerToPeer::Required).await.unwrap());
     cluster.nothing_was_forbidden().unwrap();
+}
+
+/// How many migrations the Linux guest has.
+const MIGRATIONS: &str = "SLACKWATER_LINUX_MIGRATIONS";
+const TEN: u32 = 10;
+const DISK_MIB: u32 = 16;
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "takes minutes: make linux-guest"]
+async fn a_linux_loses_nothing_on_its_serial_ports_and_its_shared_disk_however_often_it_moves() {
+    let migrations = std::env::var(MIGRATIONS).map_or(TEN, |number| number.parse().unwrap());
+    let vm = QemuVm::linux(2).with_shared_disk();
+    let config = nodes(&vm).with_shared_disk(DISK_MIB);
+    let mut cluster = Cluster::start_with(config, "").await.unwrap();
+    cluster.start_qemu(vm, "node-a").await.unwrap();
+    cluster.until_vm_at("node-a").await.unwrap();
+    let (mut from, mut to) = ("node-a", "node-b");
+    let mut counted = 0;
+    for number in 1..=migrations {
+        let name = format!("linux-{number}");
+        let watching = cluster.watch(from, to).await.unwrap();
+        cluster.migrate(&name, &format!("target: {{nodeName: {to}}}, downtimeBudget: 5s")).await.unwrap();
+        let status = cluster.until_ended(&name).await.unwrap().status.unwrap();
+        assert_eq!(has_condition(&status.conditions, "Succeeded", "True"), Some(true), "{status:#?}");
+        let after = cluster.goes_on_at(to, &watching.before).await.unwrap();
+        assert_eq!(after.errors, 0, "{after:?}");
+        println!("{number}: from {from} to {to}, {} lines, timings {:?}", after.count, status.timings);
+        counted = after.count;
+        cluster.until_vm_at(to).await.unwrap();
+        (from, to) = (to, from);
+    }
+    // Whoever writes is killed, and the disk is whole.
+    cluster.kill_vmm(from).await.unwrap();
+    let disk = std::fs::read(cluster.lab.shared_disk().unwrap()).unwrap();
+    let written = check_disk(&disk).unwrap();
+    println!("{written} lines on the disk");
+    assert!(written >= counted, "{written} lines are on the disk, and the guest has counted {counted}");
 }
