@@ -34,10 +34,10 @@ help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' "$(root)/Makefile" | expand -t 20
 
 .PHONY: demo
-demo: rust ## move a VM with its devices between two nodes of the lab, and verify it (DEMO="--devices 4": other arguments)
+demo: rust ## move a VM with its devices between two nodes of the lab, and verify it (VMM=qemu: a Linux under QEMU; DEMO="--devices 4": other arguments)
 	"$(install)" host-packages node-kernel kubernetes kubectl-helm
 	$(cargo) build --locked $(programs)
-	"$(bins)/slackwater-demo" $(DEMO)
+	"$(bins)/slackwater-demo" $(if $(VMM),--vmm $(VMM)) $(DEMO)
 
 .PHONY: test
 test: rust rust-components ## everything that must hold: format, lints, unit tests, the lab's end-to-end tests

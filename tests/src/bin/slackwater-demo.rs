@@ -5,10 +5,11 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, ensure};
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use slackwater_api::{DeviceMigration, DeviceStep, VMMigration, VMMigrationStatus};
-use slackwater_tests::cluster::{Cluster, LabVm, NAMESPACE, has_condition};
-use slackwater_tests::lab::NodeConfig;
+use slackwater_tests::cluster::{Cluster, LabVm, NAMESPACE, QemuVm, has_condition};
+use slackwater_tests::guests::lines::check_disk;
+use slackwater_tests::lab::{LabConfig, NodeConfig};
 use slackwater_tests::witness::PeerToPeer;
 
 /// Shows a VM with its VFIO devices moving from node-a to another node by `kubectl apply`.
@@ -20,7 +21,22 @@ struct Arguments {
     /// How many devices the VM has.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=8))]
     devices: u8,
+    /// What runs the VM.
+    #[arg(long, value_enum, default_value_t = Vmm::Lab)]
+    vmm: Vmm,
 }
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Vmm {
+    /// The lab's own VMM, whose devices the agent drives; its guest counts.
+    Lab,
+    /// QEMU, which drives its devices itself; its guest is a Linux that writes numbered lines through each device, a serial port, whose
+    /// loop-back it compares, and to a disk that both nodes reach.
+    Qemu,
+}
+
+/// Of the disk that QEMU's guest writes to.
+const DISK_MIB: u32 = 16;
 
 /// Prints what is being done, and how long after the start.
 struct Steps(Instant);
@@ -47,21 +63,38 @@ async fn demo(arguments: &Arguments) -> anyhow::Result<()> {
     steps.say("starting etcd, kube-apiserver and the nodes; installing the chart with helm; starting operator and agents");
     let names = (b'a'..).take(arguments.nodes.into()).map(|letter| format!("node-{}", char::from(letter)));
     let types = || (0..arguments.devices).map(|_| "mtty-1");
-    let cluster = Cluster::start(names.map(|name| NodeConfig::new(name, types()))).await?;
-
+    let nodes = LabConfig::nodes(names.map(|name| NodeConfig::new(name, types())));
     let devices = usize::from(arguments.devices);
-    steps.say(&format!("starting the VM {NAMESPACE}/counter with {devices} assigned devices on node-a"));
-    LabVm::counter(devices).start(cluster.lab.node("node-a")?).await?;
+    let linux = QemuVm::linux(devices).with_shared_disk().with_migration_events();
+    let nodes = match arguments.vmm {
+        Vmm::Lab => nodes,
+        Vmm::Qemu => linux.in_nodes(nodes)?.with_shared_disk(DISK_MIB),
+    };
+    let mut cluster = Cluster::start_with(nodes, "").await?;
+
+    steps.say(&match arguments.vmm {
+        Vmm::Lab => {
+            format!("starting the VM {NAMESPACE}/counter with {devices} assigned devices on node-a")
+        }
+        Vmm::Qemu => format!(
+            "starting QEMU's VM {NAMESPACE}/linux, a Linux with {devices} assigned serial ports and a shared disk, on node-a"
+        ),
+    });
+    match arguments.vmm {
+        Vmm::Lab => LabVm::counter(devices).start(cluster.lab.node("node-a")?).await?,
+        Vmm::Qemu => cluster.start_qemu(linux, "node-a").await?,
+    }
     cluster.until_vm_at("node-a").await?;
     show(&cluster).await?;
 
     let watching = cluster.watch("node-a", "node-b").await?;
     steps.say(&format!("the guest on node-a counts: {}", told(&watching.before)));
     steps.say("kubectl apply of this VMMigration:");
-    let manifest = manifest();
+    let name = format!("move-{}", cluster.vm_name());
+    let manifest = manifest(&name, cluster.vm_name());
     print!("{}", indented(&manifest));
-    cluster.apply("move-counter", &manifest).await?;
-    let migration = cluster.until_ended("move-counter").await?;
+    cluster.apply(&name, &manifest).await?;
+    let migration = cluster.until_ended(&name).await?;
     let status = migration.status.clone().context("the VMMigration has no status")?;
     ensure!(
         has_condition(&status.conditions, "Succeeded", "True") == Some(true),
@@ -79,19 +112,32 @@ async fn demo(arguments: &Arguments) -> anyhow::Result<()> {
     println!("\nJudged by the two kernels' own traces:\n{verdict}");
     let requests = cluster.nothing_was_forbidden()?;
     println!("  RBAC                     {requests} requests of the operator, none refused");
+    if arguments.vmm == Vmm::Qemu {
+        disk(&cluster, verdict.after.count).await?;
+    }
     steps.say("all of it was verified");
     Ok(())
 }
 
-fn manifest() -> String {
+fn manifest(name: &str, vm: &str) -> String {
     format!(
         "apiVersion: slackwater.dev/v1alpha1\n\
          kind: VMMigration\n\
-         metadata: {{name: move-counter, namespace: {NAMESPACE}}}\n\
+         metadata: {{name: {name}, namespace: {NAMESPACE}}}\n\
          spec:\n  \
-           vmRef: {{kind: AssignedVM, name: counter}}\n  \
+           vmRef: {{kind: AssignedVM, name: {vm}}}\n  \
            target: {{nodeName: node-b}}\n"
     )
+}
+
+/// Ends the VM and reads the disk that both its QEMUs wrote to.
+async fn disk(cluster: &Cluster, counted: u64) -> anyhow::Result<()> {
+    cluster.kill_vmm("node-b").await?;
+    let disk = std::fs::read(cluster.lab.shared_disk()?)?;
+    let lines = check_disk(&disk)?;
+    ensure!(lines >= counted, "{lines} lines are on the disk, and the guest has counted {counted}");
+    println!("  shared disk              {lines} lines, none missing, none twice, none by two writers");
+    Ok(())
 }
 
 async fn show(cluster: &Cluster) -> anyhow::Result<()> {
@@ -109,9 +155,12 @@ fn indented(text: &str) -> String {
 }
 
 fn told(guest: &slackwater_tests::vmm::guest::Report) -> String {
-    let registers: Vec<String> =
-        guest.devices.iter().map(|device| format!("{:#04x}", device.register)).collect();
-    format!("{}, registers {}, errors {}", guest.count, registers.join(" "), guest.errors)
+    let mut told = guest.count.to_string();
+    for (number, device) in guest.devices.iter().enumerate() {
+        told += if number == 0 { ", registers " } else { " " };
+        told += &format!("{:#04x}", device.register);
+    }
+    format!("{told}, errors {}", guest.errors)
 }
 
 /// What the status says happened when: phases, and each device's states.

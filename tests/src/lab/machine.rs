@@ -96,13 +96,17 @@ impl Machine {
         let mut ready = self.ready.clone();
         let came_up = async {
             tokio::select! {
-                up = ready.wait_for(|up| *up) => up.is_ok(),
-                _ = self.child.ended() => false,
+                // Its console closes a moment before QEMU has ended.
+                Ok(_) = ready.wait_for(|up| *up) => None,
+                status = self.child.ended() => Some(status),
             }
         };
         match timeout(BOOT_PATIENCE, came_up).await {
-            Ok(true) => Ok(()),
-            Ok(false) => Err(self.down("it ended while it was coming up")),
+            Ok(None) => Ok(()),
+            Ok(Some(status)) => {
+                let status = status.map_or_else(|| "unknown".to_owned(), |status| status.to_string());
+                Err(self.down(&format!("its QEMU ended while it was coming up ({status})")))
+            }
             Err(_) => Err(self.down(&format!("it did not come up in {} s", BOOT_PATIENCE.as_secs()))),
         }
     }
