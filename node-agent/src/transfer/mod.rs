@@ -14,6 +14,7 @@
 pub mod check;
 #[cfg(feature = "faults")]
 pub mod faults;
+pub mod flow;
 pub mod incoming;
 pub mod outgoing;
 

@@ -1,7 +1,7 @@
 //! The sending half of a blob's stream.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use bytes::Bytes;
 use slackwater_proto::limits::transfer_client;
@@ -15,6 +15,7 @@ use tokio::task::JoinHandle;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::check::{Summary, Tally};
+use super::flow::Flow;
 use crate::handover::Blob;
 
 /// Chunks that wait for the transport: enough to read the next while one is being sent.
@@ -31,7 +32,7 @@ pub struct StreamEnded;
 pub struct Outgoing {
     messages: mpsc::Sender<SendBlobRequest>,
     tally: Tally,
-    sent_bytes: Arc<AtomicU64>,
+    flow: Arc<Flow>,
     #[cfg(feature = "faults")]
     faults: super::faults::BlobFaults,
 }
@@ -53,14 +54,8 @@ impl Receipt {
     }
 }
 
-/// Opens a blob's stream on a channel of its own, so that no blob waits behind another. `sent_bytes` counts what has been handed to
-/// the transport.
-pub fn open(
-    channel: Channel,
-    attempt: Attempt,
-    blob: Blob,
-    sent_bytes: Arc<AtomicU64>,
-) -> (Outgoing, Receipt) {
+/// Opens a blob's stream on a channel of its own, so that no blob waits behind another. `flow` tells how it gets on.
+pub fn open(channel: Channel, attempt: Attempt, blob: Blob, flow: Arc<Flow>) -> (Outgoing, Receipt) {
     let (messages, stream) = mpsc::channel(CHUNKS_IN_FLIGHT);
     let header = BlobHeader {
         attempt: Some(attempt),
@@ -77,7 +72,7 @@ pub fn open(
     let outgoing = Outgoing {
         messages,
         tally: Tally::default(),
-        sent_bytes,
+        flow,
         #[cfg(feature = "faults")]
         faults: super::faults::BlobFaults::for_blob(blob),
     };
@@ -99,13 +94,14 @@ impl Outgoing {
         let length = data.len() as u64;
         let offset = self.tally.add(&data);
         let chunk = BlobChunk { offset, data };
+        let began = Instant::now();
         #[cfg(feature = "faults")]
         for chunk in self.faults.chunk(chunk) {
             self.transmit(send_blob_request::Message::Chunk(chunk)).await?;
         }
         #[cfg(not(feature = "faults"))]
         self.transmit(send_blob_request::Message::Chunk(chunk)).await?;
-        self.sent_bytes.fetch_add(length, Ordering::Relaxed);
+        self.flow.took(length, began.elapsed());
         Ok(())
     }
 

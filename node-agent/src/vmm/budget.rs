@@ -1,9 +1,11 @@
 //! How long a guest may stand still, and what becomes of a migration that cannot keep to that.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
 
+use crate::transfer::flow::Flow;
 use crate::vfio::worker::DeviceHandle;
 
 /// The budget of a migration that was given none.
@@ -60,6 +62,8 @@ pub struct Copying {
     pub budget: Budget,
     /// The VM's devices: their drivers tell how much state they have.
     pub devices: Vec<DeviceHandle>,
+    /// How the VMM's own state gets on.
+    pub flow: Arc<Flow>,
     /// Who hears of estimates.
     pub tell: mpsc::UnboundedSender<Estimate>,
 }
@@ -68,8 +72,8 @@ pub struct Copying {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "the guest would stand still for about {expected:?}, and its downtimeBudget is {:?}; {passes} passes over its RAM in {:?} \
-     have not changed that. A larger downtimeBudget, onBudgetExceeded: Proceed, or more bandwidth would let it move (the agent's \
-     --migration-bandwidth is {} bytes per second)",
+     have not changed that. A larger downtimeBudget, onBudgetExceeded: Proceed, or more bandwidth would let it move (it is reckoned \
+     with {bandwidth_bytes_per_second} bytes per second; the agent's --migration-bandwidth allows {})",
     budget.downtime, whole_seconds(*elapsed), budget.bandwidth_bytes_per_second
 )]
 pub struct BudgetExceeded {
@@ -79,6 +83,8 @@ pub struct BudgetExceeded {
     pub expected: Duration,
     /// How often the guest's RAM has been gone through.
     pub passes: u64,
+    /// What the wire is reckoned to carry.
+    pub bandwidth_bytes_per_second: u64,
     /// Since the copying began.
     pub elapsed: Duration,
 }

@@ -339,7 +339,11 @@ impl QemuVm {
     /// When no QEMU runs there, or its guest says nothing for a while.
     pub(super) async fn guest(&self, node: &Node) -> anyhow::Result<crate::vmm::guest::Report> {
         let running = node.exec(&["pidof", "qemu-system-x86_64"]).await?;
-        ensure!(!running.stdout.is_empty(), "no VMM runs on {}", node.name());
+        if running.stdout.is_empty() {
+            let said = self.said(node).await.unwrap_or_default();
+            let last = said.lines().last().unwrap_or("nothing");
+            bail!("no VMM runs on {}; the guest's last words there: {last}", node.name());
+        }
         let before = node.get(&self.debug_file()).await.unwrap_or_default().len();
         let deadline = tokio::time::Instant::now() + SILENCE;
         while tokio::time::Instant::now() < deadline {

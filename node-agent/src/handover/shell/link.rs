@@ -1,7 +1,6 @@
 //! The source's connections to the destination: one for the decisions, and one for each blob, all up before the blackout.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use slackwater_proto::channel::{connect, words};
@@ -20,6 +19,7 @@ use super::answers::PeerClock;
 use crate::handover::entry::word_of;
 use crate::handover::{Blob, Failure, Reason, Word, blobs};
 use crate::host::clock::Clock;
+use crate::transfer::flow::Flow;
 use crate::transfer::outgoing::{self, Outgoing, Receipt};
 
 /// Decisions that wait for the transport: Hello, and Commit or Abort.
@@ -50,8 +50,8 @@ pub struct BlobLink {
     pub outgoing: Outgoing,
     /// The destination's word on it.
     pub receipt: Receipt,
-    /// Bytes handed to the transport.
-    pub sent_bytes: Arc<AtomicU64>,
+    /// How it gets on.
+    pub flow: Arc<Flow>,
 }
 
 /// The open hand-over.
@@ -106,10 +106,10 @@ impl Peer {
         };
         let mut links = Vec::with_capacity(devices + 1);
         for blob in blobs(devices) {
-            let sent_bytes = Arc::<AtomicU64>::default();
+            let flow = Arc::<Flow>::default();
             let (outgoing, receipt) =
-                outgoing::open(channel().await?, self.attempt.clone(), blob, Arc::clone(&sent_bytes));
-            links.push(BlobLink { blob, outgoing, receipt, sent_bytes });
+                outgoing::open(channel().await?, self.attempt.clone(), blob, Arc::clone(&flow));
+            links.push(BlobLink { blob, outgoing, receipt, flow });
         }
         Ok(Link { decisions, blobs: links, answers: Answers { stream: answers, peer_clock } })
     }

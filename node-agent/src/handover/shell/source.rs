@@ -4,7 +4,6 @@
 //! changes state at the same time as the others, and nothing can keep the machine from hearing of a failure.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
@@ -29,6 +28,7 @@ use crate::handover::policy::{Driver, StopPlan};
 use crate::handover::source::{Effect, End, Event, Phase, Source};
 use crate::handover::{Blob, Failure, Reason, Record, Word};
 use crate::host::clock::Clock;
+use crate::transfer::flow::Flow;
 use crate::vfio::state::{Features, MigrationState};
 use crate::vfio::worker::DeviceHandle;
 use crate::vmm::budget::{Budget, Copying, Estimate};
@@ -192,7 +192,8 @@ struct Shell {
     heard: mpsc::UnboundedReceiver<Signal>,
     decisions: Option<Decisions>,
     pumps: Vec<Option<Box<DevicePump>>>,
-    sent_bytes: Vec<Arc<AtomicU64>>,
+    /// Of each blob; the VMM's own comes last.
+    flows: Vec<Arc<Flow>>,
     vmm_link: Option<BlobLink>,
     seen: Seen,
     streams: CancellationToken,
@@ -219,7 +220,7 @@ impl Shell {
             heard,
             decisions: None,
             pumps: Vec::new(),
-            sent_bytes: Vec::new(),
+            flows: Vec::new(),
             vmm_link: None,
             streams: CancellationToken::new(),
             stream_tasks: TaskTracker::new(),
@@ -536,7 +537,7 @@ impl Shell {
         self.reach(ToldPhase::Connected);
         let (decisions, blobs, answers) = link.split();
         self.decisions = Some(decisions);
-        self.sent_bytes = blobs.iter().map(|link| Arc::clone(&link.sent_bytes)).collect();
+        self.flows = blobs.iter().map(|link| Arc::clone(&link.flow)).collect();
         for link in blobs {
             match link.blob {
                 Blob::Vmm => self.vmm_link = Some(link),
@@ -769,7 +770,8 @@ impl Shell {
                 log.estimate(Clock::now(), estimate);
             }
         });
-        let copy = Copying { budget: self.parts.budget, devices: self.parts.devices.clone(), tell };
+        let flow = self.flows.last().map(Arc::clone).unwrap_or_default();
+        let copy = Copying { budget: self.parts.budget, devices: self.parts.devices.clone(), flow, tell };
         self.call(move |vmm| vmm.converged(copy), Event::Converged, Event::Failed);
     }
 
@@ -821,11 +823,11 @@ impl Shell {
 
     fn device_bytes(&self) -> Vec<u64> {
         let devices = self.device_blobs();
-        self.sent_bytes.iter().take(devices).map(|bytes| bytes.load(Ordering::Relaxed)).collect()
+        self.flows.iter().take(devices).map(|flow| flow.bytes()).collect()
     }
 
     fn vmm_bytes(&self) -> u64 {
-        self.sent_bytes.last().map_or(0, |bytes| bytes.load(Ordering::Relaxed))
+        self.flows.last().map_or(0, |flow| flow.bytes())
     }
 
     fn tell_progress(&mut self) {

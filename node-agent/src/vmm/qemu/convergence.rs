@@ -26,6 +26,8 @@ const HELD: Duration = Duration::from_secs(5);
 const PASSES: u64 = 3;
 /// For so long QEMU may go on although nothing that is known keeps it from stopping the VM.
 const STUCK: Duration = Duration::from_secs(30);
+/// An estimate is told no oftener.
+const TELL_EVERY: Duration = Duration::from_secs(1);
 /// The greatest `downtime-limit` that QEMU takes.
 const GREATEST_LIMIT: Duration = Duration::from_millis(2_000_000);
 
@@ -64,9 +66,14 @@ impl Sample {
         })
     }
 
+    /// RAM has not yet been gone through once.
+    pub(super) fn in_first_pass(&self) -> bool {
+        self.syncs < 2
+    }
+
     /// How long the guest would stand still. None in the first pass: what is left then is mostly what was never sent.
     fn downtime(&self, bandwidth_bytes_per_second: u64) -> Option<Duration> {
-        if self.syncs < 2 {
+        if self.in_first_pass() {
             return None;
         }
         let ram = self.ram_downtime.unwrap_or_else(|| time_for(self.ram_bytes, bandwidth_bytes_per_second));
@@ -106,8 +113,8 @@ pub(super) struct Convergence {
     budget: Budget,
     /// QEMU's `downtime-limit`.
     limit: Duration,
-    /// What was told last.
-    told: Option<Duration>,
+    /// What was told last, and when.
+    told: Option<(Duration, Duration)>,
     under_this_limit: Window,
 }
 
@@ -127,29 +134,31 @@ impl Convergence {
         Self { budget, limit: budget.downtime, told: None, under_this_limit: Window::default() }
     }
 
-    /// Takes in a sample, later than all before.
-    pub(super) fn step(&mut self, sample: Sample) -> Step {
-        let estimate = sample.downtime(self.budget.bandwidth_bytes_per_second);
+    /// Takes in a sample, later than all before, on a wire that carries so many bytes per second.
+    pub(super) fn step(&mut self, sample: Sample, bandwidth_bytes_per_second: u64) -> Step {
+        let estimate = sample.downtime(bandwidth_bytes_per_second);
         let Some(downtime) = estimate else { return Step { tell: None, verdict: Verdict::GoOn } };
         let verdict = if self.under_this_limit.exceeded(sample, downtime, self.limit) {
-            self.exceeded(sample, downtime)
+            self.exceeded(sample, downtime, bandwidth_bytes_per_second)
         } else {
             Verdict::GoOn
         };
         let raised = matches!(verdict, Verdict::Raise(_));
-        let tell = (raised || self.is_news(downtime)).then(|| {
-            self.told = Some(downtime);
+        let tell = (raised || self.is_news(downtime, sample.elapsed)).then(|| {
+            self.told = Some((downtime, sample.elapsed));
             Estimate { downtime, allowed: (self.limit > self.budget.downtime).then_some(self.limit) }
         });
         Step { tell, verdict }
     }
 
-    fn exceeded(&mut self, sample: Sample, downtime: Duration) -> Verdict {
+    fn exceeded(&mut self, sample: Sample, downtime: Duration, bandwidth_bytes_per_second: u64) -> Verdict {
         // That QEMU has not stopped the VM says that it expects no less.
         let expected = downtime.max(self.limit);
         if self.budget.on_exceeded == OnExceeded::Abort {
             let (passes, elapsed) = (sample.syncs.saturating_sub(1), sample.elapsed);
-            return Verdict::GiveUp(BudgetExceeded { budget: self.budget, expected, passes, elapsed });
+            let exceeded =
+                BudgetExceeded { budget: self.budget, expected, passes, bandwidth_bytes_per_second, elapsed };
+            return Verdict::GiveUp(exceeded);
         }
         self.under_this_limit = Window::default();
         let limit = expected.saturating_mul(2).min(GREATEST_LIMIT);
@@ -160,9 +169,11 @@ impl Convergence {
         Verdict::Raise(limit)
     }
 
-    /// It differs by more than a tenth from what was told.
-    fn is_news(&self, downtime: Duration) -> bool {
-        self.told.is_none_or(|told| told.abs_diff(downtime) > told / 10)
+    /// It differs by more than a tenth from what was told, and that was a while ago.
+    fn is_news(&self, downtime: Duration, elapsed: Duration) -> bool {
+        self.told.is_none_or(|(told, when)| {
+            told.abs_diff(downtime) > told / 10 && elapsed.saturating_sub(when) >= TELL_EVERY
+        })
     }
 }
 
@@ -214,7 +225,7 @@ mod tests {
     fn run(budget: Budget, samples: impl IntoIterator<Item = (u64, u64)>) -> Option<(u64, Verdict)> {
         let mut convergence = Convergence::new(budget);
         (0..).zip(samples).find_map(|(second, (syncs, downtime))| {
-            let verdict = convergence.step(sample(second, syncs, downtime)).verdict;
+            let verdict = convergence.step(sample(second, syncs, downtime), 50 * MIB).verdict;
             (verdict != Verdict::GoOn).then_some((second, verdict))
         })
     }
@@ -227,8 +238,8 @@ mod tests {
         assert_eq!(
             exceeded.to_string(),
             "the guest would stand still for about 412ms, and its downtimeBudget is 300ms; 6 passes over its RAM in 5s have not \
-             changed that. A larger downtimeBudget, onBudgetExceeded: Proceed, or more bandwidth would let it move (the agent's \
-             --migration-bandwidth is 104857600 bytes per second)"
+             changed that. A larger downtimeBudget, onBudgetExceeded: Proceed, or more bandwidth would let it move (it is reckoned \
+             with 52428800 bytes per second; the agent's --migration-bandwidth allows 104857600)"
         );
     }
 
@@ -244,7 +255,7 @@ mod tests {
     fn the_first_pass_says_nothing_about_the_blackout() {
         let mut convergence = Convergence::new(budget(300, OnExceeded::Abort));
         for second in 0..1000 {
-            let step = convergence.step(sample(second, 1, 60_000));
+            let step = convergence.step(sample(second, 1, 60_000), 50 * MIB);
             assert_eq!(step, Step { tell: None, verdict: Verdict::GoOn });
         }
     }
@@ -275,7 +286,7 @@ mod tests {
         let mut raised = Vec::new();
         for second in 0..25 {
             let expected = if second < 6 { 412 } else { 5_000 };
-            let step = convergence.step(sample(second, 2 + second, expected));
+            let step = convergence.step(sample(second, 2 + second, expected), 50 * MIB);
             if let Verdict::Raise(limit) = step.verdict {
                 assert_eq!(step.tell, Some(Estimate { downtime: ms(expected), allowed: Some(limit) }));
                 raised.push((second, limit));
@@ -288,7 +299,7 @@ mod tests {
     fn a_limit_that_qemu_would_refuse_is_not_asked_for() {
         let mut convergence = Convergence::new(budget(60_000, OnExceeded::Proceed));
         let raised: Vec<_> = (0..40)
-            .map(|second| convergence.step(sample(second, 2 + second, 1_999_000)).verdict)
+            .map(|second| convergence.step(sample(second, 2 + second, 1_999_000), 50 * MIB).verdict)
             .filter(|verdict| *verdict != Verdict::GoOn)
             .collect();
         assert_eq!(raised, [Verdict::Raise(GREATEST_LIMIT)]);
@@ -300,7 +311,7 @@ mod tests {
         let told: Vec<_> = [100, 109, 110, 111, 100, 99, 0, 0, 1]
             .into_iter()
             .zip(0..)
-            .filter_map(|(downtime, second)| convergence.step(sample(second, 2, downtime)).tell)
+            .filter_map(|(downtime, second)| convergence.step(sample(second, 2, downtime), 50 * MIB).tell)
             .map(|estimate| estimate.downtime.as_millis())
             .collect();
         assert_eq!(told, [100, 111, 99, 0, 1]);

@@ -21,6 +21,7 @@ mod carry;
 mod convergence;
 mod devices;
 pub mod qmp;
+mod throughput;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -40,6 +41,7 @@ use self::qmp::commands::{
     MigrationCapability, MigrationInfo, QueryMigrate, QueryMigrateCapabilities, QueryStatus, Quit, Stop,
 };
 use self::qmp::{EventKind, MigrationStatus, Notice, QmpClient, QmpError, RunState as QemuState};
+use self::throughput::{Counted, Throughput};
 use super::budget::{Budget, Copying};
 use super::contract::Deadlines;
 use super::server::{Server, trust};
@@ -63,7 +65,7 @@ const NEEDED: [&str; 2] = ["pause-before-switchover", "return-path"];
 const OFF: [&str; 5] = ["multifd", "postcopy-ram", "release-ram", "x-colo", "background-snapshot"];
 
 /// How often it is looked at whether QEMU's copying comes to an end.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
+const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// How long a state that QEMU has promised may take to be told.
 const SETTLING: Duration = Duration::from_secs(10);
@@ -128,13 +130,29 @@ impl QemuVmm {
 
     /// The blackout that QEMU aims for, and what it may assume of the wire for that.
     async fn limit(&self, call: &'static str, budget: Budget) -> Result<(), VmmError> {
-        let bandwidth = budget.bandwidth_bytes_per_second;
+        let allowed = budget.bandwidth_bytes_per_second;
         let parameters = MigrateSetParameters {
-            max_bandwidth: Some(bandwidth),
-            avail_switchover_bandwidth: self.qmp.version().qemu.at_least(8, 2).then_some(bandwidth),
+            max_bandwidth: Some(allowed),
+            avail_switchover_bandwidth: self.switchover_bandwidth(&Throughput::new(allowed)),
             ..downtime_limit(budget.downtime)
         };
         self.qmp.execute(parameters).await.map(drop).map_err(|error| of_qmp(call, error))
+    }
+
+    /// None where QEMU knows of no such parameter, and goes by what it measures at its own socket.
+    fn switchover_bandwidth(&self, wire: &Throughput) -> Option<u64> {
+        self.qmp.version().qemu.at_least(8, 2).then_some(wire.bytes_per_second())
+    }
+
+    /// Has QEMU reckon with what the wire has turned out to carry.
+    async fn reckon_with(&self, wire: &Throughput) -> Result<(), QmpError> {
+        let Some(bandwidth) = self.switchover_bandwidth(wire) else { return Ok(()) };
+        debug!(pid = self.server.pid(), bandwidth, "the wire carries so many bytes per second");
+        let parameters = MigrateSetParameters {
+            avail_switchover_bandwidth: Some(bandwidth),
+            ..MigrateSetParameters::default()
+        };
+        self.qmp.execute(parameters).await.map(drop)
     }
 
     /// How far the copying is; None when there is nothing to go by.
@@ -240,6 +258,7 @@ impl Vmm for QemuVmm {
         let stands = self.until(call, |status| *status == MigrationStatus::PreSwitchover);
         tokio::pin!(stands);
         let mut course = Convergence::new(copy.budget);
+        let mut wire = Throughput::new(copy.budget.bandwidth_bytes_per_second);
         let began = Instant::now();
         let mut looks = interval(LOOK_EVERY);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -253,7 +272,17 @@ impl Vmm for QemuVmm {
                 stands = &mut stands => return stands.map(drop),
                 sample = look => sample,
             };
-            let Some(step) = sample.map(|sample| course.step(sample)) else { continue };
+            let Some(sample) = sample else { continue };
+            let counted = Counted {
+                elapsed: sample.elapsed,
+                bytes: copy.flow.bytes(),
+                waited: copy.flow.waited(),
+                first_pass: sample.in_first_pass(),
+            };
+            if wire.step(counted) {
+                self.reckon_with(&wire).await.map_err(|error| of_qmp(call, error))?;
+            }
+            let step = course.step(sample, wire.bytes_per_second());
             if let Some(estimate) = step.tell {
                 // That nobody listens does not matter to QEMU.
                 let _ = copy.tell.send(estimate);

@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use slackwater_api::condition::{COMMITTED, STOPPED, SUCCEEDED};
-use slackwater_api::{MigrationPhase, Reservation, Timings, TransferredBytes, format_duration};
+use slackwater_api::{
+    MigrationPhase, Reservation, Timings, TransferredBytes, format_duration, parse_duration,
+};
 use slackwater_proto::node::{Finished, Outcome, Phase};
 
 use super::doubt::doubt_cleared;
@@ -115,8 +117,14 @@ pub fn finished(draft: &mut Draft, trace: &Trace, finished: &Finished, stamp: St
 
 pub(super) fn succeeded(draft: &mut Draft, stamp: Stamp) {
     let blackout = draft.status.timings.as_ref().map(|timings| timings.blackout.clone());
-    let blackout = blackout.map(|blackout| format!(" The guest stood still for {blackout} at most."));
-    let message = format!("VM {} runs on {}.{}", draft.vm, draft.target(), blackout.unwrap_or_default());
+    let budget = draft.status.observed_spec.as_ref().map(|spec| spec.downtime_budget.clone());
+    let exceeded = blackout.as_deref().zip(budget.as_deref()).filter(|(took, budget)| exceeds(took, budget));
+    let exceeded = exceeded.map(|(took, budget)| {
+        format!("The guest stood still for {took}, which is more than spec.downtimeBudget ({budget}) allows.")
+    });
+    let stood = blackout.map(|blackout| format!("The guest stood still for {blackout} at most."));
+    let stood = exceeded.clone().or(stood).map(|stood| format!(" {stood}"));
+    let message = format!("VM {} runs on {}.{}", draft.vm, draft.target(), stood.unwrap_or_default());
     draft.status.phase = Some(MigrationPhase::Succeeded);
     draft.status.reservation = Some(Reservation::Used);
     draft.status.completion_time = Some(Time(stamp.now));
@@ -124,7 +132,15 @@ pub(super) fn succeeded(draft: &mut Draft, stamp: Stamp) {
     doubt_cleared(draft, stamp);
     if draft.set(SUCCEEDED, Status::True, "VMRunsAtTarget", &message, stamp) {
         draft.tell(false, "Succeeded", message);
+        if let Some(exceeded) = exceeded {
+            draft.tell(true, "BudgetExceeded", exceeded);
+        }
     }
+}
+
+/// Whether a blackout took longer than it was allowed. What cannot be read was checked elsewhere.
+fn exceeds(took: &str, budget: &str) -> bool {
+    matches!((parse_duration(took), parse_duration(budget)), (Ok(took), Ok(budget)) if took > budget)
 }
 
 fn show_figures(draft: &mut Draft, trace: &Trace, finished: &Finished) {

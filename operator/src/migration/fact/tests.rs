@@ -188,6 +188,18 @@ fn a_success_has_all_five_conditions_true_its_figures_and_one_notice_each() {
 }
 
 #[test]
+fn a_success_that_took_longer_than_its_budget_says_so() {
+    let mut draft = held();
+    let mut end = ended(Outcome::Succeeded, "", "").unwrap();
+    end.timings.as_mut().unwrap().blackout_ns = 301_000_000;
+    play(&mut draft, &FORWARD, Some(end));
+    assert_eq!(told(&draft).last(), Some(&"BudgetExceeded"));
+    let said = message(&draft, SUCCEEDED);
+    let expected = "The guest stood still for 301ms, which is more than spec.downtimeBudget (300ms) allows.";
+    assert!(said.ends_with(expected), "{said}");
+}
+
+#[test]
 fn an_operator_that_joins_late_still_ends_with_all_conditions_true() {
     let mut draft = held();
     play(&mut draft, &[], ended(Outcome::Succeeded, "", ""));

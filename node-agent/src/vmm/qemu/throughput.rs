@@ -1,0 +1,157 @@
+//! What the wire between the nodes can carry, as it turns out while a VM is copied. Pure: counts in, bytes per second out.
+//!
+//! QEMU stops the VM when `avail-switchover-bandwidth` would carry what is left within the budget. A number that is too high for the
+//! wire breaks the budget without anybody having been told; one that is too low never lets it switch. So the number is found out:
+//!
+//! - in the first pass over RAM, before anything was measured: next to nothing, as nothing is known and all is still to be sent;
+//! - while the stream has more to give than the transport takes: what the transport takes;
+//! - after the first pass, if the transport always took all at once: the wire has never been the slower part, and what the agent was
+//!   told that it may take is taken for true.
+
+use std::time::Duration;
+
+/// What is reckoned with in the first pass, in bytes per second: what is left at its beginning is then more than fits any budget, unless
+/// it is little by any measure.
+const FIRST_PASS: u64 = 1 << 20;
+/// Intervals shorter than this say little.
+const INTERVAL: Duration = Duration::from_millis(400);
+
+/// What was counted at a moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Counted {
+    /// Since the copying began.
+    pub(super) elapsed: Duration,
+    /// Bytes that the transport has taken.
+    pub(super) bytes: u64,
+    /// How long the stream has waited for the transport.
+    pub(super) waited: Duration,
+    /// QEMU is still in its first pass.
+    pub(super) first_pass: bool,
+}
+
+/// What is known of the wire.
+#[derive(Clone, Debug)]
+pub(super) struct Throughput {
+    /// It may not take more.
+    allowed: u64,
+    last: Counted,
+    /// The wire was the slower part in the interval before.
+    was_full: bool,
+    measured: Option<u64>,
+    reckoned: u64,
+}
+
+impl Throughput {
+    pub(super) fn new(allowed_bytes_per_second: u64) -> Self {
+        let reckoned = FIRST_PASS.min(allowed_bytes_per_second);
+        Self {
+            allowed: allowed_bytes_per_second,
+            last: Counted::default(),
+            was_full: false,
+            measured: None,
+            reckoned,
+        }
+    }
+
+    /// Bytes per second to reckon with.
+    pub(super) fn bytes_per_second(&self) -> u64 {
+        self.reckoned
+    }
+
+    /// Takes in what was counted, later than all before. `true`: it is worth telling QEMU.
+    pub(super) fn step(&mut self, now: Counted) -> bool {
+        self.measure(now);
+        let known = match self.measured {
+            Some(measured) => measured.clamp(1, self.allowed),
+            None if now.first_pass => self.reckoned,
+            None => self.allowed,
+        };
+        let news = self.reckoned.abs_diff(known) > self.reckoned / 10;
+        if news {
+            self.reckoned = known;
+        }
+        news
+    }
+
+    fn measure(&mut self, now: Counted) {
+        let took = now.elapsed.saturating_sub(self.last.elapsed);
+        if took < INTERVAL {
+            return;
+        }
+        let full = now.waited.saturating_sub(self.last.waited) >= took / 2;
+        // The first full interval filled the buffers on the way, too, and says more than the wire carries.
+        if full && self.was_full {
+            let bytes = u128::from(now.bytes.saturating_sub(self.last.bytes));
+            let rate = bytes.saturating_mul(1000) / took.as_millis().max(1);
+            let rate = u64::try_from(rate).unwrap_or(u64::MAX);
+            self.measured = Some(self.measured.map_or(rate, |before| before / 2 + rate / 2));
+        }
+        self.was_full = full;
+        self.last = now;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    /// Every half second so many bytes were taken and so much of that time was waited; the pass is the first for `first` of them.
+    fn run(throughput: &mut Throughput, intervals: &[(u64, u64)], first: usize) -> Vec<u64> {
+        let mut now = throughput.last;
+        let mut reckoned = Vec::new();
+        for (number, (bytes, waited_ms)) in intervals.iter().enumerate() {
+            now.elapsed += Duration::from_millis(500);
+            now.bytes += bytes;
+            now.waited += Duration::from_millis(*waited_ms);
+            now.first_pass = number < first;
+            throughput.step(now);
+            reckoned.push(throughput.bytes_per_second());
+        }
+        reckoned
+    }
+
+    #[test]
+    fn in_the_first_pass_nothing_is_reckoned_with_before_it_was_measured() {
+        let mut wire = Throughput::new(1 << 30);
+        assert_eq!(run(&mut wire, &[(0, 0), (90 * MIB, 100), (90 * MIB, 249)], 3), [MIB, MIB, MIB]);
+    }
+
+    #[test]
+    fn a_wire_that_is_slower_than_qemu_is_measured_and_what_filled_the_buffers_is_not() {
+        let mut wire = Throughput::new(1 << 30);
+        let slow = [(12 * MIB, 400), (4 * MIB, 500), (4 * MIB, 500), (6 * MIB, 450)];
+        assert_eq!(run(&mut wire, &slow, 4), [MIB, 8 * MIB, 8 * MIB, 10 * MIB]);
+        // What trickles later says nothing.
+        assert_eq!(run(&mut wire, &[(MIB / 4, 10), (0, 0)], 0), [10 * MIB, 10 * MIB]);
+    }
+
+    #[test]
+    fn a_wire_that_was_never_full_is_as_fast_as_it_may_be_after_the_first_pass() {
+        let mut wire = Throughput::new(1 << 30);
+        assert_eq!(run(&mut wire, &[(90 * MIB, 10), (MIB, 0)], 1), [MIB, 1 << 30]);
+    }
+
+    #[test]
+    fn no_more_is_reckoned_with_than_may_be_taken() {
+        let mut wire = Throughput::new(3 * MIB);
+        assert_eq!(run(&mut wire, &[(9 * MIB, 500), (9 * MIB, 500)], 2), [MIB, 3 * MIB]);
+        assert_eq!(Throughput::new(200_000).bytes_per_second(), 200_000);
+    }
+
+    #[test]
+    fn a_wire_that_carries_nothing_is_not_divided_by() {
+        let mut wire = Throughput::new(1 << 30);
+        assert_eq!(run(&mut wire, &[(0, 500), (0, 500)], 2), [MIB, 1]);
+        assert!(!wire.step(wire.last), "no time has passed");
+    }
+
+    #[test]
+    fn small_changes_are_not_worth_telling() {
+        let mut wire = Throughput::new(100 * MIB);
+        run(&mut wire, &[(9 * MIB, 500), (10 * MIB, 500)], 2);
+        assert_eq!(wire.bytes_per_second(), 20 * MIB);
+        assert_eq!(run(&mut wire, &[(11 * MIB, 500), (16 * MIB, 500)], 2), [20 * MIB, 26 * MIB + MIB / 2]);
+    }
+}
