@@ -29,23 +29,32 @@
 //! | `{device.N.cdev}` | `/dev/vfio/devices/vfioM` of the VM's device N, from 0 |
 //! | `{device.N.sysfs}` | its folder in sysfs, `/sys/bus/pci/devices/...` or `/sys/bus/mdev/devices/...` |
 //! | `{device.N.name}` | its PCI address or UUID |
+//! | `{device.N.fd}` | number of a descriptor of its `cdev`, which the twin is given open |
+//! | `{iommu.fd}` | number of a descriptor of `/dev/iommu`, likewise |
 //! | `{{` and `}}` | `{` and `}` |
 //!
 //! A source hands its `vm.json` to a destination, so the file is input from another machine: it is limited in size, unknown fields
 //! are refused, and only programs that the destination's administrator has allowed are started, without a shell.
 
+use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
 
 use serde::Deserialize;
 
 use super::devices::Device;
 use crate::handover::policy::Driver;
+use crate::vmm::twin_exec::Descriptor;
 
 /// The largest `vm.json`, in bytes.
 pub const VM_JSON_LIMIT_BYTES: usize = 64 << 10;
 
 /// The longest path of a Unix socket, in bytes: `sun_path` less its NUL (unix(7)).
 const SOCKET_PATH_LIMIT_BYTES: usize = 107;
+
+/// The first descriptor that a twin is given: that of [`IOMMU`]; those of the devices follow, in the VM's order.
+const FIRST_DESCRIPTOR: i32 = 64;
+/// The device of iommufd.
+const IOMMU: &str = "/dev/iommu";
 
 /// The content of a `vm.json`, checked.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -142,8 +151,8 @@ pub enum VmJsonError {
     },
     /// A placeholder that means nothing.
     #[error(
-        "vm.json: field `{field}`: `{placeholder}` is no placeholder: {{socket}}, {{device.N.cdev}}, {{device.N.sysfs}} and \
-             {{device.N.name}} are, and a brace itself is written twice"
+        "vm.json: field `{field}`: `{placeholder}` is no placeholder: {{socket}}, {{iommu.fd}}, {{device.N.cdev}}, {{device.N.fd}}, \
+             {{device.N.name}} and {{device.N.sysfs}} are, and a brace itself is written twice"
     )]
     Placeholder {
         /// Which argument.
@@ -334,13 +343,23 @@ impl VmJson {
     }
 }
 
+/// What a twin is started with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TwinCommand {
+    /// With all placeholders filled in.
+    pub arguments: Vec<String>,
+    /// What it is given open: in the order of the numbers, each once.
+    pub descriptors: Vec<Descriptor>,
+}
+
 /// The twin's arguments, with the placeholders filled in: `devices` are the destination's, in the VM's order.
 ///
 /// # Errors
 /// [`VmJsonError::NoSuchDevice`] for a device that is not among them; [`VmJsonError::Value`] for a socket's path that is not UTF-8.
-pub fn twin_arguments(vm: &VmJson, socket: &Path, devices: &[Device]) -> Result<Vec<String>, VmJsonError> {
+pub fn twin_arguments(vm: &VmJson, socket: &Path, devices: &[Device]) -> Result<TwinCommand, VmJsonError> {
     let text = |path: &Path| path.to_str().map(str::to_owned);
     let mut arguments = Vec::with_capacity(vm.twin.args.len());
+    let mut open = BTreeMap::new();
     for (index, argument) in vm.twin.args.iter().enumerate() {
         let field = argument_field(index);
         let mut filled = String::with_capacity(argument.len());
@@ -355,7 +374,13 @@ pub fn twin_arguments(vm: &VmJson, socket: &Path, devices: &[Device]) -> Result<
                     filled.push_str(&socket.ok_or_else(|| value(&field, &"{socket}", "must be UTF-8"))?);
                     continue;
                 }
+                Piece::IommuFd => {
+                    open.insert(FIRST_DESCRIPTOR, PathBuf::from(IOMMU));
+                    filled.push_str(&FIRST_DESCRIPTOR.to_string());
+                    continue;
+                }
                 Piece::Cdev(number, placeholder)
+                | Piece::Fd(number, placeholder)
                 | Piece::Sysfs(number, placeholder)
                 | Piece::Name(number, placeholder) => (number, placeholder),
             };
@@ -367,12 +392,23 @@ pub fn twin_arguments(vm: &VmJson, socket: &Path, devices: &[Device]) -> Result<
             match piece {
                 Piece::Cdev(..) => filled.push_str(&device.cdev.display().to_string()),
                 Piece::Sysfs(..) => filled.push_str(&device.sysfs.display().to_string()),
+                Piece::Fd(..) => {
+                    let descriptor = descriptor_of(number);
+                    open.insert(descriptor, device.cdev.clone());
+                    filled.push_str(&descriptor.to_string());
+                }
                 _ => filled.push_str(&device.name),
             }
         }
         arguments.push(filled);
     }
-    Ok(arguments)
+    let descriptors = open.into_iter().map(|(number, path)| Descriptor { number, path }).collect();
+    Ok(TwinCommand { arguments, descriptors })
+}
+
+/// That of the VM's device N.
+fn descriptor_of(device: usize) -> i32 {
+    i32::try_from(device).map_or(i32::MAX, |device| FIRST_DESCRIPTOR.saturating_add(1).saturating_add(device))
 }
 
 /// A part of an argument. The placeholders of devices keep their own text for errors.
@@ -380,7 +416,9 @@ pub fn twin_arguments(vm: &VmJson, socket: &Path, devices: &[Device]) -> Result<
 enum Piece<'a> {
     Text(&'a str),
     Socket,
+    IommuFd,
     Cdev(usize, &'a str),
+    Fd(usize, &'a str),
     Sysfs(usize, &'a str),
     Name(usize, &'a str),
 }
@@ -415,8 +453,10 @@ fn pieces<'a>(field: &str, argument: &'a str) -> Result<Vec<Piece<'a>>, VmJsonEr
 impl<'a> Piece<'a> {
     fn parse(placeholder: &'a str) -> Option<Self> {
         let inner = placeholder.strip_prefix('{')?.strip_suffix('}')?;
-        if inner == "socket" {
-            return Some(Self::Socket);
+        match inner {
+            "socket" => return Some(Self::Socket),
+            "iommu.fd" => return Some(Self::IommuFd),
+            _ => {}
         }
         let (number, what) = inner.strip_prefix("device.")?.split_once('.')?;
         // Not what usize's parser alone would take: `+1`, and `01` for what `1` is.
@@ -424,6 +464,7 @@ impl<'a> Piece<'a> {
         let number = number.parse().ok().filter(canonical)?;
         match what {
             "cdev" => Some(Self::Cdev(number, placeholder)),
+            "fd" => Some(Self::Fd(number, placeholder)),
             "sysfs" => Some(Self::Sysfs(number, placeholder)),
             "name" => Some(Self::Name(number, placeholder)),
             _ => None,

@@ -46,7 +46,26 @@ fn a_good_file_gives_the_twins_command_line_with_the_destinations_devices() {
         "uuid-b=/dev/vfio/devices/vfio2",
         "{\"a\":1}",
     ];
-    assert_eq!(arguments, expected);
+    assert_eq!(arguments.arguments, expected);
+    assert_eq!(arguments.descriptors, []);
+}
+
+#[test]
+fn a_twin_is_given_open_what_its_arguments_name_and_nothing_else() {
+    let mut vm = good();
+    let args = json!(["iommufd,fd={iommu.fd}", "fd={device.1.fd}", "again={device.1.fd}", "{device.0.name}"]);
+    *vm.pointer_mut("/twin/args").unwrap() = args;
+    let vm = parse(&vm.to_string()).unwrap();
+    let devices = [device("uuid-a", 4), device("uuid-b", 2)];
+    let TwinCommand { arguments, descriptors } = twin_arguments(&vm, Path::new("/s"), &devices).unwrap();
+    assert_eq!(arguments, ["iommufd,fd=64", "fd=66", "again=66", "uuid-a"]);
+    let open = |number, path: &str| Descriptor { number, path: path.into() };
+    assert_eq!(descriptors, [open(64, "/dev/iommu"), open(66, "/dev/vfio/devices/vfio2")]);
+    let error = twin_arguments(&vm, Path::new("/s"), &devices[..1]).unwrap_err().to_string();
+    assert!(
+        error.contains("`twin.args[1]`: `{device.1.fd}` names a device that the VM does not have"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -78,8 +97,8 @@ fn unknown_placeholders_are_named_when_the_file_is_read() {
         assert_eq!(
             error,
             format!(
-                "vm.json: field `twin.args[2]`: `{bad}` is no placeholder: {{socket}}, {{device.N.cdev}}, \
-                {{device.N.sysfs}} and {{device.N.name}} are, and a brace itself is written twice"
+                "vm.json: field `twin.args[2]`: `{bad}` is no placeholder: {{socket}}, {{iommu.fd}}, {{device.N.cdev}}, \
+                {{device.N.fd}}, {{device.N.name}} and {{device.N.sysfs}} are, and a brace itself is written twice"
             )
         );
     }
@@ -153,7 +172,7 @@ fn a_vm_of_qemus_is_given_the_folder_of_its_device_in_sysfs() {
     let vm = parse(&qemu().to_string()).unwrap();
     assert_eq!((vm.vmm.kind, vm.vmm.kind.driver()), (VmmKind::Qemu, Driver::Vmm));
     let arguments = twin_arguments(&vm, Path::new("/s"), &[device("uuid-a", 4)]).unwrap();
-    assert_eq!(arguments[1], "vfio-pci,id=vf0,sysfsdev=/sys/bus/mdev/devices/uuid-a");
+    assert_eq!(arguments.arguments[1], "vfio-pci,id=vf0,sysfsdev=/sys/bus/mdev/devices/uuid-a");
 }
 
 #[test]
@@ -236,6 +255,6 @@ proptest! {
         let mut vm = good();
         *vm.pointer_mut("/twin/args").unwrap() = json!([text.replace('{', "{{").replace('}', "}}")]);
         let vm = parse(&vm.to_string()).unwrap();
-        prop_assert_eq!(twin_arguments(&vm, Path::new("/s"), &[]).unwrap(), vec![text]);
+        prop_assert_eq!(twin_arguments(&vm, Path::new("/s"), &[]).unwrap().arguments, vec![text]);
     }
 }

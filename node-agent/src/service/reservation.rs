@@ -83,7 +83,7 @@ pub(super) fn site(
         .map_err(|error| Status::failed_precondition(format!("vm_json: {error}")))?;
     let directory = vms::directory(&config.run_dir, &json);
     let socket = json.socket_in(&directory).map_err(invalid)?;
-    let arguments = vm::twin_arguments(&json, &socket, devices).map_err(invalid)?;
+    let command = vm::twin_arguments(&json, &socket, devices).map_err(invalid)?;
     let plan = TwinPlan {
         launcher: launcher(),
         cgroup_root: config.cgroup_root.clone(),
@@ -91,7 +91,8 @@ pub(super) fn site(
         directory,
         vmm: json.vmm.clone(),
         program: json.twin.program.clone(),
-        arguments,
+        arguments: command.arguments,
+        descriptors: command.descriptors,
         socket,
         start_limit: config.twin_start_limit,
         deadlines: config.deadlines,

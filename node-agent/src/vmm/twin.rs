@@ -24,7 +24,7 @@ use tracing::{info, warn};
 use super::cgroup::{Cgroup, CgroupError};
 use super::contract::Deadlines;
 use super::file_events::FileEvents;
-use super::twin_exec::TWIN_EXEC;
+use super::twin_exec::{Descriptor, TWIN_EXEC};
 use super::{Description, LocalVmm, RunState, VmmError};
 use crate::host::vm::VmmEntry;
 use crate::host::vms;
@@ -56,6 +56,8 @@ pub struct TwinPlan {
     pub program: PathBuf,
     /// With all placeholders filled in.
     pub arguments: Vec<String>,
+    /// What it is given open.
+    pub descriptors: Vec<Descriptor>,
     /// Where the twin will serve the contract.
     pub socket: PathBuf,
     /// Within so long it must answer Describe.
@@ -343,6 +345,7 @@ fn spawn(plan: &TwinPlan, remains: &Remains) -> Result<Child, TwinError> {
         .args(launcher)
         .arg("--cgroup")
         .arg(remains.cgroup.path())
+        .args(plan.descriptors.iter().map(|descriptor| format!("--descriptor={descriptor}")))
         .arg("--")
         .arg(&plan.program)
         .args(&plan.arguments)

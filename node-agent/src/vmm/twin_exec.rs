@@ -1,14 +1,19 @@
 //! What stands between the agent and a twin for a moment: the agent's own program, called as
-//! `twin-exec --cgroup DIR -- PROGRAM ARGUMENT...`.
+//! `twin-exec --cgroup DIR [--descriptor NUMBER=PATH]... -- PROGRAM ARGUMENT...`.
 //!
-//! It leaves the agent's session and control group, closes what it makes to other users, and becomes the program. Between fork and exec of one's own process only
-//! async-signal-safe code may run, which takes `unsafe`; a program of its own may do as it likes.
+//! It leaves the agent's session and control group, closes what it makes to other users, opens what the program is to be given open,
+//! and becomes the program. Between fork and exec of one's own process only async-signal-safe code may run, which takes `unsafe`; a
+//! program of its own may do as it likes. The agent itself has none of these descriptors: a forgotten one would keep a device bound.
 
 use std::ffi::OsString;
+use std::fmt;
+use std::fs::File;
 use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
+use std::str::FromStr;
 
 /// The name of the subcommand.
 pub const TWIN_EXEC: &str = "twin-exec";
@@ -19,9 +24,54 @@ pub struct TwinExec {
     /// Directory of the control group to enter
     #[arg(long)]
     pub cgroup: PathBuf,
+    /// What the program finds open, for reading and writing
+    #[arg(long = "descriptor", value_name = "NUMBER=PATH")]
+    pub descriptors: Vec<Descriptor>,
     /// Program to become, and its arguments
     #[arg(last = true, required = true, num_args = 1..)]
     pub command: Vec<OsString>,
+}
+
+/// A file that a program is given open. On the command line `NUMBER=PATH`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Descriptor {
+    /// By which number.
+    pub number: i32,
+    /// Which file.
+    pub path: PathBuf,
+}
+
+impl fmt::Display for Descriptor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}={}", self.number, self.path.display())
+    }
+}
+
+impl FromStr for Descriptor {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parts = text.split_once('=').and_then(|(number, path)| Some((number.parse().ok()?, path)));
+        match parts {
+            Some((number, path)) if number > 2 && path.starts_with('/') => {
+                Ok(Self { number, path: path.into() })
+            }
+            _ => Err("it must be NUMBER=PATH, with a number above 2 and an absolute path".to_owned()),
+        }
+    }
+}
+
+impl Descriptor {
+    /// Opens it by its number, and keeps it open over an exec.
+    fn open(&self) -> io::Result<OwnedFd> {
+        let file = File::options().read(true).write(true).open(&self.path)?;
+        let descriptor = rustix::io::fcntl_dupfd_cloexec(&file, self.number)?;
+        if descriptor.as_raw_fd() != self.number {
+            return Err(io::Error::other(format!("descriptor {} is in use", self.number)));
+        }
+        rustix::io::fcntl_setfd(&descriptor, rustix::io::FdFlags::empty())?;
+        Ok(descriptor)
+    }
 }
 
 /// Why this process did not become the program.
@@ -36,6 +86,14 @@ pub enum TwinExecError {
     EnterCgroup {
         /// The group.
         path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A device that is held by somebody else, or a file that is not there.
+    #[error("cannot open {} for the program", descriptor.path.display())]
+    Open {
+        /// What.
+        descriptor: Descriptor,
         /// Why.
         source: io::Error,
     },
@@ -64,6 +122,13 @@ impl TwinExec {
         }
         // What the VMM makes, its socket above all, is for this user alone.
         rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
+        let mut open = Vec::with_capacity(self.descriptors.len());
+        for descriptor in self.descriptors {
+            match descriptor.open() {
+                Ok(file) => open.push(file),
+                Err(source) => return TwinExecError::Open { descriptor, source },
+            }
+        }
         let mut command = self.command.into_iter();
         let Some(program) = command.next() else { return TwinExecError::NoProgram };
         let source = Command::new(&program).args(command).exec();

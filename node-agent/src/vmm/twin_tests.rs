@@ -84,6 +84,7 @@ fn plan(run: &Path, cgroup_root: PathBuf, cgroup_name: &str, part: &[&str]) -> T
         vmm: VmmEntry { kind: VmmKind::Contract, socket: socket.clone(), devices: Vec::new() },
         program: this,
         arguments: arguments.collect(),
+        descriptors: Vec::new(),
         socket,
         start_limit: Duration::from_secs(20),
         deadlines: Deadlines::default(),

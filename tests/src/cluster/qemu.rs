@@ -32,6 +32,8 @@ pub enum Accelerator {
 pub enum DeviceAccess {
     /// Each by its character device, all bound to one `/dev/iommu`.
     Iommufd,
+    /// The same, but opened by the agent, which gives them to the twin open. A VM that is started in a node opens them itself.
+    Descriptor,
     /// Each by its VFIO group and the container of them all.
     Group,
 }
@@ -66,8 +68,10 @@ pub struct QemuVm {
 
 /// What differs from one QEMU of a VM's to the other.
 struct Place {
-    /// The sysfs folder of each device.
+    /// How QEMU is told of each device: `sysfsdev=`, or `fd=`.
     devices: Vec<String>,
+    /// What is said of iommufd besides its id.
+    iommufd: &'static str,
     /// The path of its QMP socket.
     socket: String,
 }
@@ -114,6 +118,13 @@ impl QemuVm {
     #[must_use]
     pub fn emulated(mut self) -> Self {
         self.accelerator = Accelerator::Tcg;
+        self
+    }
+
+    /// The same, with a twin that is given its devices open.
+    #[must_use]
+    pub fn by_descriptor(mut self) -> Self {
+        self.access = DeviceAccess::Descriptor;
         self
     }
 
@@ -212,36 +223,42 @@ impl QemuVm {
             list.extend(words(&format!("-drive if=none,id=shared,driver=raw,{file},cache.direct=on")));
             list.extend(words("-device virtio-blk-pci,drive=shared"));
         }
-        if self.access == DeviceAccess::Iommufd {
-            list.extend(words("-object iommufd,id=iommufd0"));
+        if self.access != DeviceAccess::Group {
+            list.extend(words(&format!("-object iommufd,id=iommufd0{}", place.iommufd)));
         }
-        for (name, sysfs) in self.device_names().iter().zip(&place.devices) {
-            list.extend(["-device".to_owned(), self.device(name, sysfs)]);
+        for (name, which) in self.device_names().iter().zip(&place.devices) {
+            list.extend(["-device".to_owned(), self.device(name, which)]);
         }
         list.extend(["-qmp".to_owned(), format!("unix:{},server=on,wait=off", place.socket)]);
         list
     }
 
-    fn device(&self, name: &str, sysfs: &str) -> String {
+    fn device(&self, name: &str, which: &str) -> String {
         let events = if self.migration_events { ",migration-events=on" } else { "" };
         let iommufd = match self.access {
-            DeviceAccess::Iommufd => ",iommufd=iommufd0",
+            DeviceAccess::Iommufd | DeviceAccess::Descriptor => ",iommufd=iommufd0",
             DeviceAccess::Group => "",
         };
-        format!("vfio-pci,id={name},sysfsdev={sysfs}{events}{iommufd}")
+        format!("vfio-pci,id={name},{which}{events}{iommufd}")
     }
 
     fn place_in(&self, node: &Node) -> anyhow::Result<Place> {
         let devices = node.devices().get(..self.devices);
         let devices = devices.with_context(|| format!("{} has too few devices", node.name()))?;
-        let sysfs = |device: &String| format!("/sys/bus/mdev/devices/{device}");
-        Ok(Place { devices: devices.iter().map(sysfs).collect(), socket: self.socket() })
+        let sysfs = |device: &String| format!("sysfsdev=/sys/bus/mdev/devices/{device}");
+        Ok(Place { devices: devices.iter().map(sysfs).collect(), iommufd: "", socket: self.socket() })
     }
 
     /// The same with the agent's words for what only it will know. Nothing else in it has a brace, which would have to be doubled.
     fn place_of_the_twin(&self) -> Place {
-        let devices = (0..self.devices).map(|device| format!("{{device.{device}.sysfs}}"));
-        Place { devices: devices.collect(), socket: "{socket}".to_owned() }
+        let open = self.access == DeviceAccess::Descriptor;
+        let devices = (0..self.devices).map(|device| {
+            let sysfs = format!("sysfsdev={{device.{device}.sysfs}}");
+            // A mediated device, which no VF is, must be named in both ways: QEMU takes it for a PCI device of the host otherwise.
+            if open { format!("fd={{device.{device}.fd}},{sysfs}") } else { sysfs }
+        });
+        let iommufd = if open { ",fd={iommu.fd}" } else { "" };
+        Place { devices: devices.collect(), iommufd, socket: "{socket}".to_owned() }
     }
 
     fn json(&self) -> Value {
@@ -488,6 +505,14 @@ mod tests {
         assert_eq!(
             device_arguments(&group),
             ["vfio-pci,id=v0,sysfsdev={device.0.sysfs},migration-events=on"]
+        );
+        let open = vm.clone().by_descriptor();
+        assert_eq!(
+            device_arguments(&open),
+            [
+                "iommufd,id=iommufd0,fd={iommu.fd}",
+                "vfio-pci,id=v0,fd={device.0.fd},sysfsdev={device.0.sysfs},iommufd=iommufd0"
+            ]
         );
         let (kvm, tcg) = (vm.arguments(&vm.place_of_the_twin()), vm.clone().emulated());
         let differing: Vec<_> =

@@ -11,7 +11,7 @@ fn nodes(vm: &QemuVm) -> LabConfig {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_vm_of_qemus_moves_with_its_devices_and_back_again_and_its_count_goes_on() {
-    let vm = QemuVm::counter(2).with_migration_events();
+    let vm = QemuVm::counter(2).with_migration_events().by_descriptor();
     let mut cluster = Cluster::start_with(nodes(&vm), "").await.unwrap();
     cluster.start_qemu(vm, "node-a").await.unwrap();
     cluster.until_vm_at("node-a").await.unwrap();
