@@ -17,7 +17,7 @@ use slackwater_node_agent::service::inventory::Inventory;
 use slackwater_node_agent::service::node::NodeService;
 use slackwater_node_agent::service::registry::Registry;
 use slackwater_node_agent::service::transfer::TransferService;
-use slackwater_node_agent::vmm::budget::DEFAULT_BANDWIDTH;
+use slackwater_node_agent::vmm::budget::{DEFAULT_BANDWIDTH, MAX_CHANNELS};
 use slackwater_node_agent::vmm::contract::Deadlines;
 use slackwater_node_agent::vmm::twin_exec::{self, TwinExec};
 use slackwater_proto::identity::Role;
@@ -84,6 +84,9 @@ struct Serve {
     /// At least 1000.
     #[arg(long, value_name = "BYTES_PER_SECOND", default_value_t = DEFAULT_BANDWIDTH, value_parser = value_parser!(u64).range(1000..))]
     migration_bandwidth: u64,
+    /// Connections by which the RAM of a VM of QEMU's goes besides the main one (QEMU: multifd). 0 to 16; with 0, all goes by the main one.
+    #[arg(long, value_name = "CONNECTIONS", default_value_t = 0, value_parser = value_parser!(u8).range(0..=i64::from(MAX_CHANNELS)))]
+    migration_channels: u8,
     /// Seconds for which calls under way may go on after SIGTERM.
     #[arg(long, default_value_t = 20)]
     drain_seconds: u64,
@@ -124,6 +127,7 @@ async fn run(serve: Serve) -> anyhow::Result<()> {
         twin_start_limit: Duration::from_secs(serve.twin_start_seconds),
         deadlines: Deadlines::default(),
         migration_bandwidth_bytes_per_second: serve.migration_bandwidth,
+        migration_channels: serve.migration_channels,
     };
     let journal = Arc::new(Journal::open(&serve.state_dir)?);
     let registry = Arc::new(Registry::default());

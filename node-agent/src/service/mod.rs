@@ -34,4 +34,6 @@ pub struct NodeConfig {
     pub deadlines: Deadlines,
     /// What a migration may take of the wire, where the VMM copies while the guest runs.
     pub migration_bandwidth_bytes_per_second: u64,
+    /// By how many connections, besides the main one, the RAM of a VM of QEMU's goes.
+    pub migration_channels: u8,
 }

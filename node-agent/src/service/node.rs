@@ -24,6 +24,7 @@ use super::recovery;
 use super::registry::{Part, Registry, Stale};
 use super::{NodeConfig, borrowing, journalling, request, reservation};
 use crate::handover::entry::word_of;
+use crate::handover::policy::Driver;
 use crate::handover::policy::stop_plan;
 use crate::handover::shell::destination::{DestinationParts, DestinationRun, Site};
 use crate::handover::shell::events::EventLog;
@@ -174,6 +175,8 @@ impl NodeService {
         let release =
             release(Arc::clone(&vmm), left, &self.config, Arc::clone(&self.vf_identity), &reference.id);
         let vmm: Arc<dyn Vmm> = vmm;
+        // Only QEMU gives its state in more than one stream.
+        let channels = if vmm.driver() == Driver::Vmm { self.config.migration_channels } else { 0 };
         let run = SourceRun::start(SourceParts {
             peer: Peer {
                 credentials: Arc::clone(&self.credentials),
@@ -192,6 +195,7 @@ impl NodeService {
                 downtime,
                 on_exceeded,
                 bandwidth_bytes_per_second: self.config.migration_bandwidth_bytes_per_second,
+                channels,
             },
             release,
             log: EventLog::new(&self.config.node),

@@ -17,6 +17,7 @@ use super::registry::{Part, Registry};
 use crate::handover::Blob;
 use crate::handover::entry::word_of;
 use crate::handover::shell::destination::DestinationRun;
+use crate::transfer::channel::Channel;
 
 /// The service.
 #[derive(Debug)]
@@ -78,15 +79,15 @@ impl Transfer for TransferService {
             Some(send_blob_request::Message::Header(header)) => header,
             _ => return Err(Status::invalid_argument("the first message of a blob is its header")),
         };
-        let blob = match header.blob {
+        let (blob, channel) = match header.blob {
             Some(blob_header::Blob::Device(index)) => {
-                Blob::Device(usize::try_from(index).unwrap_or(usize::MAX))
+                (Blob::Device(usize::try_from(index).unwrap_or(usize::MAX)), Channel::default())
             }
-            Some(blob_header::Blob::Vmm(_)) => Blob::Vmm,
+            Some(blob_header::Blob::Vmm(state)) => (Blob::Vmm, Channel::understand(state)?),
             None => return Err(Status::invalid_argument("header.blob is absent: a device's index, or vmm")),
         };
         let run = self.reservation(&caller, header.attempt)?;
-        run.receive(blob, stream).await?;
+        run.receive(blob, channel, stream).await?;
         Ok(Response::new(SendBlobResponse {}))
     }
 

@@ -11,6 +11,7 @@
 //! between the read and the TLS record. TLS already authenticates every record; the digest guards against what happens at the ends:
 //! a chunk lost, doubled, reordered or cut in our own hands (I5).
 
+pub mod channel;
 pub mod check;
 #[cfg(feature = "faults")]
 pub mod faults;

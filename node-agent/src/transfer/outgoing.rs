@@ -5,15 +5,16 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use slackwater_proto::limits::transfer_client;
-use slackwater_proto::tonic::transport::Channel;
+use slackwater_proto::tonic::transport::Channel as Transport;
 use slackwater_proto::tonic::{Request, Status};
 use slackwater_proto::transfer::{
-    Attempt, BlobChunk, BlobHeader, BlobTrailer, SendBlobRequest, VmmState, blob_header, send_blob_request,
+    Attempt, BlobChunk, BlobHeader, BlobTrailer, SendBlobRequest, blob_header, send_blob_request,
 };
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::ReceiverStream;
 
+use super::channel::Channel;
 use super::check::{Summary, Tally};
 use super::flow::Flow;
 use crate::handover::Blob;
@@ -54,20 +55,26 @@ impl Receipt {
     }
 }
 
-/// Opens a blob's stream on a channel of its own, so that no blob waits behind another. `flow` tells how it gets on.
-pub fn open(channel: Channel, attempt: Attempt, blob: Blob, flow: Arc<Flow>) -> (Outgoing, Receipt) {
+/// Opens a blob's stream on a connection of its own, so that no blob waits behind another. `flow` tells how it gets on.
+pub fn open(
+    transport: Transport,
+    attempt: Attempt,
+    blob: Blob,
+    channel: Channel,
+    flow: Arc<Flow>,
+) -> (Outgoing, Receipt) {
     let (messages, stream) = mpsc::channel(CHUNKS_IN_FLIGHT);
     let header = BlobHeader {
         attempt: Some(attempt),
         blob: Some(match blob {
             Blob::Device(index) => blob_header::Blob::Device(u32::try_from(index).unwrap_or(u32::MAX)),
-            Blob::Vmm => blob_header::Blob::Vmm(VmmState {}),
+            Blob::Vmm => blob_header::Blob::Vmm(channel.told()),
         }),
     };
     let first = SendBlobRequest { message: Some(send_blob_request::Message::Header(header)) };
     let receipt = tokio::spawn(async move {
         let stream = tokio_stream::StreamExt::chain(tokio_stream::once(first), ReceiverStream::new(stream));
-        transfer_client(channel).send_blob(Request::new(stream)).await.map(|_| ())
+        transfer_client(transport).send_blob(Request::new(stream)).await.map(|_| ())
     });
     let outgoing = Outgoing {
         messages,

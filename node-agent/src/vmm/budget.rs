@@ -34,7 +34,12 @@ pub struct Budget {
     pub on_exceeded: OnExceeded,
     /// What it may take of the wire.
     pub bandwidth_bytes_per_second: u64,
+    /// By how many connections it may go besides the main one.
+    pub channels: u8,
 }
+
+/// The most connections besides the main one.
+pub const MAX_CHANNELS: u8 = 16;
 
 impl Default for Budget {
     fn default() -> Self {
@@ -42,6 +47,7 @@ impl Default for Budget {
             downtime: DEFAULT_BUDGET,
             on_exceeded: OnExceeded::default(),
             bandwidth_bytes_per_second: DEFAULT_BANDWIDTH,
+            channels: 0,
         }
     }
 }
@@ -62,7 +68,7 @@ pub struct Copying {
     pub budget: Budget,
     /// The VM's devices: their drivers tell how much state they have.
     pub devices: Vec<DeviceHandle>,
-    /// How the VMM's own state gets on.
+    /// How the VMM's own state gets on, on all its connections together.
     pub flow: Arc<Flow>,
     /// Who hears of estimates.
     pub tell: mpsc::UnboundedSender<Estimate>,

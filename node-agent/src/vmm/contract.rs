@@ -13,7 +13,7 @@ use futures::{Stream, StreamExt};
 use slackwater_proto::channel::{is_lost, open_unix, over_unix, words};
 use slackwater_proto::limits::vmm_client;
 use slackwater_proto::tonic::transport::Channel;
-use slackwater_proto::tonic::{Response, Status, async_trait};
+use slackwater_proto::tonic::{Code, Response, Status, async_trait};
 use slackwater_proto::vmm::vmm_client::VmmClient;
 use slackwater_proto::vmm::{
     AbortSaveRequest, DescribeRequest, DescribeResponse, DirtyTracking as WireDirtyTracking,
@@ -25,7 +25,7 @@ use tokio::time::timeout;
 use super::budget::Budget;
 use super::server::{PRIVATE, Server, trust};
 use super::{
-    Description, DirtyTracking, LoadStream, LocalVmm, RunState, SaveStream, Vmm, VmmDevice, VmmError,
+    Description, DirtyTracking, LoadStream, LocalVmm, RunState, SaveStreams, Vmm, VmmDevice, VmmError,
 };
 use crate::vfio::borrow::VmmProcess;
 
@@ -100,6 +100,17 @@ impl ContractVmm {
 }
 
 /// The VMM's own words, or that it was lost.
+/// The one stream that the contract knows.
+fn only(call: &'static str, mut streams: Vec<LoadStream>) -> Result<LoadStream, VmmError> {
+    match (streams.pop(), streams.len()) {
+        (Some(stream), 0) => Ok(stream),
+        (_, others) => {
+            let message = format!("it takes its state in one stream, and {} have come", others + 1);
+            Err(VmmError::Refused { call, code: Code::InvalidArgument, message })
+        }
+    }
+}
+
 fn failed(call: &'static str, status: &Status) -> VmmError {
     let message = words(status);
     if is_lost(status) {
@@ -163,7 +174,7 @@ impl Vmm for ContractVmm {
         understand(answer.await?)
     }
 
-    async fn start_save(&self, live: bool, _budget: Budget) -> Result<SaveStream, VmmError> {
+    async fn start_save(&self, live: bool, _budget: Budget) -> Result<SaveStreams, VmmError> {
         let mut client = self.client.clone();
         let answer = client.start_save(StartSaveRequest { live });
         let stream = self.call("start_save", self.deadlines.save, answer).await?;
@@ -172,7 +183,7 @@ impl Vmm for ContractVmm {
             Ok(piece) => Some(Ok(piece.data)),
             Err(status) => Some(Err(failed("start_save", &status))),
         });
-        Ok(pieces.boxed())
+        Ok(vec![pieces.boxed()])
     }
 
     async fn pause(&self) -> Result<(), VmmError> {
@@ -191,7 +202,8 @@ impl Vmm for ContractVmm {
         self.call("abort_save", self.deadlines.save, client.abort_save(AbortSaveRequest {})).await.map(drop)
     }
 
-    async fn start_load(&self, state: LoadStream) -> Result<(), VmmError> {
+    async fn start_load(&self, state: Vec<LoadStream>) -> Result<(), VmmError> {
+        let state = only("start_load", state)?;
         let mut client = self.client.clone();
         let answer = client.start_load(LoadRequests(state)).await;
         answer.map(drop).map_err(|status| failed("start_load", &status))

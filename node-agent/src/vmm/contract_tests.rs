@@ -49,7 +49,8 @@ async fn every_call_reaches_the_vmm_and_its_refusals_come_back_in_its_words() {
 
     let error = vmm.start_save(true, Budget::default()).await.err().unwrap().to_string();
     assert_eq!(error, "the VMM refused start_save: nobody tracks what the devices write");
-    let saved: Vec<_> = vmm.start_save(false, Budget::default()).await.unwrap().collect().await;
+    let saved: Vec<_> =
+        vmm.start_save(false, Budget::default()).await.unwrap().swap_remove(0).collect().await;
     let saved: Vec<String> = saved
         .into_iter()
         .map(|piece| match piece {
@@ -59,9 +60,14 @@ async fn every_call_reaches_the_vmm_and_its_refusals_come_back_in_its_words() {
         .collect();
     assert_eq!(saved, ["ra", "m", "the VMM refused start_save: the log broke"], "empty pieces are left out");
 
-    vmm.start_load(stream::iter([Bytes::from_static(b"ra"), Bytes::from_static(b"m")]).boxed())
+    vmm.start_load(vec![stream::iter([Bytes::from_static(b"ra"), Bytes::from_static(b"m")]).boxed()])
         .await
         .unwrap();
+    let several = vmm.start_load(vec![stream::empty().boxed(), stream::empty().boxed()]).await.unwrap_err();
+    assert_eq!(
+        several.to_string(),
+        "the VMM refused start_load: it takes its state in one stream, and 2 have come"
+    );
     assert_eq!(*stub.loaded.lock().unwrap(), b"ram");
     assert_eq!(
         vmm.finish_load().await.unwrap_err().to_string(),

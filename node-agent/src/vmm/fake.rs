@@ -4,13 +4,13 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::{Bytes, BytesMut};
-use futures::StreamExt;
+use futures::{StreamExt, stream};
 use slackwater_proto::tonic::{Code, async_trait};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::budget::Budget;
-use super::{Description, DirtyTracking, LoadStream, RunState, SaveStream, Vmm, VmmDevice, VmmError};
+use super::{Description, DirtyTracking, LoadStream, RunState, SaveStreams, Vmm, VmmDevice, VmmError};
 
 /// Lines in the order in which they were added. Clones share them.
 #[derive(Clone, Debug, Default)]
@@ -167,14 +167,14 @@ impl Vmm for FakeVmm {
         })
     }
 
-    async fn start_save(&self, live: bool, _budget: Budget) -> Result<SaveStream, VmmError> {
+    async fn start_save(&self, live: bool, _budget: Budget) -> Result<SaveStreams, VmmError> {
         self.enter("start_save").await?;
         if live {
             return Err(refused("start_save", Code::FailedPrecondition, "nobody tracks dirty pages"));
         }
         let (pieces, stream) = mpsc::channel(1);
         locked(&self.inner).saving = Some(pieces);
-        Ok(ReceiverStream::new(stream).boxed())
+        Ok(vec![ReceiverStream::new(stream).boxed()])
     }
 
     async fn pause(&self) -> Result<(), VmmError> {
@@ -210,11 +210,12 @@ impl Vmm for FakeVmm {
         Ok(())
     }
 
-    async fn start_load(&self, state: LoadStream) -> Result<(), VmmError> {
+    /// One stream after the other.
+    async fn start_load(&self, state: Vec<LoadStream>) -> Result<(), VmmError> {
         self.enter("start_load").await?;
         self.require("start_load", RunState::Incoming)?;
         let mut all = BytesMut::new();
-        let mut state = state.fuse();
+        let mut state = stream::iter(state).flatten();
         loop {
             tokio::select! {
                 piece = state.next() => match piece {
@@ -268,7 +269,6 @@ impl Vmm for FakeVmm {
 
 #[cfg(test)]
 mod tests {
-    use futures::stream;
 
     use super::*;
 
@@ -278,13 +278,13 @@ mod tests {
         let state = vec![Bytes::from_static(b"ra"), Bytes::from_static(b"m")];
         let (vm, twin) = (FakeVmm::running("vm", log.clone(), state), FakeVmm::incoming("twin", log.clone()));
 
-        let stream = vm.start_save(false, Budget::default()).await.unwrap();
+        let stream = vm.start_save(false, Budget::default()).await.unwrap().swap_remove(0);
         assert!(matches!(vm.finish_save().await, Err(VmmError::Refused { call: "finish_save", .. })));
         vm.pause().await.unwrap();
         let (saved, finished) = tokio::join!(stream.collect::<Vec<_>>(), vm.finish_save());
         finished.unwrap();
         let pieces: Vec<Bytes> = saved.into_iter().map(Result::unwrap).collect();
-        twin.start_load(stream::iter(pieces).boxed()).await.unwrap();
+        twin.start_load(vec![stream::iter(pieces).boxed()]).await.unwrap();
         assert!(matches!(twin.resume().await, Err(VmmError::Refused { call: "resume", .. })));
         twin.finish_load().await.unwrap();
         twin.resume().await.unwrap();
@@ -312,7 +312,7 @@ mod tests {
         release.notify_one();
         pausing.await.unwrap().unwrap();
 
-        let mut stream = vm.start_save(false, Budget::default()).await.unwrap();
+        let mut stream = vm.start_save(false, Budget::default()).await.unwrap().swap_remove(0);
         vm.abort_save().await.unwrap();
         let ended = stream.next().await.unwrap().unwrap_err().to_string();
         assert_eq!(ended, "the VMM refused start_save: the save was aborted");

@@ -3,7 +3,7 @@
 use slackwater_proto::tonic::async_trait;
 
 use super::budget::Budget;
-use super::{Description, LoadStream, SaveStream, Vmm, VmmError};
+use super::{Description, LoadStream, SaveStreams, Vmm, VmmError};
 
 /// It refuses every call, since there is nobody to ask.
 #[derive(Clone, Copy, Debug)]
@@ -19,7 +19,7 @@ impl Vmm for GoneVmm {
         gone("Describe")
     }
 
-    async fn start_save(&self, _live: bool, _budget: Budget) -> Result<SaveStream, VmmError> {
+    async fn start_save(&self, _live: bool, _budget: Budget) -> Result<SaveStreams, VmmError> {
         gone("StartSave")
     }
 
@@ -35,7 +35,7 @@ impl Vmm for GoneVmm {
         gone("AbortSave")
     }
 
-    async fn start_load(&self, _state: LoadStream) -> Result<(), VmmError> {
+    async fn start_load(&self, _state: Vec<LoadStream>) -> Result<(), VmmError> {
         gone("StartLoad")
     }
 

@@ -41,6 +41,9 @@ pub mod twin_exec;
 /// RAM and machine state as the VMM gives them, in pieces of at most 1 MiB. Ends after the last piece; an error ends it, too.
 pub type SaveStream = BoxStream<'static, Result<Bytes, VmmError>>;
 
+/// A save: the main stream first. Only a VMM of QEMU's that was allowed more connections gives more than that one.
+pub type SaveStreams = Vec<SaveStream>;
+
 /// The same bytes in the same order, cut anywhere.
 pub type LoadStream = BoxStream<'static, Bytes>;
 
@@ -168,7 +171,7 @@ pub trait Vmm: Send + Sync {
     /// Begins a save. With `live`, RAM flows while the guest runs; refused if nobody tracks the devices' writes.
     /// The stream has no deadline: it lasts as long as RAM and the wire need.
     /// A VMM that does not drive its devices is stopped before it copies, and leaves the budget aside.
-    async fn start_save(&self, live: bool, budget: Budget) -> Result<SaveStream, VmmError>;
+    async fn start_save(&self, live: bool, budget: Budget) -> Result<SaveStreams, VmmError>;
 
     /// Returns when no vCPU runs and nothing in the VMM touches a device. It stays so until [`Vmm::resume`].
     async fn pause(&self) -> Result<(), VmmError>;
@@ -180,9 +183,9 @@ pub trait Vmm: Send + Sync {
     /// Ends a save without a result. The VM stays as it is, paused if it was paused.
     async fn abort_save(&self) -> Result<(), VmmError>;
 
-    /// At a twin: takes what [`Vmm::start_save`] gave. Returns when the stream has ended and all of it has been understood. No
-    /// deadline.
-    async fn start_load(&self, state: LoadStream) -> Result<(), VmmError>;
+    /// At a twin: takes what [`Vmm::start_save`] gave. As many streams, in the same order. Returns when all have
+    /// ended and all of it has been understood. No deadline.
+    async fn start_load(&self, state: Vec<LoadStream>) -> Result<(), VmmError>;
 
     /// At a twin: puts everything in place. The devices stand in RESUMING and are not touched.
     async fn finish_load(&self) -> Result<(), VmmError>;

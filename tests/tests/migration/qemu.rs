@@ -13,6 +13,9 @@ fn nodes(vm: &QemuVm) -> LabConfig {
 async fn a_vm_of_qemus_moves_with_its_devices_and_back_again_and_its_count_goes_on() {
     let vm = QemuVm::counter(2).with_migration_events().by_descriptor();
     let mut cluster = Cluster::start_with(nodes(&vm), "").await.unwrap();
+    // Back it goes by several streams.
+    cluster.kill_agent("node-b").await.unwrap();
+    cluster.restart_agent_with("node-b", &["--migration-channels", "2"]).await.unwrap();
     cluster.start_qemu(vm, "node-a").await.unwrap();
     cluster.until_vm_at("node-a").await.unwrap();
     for (name, from, to) in [("there", "node-a", "node-b"), ("back", "node-b", "node-a")] {
@@ -28,6 +31,11 @@ async fn a_vm_of_qemus_moves_with_its_devices_and_back_again_and_its_count_goes_
         cluster.until_free(from, 2).await.unwrap();
         let verdict = cluster.judge_success(&watching, &migration, PeerToPeer::Required).await.unwrap();
         println!("{verdict}");
+    }
+    for (node, channels) in [("node-b", 1), ("node-a", 3)] {
+        let log = cluster.agent_log(node).await;
+        let verified = log.lines().filter(|line| line.contains("blob=Vmm") && line.contains("verified"));
+        assert_eq!(verified.count(), channels, "streams that came to {node}");
     }
     cluster.nothing_was_forbidden().unwrap();
 }

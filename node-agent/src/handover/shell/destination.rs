@@ -21,13 +21,14 @@ use tokio_util::task::task_tracker::{TaskTracker, TaskTrackerToken};
 use tracing::{info, warn};
 
 use super::ledger::Ledger;
-use super::receiving::Receiver;
+use super::receiving::{Receiver, TwinLoad};
 use super::{Seen, VmmCall, confirm, look, of_twin, refused, resume, traced};
 use crate::handover::destination::{Destination, Effect, End, Event, Phase};
 use crate::handover::entry::{Ended, Process};
 use crate::handover::policy::Driver;
 use crate::handover::{Blob, Failure, Reason, Record, Word};
 use crate::host::clock::Clock;
+use crate::transfer::channel::Channel;
 use crate::transfer::incoming::{self, ReceiveError};
 use crate::vfio::state::{Features, MigrationState};
 use crate::vfio::worker::DeviceHandle;
@@ -109,7 +110,7 @@ enum Signal {
     Seen(DeviceSeen),
     /// What the twin says to the VMM at the source.
     Reply(Bytes),
-    OpenBlob(Blob, oneshot::Sender<Result<OpenBlob, Status>>),
+    OpenBlob(Blob, Channel, oneshot::Sender<Result<OpenBlob, Status>>),
     Release(Failure, oneshot::Sender<Result<(), MayHaveRun>>),
 }
 
@@ -140,6 +141,7 @@ impl DestinationRun {
             answers: None,
             steps: Vec::new(),
             opened: BTreeSet::new(),
+            load: None,
             streams: CancellationToken::new(),
             stream_tasks: TaskTracker::new(),
             tell_reserved,
@@ -233,15 +235,20 @@ impl DestinationRun {
         UnboundedReceiverStream::new(stream)
     }
 
-    /// Takes a blob whose header has been read.
+    /// Takes a blob, or a channel of one, whose header has been read.
     ///
     /// # Errors
     /// If none is expected now, or it did not arrive whole: the reservation is given back then.
-    pub async fn receive(&self, blob: Blob, stream: Streaming<SendBlobRequest>) -> Result<(), Status> {
+    pub async fn receive(
+        &self,
+        blob: Blob,
+        channel: Channel,
+        stream: Streaming<SendBlobRequest>,
+    ) -> Result<(), Status> {
         let (answer, answered) = oneshot::channel();
         // Why is said on the hand-over's stream; the source waits for it there.
         let gone = || Status::aborted("the reservation has been given back");
-        self.signals.send(Signal::OpenBlob(blob, answer)).map_err(|_| gone())?;
+        self.signals.send(Signal::OpenBlob(blob, channel, answer)).map_err(|_| gone())?;
         let OpenBlob { receiver, given_up, _under_way } = answered.await.map_err(|_| gone())??;
         let received = tokio::select! {
             received = incoming::receive(stream, receiver) => received,
@@ -249,15 +256,19 @@ impl DestinationRun {
         };
         let (event, answer) = match received {
             Ok(summary) => {
-                info!(?blob, bytes = summary.length_bytes, digest = %summary.digest, "verified");
-                (Event::BlobVerified(blob), Ok(()))
+                let (bytes, digest) = (summary.length_bytes, summary.digest);
+                info!(?blob, channel = channel.number(), bytes, %digest, "verified");
+                // The main one waits for the others.
+                (channel.is_main().then_some(Event::BlobVerified(blob)), Ok(()))
             }
             Err(error) => {
                 let (failure, status) = explain(blob, error);
-                (Event::Failed(failure), Err(status))
+                (Some(Event::Failed(failure)), Err(status))
             }
         };
-        let _ = self.signals.send(Signal::Event(event));
+        if let Some(event) = event {
+            let _ = self.signals.send(Signal::Event(event));
+        }
         answer
     }
 
@@ -343,6 +354,8 @@ struct Shell {
     /// Steps that the source has not been told, because it is not connected yet.
     steps: Vec<DeviceStep>,
     opened: BTreeSet<Blob>,
+    /// What the twin takes, once its first channel has come.
+    load: Option<TwinLoad>,
     streams: CancellationToken,
     stream_tasks: TaskTracker,
     tell_reserved: watch::Sender<Option<Result<(), Failure>>>,
@@ -455,8 +468,8 @@ impl Shell {
                 self.answer(handover_response::Message::VmmReply(VmmReply { data }));
                 None
             }
-            Signal::OpenBlob(blob, answer) => {
-                let _ = answer.send(self.open_blob(blob, machine));
+            Signal::OpenBlob(blob, channel, answer) => {
+                let _ = answer.send(self.open_blob(blob, channel, machine));
                 None
             }
             Signal::Release(why, answer) => {
@@ -479,7 +492,7 @@ impl Shell {
         }
     }
 
-    fn open_blob(&mut self, blob: Blob, machine: &Destination) -> Result<OpenBlob, Status> {
+    fn open_blob(&mut self, blob: Blob, channel: Channel, machine: &Destination) -> Result<OpenBlob, Status> {
         let twin = self.twin.as_ref().filter(|_| machine.takes_blobs());
         let twin = twin.ok_or_else(|| {
             let phase = machine.phase();
@@ -493,9 +506,19 @@ impl Shell {
                 })?;
                 Receiver::Device(device)
             }
-            Blob::Vmm => Receiver::twin(Arc::clone(&twin.vmm)),
+            Blob::Vmm => {
+                let vmm = &twin.vmm;
+                let load = self.load.get_or_insert_with(|| TwinLoad::begin(Arc::clone(vmm), channel.count()));
+                let receiver = load.channel(channel);
+                receiver.ok_or_else(|| {
+                    let (number, count) = (channel.number(), channel.count());
+                    Status::already_exists(format!(
+                        "channel {number} of {count} of the VMM's state has been sent in this attempt already, or others were of another number"
+                    ))
+                })?
+            }
         };
-        if !self.opened.insert(blob) {
+        if matches!(blob, Blob::Device(_)) && !self.opened.insert(blob) {
             return Err(Status::already_exists(format!("{blob:?} has been sent in this attempt already")));
         }
         Ok(OpenBlob { receiver, given_up: self.streams.clone(), _under_way: self.stream_tasks.token() })

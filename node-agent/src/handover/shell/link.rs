@@ -19,6 +19,7 @@ use super::answers::PeerClock;
 use crate::handover::entry::word_of;
 use crate::handover::{Blob, Failure, Reason, Word, blobs};
 use crate::host::clock::Clock;
+use crate::transfer::channel::Channel;
 use crate::transfer::flow::Flow;
 use crate::transfer::outgoing::{self, Outgoing, Receipt};
 
@@ -44,7 +45,7 @@ pub struct Peer {
 /// One blob's way to the destination.
 #[derive(Debug)]
 pub struct BlobLink {
-    /// Which.
+    /// Which, or of which this is a channel.
     pub blob: Blob,
     /// Where its bytes go.
     pub outgoing: Outgoing,
@@ -58,7 +59,7 @@ pub struct BlobLink {
 #[derive(Debug)]
 pub struct Link {
     decisions: mpsc::Sender<HandoverRequest>,
-    /// In the order of [`blobs`].
+    /// In the order of [`blobs`]; each further channel of the VMM's after its main one.
     pub blobs: Vec<BlobLink>,
     /// What the destination says after Ready.
     pub answers: Answers,
@@ -72,11 +73,11 @@ pub struct Answers {
 }
 
 impl Peer {
-    /// Says Hello, waits for Ready, and opens a stream for each blob.
+    /// Says Hello, waits for Ready, and opens a stream for each blob, and `channels` more for the VMM's own state.
     ///
     /// # Errors
     /// TargetUnreachable, or what the destination says instead of Ready.
-    pub async fn connect(&self, devices: usize) -> Result<Link, Failure> {
+    pub async fn connect(&self, devices: usize, channels: u8) -> Result<Link, Failure> {
         let unreachable = |why: String| Failure::new(Reason::TargetUnreachable, why);
         let channel = || async {
             connect(&self.credentials, &self.address, &self.node)
@@ -104,12 +105,15 @@ impl Peer {
             Ok(_) => return Err(unreachable(format!("{} did not answer Hello with Ready", self.node))),
             Err(status) => return Err(unreachable(format!("{}: {}", self.node, words(&status)))),
         };
-        let mut links = Vec::with_capacity(devices + 1);
+        let mut links = Vec::with_capacity(devices + 1 + usize::from(channels));
         for blob in blobs(devices) {
             let flow = Arc::<Flow>::default();
-            let (outgoing, receipt) =
-                outgoing::open(channel().await?, self.attempt.clone(), blob, Arc::clone(&flow));
-            links.push(BlobLink { blob, outgoing, receipt, flow });
+            let more = if blob == Blob::Vmm { channels } else { 0 };
+            for part in Channel::all(more) {
+                let (transport, attempt) = (channel().await?, self.attempt.clone());
+                let (outgoing, receipt) = outgoing::open(transport, attempt, blob, part, Arc::clone(&flow));
+                links.push(BlobLink { blob, outgoing, receipt, flow: Arc::clone(&flow) });
+            }
         }
         Ok(Link { decisions, blobs: links, answers: Answers { stream: answers, peer_clock } })
     }

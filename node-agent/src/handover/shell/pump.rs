@@ -1,10 +1,9 @@
 //! Moves a blob from where it is read to the wire. One read's buffer at a time, never copied.
 
-use std::pin::pin;
 use std::time::Duration;
 
-use bytes::Bytes;
-use futures::{Stream, StreamExt};
+use futures::StreamExt;
+use futures::future::try_join_all;
 use slackwater_proto::channel::{is_lost, words};
 use slackwater_proto::tonic::{Code, Status};
 
@@ -15,7 +14,7 @@ use crate::transfer::CHUNK_MAX_BYTES;
 use crate::transfer::outgoing::{Receipt, StreamEnded};
 use crate::vfio::device::DataRead;
 use crate::vfio::worker::DeviceHandle;
-use crate::vmm::VmmError;
+use crate::vmm::{SaveStream, SaveStreams};
 
 /// Between two looks at initial data that is not ready.
 const NOT_READY_YET: Duration = Duration::from_millis(10);
@@ -79,22 +78,30 @@ impl DevicePump {
 }
 
 /// Sends what the VMM gives to its end, and waits for the destination's word on the whole of it.
-pub(super) async fn vmm(stream: impl Stream<Item = Result<Bytes, VmmError>>, mut link: BlobLink) -> Event {
-    let mut stream = pin!(stream);
+pub(super) async fn vmm(save: SaveStreams, links: Vec<BlobLink>) -> Event {
+    if save.len() != links.len() {
+        let message =
+            format!("the VMM gives its state in {} streams, and {} were asked for", save.len(), links.len());
+        return Event::Failed(Failure::new(Reason::VmmFailed, message));
+    }
+    match try_join_all(save.into_iter().zip(links).map(|(stream, link)| send(stream, link))).await {
+        Ok(_) => Event::BlobSent(Blob::Vmm),
+        Err(failure) => Event::Failed(failure),
+    }
+}
+
+async fn send(mut stream: SaveStream, mut link: BlobLink) -> Result<(), Failure> {
     while let Some(data) = stream.next().await {
         match data {
             Ok(data) => {
                 if link.outgoing.send(data).await.is_err() {
-                    return Event::Failed(refused(link.blob, link.receipt).await);
+                    return Err(refused(link.blob, link.receipt).await);
                 }
             }
-            Err(error) => return Event::Failed(Failure::new(Reason::VmmFailed, error.to_string())),
+            Err(error) => return Err(Failure::new(Reason::VmmFailed, error.to_string())),
         }
     }
-    match settle(link).await {
-        Ok(()) => Event::BlobSent(Blob::Vmm),
-        Err(failure) => Event::Failed(failure),
-    }
+    settle(link).await
 }
 
 async fn settle(link: BlobLink) -> Result<(), Failure> {

@@ -194,7 +194,8 @@ struct Shell {
     pumps: Vec<Option<Box<DevicePump>>>,
     /// Of each blob; the VMM's own comes last.
     flows: Vec<Arc<Flow>>,
-    vmm_link: Option<BlobLink>,
+    /// The main one first.
+    vmm_links: Vec<BlobLink>,
     seen: Seen,
     streams: CancellationToken,
     stream_tasks: TaskTracker,
@@ -221,7 +222,7 @@ impl Shell {
             decisions: None,
             pumps: Vec::new(),
             flows: Vec::new(),
-            vmm_link: None,
+            vmm_links: Vec::new(),
             streams: CancellationToken::new(),
             stream_tasks: TaskTracker::new(),
             save_started: false,
@@ -524,8 +525,9 @@ impl Shell {
 
     fn connect(&self) {
         let (peer, devices, signals) = (self.parts.peer.clone(), self.device_blobs(), self.signals.clone());
+        let channels = self.parts.budget.channels;
         tokio::spawn(async move {
-            let signal = match peer.connect(devices).await {
+            let signal = match peer.connect(devices, channels).await {
                 Ok(link) => Signal::Connected(Box::new(link)),
                 Err(failure) => Signal::Event(Event::Failed(failure)),
             };
@@ -537,10 +539,12 @@ impl Shell {
         self.reach(ToldPhase::Connected);
         let (decisions, blobs, answers) = link.split();
         self.decisions = Some(decisions);
-        self.flows = blobs.iter().map(|link| Arc::clone(&link.flow)).collect();
+        // All channels of the VMM's share one.
+        let devices = blobs.iter().filter(|link| link.blob != Blob::Vmm);
+        self.flows = devices.chain(blobs.last()).map(|link| Arc::clone(&link.flow)).collect();
         for link in blobs {
             match link.blob {
-                Blob::Vmm => self.vmm_link = Some(link),
+                Blob::Vmm => self.vmm_links.push(link),
                 Blob::Device(index) => {
                     let device = self.parts.devices.get(index).cloned();
                     self.pumps.push(device.map(|device| Box::new(DevicePump::new(device, link))));
@@ -597,16 +601,16 @@ impl Shell {
 
     fn start_save(&mut self) {
         self.save_started = true;
-        let Some(link) = self.vmm_link.take() else { return };
+        let links = std::mem::take(&mut self.vmm_links);
         let (vmm, signals, streams) =
             (Arc::clone(&self.parts.vmm), self.signals.clone(), self.streams.clone());
         let budget = self.parts.budget;
         self.stream_tasks.spawn(async move {
             let event = match vmm.start_save(false, budget).await {
-                Ok(stream) => {
+                Ok(save) => {
                     let _ = signals.send(Signal::Event(Event::SaveStarted));
                     tokio::select! {
-                        sent = pump::vmm(stream, link) => sent,
+                        sent = pump::vmm(save, links) => sent,
                         () = streams.cancelled() => return,
                     }
                 }
@@ -737,7 +741,7 @@ impl Shell {
         self.streams.cancel();
         self.stream_tasks.close();
         self.pumps.clear();
-        self.vmm_link = None;
+        self.vmm_links.clear();
         let (tasks, devices, signals) =
             (self.stream_tasks.clone(), self.parts.devices.clone(), self.signals.clone());
         let vmm = self.save_started.then(|| Arc::clone(&self.parts.vmm));

@@ -5,10 +5,10 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use bytes::{BufMut, Bytes, BytesMut};
+use futures::future::try_join_all;
 use futures::{StreamExt, stream};
 use slackwater_proto::tonic::Code;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::unix::OwnedReadHalf;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc;
 
@@ -40,9 +40,15 @@ pub(super) fn listen(path: &Path) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-/// Connects to where QEMU listens. It listens before it answers.
-pub(super) async fn connect(path: &Path) -> io::Result<UnixStream> {
-    UnixStream::connect(path).await
+/// Waits until QEMU has connected: with its main stream first (QEMU: socket_start_outgoing_migration(), and multifd_send_setup() when
+/// that one is up), then with so many more.
+pub(super) async fn accept(listener: &UnixListener, more: u8) -> io::Result<(UnixStream, Vec<UnixStream>)> {
+    let (main, _) = listener.accept().await?;
+    let mut others = Vec::with_capacity(more.into());
+    for _ in 0..more {
+        others.push(listener.accept().await?.0);
+    }
+    Ok((main, others))
 }
 
 /// What is not there is no error.
@@ -50,7 +56,7 @@ pub(super) fn remove(path: &Path) {
     let _ = std::fs::remove_file(path);
 }
 
-/// Reads what QEMU gives, and writes what the twin says.
+/// Reads what QEMU gives on its main stream, and writes what the twin says.
 pub(super) fn save(stream: UnixStream) -> Carried {
     let (from, mut to) = stream.into_split();
     let (replies, mut said) = mpsc::channel::<Bytes>(REPLIES);
@@ -62,7 +68,16 @@ pub(super) fn save(stream: UnixStream) -> Carried {
             }
         }
     });
-    let read = |(mut from, mut buffer): (OwnedReadHalf, BytesMut)| async move {
+    Carried { pieces: read(from), replies }
+}
+
+/// Reads what QEMU gives on another stream. Nobody answers there.
+pub(super) fn save_channel(stream: UnixStream) -> SaveStream {
+    read(stream)
+}
+
+fn read<R: AsyncRead + Unpin + Send + 'static>(from: R) -> SaveStream {
+    let read = |(mut from, mut buffer): (R, BytesMut)| async move {
         buffer.reserve(PIECE_BYTES);
         match from.read_buf(&mut (&mut buffer).limit(PIECE_BYTES)).await {
             Ok(0) => None,
@@ -73,19 +88,32 @@ pub(super) fn save(stream: UnixStream) -> Carried {
             Err(error) => Some((Err(failed("start_save", &error)), (from, buffer))),
         }
     };
-    Carried { pieces: stream::unfold((from, BytesMut::new()), read).boxed(), replies }
+    stream::unfold((from, BytesMut::new()), read).boxed()
 }
 
-/// Writes a state to QEMU, and passes on what QEMU says meanwhile and afterwards, until it closes the socket.
+/// Writes a state to QEMU, which listens at `path`, in all its streams at once, and passes on what QEMU says on the main one, the
+/// first, meanwhile and afterwards, until it closes the sockets.
 ///
 /// # Errors
 /// When QEMU does not take it all.
-pub(super) async fn load(
-    stream: UnixStream,
-    mut state: LoadStream,
-    replies: mpsc::Sender<Bytes>,
+pub(super) async fn load_all(
+    path: &Path,
+    streams: Vec<LoadStream>,
+    replies: &mpsc::Sender<Bytes>,
 ) -> io::Result<()> {
-    let (mut from, mut to) = stream.into_split();
+    let loads = streams.into_iter().enumerate().map(|(number, stream)| {
+        // What is said on the others is for nobody.
+        let replies = if number == 0 { replies.clone() } else { mpsc::channel(1).0 };
+        load(path, stream, replies)
+    });
+    try_join_all(loads).await.map(drop)
+}
+
+/// It connects with its first piece: QEMU looks at a connection's first bytes to know which stream it is, and does nothing else while
+/// they do not come.
+async fn load(path: &Path, mut state: LoadStream, replies: mpsc::Sender<Bytes>) -> io::Result<()> {
+    let Some(first) = state.next().await else { return Ok(()) };
+    let (mut from, mut to) = UnixStream::connect(path).await?.into_split();
     let answering = tokio::spawn(async move {
         let mut buffer = BytesMut::with_capacity(REPLY_BYTES);
         while let Ok(read) = from.read_buf(&mut buffer).await {
@@ -95,11 +123,13 @@ pub(super) async fn load(
             buffer.reserve(REPLY_BYTES);
         }
     });
-    while let Some(piece) = state.next().await {
+    let mut next = Some(first);
+    while let Some(piece) = next {
         if let Err(error) = to.write_all(&piece).await {
             answering.abort();
             return Err(error);
         }
+        next = state.next().await;
     }
     // What QEMU still says is read until it has closed; this end is closed then, too, and not before.
     tokio::spawn(async move {

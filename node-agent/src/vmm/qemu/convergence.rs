@@ -213,7 +213,7 @@ mod tests {
     }
 
     fn budget(milliseconds: u64, on_exceeded: OnExceeded) -> Budget {
-        Budget { downtime: ms(milliseconds), on_exceeded, bandwidth_bytes_per_second: 100 * MIB }
+        Budget { downtime: ms(milliseconds), on_exceeded, bandwidth_bytes_per_second: 100 * MIB, channels: 0 }
     }
 
     fn sample(second: u64, syncs: u64, downtime: u64) -> Sample {

@@ -46,7 +46,7 @@ use super::budget::{Budget, Copying};
 use super::contract::Deadlines;
 use super::server::{Server, trust};
 use super::{
-    Description, DeviceSeen, DirtyTracking, LoadStream, LocalVmm, RunState, SaveStream, Vmm, VmmError,
+    Description, DeviceSeen, DirtyTracking, LoadStream, LocalVmm, RunState, SaveStreams, Vmm, VmmError,
 };
 use crate::handover::policy::Driver;
 use crate::host::clock::Clock;
@@ -61,8 +61,10 @@ const ON: [&str; 5] =
     ["events", "pause-before-switchover", "return-path", "switchover-ack", "late-block-activate"];
 /// Without these there is no gate, and no safe hand-over.
 const NEEDED: [&str; 2] = ["pause-before-switchover", "return-path"];
-/// Switched off where QEMU knows them: the state then does not come in one stream, or the source cannot take the VM back.
-const OFF: [&str; 5] = ["multifd", "postcopy-ram", "release-ram", "x-colo", "background-snapshot"];
+/// Several streams instead of one; switched on if there are to be several, and off if not.
+const MULTIFD: &str = "multifd";
+/// Switched off where QEMU knows them: the source could not take the VM back, or the state would not come at all.
+const OFF: [&str; 4] = ["postcopy-ram", "release-ram", "x-colo", "background-snapshot"];
 
 /// How often it is looked at whether QEMU's copying comes to an end.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
@@ -113,27 +115,38 @@ impl QemuVmm {
         })
     }
 
-    /// The capabilities that both ends need, switched.
-    async fn prepare(&self, call: &'static str) -> Result<(), VmmError> {
+    /// The capabilities that both ends need, switched, for so many channels besides the main one.
+    async fn prepare(&self, call: &'static str, channels: u8) -> Result<(), VmmError> {
         let known = self.qmp.execute(QueryMigrateCapabilities).await.map_err(|error| of_qmp(call, error))?;
         let knows = |name: &&str| known.iter().any(|capability| capability.capability == *name);
-        if let Some(missing) = NEEDED.iter().find(|name| !knows(name)) {
+        let needed = NEEDED.iter().copied().chain((channels > 0).then_some(MULTIFD));
+        if let Some(missing) = needed.into_iter().find(|name| !knows(name)) {
             let message = format!("QEMU {} has no migration capability {missing}", self.qmp.version());
             return Err(VmmError::Refused { call, code: Code::FailedPrecondition, message });
         }
-        let on = ON.iter().filter(|name| knows(name)).map(|name| MigrationCapability::on(name));
-        let off = OFF.iter().filter(|name| knows(name)).map(|name| MigrationCapability::off(name));
+        let multifd = [MULTIFD];
+        let (more_on, more_off): (&[&str], &[&str]) =
+            if channels > 0 { (&multifd, &[]) } else { (&[], &multifd) };
+        let on =
+            ON.iter().chain(more_on).filter(|name| knows(name)).map(|name| MigrationCapability::on(name));
+        let off =
+            OFF.iter().chain(more_off).filter(|name| knows(name)).map(|name| MigrationCapability::off(name));
         let capabilities = on.chain(off).collect();
         let set = self.qmp.execute(MigrateSetCapabilities { capabilities }).await;
-        set.map(drop).map_err(|error| of_qmp(call, error))
+        set.map_err(|error| of_qmp(call, error))?;
+        if channels == 0 {
+            return Ok(());
+        }
+        let parameters =
+            MigrateSetParameters { multifd_channels: Some(channels), ..MigrateSetParameters::default() };
+        self.qmp.execute(parameters).await.map(drop).map_err(|error| of_qmp(call, error))
     }
 
     /// The blackout that QEMU aims for, and what it may assume of the wire for that.
     async fn limit(&self, call: &'static str, budget: Budget) -> Result<(), VmmError> {
-        let allowed = budget.bandwidth_bytes_per_second;
         let parameters = MigrateSetParameters {
-            max_bandwidth: Some(allowed),
-            avail_switchover_bandwidth: self.switchover_bandwidth(&Throughput::new(allowed)),
+            max_bandwidth: Some(budget.bandwidth_bytes_per_second),
+            avail_switchover_bandwidth: self.switchover_bandwidth(&Throughput::new(&budget)),
             ..downtime_limit(budget.downtime)
         };
         self.qmp.execute(parameters).await.map(drop).map_err(|error| of_qmp(call, error))
@@ -234,23 +247,23 @@ impl Vmm for QemuVmm {
         })
     }
 
-    async fn start_save(&self, _live: bool, budget: Budget) -> Result<SaveStream, VmmError> {
+    async fn start_save(&self, _live: bool, budget: Budget) -> Result<SaveStreams, VmmError> {
         let call = "start_save";
-        self.prepare(call).await?;
+        self.prepare(call, budget.channels).await?;
         self.limit(call, budget).await?;
         let listener = carry::listen(&self.carrier).map_err(|error| carry::failed(call, &error))?;
         let uri = format!("unix:{}", self.carrier.display());
         self.qmp.execute(Migrate { uri }).await.map_err(|error| of_qmp(call, error))?;
-        let accepted = timeout(self.deadlines.save, listener.accept()).await;
+        let accepted = timeout(self.deadlines.save, carry::accept(&listener, budget.channels)).await;
         // Nobody else is to connect.
         carry::remove(&self.carrier);
-        let (stream, _) = match accepted {
+        let (main, more) = match accepted {
             Ok(accepted) => accepted.map_err(|error| carry::failed(call, &error))?,
             Err(_) => return Err(VmmError::Deadline { call: "migrate", limit: self.deadlines.save }),
         };
-        let Carried { pieces, replies } = carry::save(stream);
+        let Carried { pieces, replies } = carry::save(main);
         *locked(&self.to_qemu) = Some(replies);
-        Ok(pieces)
+        Ok(std::iter::once(pieces).chain(more.into_iter().map(carry::save_channel)).collect())
     }
 
     async fn converged(&self, copy: Copying) -> Result<(), VmmError> {
@@ -258,7 +271,7 @@ impl Vmm for QemuVmm {
         let stands = self.until(call, |status| *status == MigrationStatus::PreSwitchover);
         tokio::pin!(stands);
         let mut course = Convergence::new(copy.budget);
-        let mut wire = Throughput::new(copy.budget.bandwidth_bytes_per_second);
+        let mut wire = Throughput::new(&copy.budget);
         let began = Instant::now();
         let mut looks = interval(LOOK_EVERY);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -345,9 +358,10 @@ impl Vmm for QemuVmm {
             .map(drop)
     }
 
-    async fn start_load(&self, state: LoadStream) -> Result<(), VmmError> {
+    async fn start_load(&self, state: Vec<LoadStream>) -> Result<(), VmmError> {
         let call = "start_load";
-        self.prepare(call).await?;
+        let channels = u8::try_from(state.len().saturating_sub(1)).unwrap_or(u8::MAX);
+        self.prepare(call, channels).await?;
         carry::remove(&self.carrier);
         let uri = format!("unix:{}", self.carrier.display());
         // A twin that cannot load is to say why, and not to end.
@@ -355,10 +369,9 @@ impl Vmm for QemuVmm {
         let arguments =
             if self.qmp.version().qemu.at_least(9, 1) { quiet } else { serde_json::json!({"uri": uri}) };
         self.qmp.raw("migrate-incoming", arguments).await.map_err(|error| of_qmp(call, error))?;
-        let connected = carry::connect(&self.carrier).await;
+        let loaded = carry::load_all(&self.carrier, state, &self.from_qemu.0).await;
         carry::remove(&self.carrier);
-        let stream = connected.map_err(|error| carry::failed(call, &error))?;
-        match carry::load(stream, state, self.from_qemu.0.clone()).await {
+        match loaded {
             Ok(()) => Ok(()),
             Err(error) => Err(self.why_load_failed(format!("QEMU stopped taking its state: {error}")).await),
         }

@@ -10,6 +10,8 @@
 
 use std::time::Duration;
 
+use crate::vmm::budget::Budget;
+
 /// What is reckoned with in the first pass, in bytes per second: what is left at its beginning is then more than fits any budget, unless
 /// it is little by any measure.
 const FIRST_PASS: u64 = 1 << 20;
@@ -23,7 +25,7 @@ pub(super) struct Counted {
     pub(super) elapsed: Duration,
     /// Bytes that the transport has taken.
     pub(super) bytes: u64,
-    /// How long the stream has waited for the transport.
+    /// How long the streams have waited for the transport, all together.
     pub(super) waited: Duration,
     /// QEMU is still in its first pass.
     pub(super) first_pass: bool,
@@ -34,6 +36,8 @@ pub(super) struct Counted {
 pub(super) struct Throughput {
     /// It may not take more.
     allowed: u64,
+    /// Over how many streams it is spread.
+    streams: u32,
     last: Counted,
     /// The wire was the slower part in the interval before.
     was_full: bool,
@@ -42,10 +46,13 @@ pub(super) struct Throughput {
 }
 
 impl Throughput {
-    pub(super) fn new(allowed_bytes_per_second: u64) -> Self {
-        let reckoned = FIRST_PASS.min(allowed_bytes_per_second);
+    pub(super) fn new(budget: &Budget) -> Self {
+        let allowed = budget.bandwidth_bytes_per_second;
+        let reckoned = FIRST_PASS.min(allowed);
         Self {
-            allowed: allowed_bytes_per_second,
+            allowed,
+            // With several, the main one has next to nothing to carry.
+            streams: budget.channels.max(1).into(),
             last: Counted::default(),
             was_full: false,
             measured: None,
@@ -78,7 +85,7 @@ impl Throughput {
         if took < INTERVAL {
             return;
         }
-        let full = now.waited.saturating_sub(self.last.waited) >= took / 2;
+        let full = now.waited.saturating_sub(self.last.waited) >= took * self.streams / 2;
         // The first full interval filled the buffers on the way, too, and says more than the wire carries.
         if full && self.was_full {
             let bytes = u128::from(now.bytes.saturating_sub(self.last.bytes));
@@ -97,6 +104,10 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
 
+    fn wire(allowed: u64, channels: u8) -> Throughput {
+        Throughput::new(&Budget { bandwidth_bytes_per_second: allowed, channels, ..Budget::default() })
+    }
+
     /// Every half second so many bytes were taken and so much of that time was waited; the pass is the first for `first` of them.
     fn run(throughput: &mut Throughput, intervals: &[(u64, u64)], first: usize) -> Vec<u64> {
         let mut now = throughput.last;
@@ -114,13 +125,13 @@ mod tests {
 
     #[test]
     fn in_the_first_pass_nothing_is_reckoned_with_before_it_was_measured() {
-        let mut wire = Throughput::new(1 << 30);
+        let mut wire = wire(1 << 30, 0);
         assert_eq!(run(&mut wire, &[(0, 0), (90 * MIB, 100), (90 * MIB, 249)], 3), [MIB, MIB, MIB]);
     }
 
     #[test]
     fn a_wire_that_is_slower_than_qemu_is_measured_and_what_filled_the_buffers_is_not() {
-        let mut wire = Throughput::new(1 << 30);
+        let mut wire = wire(1 << 30, 0);
         let slow = [(12 * MIB, 400), (4 * MIB, 500), (4 * MIB, 500), (6 * MIB, 450)];
         assert_eq!(run(&mut wire, &slow, 4), [MIB, 8 * MIB, 8 * MIB, 10 * MIB]);
         // What trickles later says nothing.
@@ -129,27 +140,35 @@ mod tests {
 
     #[test]
     fn a_wire_that_was_never_full_is_as_fast_as_it_may_be_after_the_first_pass() {
-        let mut wire = Throughput::new(1 << 30);
+        let mut wire = wire(1 << 30, 0);
         assert_eq!(run(&mut wire, &[(90 * MIB, 10), (MIB, 0)], 1), [MIB, 1 << 30]);
     }
 
     #[test]
     fn no_more_is_reckoned_with_than_may_be_taken() {
-        let mut wire = Throughput::new(3 * MIB);
+        let mut wire = wire(3 * MIB, 0);
         assert_eq!(run(&mut wire, &[(9 * MIB, 500), (9 * MIB, 500)], 2), [MIB, 3 * MIB]);
-        assert_eq!(Throughput::new(200_000).bytes_per_second(), 200_000);
+        let slower = Throughput::new(&Budget { bandwidth_bytes_per_second: 200_000, ..Budget::default() });
+        assert_eq!(slower.bytes_per_second(), 200_000);
     }
 
     #[test]
     fn a_wire_that_carries_nothing_is_not_divided_by() {
-        let mut wire = Throughput::new(1 << 30);
+        let mut wire = wire(1 << 30, 0);
         assert_eq!(run(&mut wire, &[(0, 500), (0, 500)], 2), [MIB, 1]);
         assert!(!wire.step(wire.last), "no time has passed");
     }
 
     #[test]
+    fn several_streams_are_full_when_they_wait_for_half_of_their_time_together() {
+        let mut four = wire(1 << 30, 4);
+        assert_eq!(run(&mut four, &[(9 * MIB, 900), (9 * MIB, 900)], 2), [MIB, MIB]);
+        assert_eq!(run(&mut four, &[(9 * MIB, 1000), (9 * MIB, 1000)], 2), [MIB, 18 * MIB]);
+    }
+
+    #[test]
     fn small_changes_are_not_worth_telling() {
-        let mut wire = Throughput::new(100 * MIB);
+        let mut wire = wire(100 * MIB, 0);
         run(&mut wire, &[(9 * MIB, 500), (10 * MIB, 500)], 2);
         assert_eq!(wire.bytes_per_second(), 20 * MIB);
         assert_eq!(run(&mut wire, &[(11 * MIB, 500), (16 * MIB, 500)], 2), [20 * MIB, 26 * MIB + MIB / 2]);
