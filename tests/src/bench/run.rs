@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
-use serde_json::json;
+use serde_json::{Value, json};
 use slackwater_api::VMMigration;
 use slackwater_node_agent::vmm::budget::DEFAULT_BANDWIDTH;
 
@@ -17,7 +17,9 @@ const NODES: [&str; 2] = ["node-a", "node-b"];
 /// Of QEMU's plain migration, on the link between the nodes.
 const PLAIN_PORT: u16 = 4444;
 /// What both ends of a plain migration have switched on.
-const PLAIN_CAPABILITIES: [&str; 2] = ["events", "return-path"];
+const PLAIN_ON: [&str; 2] = ["events", "return-path"];
+/// And off: a QEMU that the product has moved has them still.
+const PLAIN_OFF: [&str; 3] = ["pause-before-switchover", "switchover-ack", "late-block-activate"];
 
 /// What is to be measured.
 #[derive(Clone, Debug)]
@@ -117,9 +119,12 @@ impl Bench {
         let watching = self.cluster.watch(way.from, way.to).await?;
         let begin = Instant::now();
         vm.await_migration_and_run(to).await?;
-        let on: Vec<_> = PLAIN_CAPABILITIES.map(|name| json!({"capability": name, "state": true})).to_vec();
+        let switched = |names: &[&str], state: bool| -> Vec<Value> {
+            names.iter().map(|name| json!({"capability": name, "state": state})).collect()
+        };
+        let capabilities = [switched(&PLAIN_ON, true), switched(&PLAIN_OFF, false)].concat();
         for node in [from, to] {
-            vm.execute(node, "migrate-set-capabilities", json!({ "capabilities": on })).await?;
+            vm.execute(node, "migrate-set-capabilities", json!({ "capabilities": capabilities })).await?;
         }
         let parameters = json!({
             "downtime-limit": self.plan.downtime_limit_ms,
