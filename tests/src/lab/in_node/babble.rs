@@ -20,6 +20,8 @@ enum Babble {
     Endless,
     /// A greeting, and then one line without an end: it holds up who has trusted it already.
     GreetedEndless,
+    /// Nothing: as a monitor that serves somebody else.
+    Silent,
 }
 
 const GREETING: &[u8] = br#"{"QMP": {"version": {"qemu": {"micro": 2, "minor": 0, "major": 10}, "package": ""}, "capabilities": []}}
@@ -31,7 +33,8 @@ pub(super) fn serve(socket: &str, what: &str) -> anyhow::Result<()> {
         "garbage" => Babble::Garbage,
         "endless" => Babble::Endless,
         "greeted-endless" => Babble::GreetedEndless,
-        _ => bail!("{what:?} is nothing to say: garbage, endless or greeted-endless would be"),
+        "silent" => Babble::Silent,
+        _ => bail!("{what:?} is nothing to say: garbage, endless, greeted-endless or silent would be"),
     };
     // Nobody may connect before the mode is right: it gets its name when it is.
     let unnamed = format!("{socket}.new");
@@ -54,6 +57,7 @@ fn say(mut stream: UnixStream, babble: Babble) -> std::io::Result<()> {
     let piece: Vec<u8> = match babble {
         Babble::Garbage => b"\x80\xff{not json]\n".repeat(64),
         Babble::Endless | Babble::GreetedEndless => vec![b'x'; 64 << 10],
+        Babble::Silent => return std::io::copy(&mut stream, &mut std::io::sink()).map(drop),
     };
     if matches!(babble, Babble::GreetedEndless) {
         stream.write_all(GREETING)?;
