@@ -139,7 +139,10 @@ impl Bench {
         let answer = from.exec_for(&command, b"", SOON).await?.success()?;
         let qemu = QemuTimes::of_answer(&serde_json::from_str(&answer)?)?;
         let status = vm.execute(to, "query-status", json!({})).await?;
-        ensure!(status["status"] == "running", "the destination's QEMU does not run: {status}");
+        ensure!(
+            status.get("status") == Some(&json!("running")),
+            "the destination's QEMU does not run: {status}"
+        );
         let total_ms = milliseconds(begin.elapsed());
         let [source, destination] = self.traces(&watching, way, devices).await?;
         let kernels = Blackout::of(&source, &destination)?;

@@ -116,7 +116,7 @@ async fn with_twin(cluster: &Cluster, change: impl Fn(&mut Vec<Value>)) {
     let path = format!("{}/vm.json", vm.directory());
     vm.publish(node).await.unwrap();
     let mut json: Value = serde_json::from_slice(&node.get(&path).await.unwrap()).unwrap();
-    change(json["twin"]["args"].as_array_mut().unwrap());
+    change(json.pointer_mut("/twin/args").unwrap().as_array_mut().unwrap());
     node.put(&format!("{path}.new"), 0o600, &serde_json::to_vec(&json).unwrap()).await.unwrap();
     node.shell(&format!("mv {path}.new {path}")).await.unwrap();
 }
