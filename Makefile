@@ -68,6 +68,12 @@ linux-guest: rust ## a Linux in a VM of QEMU's moves ten times, talking through 
 	SLACKWATER_LINUX_MIGRATIONS="$(or $(MIGRATIONS),10)" \
 	  cargo test --locked --package slackwater-tests --test migration $(faults) -- --ignored --nocapture a_linux
 
+.PHONY: bench-qemu
+bench-qemu: rust ## QEMU's plain migration and Slackwater's, side by side (BENCH="--rounds 10 --guest linux": other arguments)
+	"$(install)" host-packages node-kernel kubernetes kubectl-helm
+	$(cargo) build --locked --release $(programs)
+	"$(CARGO_TARGET_DIR)/release/slackwater-bench-qemu" --json "$(CARGO_TARGET_DIR)/bench-qemu.json" $(BENCH)
+
 .PHONY: lint
 lint: rust rust-components ## format, lints, and what the dependencies may be
 	"$(install)" cargo-deny

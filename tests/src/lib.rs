@@ -2,6 +2,7 @@
 //! Kubernetes control plane, a small virtual machine monitor whose VM is moved, and the kernel's own trace as a witness of what
 //! happened.
 
+pub mod bench;
 pub mod cluster;
 pub mod faults;
 pub mod guests;

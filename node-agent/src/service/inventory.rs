@@ -1,15 +1,17 @@
 //! What there is on the node: VMs, devices, who holds them, and what stands in a migration's way.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use futures::future::join_all;
 use slackwater_proto::node::{DeviceDescription, NodeDescription, VmDescription, VmRef, VmState};
 use tokio::sync::{Mutex, watch};
 use tracing::warn;
 
+use super::connections::Connections;
 use super::registry::Registry;
 use super::{NodeConfig, blockers, borrowing, request};
 use crate::host::devices::{Device, vfio_devices};
@@ -29,8 +31,7 @@ pub struct Inventory {
     config: NodeConfig,
     registry: Arc<Registry>,
     vms: VmWatch,
-    /// Connections to VMMs, by socket, so that not every look connects anew.
-    vmms: Mutex<HashMap<PathBuf, Arc<dyn LocalVmm>>>,
+    vmms: Connections<Arc<dyn LocalVmm>>,
     /// Held while a free device is probed: a reservation waits for it, and the twin then finds the device closed.
     features: Mutex<HashMap<FeatureKey, Features>>,
     ended: watch::Sender<u64>,
@@ -49,7 +50,7 @@ pub struct LookError(String);
 impl Inventory {
     /// A node whose VMs are watched.
     pub fn new(config: NodeConfig, registry: Arc<Registry>, vms: VmWatch) -> Self {
-        let (vmms, features, ended) = (Mutex::default(), Mutex::default(), watch::Sender::new(0));
+        let (vmms, features, ended) = (Connections::default(), Mutex::default(), watch::Sender::new(0));
         Self { config, registry, vms, vmms, features, ended, asking_again: AtomicBool::new(false) }
     }
 
@@ -69,8 +70,8 @@ impl Inventory {
         let entries = self.vms.list().borrow().clone();
         let mut vms = Vec::with_capacity(entries.len());
         let mut used = HashMap::new();
-        for entry in &entries {
-            let vm = self.describe_vm(entry, &devices).await;
+        // Beside each other: one that does not answer takes as long as it may.
+        for vm in join_all(entries.iter().map(|entry| self.describe_vm(entry, &devices))).await {
             if let Some(name) = &vm.vm {
                 let holder = format!("VM {}/{}", name.namespace, name.name);
                 used.extend(vm.devices.iter().map(|device| (device.clone(), holder.clone())));
@@ -251,25 +252,26 @@ impl Inventory {
     /// # Errors
     /// If it does not answer.
     pub async fn vmm(self: &Arc<Self>, vm: &KnownVm) -> Result<(Arc<dyn LocalVmm>, Description), VmmError> {
-        let mut vmms = self.vmms.lock().await;
-        if let Some(vmm) = vmms.get(&vm.socket) {
+        let slot = self.vmms.slot(&vm.socket);
+        let mut known = slot.lock().await;
+        if let Some(vmm) = known.as_ref() {
             match vmm.describe().await {
                 Ok(description) => return Ok((Arc::clone(vmm), description)),
                 // Another VMM may serve the socket by now.
-                Err(_) => vmms.remove(&vm.socket),
-            };
+                Err(_) => *known = None,
+            }
         }
         let vmm = vmm::connect(&vm.json.vmm, &vm.socket, self.config.deadlines).await?;
         let description = vmm.describe().await?;
-        vmms.insert(vm.socket.clone(), Arc::clone(&vmm));
+        *known = Some(Arc::clone(&vmm));
         let (inventory, watched) = (Arc::downgrade(self), Arc::clone(&vmm));
-        let socket = vm.socket.clone();
+        drop(known);
         tokio::spawn(async move {
             watched.exited().await;
             if let Some(inventory) = inventory.upgrade() {
-                let mut vmms = inventory.vmms.lock().await;
-                if vmms.get(&socket).is_some_and(|known| Arc::ptr_eq(known, &watched)) {
-                    vmms.remove(&socket);
+                let mut known = slot.lock().await;
+                if known.as_ref().is_some_and(|known| Arc::ptr_eq(known, &watched)) {
+                    *known = None;
                 }
                 inventory.ended.send_modify(|count| *count += 1);
             }

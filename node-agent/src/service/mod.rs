@@ -2,6 +2,7 @@
 
 mod blockers;
 mod borrowing;
+mod connections;
 pub mod inventory;
 mod journalling;
 pub mod node;

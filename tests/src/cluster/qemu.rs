@@ -64,6 +64,8 @@ pub struct QemuVm {
     pub migration_events: bool,
     /// Whether it has the lab's shared disk.
     pub shared_disk: bool,
+    /// Whether the lab has a monitor of its own: the agent keeps the other one.
+    pub second_monitor: bool,
 }
 
 /// What differs from one QEMU of a VM's to the other.
@@ -105,6 +107,7 @@ impl QemuVm {
             access: DeviceAccess::Iommufd,
             migration_events: false,
             shared_disk: false,
+            second_monitor: false,
         }
     }
 
@@ -146,6 +149,13 @@ impl QemuVm {
     #[must_use]
     pub fn with_shared_disk(mut self) -> Self {
         self.shared_disk = true;
+        self
+    }
+
+    /// The same, with a monitor that is the lab's while the agent has the other one.
+    #[must_use]
+    pub fn with_second_monitor(mut self) -> Self {
+        self.second_monitor = true;
         self
     }
 
@@ -194,6 +204,12 @@ impl QemuVm {
         format!("{}/qmp.sock", self.directory())
     }
 
+    /// The QMP socket by which the lab tells it something.
+    #[must_use]
+    pub fn monitor(&self) -> String {
+        if self.second_monitor { format!("/run/slackwater-lab/{}.qmp", self.name) } else { self.socket() }
+    }
+
     /// Where its QEMU in a node adds to what the guest says.
     #[must_use]
     pub fn debug_file(&self) -> String {
@@ -228,6 +244,9 @@ impl QemuVm {
         }
         for (name, which) in self.device_names().iter().zip(&place.devices) {
             list.extend(["-device".to_owned(), self.device(name, which)]);
+        }
+        if self.second_monitor {
+            list.extend(words(&format!("-qmp unix:{},server=on,wait=off", self.monitor())));
         }
         list.extend(["-qmp".to_owned(), format!("unix:{},server=on,wait=off", place.socket)]);
         list
@@ -280,6 +299,14 @@ impl QemuVm {
         self.forget_words(node).await?;
         self.spawn(node, &[]).await?;
         self.until_counted(node, 1).await?;
+        self.publish(node).await
+    }
+
+    /// Makes the VM known that runs in a node: writes its `vm.json`.
+    ///
+    /// # Errors
+    /// When the node cannot be reached.
+    pub async fn publish(&self, node: &Node) -> anyhow::Result<()> {
         // Whole at once: the agent watches.
         let directory = self.directory();
         let text = serde_json::to_vec_pretty(&self.json())?;
@@ -294,6 +321,19 @@ impl QemuVm {
     /// When it does not come up.
     pub async fn await_migration(&self, node: &Node) -> anyhow::Result<()> {
         self.spawn(node, &["-S", "-incoming", "defer"]).await?;
+        self.until_answers(node).await
+    }
+
+    /// The same, but it will run as soon as it is loaded, as a QEMU does that is nobody's twin.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub async fn await_migration_and_run(&self, node: &Node) -> anyhow::Result<()> {
+        self.spawn(node, &["-incoming", "defer"]).await?;
+        self.until_answers(node).await
+    }
+
+    async fn until_answers(&self, node: &Node) -> anyhow::Result<()> {
         self.until(node, "answer", || async {
             self.execute(node, "query-status", json!({})).await.ok().map(drop)
         })
@@ -423,7 +463,7 @@ impl QemuVm {
     /// When there is none, or it refuses.
     pub async fn execute(&self, node: &Node, command: &str, arguments: Value) -> anyhow::Result<Value> {
         let arguments = arguments.to_string();
-        let list = ["slackwater-lab-node", "qmp", &self.socket(), command, &arguments];
+        let list = ["slackwater-lab-node", "qmp", &self.monitor(), command, &arguments];
         Ok(serde_json::from_str(&node.exec(&list).await?.success()?)?)
     }
 

@@ -8,6 +8,7 @@ mod damaged;
 mod interrupted;
 mod moved;
 mod qemu;
+mod qemu_faults;
 mod refused;
 
 use slackwater_api::VMMigration;

@@ -1,4 +1,4 @@
-//! One command for a QEMU in the node, by its machine protocol.
+//! One command for a QEMU in the node, by its machine protocol, or one migration from its begin to its end.
 
 use std::{
     io::{BufRead, BufReader, Lines, Write},
@@ -16,6 +16,33 @@ pub(super) fn execute(socket: &str, command: &str, arguments: &str) -> anyhow::R
     ask(&stream, &mut lines, "qmp_capabilities", &json!({}))?;
     println!("{}", ask(&stream, &mut lines, command, &serde_json::from_str(arguments)?)?);
     Ok(())
+}
+
+/// Begins a migration, waits for its end without asking meanwhile, and prints what `query-migrate` says then. The migration's events
+/// must be switched on.
+pub(super) fn migrate(socket: &str, uri: &str) -> anyhow::Result<()> {
+    let stream = UnixStream::connect(socket).with_context(|| format!("connecting to {socket}"))?;
+    let mut lines = BufReader::new(stream.try_clone()?).lines();
+    ask(&stream, &mut lines, "qmp_capabilities", &json!({}))?;
+    ask(&stream, &mut lines, "migrate", &json!({ "uri": uri }))?;
+    let mut said = ask(&stream, &mut lines, "query-migrate", &json!({}))?;
+    while !is_over(&said) {
+        let line = lines.next().context("the connection was closed during the migration")??;
+        let event: Value = serde_json::from_str(&line)?;
+        let ended = event.get("event").is_some_and(|name| name == "MIGRATION")
+            && event.get("data").is_some_and(is_over);
+        if ended {
+            said = ask(&stream, &mut lines, "query-migrate", &json!({}))?;
+        }
+    }
+    println!("{said}");
+    Ok(())
+}
+
+/// Whether a migration with this status has ended.
+fn is_over(said: &Value) -> bool {
+    let status = said.get("status").and_then(Value::as_str);
+    status.is_some_and(|status| matches!(status, "completed" | "failed" | "cancelled"))
 }
 
 fn ask(
