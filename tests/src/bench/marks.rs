@@ -372,7 +372,7 @@ mod tests {
             ended_ns: at_ns,
         };
         before.devices.get_mut("d0").unwrap().changes.push(reset(90 * MS));
-        after.devices.get_mut("d0").unwrap().changes.insert(0, reset(0));
+        after.devices.get_mut("d0").unwrap().changes.push(reset(90 * MS));
         assert_eq!(Blackout::of(&before, &after), Blackout::of(&source(), &checked()));
     }
 
