@@ -11,7 +11,7 @@ use tokio::sync::{Mutex, watch};
 use tracing::warn;
 
 use super::registry::Registry;
-use super::{NodeConfig, blockers, borrowing, request};
+use super::{NodeConfig, blockers, borrowing, preflight, request, watching};
 use crate::host::devices::{Device, vfio_devices};
 use crate::host::holders::Holders;
 use crate::host::node::kernel;
@@ -202,7 +202,13 @@ impl Inventory {
                         RunState::Paused | RunState::Incoming => VmState::Paused,
                     }
                     .into(),
-                    blockers: blockers::of_vm(description.run_state, &features),
+                    blockers: blockers::of_vm(
+                        description.run_state,
+                        &features,
+                        vmm.driver(),
+                        &description.blocked,
+                    ),
+                    qemu: vmm.facts().map(|facts| preflight::to_wire(&facts)),
                     devices: description.devices.into_iter().map(|device| device.name).collect(),
                     ram_bytes: description.ram_bytes,
                     ..VmDescription::default()
@@ -233,7 +239,7 @@ impl Inventory {
             tokio::time::sleep(ASK_AGAIN).await;
             if let Some(inventory) = inventory.upgrade() {
                 inventory.asking_again.store(false, Ordering::Relaxed);
-                inventory.ended.send_modify(|count| *count += 1);
+                inventory.look_again();
             }
         });
     }
@@ -263,18 +269,26 @@ impl Inventory {
         let description = vmm.describe().await?;
         vmms.insert(vm.socket.clone(), Arc::clone(&vmm));
         let (inventory, watched) = (Arc::downgrade(self), Arc::clone(&vmm));
-        let socket = vm.socket.clone();
-        tokio::spawn(async move {
-            watched.exited().await;
-            if let Some(inventory) = inventory.upgrade() {
-                let mut vmms = inventory.vmms.lock().await;
-                if vmms.get(&socket).is_some_and(|known| Arc::ptr_eq(known, &watched)) {
-                    vmms.remove(&socket);
-                }
-                inventory.ended.send_modify(|count| *count += 1);
-            }
-        });
+        watching::start(inventory, vm.socket.clone(), watched, description.blocked.clone());
         Ok((vmm, description))
+    }
+
+    /// Whether it is the VMM that is asked when this socket's VM is looked at.
+    pub(super) async fn is_known(&self, socket: &Path, vmm: &Arc<dyn LocalVmm>) -> bool {
+        self.vmms.lock().await.get(socket).is_some_and(|known| Arc::ptr_eq(known, vmm))
+    }
+
+    /// Its process has ended.
+    pub(super) async fn forget(&self, socket: &Path, vmm: &Arc<dyn LocalVmm>) {
+        let mut vmms = self.vmms.lock().await;
+        if vmms.get(socket).is_some_and(|known| Arc::ptr_eq(known, vmm)) {
+            vmms.remove(socket);
+        }
+    }
+
+    /// Something is otherwise than at the last look.
+    pub(super) fn look_again(&self) {
+        self.ended.send_modify(|count| *count += 1);
     }
 }
 
