@@ -23,10 +23,17 @@ pub(super) fn of_vm(
         let message = "the VM does not run: somebody has paused it, and a migration would resume it";
         found.push(blocker("VMPaused", message.to_owned(), false));
     }
+    found.extend(of_devices(devices, driver));
+    // Last: what the agent knows of the devices says more than the VMM's word on the same.
     if !blocked.is_empty() {
         let words: Vec<&str> = blocked.iter().map(|words| words.trim_end_matches('.')).collect();
         found.push(blocker("MigrationBlocked", format!("QEMU would refuse it: {}", words.join("; ")), false));
     }
+    found
+}
+
+fn of_devices(devices: &[DeviceFeatures], driver: Driver) -> Vec<Blocker> {
+    let mut found = Vec::new();
     let mut features = Vec::new();
     for (name, known) in devices {
         match known {
@@ -50,7 +57,10 @@ pub(super) fn of_vm(
         Ok(_) => {}
         Err(NoStopPlan::NotMigratable(indices)) => found.push(blocker(
             "DeviceNotMigratable",
-            format!("{}: the driver does not advertise STOP_COPY, so the state cannot be read", named(&indices)),
+            format!(
+                "{}: the driver does not advertise STOP_COPY, so the state cannot be read",
+                named(&indices)
+            ),
             false,
         )),
         Err(NoStopPlan::PeerToPeerUnsupported(indices)) => {
@@ -95,13 +105,15 @@ mod tests {
 
     #[test]
     fn what_qemu_says_by_itself_is_told_in_its_words() {
-        let blocked = ["0000:3b:00.2: VFIO migration is not supported in kernel.".to_owned(), "no".to_owned()];
+        let blocked =
+            ["0000:3b:00.2: VFIO migration is not supported in kernel.".to_owned(), "no".to_owned()];
         let found = of_vm(RunState::Running, &[device("a", Ok(Features::ALL))], Driver::Vmm, &blocked);
         assert_eq!(
             found,
             [Blocker {
                 reason: "MigrationBlocked".to_owned(),
-                message: "QEMU would refuse it: 0000:3b:00.2: VFIO migration is not supported in kernel; no".to_owned(),
+                message: "QEMU would refuse it: 0000:3b:00.2: VFIO migration is not supported in kernel; no"
+                    .to_owned(),
                 lifted_by_assume_isolated: false,
             }]
         );
@@ -112,6 +124,10 @@ mod tests {
         let devices = [device("a", Ok(Features::ALL)), device("b", Ok(NO_P2P))];
         let found = of_vm(RunState::Running, &devices, Driver::Vmm, &[]);
         assert_eq!((found.len(), found[0].lifted_by_assume_isolated), (1, false));
+        // Its own word on the same comes behind it.
+        let reasons = of_vm(RunState::Running, &devices, Driver::Vmm, &["no P2P".to_owned()]);
+        let reasons: Vec<&str> = reasons.iter().map(|blocker| blocker.reason.as_str()).collect();
+        assert_eq!(reasons, ["PeerToPeerUnsupported", "MigrationBlocked"]);
         assert!(found[0].message.ends_with("AssumeIsolated does not change that"), "{found:?}");
     }
 

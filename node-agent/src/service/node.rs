@@ -20,8 +20,8 @@ use tokio::sync::Mutex;
 use tracing::{error, info, warn};
 
 use super::inventory::Inventory;
-use super::recovery;
 use super::preflight::Preflight;
+use super::recovery;
 use super::registry::{Part, Registry, Stale};
 use super::{NodeConfig, borrowing, journalling, request, reservation};
 use crate::handover::entry::word_of;
@@ -343,7 +343,8 @@ fn precondition(error: impl std::error::Error) -> Status {
 
 /// The same but for who asks, and what that one knows of the source's QEMU: a new operator may join what an older one has begun.
 fn same_reservation(earlier: &ReserveRequest, given: &ReserveRequest) -> bool {
-    let matters = |request: &ReserveRequest| ReserveRequest { migration: None, qemu: None, ..request.clone() };
+    let matters =
+        |request: &ReserveRequest| ReserveRequest { migration: None, qemu: None, ..request.clone() };
     matters(earlier) == matters(given)
 }
 

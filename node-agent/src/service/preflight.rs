@@ -48,6 +48,8 @@ impl Preflight {
         let prober = Prober {
             launcher: launcher(),
             cgroup_root: config.cgroup_root.clone(),
+            // Twins' names have a dot.
+            cgroup_name: "probe".to_owned(),
             run_dir: config.run_dir.clone(),
             limit: PROBE_LIMIT,
         };
@@ -99,13 +101,17 @@ impl Preflight {
                 let offer = self.offer(&plan.program, accelerator, oldest).await.map(|offer| {
                     // Another accelerator's features say nothing.
                     let comparable = facts.accelerator == Some(accelerator);
-                    Offer { cpu_features: offer.cpu_features.clone().filter(|_| comparable), ..(*offer).clone() }
+                    Offer {
+                        cpu_features: offer.cpu_features.clone().filter(|_| comparable),
+                        ..(*offer).clone()
+                    }
                 });
                 let (program, why) = (plan.program.display().to_string(), no_kvm.as_deref());
                 compare(&facts, offer.as_ref().map_err(String::as_str), &program, &plan.arguments, why)
             }
             None => {
-                let nothing = "version, machine type and CPU: the source's agent has not told what its QEMU is";
+                let nothing =
+                    "version, machine type and CPU: the source's agent has not told what its QEMU is";
                 Verdict { not_compared: vec![nothing.to_owned()], ..Verdict::default() }
             }
         };
@@ -136,7 +142,8 @@ impl Preflight {
             }
             let began = Instant::now();
             let offer = prober.ask(&asked.program, accelerator).await.map_err(|error| error.to_string())?;
-            let (took, features) = (began.elapsed(), offer.cpu_features.as_ref().map(|features| features.len()));
+            let (took, features) =
+                (began.elapsed(), offer.cpu_features.as_ref().map(|features| features.len()));
             info!(program = %asked.program.display(), ?accelerator, version = offer.version, features, ?took, "a QEMU has told what it can do");
             let offer = Arc::new(offer);
             known.retain(|other, _| (&other.program, other.accelerator) != (&asked.program, accelerator));

@@ -14,7 +14,12 @@ const ASK_EVERY: Duration = Duration::from_secs(3);
 
 /// Lets the VMM tell what it is, asks it now and then what blocks a migration, and forgets it when its process has ended. `blocked` is
 /// what it has said so far.
-pub(super) fn start(inventory: Weak<Inventory>, socket: PathBuf, vmm: Arc<dyn LocalVmm>, blocked: Vec<String>) {
+pub(super) fn start(
+    inventory: Weak<Inventory>,
+    socket: PathBuf,
+    vmm: Arc<dyn LocalVmm>,
+    blocked: Vec<String>,
+) {
     tokio::spawn(async move {
         tokio::select! {
             () = vmm.exited() => {}

@@ -267,8 +267,7 @@ mod tests {
         let accepted = Accepted::read("demo", "u-1", &status).unwrap();
         let migrate = accepted.migrate();
         let qemu = proto::QemuDescription { version: "10.0.2".into(), ..Default::default() };
-        let vm =
-            Vm { vm_json: "{}".into(), qemu: Some(Box::new(qemu.clone())), ..Vm::default() };
+        let vm = Vm { vm_json: "{}".into(), qemu: Some(Box::new(qemu.clone())), ..Vm::default() };
         let reserve = accepted.reserve(&vm);
         assert_eq!((reserve.vm_json.as_str(), reserve.qemu), ("{}", Some(qemu)));
         assert_eq!(migrate.migration, reserve.migration);

@@ -62,6 +62,8 @@ pub struct QemuVm {
     pub migration_events: bool,
     /// Whether it has the lab's shared disk.
     pub shared_disk: bool,
+    /// Further arguments, without braces.
+    pub more: Vec<String>,
 }
 
 /// What differs from one QEMU of a VM's to the other.
@@ -101,6 +103,7 @@ impl QemuVm {
             access: DeviceAccess::Iommufd,
             migration_events: false,
             shared_disk: false,
+            more: Vec::new(),
         }
     }
 
@@ -137,6 +140,16 @@ impl QemuVm {
         self.shared_disk = true;
         self
     }
+
+    /// The same with a second monitor, for the test's own commands: [`QemuVm::SECOND_MONITOR`].
+    #[must_use]
+    pub fn with_second_monitor(mut self) -> Self {
+        self.more.extend(["-qmp".to_owned(), format!("unix:{},server=on,wait=off", Self::SECOND_MONITOR)]);
+        self
+    }
+
+    /// Where that is.
+    pub const SECOND_MONITOR: &'static str = "/run/slackwater-lab/second.sock";
 
     /// Adds to the nodes' image what the VM needs. The nodes need more memory for it: [`QemuVm::node_memory_mib`].
     ///
@@ -212,6 +225,7 @@ impl QemuVm {
             list.extend(words(&format!("-drive if=none,id=shared,driver=raw,{file},cache.direct=on")));
             list.extend(words("-device virtio-blk-pci,drive=shared"));
         }
+        list.extend(self.more.iter().cloned());
         if self.access == DeviceAccess::Iommufd {
             list.extend(words("-object iommufd,id=iommufd0"));
         }

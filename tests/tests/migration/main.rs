@@ -8,6 +8,7 @@ mod damaged;
 mod interrupted;
 mod moved;
 mod qemu;
+mod qemu_preflight;
 mod refused;
 
 use slackwater_api::VMMigration;

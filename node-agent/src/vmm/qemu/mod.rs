@@ -455,11 +455,19 @@ impl LocalVmm for QemuVmm {
         match facts::collect(&self.qmp).await {
             Ok(facts) => {
                 let (took, features) = (began.elapsed(), facts.cpu_features.len());
-                info!(pid = self.pid(), ?took, features, machine = facts.machine_type, "QEMU has told what it is");
+                info!(
+                    pid = self.pid(),
+                    ?took,
+                    features,
+                    machine = facts.machine_type,
+                    "QEMU has told what it is"
+                );
                 // It is there already if somebody else has asked, too.
                 let _ = self.facts.set(facts);
             }
-            Err(error) => warn!(pid = self.pid(), %error, "QEMU does not tell what it is, so targets cannot be compared with it"),
+            Err(error) => {
+                warn!(pid = self.pid(), %error, "QEMU does not tell what it is, so targets cannot be compared with it")
+            }
         }
     }
 

@@ -34,7 +34,9 @@ pub fn compare(
             verdict.findings.push(Finding::new(Kind::AcceleratorMissing, message));
         }
         (None, _) => {
-            verdict.not_compared.push("the CPU: the source has named an accelerator that is not known here".to_owned());
+            verdict
+                .not_compared
+                .push("the CPU: the source has named an accelerator that is not known here".to_owned());
         }
         _ => {}
     }
@@ -283,7 +285,8 @@ mod tests {
 
     #[test]
     fn everything_is_told_at_once_and_the_gravest_first() {
-        let source = Facts { cpu_features: features(&["gfni"]), machine_type: "pc-q35-11.0".to_owned(), ..facts() };
+        let source =
+            Facts { cpu_features: features(&["gfni"]), machine_type: "pc-q35-11.0".to_owned(), ..facts() };
         let old = Offer { version: "9.1.0".to_owned(), ..offer() };
         let kinds: Vec<Kind> =
             compare(&source, Ok(&old), PROGRAM, &q35(), Some("x")).findings.iter().map(|f| f.kind).collect();

@@ -50,11 +50,7 @@ async fn cpu_features(qmp: &QmpClient) -> Result<BTreeSet<String>, QmpError> {
     Ok(set)
 }
 
-async fn which_are_set(
-    qmp: &QmpClient,
-    cpu: &str,
-    names: Vec<String>,
-) -> Result<BTreeSet<String>, QmpError> {
+async fn which_are_set(qmp: &QmpClient, cpu: &str, names: Vec<String>) -> Result<BTreeSet<String>, QmpError> {
     let ask = |name: String| async move {
         match get(qmp, cpu, &name).await {
             Ok(value) => Ok((value == Value::Bool(true)).then(|| features::plain(&name))),
@@ -66,7 +62,12 @@ async fn which_are_set(
             Err(error) => Err(error),
         }
     };
-    stream::iter(names).map(ask).buffered(AT_ONCE).try_filter_map(|found| async { Ok(found) }).try_collect().await
+    stream::iter(names)
+        .map(ask)
+        .buffered(AT_ONCE)
+        .try_filter_map(|found| async { Ok(found) })
+        .try_collect()
+        .await
 }
 
 async fn get(qmp: &QmpClient, path: &str, property: &str) -> Result<Value, QmpError> {

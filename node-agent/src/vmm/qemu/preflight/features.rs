@@ -14,7 +14,8 @@ const OF_THE_DEVICE: [&str; 4] = ["realized", "hotplugged", "hotpluggable", "sta
 
 /// What `-cpu max` leaves out although any node can give it (`no_autoenable_flags` of target/i386/cpu.c), or what follows from
 /// `-smp` and `-machine` and not from the node: the twin has the same arguments.
-const OF_THE_ARGUMENTS: [&str; 5] = ["ht", "cmp-legacy", "topoext", "kvm-hint-dedicated", "kvm-msi-ext-dest-id"];
+const OF_THE_ARGUMENTS: [&str; 5] =
+    ["ht", "cmp-legacy", "topoext", "kvm-hint-dedicated", "kvm-msi-ext-dest-id"];
 
 /// A feature's name by which ends are compared: QEMU has `sse4.1`, `sse4_1` and `sse4-1` for the same bit.
 pub(super) fn plain(name: &str) -> String {

@@ -13,7 +13,19 @@ use super::{Finding, Kind};
 
 /// Options whose value is a file.
 const FILE_OPTIONS: [&str; 13] = [
-    "kernel", "initrd", "dtb", "bios", "pflash", "cdrom", "hda", "hdb", "hdc", "hdd", "fda", "fdb", "readconfig",
+    "kernel",
+    "initrd",
+    "dtb",
+    "bios",
+    "pflash",
+    "cdrom",
+    "hda",
+    "hdb",
+    "hdc",
+    "hdd",
+    "fda",
+    "fdb",
+    "readconfig",
 ];
 /// A file, or a folder in which QEMU makes one.
 const MEMORY_OPTION: &str = "mem-path";
@@ -54,7 +66,8 @@ pub fn named(arguments: &[String]) -> Vec<Named> {
                 Some(json) => of_json(&json, &mut add),
                 None => {
                     // There `file` is the name of another node, and `filename` the file.
-                    let is_node = |key: &str| option == "blockdev" && (key == "file" || key.ends_with(".file"));
+                    let is_node =
+                        |key: &str| option == "blockdev" && (key == "file" || key.ends_with(".file"));
                     let pairs = pairs(value);
                     let files = pairs.iter().filter(|(key, _)| !is_node(key));
                     files.for_each(|(key, value)| add(key, value));
@@ -151,16 +164,23 @@ mod tests {
             (&["-drive", "driver=qcow2,file.driver=file,file.filename=/d/q"], vec![(1, "/d/q")]),
             (&["-blockdev", "driver=file,node-name=n,filename=/d/n"], vec![(1, "/d/n")]),
             (
-                &["-blockdev", r#"{"driver":"qcow2","file":{"driver":"file","filename":"/d/j"},"node-name":"n"}"#],
+                &[
+                    "-blockdev",
+                    r#"{"driver":"qcow2","file":{"driver":"file","filename":"/d/j"},"node-name":"n"}"#,
+                ],
                 vec![(1, "/d/j")],
             ),
-            (&["-object", "memory-backend-file,id=m,mem-path=/dev/hugepages,size=1G"], vec![(1, "/dev/hugepages")]),
+            (
+                &["-object", "memory-backend-file,id=m,mem-path=/dev/hugepages,size=1G"],
+                vec![(1, "/dev/hugepages")],
+            ),
             (&["-mem-path", "/dev/shm/x"], vec![(1, "/dev/shm/x")]),
             (&["-device", "virtio-net-pci,romfile=/roms/a.rom"], vec![(1, "/roms/a.rom")]),
             (&["-fw_cfg", "name=opt/x,file=/d/x"], vec![(1, "/d/x")]),
             (&["-pflash", "/fw/code.fd", "-cdrom", "/iso"], vec![(1, "/fw/code.fd"), (3, "/iso")]),
         ] {
-            let expected: Vec<_> = expected.into_iter().map(|(index, path)| (index, path.to_owned())).collect();
+            let expected: Vec<_> =
+                expected.into_iter().map(|(index, path)| (index, path.to_owned())).collect();
             assert_eq!(paths(arguments), expected, "{arguments:?}");
         }
     }
@@ -196,8 +216,16 @@ mod tests {
         std::fs::write(dir.path().join("there"), "").unwrap();
         let at = dir.path().display();
         let arguments = [
-            "-kernel", "there", "-initrd", &format!("{at}/none"), "-drive", &format!("file={at}/there/below"),
-            "-mem-path", &format!("{at}/made-by-qemu"), "-object", &format!("memory-backend-file,mem-path={at}/no/no"),
+            "-kernel",
+            "there",
+            "-initrd",
+            &format!("{at}/none"),
+            "-drive",
+            &format!("file={at}/there/below"),
+            "-mem-path",
+            &format!("{at}/made-by-qemu"),
+            "-object",
+            &format!("memory-backend-file,mem-path={at}/no/no"),
         ]
         .map(str::to_owned);
         let told: Vec<String> =

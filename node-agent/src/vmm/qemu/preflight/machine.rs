@@ -58,11 +58,7 @@ mod tests {
             of("pc-q35-9.2"),
             of("pc-q35-10.0"),
             of("pc-q35-2.12"),
-            MachineType {
-                alias: Some("pc".to_owned()),
-                is_default: true,
-                ..of("pc-i440fx-10.0")
-            },
+            MachineType { alias: Some("pc".to_owned()), is_default: true, ..of("pc-i440fx-10.0") },
             of("none"),
         ]
     }

@@ -160,6 +160,10 @@ impl Verdict {
 }
 
 #[cfg(test)]
+#[path = "real_tests.rs"]
+mod real;
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
@@ -172,7 +176,8 @@ mod tests {
         let told = "FileMissing: a file is not there; not compared: the CPU".to_owned();
         assert_eq!(one.refusal(), Some((Kind::FileMissing, told)));
         let two = Verdict { findings: vec![older, file], not_compared: Vec::new() };
-        let told = "2 things are in the way: (1) QEMUOlder: it is older; (2) FileMissing: a file is not there";
+        let told =
+            "2 things are in the way: (1) QEMUOlder: it is older; (2) FileMissing: a file is not there";
         assert_eq!(two.refusal(), Some((Kind::QemuOlder, told.to_owned())));
     }
 }

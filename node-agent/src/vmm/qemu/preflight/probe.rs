@@ -25,8 +25,6 @@ use crate::vmm::qemu::qmp::commands::{
 use crate::vmm::qemu::qmp::{QmpClient, QmpError};
 use crate::vmm::server::trust;
 
-/// The only probe's cgroup: twins' names have a dot.
-const CGROUP: &str = "probe";
 /// Its folder in the run directory.
 const FOLDER: &str = "probe";
 /// How long its processes may take to go when they are killed.
@@ -41,6 +39,8 @@ pub struct Prober {
     pub launcher: Vec<OsString>,
     /// Where cgroup v2 is mounted.
     pub cgroup_root: PathBuf,
+    /// The cgroup's name; no twin has it.
+    pub cgroup_name: String,
     /// The agent's run directory.
     pub run_dir: PathBuf,
     /// Within so long it must have answered everything.
@@ -85,7 +85,7 @@ impl Prober {
     /// # Errors
     /// [`CgroupError`]
     pub async fn clear(&self) -> Result<(), CgroupError> {
-        Cgroup::named(&self.cgroup_root, CGROUP)?.clear(GOING).await?;
+        Cgroup::named(&self.cgroup_root, &self.cgroup_name)?.clear(GOING).await?;
         // What cannot be removed is in the way of the next one, which says so.
         let _ = fs::remove_dir_all(self.folder());
         Ok(())
@@ -103,7 +103,7 @@ impl Prober {
         let (folder, log) = (self.folder(), self.log());
         let at = |what: &Path, error: &dyn std::fmt::Display| format!("{}: {error}", what.display());
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder).map_err(|e| at(&folder, &e))?;
-        let cgroup = Cgroup::make(&self.cgroup_root, CGROUP).map_err(|error| words(&error))?;
+        let cgroup = Cgroup::make(&self.cgroup_root, &self.cgroup_name).map_err(|error| words(&error))?;
         let socket = folder.join("qmp.sock");
         // Watched before the start: the socket may be there before anybody looks.
         let changes = FileEvents::watch(&folder).map_err(|error| at(&folder, &error))?;
@@ -169,7 +169,10 @@ async fn ask_on(socket: &Path, changes: &FileEvents, cgroup: &Cgroup) -> Result<
     let processes = cgroup.processes().map_err(|error| words(&error))?;
     let server = qmp.peer().pid().and_then(|pid| u32::try_from(pid).ok());
     if !server.is_some_and(|pid| processes.contains(&pid)) {
-        return Err(format!("{} is served by process {server:?}, which is not the one that was started", socket.display()));
+        return Err(format!(
+            "{} is served by process {server:?}, which is not the one that was started",
+            socket.display()
+        ));
     }
     ask(&qmp).await.map_err(|error| error.to_string())
 }
