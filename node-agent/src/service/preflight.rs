@@ -35,12 +35,15 @@ struct Asked {
     accelerator: Accelerator,
 }
 
+/// When they were asked, and what they have said.
+type Known = HashMap<Asked, (Instant, Arc<Offer>)>;
+
 /// What this node's programs can do, as far as somebody wanted to know.
 pub(super) struct Preflight {
     twin_programs: Vec<PathBuf>,
     prober: Prober,
     /// Held while a program is asked: one at a time.
-    known: Arc<Mutex<HashMap<Asked, (Instant, Arc<Offer>)>>>,
+    known: Arc<Mutex<Known>>,
 }
 
 impl Preflight {
