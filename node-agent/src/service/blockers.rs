@@ -2,7 +2,7 @@
 
 use slackwater_proto::node::Blocker;
 
-use crate::handover::policy::{NoStopPlan, PeerToPeer, stop_plan};
+use crate::handover::policy::{Driver, NoStopPlan, PeerToPeer, stop_plan};
 use crate::vfio::state::Features;
 use crate::vmm::RunState;
 
@@ -10,12 +10,30 @@ use crate::vmm::RunState;
 pub(super) type DeviceFeatures = (String, Result<Features, String>);
 
 /// Everything that stands in the way.
-pub(super) fn of_vm(run_state: RunState, devices: &[DeviceFeatures]) -> Vec<Blocker> {
+///
+/// `driver` is who drives the devices; `blocked` is what the VMM says by itself.
+pub(super) fn of_vm(
+    run_state: RunState,
+    devices: &[DeviceFeatures],
+    driver: Driver,
+    blocked: &[String],
+) -> Vec<Blocker> {
     let mut found = Vec::new();
     if run_state != RunState::Running {
         let message = "the VM does not run: somebody has paused it, and a migration would resume it";
         found.push(blocker("VMPaused", message.to_owned(), false));
     }
+    found.extend(of_devices(devices, driver));
+    // Last: what the agent knows of the devices says more than the VMM's word on the same.
+    if !blocked.is_empty() {
+        let words: Vec<&str> = blocked.iter().map(|words| words.trim_end_matches('.')).collect();
+        found.push(blocker("MigrationBlocked", format!("QEMU would refuse it: {}", words.join("; ")), false));
+    }
+    found
+}
+
+fn of_devices(devices: &[DeviceFeatures], driver: Driver) -> Vec<Blocker> {
+    let mut found = Vec::new();
     let mut features = Vec::new();
     for (name, known) in devices {
         match known {
@@ -39,18 +57,24 @@ pub(super) fn of_vm(run_state: RunState, devices: &[DeviceFeatures]) -> Vec<Bloc
         Ok(_) => {}
         Err(NoStopPlan::NotMigratable(indices)) => found.push(blocker(
             "DeviceNotMigratable",
-            format!("{}: the driver does not advertise STOP_COPY, so the state cannot be read", named(&indices)),
-            false,
-        )),
-        Err(NoStopPlan::PeerToPeerUnsupported(indices)) => found.push(blocker(
-            "PeerToPeerUnsupported",
             format!(
-                "{}: the driver does not support P2P, which a VM with several devices needs to stop them safely; \
-                 peerToPeer: AssumeIsolated lifts this if these devices never talk to each other",
+                "{}: the driver does not advertise STOP_COPY, so the state cannot be read",
                 named(&indices)
             ),
-            true,
+            false,
         )),
+        Err(NoStopPlan::PeerToPeerUnsupported(indices)) => {
+            let liftable = driver == Driver::Agent;
+            let lift = match liftable {
+                true => "peerToPeer: AssumeIsolated lifts this if these devices never talk to each other",
+                false => "QEMU refuses such a VM, and peerToPeer: AssumeIsolated does not change that",
+            };
+            let message = format!(
+                "{}: the driver does not support P2P, which a VM with several devices needs to stop them safely; {lift}",
+                named(&indices)
+            );
+            found.push(blocker("PeerToPeerUnsupported", message, liftable));
+        }
     }
     found
 }
@@ -75,7 +99,36 @@ mod tests {
     }
 
     fn reasons(run_state: RunState, devices: &[DeviceFeatures]) -> Vec<(String, bool)> {
-        of_vm(run_state, devices).into_iter().map(|b| (b.reason, b.lifted_by_assume_isolated)).collect()
+        let found = of_vm(run_state, devices, Driver::Agent, &[]);
+        found.into_iter().map(|b| (b.reason, b.lifted_by_assume_isolated)).collect()
+    }
+
+    #[test]
+    fn what_qemu_says_by_itself_is_told_in_its_words() {
+        let blocked =
+            ["0000:3b:00.2: VFIO migration is not supported in kernel.".to_owned(), "no".to_owned()];
+        let found = of_vm(RunState::Running, &[device("a", Ok(Features::ALL))], Driver::Vmm, &blocked);
+        assert_eq!(
+            found,
+            [Blocker {
+                reason: "MigrationBlocked".to_owned(),
+                message: "QEMU would refuse it: 0000:3b:00.2: VFIO migration is not supported in kernel; no"
+                    .to_owned(),
+                lifted_by_assume_isolated: false,
+            }]
+        );
+    }
+
+    #[test]
+    fn no_word_of_a_users_lifts_missing_p2p_where_qemu_drives_the_devices() {
+        let devices = [device("a", Ok(Features::ALL)), device("b", Ok(NO_P2P))];
+        let found = of_vm(RunState::Running, &devices, Driver::Vmm, &[]);
+        assert_eq!((found.len(), found[0].lifted_by_assume_isolated), (1, false));
+        // Its own word on the same comes behind it.
+        let reasons = of_vm(RunState::Running, &devices, Driver::Vmm, &["no P2P".to_owned()]);
+        let reasons: Vec<&str> = reasons.iter().map(|blocker| blocker.reason.as_str()).collect();
+        assert_eq!(reasons, ["PeerToPeerUnsupported", "MigrationBlocked"]);
+        assert!(found[0].message.ends_with("AssumeIsolated does not change that"), "{found:?}");
     }
 
     #[test]
@@ -88,7 +141,7 @@ mod tests {
     fn each_obstacle_is_named_and_only_missing_p2p_can_be_lifted() {
         let p2p = [device("a", Ok(Features::ALL)), device("b", Ok(NO_P2P))];
         assert_eq!(reasons(RunState::Running, &p2p), [("PeerToPeerUnsupported".to_owned(), true)]);
-        assert!(of_vm(RunState::Running, &p2p)[0].message.starts_with("b: "));
+        assert!(of_vm(RunState::Running, &p2p, Driver::Agent, &[])[0].message.starts_with("b: "));
         assert_eq!(reasons(RunState::Running, &p2p[1..]), []);
         let silent = [device("a", Err("ENOTTY")), device("b", Ok(NO_P2P))];
         assert_eq!(reasons(RunState::Running, &silent), [("DeviceNotMigratable".to_owned(), false)]);

@@ -13,7 +13,7 @@ use tracing::warn;
 
 use super::connections::Connections;
 use super::registry::Registry;
-use super::{NodeConfig, blockers, borrowing, request};
+use super::{NodeConfig, blockers, borrowing, preflight, request, watching};
 use crate::host::devices::{Device, vfio_devices};
 use crate::host::holders::Holders;
 use crate::host::node::kernel;
@@ -203,7 +203,13 @@ impl Inventory {
                         RunState::Paused | RunState::Incoming => VmState::Paused,
                     }
                     .into(),
-                    blockers: blockers::of_vm(description.run_state, &features),
+                    blockers: blockers::of_vm(
+                        description.run_state,
+                        &features,
+                        vmm.driver(),
+                        &description.blocked,
+                    ),
+                    qemu: vmm.facts().map(|facts| preflight::to_wire(&facts)),
                     devices: description.devices.into_iter().map(|device| device.name).collect(),
                     ram_bytes: description.ram_bytes,
                     ..VmDescription::default()
@@ -234,7 +240,7 @@ impl Inventory {
             tokio::time::sleep(ASK_AGAIN).await;
             if let Some(inventory) = inventory.upgrade() {
                 inventory.asking_again.store(false, Ordering::Relaxed);
-                inventory.ended.send_modify(|count| *count += 1);
+                inventory.look_again();
             }
         });
     }
@@ -266,17 +272,27 @@ impl Inventory {
         *known = Some(Arc::clone(&vmm));
         let (inventory, watched) = (Arc::downgrade(self), Arc::clone(&vmm));
         drop(known);
-        tokio::spawn(async move {
-            watched.exited().await;
-            if let Some(inventory) = inventory.upgrade() {
-                let mut known = slot.lock().await;
-                if known.as_ref().is_some_and(|known| Arc::ptr_eq(known, &watched)) {
-                    *known = None;
-                }
-                inventory.ended.send_modify(|count| *count += 1);
-            }
-        });
+        watching::start(inventory, vm.socket.clone(), watched, description.blocked.clone());
         Ok((vmm, description))
+    }
+
+    /// Whether it is the VMM that is asked when this socket's VM is looked at.
+    pub(super) async fn is_known(&self, socket: &Path, vmm: &Arc<dyn LocalVmm>) -> bool {
+        self.vmms.slot(socket).lock().await.as_ref().is_some_and(|known| Arc::ptr_eq(known, vmm))
+    }
+
+    /// Its process has ended.
+    pub(super) async fn forget(&self, socket: &Path, vmm: &Arc<dyn LocalVmm>) {
+        let slot = self.vmms.slot(socket);
+        let mut known = slot.lock().await;
+        if known.as_ref().is_some_and(|known| Arc::ptr_eq(known, vmm)) {
+            *known = None;
+        }
+    }
+
+    /// Something is otherwise than at the last look.
+    pub(super) fn look_again(&self) {
+        self.ended.send_modify(|count| *count += 1);
     }
 }
 

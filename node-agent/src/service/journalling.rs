@@ -103,6 +103,8 @@ pub(super) fn reservation_of(entry: &Entry) -> Option<ReserveRequest> {
         peer_to_peer: policy.into(),
         silence_timeout_ms: *silence_timeout_ms,
         claim: claim.clone().into(),
+        // It was compared before this was journalled.
+        qemu: None,
     })
 }
 
@@ -133,6 +135,7 @@ mod tests {
             peer_to_peer: WirePeerToPeer::AssumeIsolated.into(),
             silence_timeout_ms: 9,
             claim: vec![1, 2].into(),
+            qemu: None,
         };
         let entry = destination(&reference, &vm, &asked, PeerToPeer::AssumeIsolated);
         let text = serde_json::to_vec(&entry).unwrap();

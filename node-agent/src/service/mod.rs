@@ -6,12 +6,14 @@ mod connections;
 pub mod inventory;
 mod journalling;
 pub mod node;
+mod preflight;
 mod recovery;
 pub mod registry;
 mod request;
 mod reservation;
 mod site;
 pub mod transfer;
+mod watching;
 
 use std::path::PathBuf;
 use std::time::Duration;

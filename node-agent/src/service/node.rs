@@ -20,6 +20,7 @@ use tokio::sync::Mutex;
 use tracing::{error, info, warn};
 
 use super::inventory::Inventory;
+use super::preflight::Preflight;
 use super::recovery;
 use super::registry::{Part, Registry, Stale};
 use super::{NodeConfig, borrowing, journalling, request, reservation};
@@ -48,6 +49,7 @@ pub struct NodeService {
     registry: Arc<Registry>,
     journal: Arc<Journal>,
     vf_identity: Arc<dyn VfIdentity>,
+    preflight: Preflight,
     /// Reservations and migrations begin one after the other: what one has checked, the next cannot change before it is taken.
     beginning: Mutex<()>,
 }
@@ -62,7 +64,9 @@ impl NodeService {
         journal: Arc<Journal>,
         vf_identity: Arc<dyn VfIdentity>,
     ) -> Self {
-        Self { config, credentials, inventory, registry, journal, vf_identity, beginning: Mutex::new(()) }
+        let preflight = Preflight::new(&config);
+        let beginning = Mutex::new(());
+        Self { config, credentials, inventory, registry, journal, vf_identity, preflight, beginning }
     }
 
     /// Takes up what an earlier agent has left in the journal. To be called before anybody is served.
@@ -70,6 +74,7 @@ impl NodeService {
     /// # Errors
     /// If the journal's directory cannot be read. A single file that cannot be read is told, and held.
     pub async fn recover(&self) -> Result<(), JournalError> {
+        self.preflight.clear().await;
         let around = recovery::Around {
             config: self.config.clone(),
             credentials: Arc::clone(&self.credentials),
@@ -209,6 +214,8 @@ impl NodeService {
     /// Begins a reservation, or joins it if it has begun.
     async fn destination(&self, given: ReserveRequest) -> Result<DestinationRun, Status> {
         let (reference, vm, policy, silence_timeout) = request::reserve(&given).map_err(invalid)?;
+        // Before, so that nobody who wants to begin something waits for it.
+        self.preflight.get_ready(&given).await;
         let _one_at_a_time = self.beginning.lock().await;
         self.fence(&reference).await?;
         match self.part(&reference)? {
@@ -256,6 +263,7 @@ impl NodeService {
             &targets.devices,
         )?;
         let driver = site.driver();
+        self.preflight.check(&given, &site.plan).await?;
         self.registry.take(&reference.id, &vm, names).map_err(precondition)?;
         let site: Arc<dyn Site> = Arc::new(site);
         let key = journalling::key(&reference.id, Role::Destination)?;
@@ -337,10 +345,11 @@ fn precondition(error: impl std::error::Error) -> Status {
     Status::failed_precondition(error.to_string())
 }
 
-/// The same but for who asks: a new operator may join what an older one has begun.
+/// The same but for who asks, and what that one knows of the source's QEMU: a new operator may join what an older one has begun.
 fn same_reservation(earlier: &ReserveRequest, given: &ReserveRequest) -> bool {
-    ReserveRequest { migration: None, ..earlier.clone() }
-        == ReserveRequest { migration: None, ..given.clone() }
+    let matters =
+        |request: &ReserveRequest| ReserveRequest { migration: None, qemu: None, ..request.clone() };
+    matters(earlier) == matters(given)
 }
 
 /// The VM must have the devices that the migration was planned for.

@@ -14,6 +14,9 @@ use crate::vmm::budget::{DEFAULT_BUDGET, MAX_BUDGET, OnExceeded};
 
 /// More devices than any VM has; a bound on what a request can make us do.
 const DEVICES_MAX: usize = 256;
+/// More CPU features than QEMU knows, and longer names.
+const CPU_FEATURES_MAX: usize = 4096;
+const CPU_FEATURE_MAX: usize = 64;
 /// Characters of a migration's id.
 const ID_MAX: usize = 64;
 
@@ -144,7 +147,29 @@ pub(super) fn reserve(
     devices(&request.devices)?;
     let policy = peer_to_peer(request.peer_to_peer)?;
     let silence = milliseconds("silence_timeout_ms", request.silence_timeout_ms)?;
+    if let Some(qemu) = &request.qemu {
+        cpu_features(&qemu.cpu_features)?;
+    }
     Ok((reference, vm, policy, silence))
+}
+
+/// Names that could be CPU features. They come from another node, and are shown to people.
+fn cpu_features(given: &[String]) -> Result<(), InvalidField> {
+    if given.len() > CPU_FEATURES_MAX {
+        return Err(invalid("qemu.cpu_features", given.len(), "at most 4096 names"));
+    }
+    let plain = |name: &String| {
+        (1..=CPU_FEATURE_MAX).contains(&name.len())
+            && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
+    };
+    match given.iter().position(|name| !plain(name)) {
+        Some(index) => Err(invalid(
+            format!("qemu.cpu_features[{index}]"),
+            given.get(index).map_or("", String::as_str),
+            "1 to 64 letters, digits and -, as in avx512f",
+        )),
+        None => Ok(()),
+    }
 }
 
 /// A migration, as it was asked for.
@@ -225,6 +250,19 @@ mod tests {
     #[test]
     fn a_complete_request_is_accepted() {
         assert!(migrate(&request()).is_ok());
+    }
+
+    #[test]
+    fn what_is_no_name_of_a_cpu_feature_is_refused() {
+        let said = |names: &[&str]| {
+            let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+            cpu_features(&names).map_err(|error| error.to_string())
+        };
+        assert_eq!(said(&["sse4-1", "3dnow"]), Ok(()));
+        let right = "1 to 64 letters, digits and -, as in avx512f";
+        assert_eq!(said(&["avx", "a b"]), Err(format!("qemu.cpu_features[1] is \"a b\": {right}")));
+        assert!(said(&[""]).is_err() && said(&["x".repeat(65).as_str()]).is_err());
+        assert!(said(&["x"; 4097]).is_err());
     }
 
     #[test]

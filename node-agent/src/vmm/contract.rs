@@ -151,7 +151,7 @@ fn understand(answer: DescribeResponse) -> Result<Description, VmmError> {
         devices.push(VmmDevice { name, descriptor: device.descriptor, guest_address: device.guest_address });
     }
     let ram_bytes = answer.ram.iter().fold(0_u64, |sum, range| sum.saturating_add(range.bytes));
-    Ok(Description { run_state, devices, ram_bytes, dirty_tracking, vmm: answer.vmm })
+    Ok(Description { run_state, devices, ram_bytes, dirty_tracking, vmm: answer.vmm, blocked: Vec::new() })
 }
 
 /// The pieces of a load as messages. A type of its own, since of a nameless adapter around a boxed stream the compiler cannot

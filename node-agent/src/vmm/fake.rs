@@ -164,6 +164,7 @@ impl Vmm for FakeVmm {
             ram_bytes: inner.state.iter().map(|piece| piece.len() as u64).sum(),
             dirty_tracking: DirtyTracking::None,
             vmm: "fake".to_owned(),
+            blocked: Vec::new(),
         })
     }
 

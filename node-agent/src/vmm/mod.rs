@@ -18,6 +18,7 @@ use tokio::sync::mpsc;
 use self::budget::{Budget, BudgetExceeded, Copying};
 use self::contract::{ContractVmm, Deadlines};
 use self::qemu::QemuVmm;
+use self::qemu::preflight::Facts;
 use crate::handover::policy::Driver;
 use crate::host::clock::Clock;
 use crate::host::vm::{VmmEntry, VmmKind};
@@ -31,6 +32,7 @@ pub mod contract;
 pub mod fake;
 mod file_events;
 pub mod gone;
+mod launch;
 pub mod qemu;
 pub mod server;
 #[cfg(test)]
@@ -93,6 +95,8 @@ pub struct Description {
     pub dirty_tracking: DirtyTracking,
     /// Program and version, for logs.
     pub vmm: String,
+    /// Why the VMM would refuse a migration now, in its own words.
+    pub blocked: Vec<String>,
 }
 
 /// A VMM that drives its devices has taken one to another state.
@@ -237,6 +241,20 @@ pub trait Vmm: Send + Sync {
 pub trait LocalVmm: Vmm + std::fmt::Debug {
     /// Its process.
     fn process(&self) -> &VmmProcess;
+
+    /// Finds out what a destination's VMM must be able to do; [`LocalVmm::facts`] has it then. It may take seconds, and is to be called
+    /// once.
+    async fn learn(&self) {}
+
+    /// What [`LocalVmm::learn`] has found; None before, and of a VMM that is not compared.
+    fn facts(&self) -> Option<Facts> {
+        None
+    }
+
+    /// Why the VMM would refuse a migration now; None of one that never does, and need not be asked again.
+    async fn blocked(&self) -> Result<Option<Vec<String>>, VmmError> {
+        Ok(None)
+    }
 
     /// Ends the VMM: asks it to quit, and kills its process if it has not ended in time. Returns when it has ended.
     async fn end(&self) -> Result<(), VmmError>;

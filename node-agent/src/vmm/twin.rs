@@ -9,21 +9,22 @@
 //! to a file: an agent that dies, or is upgraded, takes nothing along.
 
 use std::ffi::OsString;
-use std::fs::{self, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::fs;
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::process::{ExitStatus, Stdio};
+use std::process::ExitStatus;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::process::{Child, Command};
+use tokio::process::Child;
 use tokio::time::{Instant, sleep, timeout_at};
 use tracing::{info, warn};
 
 use super::cgroup::{Cgroup, CgroupError};
 use super::contract::Deadlines;
 use super::file_events::FileEvents;
+use super::launch::{Launch, LaunchError, NOT_LISTENING_YET, end_of};
 use super::twin_exec::{Descriptor, TWIN_EXEC};
 use super::{Description, LocalVmm, RunState, VmmError};
 use crate::host::vm::VmmEntry;
@@ -31,13 +32,6 @@ use crate::host::vms;
 
 /// The twin's output, in its directory.
 pub const LOG_FILE: &str = "twin.log";
-
-/// How much of its log is told when it fails to start.
-const TOLD_LOG_LINES: usize = 8;
-const TOLD_LOG_BYTES: u64 = 2048;
-
-/// Between bind(2), which can be seen, and listen(2), which cannot.
-const NOT_LISTENING_YET: Duration = Duration::from_millis(10);
 
 /// What to start, and where.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -292,7 +286,20 @@ async fn start_in(plan: &TwinPlan, remains: Remains) -> Result<Twin, TwinError> 
     // Watched before the start: the socket may be there before anybody looks.
     let changes = FileEvents::watch(directory)
         .map_err(|source| TwinError::Watch { path: directory.to_owned(), source })?;
-    let mut child = spawn(plan, &remains)?;
+    let log = plan.directory.join(LOG_FILE);
+    let launch = Launch {
+        launcher: &plan.launcher,
+        cgroup: &remains.cgroup,
+        directory: &remains.directory,
+        log: &log,
+        descriptors: &plan.descriptors,
+        program: &plan.program,
+        arguments: &plan.arguments,
+    };
+    let mut child = launch.spawn().map_err(|error| match error {
+        LaunchError::Log { path, source } => TwinError::Directory { path, source },
+        LaunchError::Start { program, source } => TwinError::Start { program, source },
+    })?;
     let deadline = Instant::now() + plan.start_limit;
     let mut last_seen = "it has not made its socket".to_owned();
     let answered = async {
@@ -311,7 +318,6 @@ async fn start_in(plan: &TwinPlan, remains: Remains) -> Result<Twin, TwinError> 
             }
         }
     };
-    let log = plan.directory.join(LOG_FILE);
     let program = plan.program.clone();
     let error = tokio::select! {
         answered = timeout_at(deadline, answered) => match answered {
@@ -332,29 +338,6 @@ async fn start_in(plan: &TwinPlan, remains: Remains) -> Result<Twin, TwinError> 
     // By its process first: it may not have entered its cgroup yet. It fails if the process has ended.
     let _ = child.kill().await;
     Err(error)
-}
-
-fn spawn(plan: &TwinPlan, remains: &Remains) -> Result<Child, TwinError> {
-    let log = remains.directory.join(LOG_FILE);
-    let open = || OpenOptions::new().create(true).append(true).mode(0o600).open(&log);
-    let output = open().and_then(|file| Ok((file.try_clone()?, file)));
-    let (stdout, stderr) = output.map_err(|source| TwinError::Directory { path: log.clone(), source })?;
-    let mut launcher = plan.launcher.iter();
-    let program = launcher.next().cloned().unwrap_or_default();
-    Command::new(&program)
-        .args(launcher)
-        .arg("--cgroup")
-        .arg(remains.cgroup.path())
-        .args(plan.descriptors.iter().map(|descriptor| format!("--descriptor={descriptor}")))
-        .arg("--")
-        .arg(&plan.program)
-        .args(&plan.arguments)
-        .current_dir(&remains.directory)
-        .stdin(Stdio::null())
-        .stdout(stdout)
-        .stderr(stderr)
-        .spawn()
-        .map_err(|source| TwinError::Start { program: program.display().to_string(), source })
 }
 
 /// Why the twin has not answered.
@@ -387,23 +370,6 @@ async fn answer(plan: &TwinPlan, remains: &Remains) -> Result<(Arc<dyn LocalVmm>
         return Err(never(format!("its VM is {:?}, and must be Incoming", description.run_state)));
     }
     Ok((vmm, description))
-}
-
-/// The last lines of a log, as far as they can be read.
-fn end_of(log: &Path) -> String {
-    let read = || -> io::Result<Vec<u8>> {
-        let mut file = fs::File::open(log)?;
-        let length = file.metadata()?.len();
-        file.seek(SeekFrom::Start(length.saturating_sub(TOLD_LOG_BYTES)))?;
-        let mut end = Vec::new();
-        file.take(TOLD_LOG_BYTES).read_to_end(&mut end)?;
-        Ok(end)
-    };
-    let end = read().unwrap_or_default();
-    let end = String::from_utf8_lossy(&end);
-    let lines: Vec<&str> = end.lines().collect();
-    let told = lines.len().saturating_sub(TOLD_LOG_LINES);
-    lines.get(told..).unwrap_or_default().join("\n")
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! The launcher and the twins of these tests are this test program itself: see [`act`].
 
 use std::collections::BTreeSet;
+use std::process::Stdio;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use clap::Parser;
@@ -8,6 +9,7 @@ use slackwater_proto::limits::vmm_server;
 use slackwater_proto::server::{bind_unix, serve_unix};
 use slackwater_proto::tonic::service::Routes;
 use tempfile::TempDir;
+use tokio::process::Command;
 
 use super::*;
 use crate::host::vm::VmmKind;

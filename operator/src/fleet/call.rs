@@ -12,6 +12,7 @@ use slackwater_proto::node::{
 use slackwater_proto::tonic::{Code, Status};
 
 use super::Fleet;
+use crate::inventory::camel_case_or;
 
 /// Reserving starts a VMM and takes devices through the kernel; who needs longer than this is stuck.
 const RESERVE_TIMEOUT: Duration = Duration::from_secs(120);
@@ -21,6 +22,8 @@ const RELEASE_TIMEOUT: Duration = Duration::from_secs(60);
 const RESOLVE_TIMEOUT: Duration = Duration::from_secs(5);
 /// The metadata by which an agent that refuses an epoch names the highest that it has seen.
 const KNOWN_EPOCH: &str = "slackwater-known-epoch";
+/// The metadata by which an agent that refuses a reservation names its reason.
+const REASON: &str = "slackwater-reason";
 /// How often a call is made again with a higher epoch. Each time somebody else has raised it in between.
 const RAISES: u32 = 3;
 
@@ -48,6 +51,8 @@ pub enum CallError {
         precondition: bool,
         /// The epoch that it has seen, and that ours is below.
         known_epoch: Option<u64>,
+        /// The reason that it names, in CamelCase.
+        reason: Option<String>,
         /// Why, in its own words.
         message: String,
     },
@@ -76,6 +81,7 @@ impl CallError {
                 Self::Refused {
                     precondition: status.code() == Code::FailedPrecondition,
                     known_epoch: known_epoch.and_then(|epoch| epoch.to_str().ok()?.parse().ok()),
+                    reason: reason_of(status),
                     message,
                 }
             }
@@ -111,13 +117,22 @@ impl CallError {
     }
 
     /// CamelCase, for a condition's reason about the target.
-    pub fn target_reason(&self) -> &'static str {
+    pub fn target_reason(&self) -> &str {
         match self {
             Self::NoSuchNode { .. } => "TargetNotFound",
             Self::NotReady { .. } | Self::Broken { .. } => "TargetUnreachable",
-            Self::Refused { .. } => "ReserveRefused",
+            Self::Refused { reason, .. } => reason.as_deref().unwrap_or(RESERVE_REFUSED),
         }
     }
+}
+
+/// The reason of a refusal that does not name one.
+const RESERVE_REFUSED: &str = "ReserveRefused";
+
+/// An agent's word is input: it goes into a condition only if it can be a reason.
+fn reason_of(status: &Status) -> Option<String> {
+    let told = status.metadata().get(REASON)?.to_str().ok()?;
+    Some(camel_case_or(told, RESERVE_REFUSED))
 }
 
 /// The events of an attempt, as they arrive.
@@ -256,5 +271,19 @@ mod tests {
         assert!(refusal.is_refusal() && refusal.is_precondition());
         assert_eq!(refusal.to_string(), "the VM is paused");
         assert!(!CallError::from_status(&Status::not_found("no such VM")).is_precondition());
+    }
+
+    #[test]
+    fn a_refused_reservation_has_the_reason_that_the_agent_names_if_it_can_be_one() {
+        let reason = |told: Option<&'static str>| {
+            let mut status = Status::failed_precondition("x");
+            if let Some(told) = told {
+                status.metadata_mut().insert(REASON, told.parse().unwrap());
+            }
+            CallError::from_status(&status).target_reason().to_owned()
+        };
+        assert_eq!(reason(Some("QEMUOlder")), "QEMUOlder");
+        assert_eq!(reason(None), "ReserveRefused");
+        assert_eq!(reason(Some("no reason")), "ReserveRefused");
     }
 }

@@ -76,6 +76,7 @@ fn read_vm(vm: proto::VmDescription) -> Vm {
         unreachable_reason: vm.unreachable_reason,
         migration_id: vm.migration_id,
         ram_bytes: vm.ram_bytes,
+        qemu: vm.qemu.map(Box::new),
     }
 }
 

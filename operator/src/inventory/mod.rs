@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use slackwater_api::MigrationFeature;
+use slackwater_proto::node::QemuDescription;
 
 pub use from_proto::ReportError;
 pub(crate) use from_proto::camel_case_or;
@@ -105,6 +106,8 @@ pub struct Vm {
     pub migration_id: String,
     /// Bytes of guest RAM.
     pub ram_bytes: u64,
+    /// What its QEMU is, if it is one, in its agent's words: nobody but the target's agent reads them.
+    pub qemu: Option<Box<QemuDescription>>,
 }
 
 /// Something that stands in the way of a migration.

@@ -9,7 +9,7 @@ use slackwater_api::{
 };
 use slackwater_proto::node as proto;
 
-use crate::inventory::VmKey;
+use crate::inventory::{Vm, VmKey};
 use crate::plan::{Refusal, Request};
 
 /// How long the target bears the source's silence before it gives a reservation back by itself.
@@ -105,17 +105,18 @@ impl Accepted {
         proto::VmRef { namespace: self.vm.namespace.clone(), name: self.vm.name.clone() }
     }
 
-    /// For the target. `vm_json`: what the source's agent has reported.
-    pub fn reserve(&self, vm_json: &str) -> proto::ReserveRequest {
+    /// For the target. `vm`: what the source's agent has reported.
+    pub fn reserve(&self, vm: &Vm) -> proto::ReserveRequest {
         proto::ReserveRequest {
             migration: Some(self.migration()),
             vm: Some(self.vm_ref()),
             source_node: self.source.clone(),
-            vm_json: vm_json.to_owned(),
+            vm_json: vm.vm_json.clone(),
             devices: self.devices.clone(),
             peer_to_peer: self.peer_to_peer.into(),
             silence_timeout_ms: milliseconds(SILENCE_TIMEOUT),
             claim: Default::default(),
+            qemu: vm.qemu.as_deref().cloned(),
         }
     }
 
@@ -265,7 +266,11 @@ mod tests {
         };
         let accepted = Accepted::read("demo", "u-1", &status).unwrap();
         let migrate = accepted.migrate();
-        assert_eq!(migrate.migration, accepted.reserve("{}").migration);
+        let qemu = proto::QemuDescription { version: "10.0.2".into(), ..Default::default() };
+        let vm = Vm { vm_json: "{}".into(), qemu: Some(Box::new(qemu.clone())), ..Vm::default() };
+        let reserve = accepted.reserve(&vm);
+        assert_eq!((reserve.vm_json.as_str(), reserve.qemu), ("{}", Some(qemu)));
+        assert_eq!(migrate.migration, reserve.migration);
         assert_eq!(migrate.migration.unwrap().attempt, 3);
         assert_eq!(
             (migrate.target_address.as_str(), migrate.pre_commit_timeout_ms),

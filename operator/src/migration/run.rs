@@ -22,7 +22,7 @@ use super::trace::Trace;
 use super::words;
 use crate::cluster::WriteError;
 use crate::conditions::Stamp;
-use crate::inventory::{Link, VmState};
+use crate::inventory::{Link, Vm, VmState};
 use crate::plan::plan;
 
 /// The first and the longest pause between two tries of the same thing.
@@ -271,8 +271,8 @@ impl Run {
 
     async fn reserve(&mut self) {
         let Some(accepted) = self.accepted() else { return self.unreadable().await };
-        let Some(vm_json) = self.vm_json(&accepted).await else { return };
-        match self.around.fleet.reserve(&accepted.target, accepted.reserve(&vm_json)).await {
+        let Some(vm) = self.vm_at_source(&accepted).await else { return };
+        match self.around.fleet.reserve(&accepted.target, accepted.reserve(&vm)).await {
             Ok(()) => {
                 self.source_never_asked = true;
                 self.learn(fact::reserved);
@@ -287,8 +287,8 @@ impl Run {
         self.write().await;
     }
 
-    /// The VM's vm.json from the source, when both agents have been asked. `None`: something else has to be done first.
-    async fn vm_json(&mut self, accepted: &Accepted) -> Option<String> {
+    /// The VM as the source reports it, when both agents have been asked. `None`: something else has to be done first.
+    async fn vm_at_source(&mut self, accepted: &Accepted) -> Option<Vm> {
         let mut changes = self.around.fleet.changes();
         loop {
             let inventory = self.around.fleet.inventory();
@@ -299,7 +299,7 @@ impl Run {
             let vm = source.and_then(|node| node.report.as_ref()?.vms.get(&accepted.vm));
             match (connecting, source.and_then(crate::inventory::Node::not_ready_reason), vm) {
                 (None, None, Some(vm)) if vm.state != VmState::Unreachable => {
-                    return Some(vm.vm_json.clone());
+                    return Some(vm.clone());
                 }
                 (Some(_), _, _) => {}
                 (None, error, _) => {

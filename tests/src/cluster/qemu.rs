@@ -66,6 +66,8 @@ pub struct QemuVm {
     pub shared_disk: bool,
     /// Whether the lab has a monitor of its own: the agent keeps the other one.
     pub second_monitor: bool,
+    /// Further arguments, without braces.
+    pub more: Vec<String>,
 }
 
 /// What differs from one QEMU of a VM's to the other.
@@ -108,6 +110,7 @@ impl QemuVm {
             migration_events: false,
             shared_disk: false,
             second_monitor: false,
+            more: Vec::new(),
         }
     }
 
@@ -239,6 +242,7 @@ impl QemuVm {
             list.extend(words(&format!("-drive if=none,id=shared,driver=raw,{file},cache.direct=on")));
             list.extend(words("-device virtio-blk-pci,drive=shared"));
         }
+        list.extend(self.more.iter().cloned());
         if self.access != DeviceAccess::Group {
             list.extend(words(&format!("-object iommufd,id=iommufd0{}", place.iommufd)));
         }

@@ -13,6 +13,8 @@ pub struct NodeConfig {
     pub memory_mib: u32,
     /// Its CPUs.
     pub cpus: u32,
+    /// What its CPUs lack of what QEMU can emulate, by QEMU's names.
+    pub without_cpu_features: Vec<String>,
 }
 
 /// A lab to start.
@@ -36,6 +38,7 @@ impl NodeConfig {
             devices: devices.into_iter().map(Into::into).collect(),
             memory_mib: 512,
             cpus: 2,
+            without_cpu_features: Vec::new(),
         }
     }
 }
@@ -73,6 +76,11 @@ impl LabConfig {
             }
             if self.nodes.iter().take(index).any(|other| other.name == node.name) {
                 return refuse(format!("two nodes are named {}", node.name));
+            }
+            if let Some(feature) =
+                node.without_cpu_features.iter().find(|feature| !feature.chars().all(plain))
+            {
+                return refuse(format!("{feature:?} is no CPU feature"));
             }
             if let Some(device) = node.devices.iter().find(|device| !device.chars().all(plain)) {
                 return refuse(format!("{device:?} is no device type"));

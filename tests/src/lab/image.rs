@@ -9,7 +9,7 @@ use std::{
     process::Command,
 };
 
-use super::{cpio::Archive, error::LabError};
+use super::{cpio::Archive, error::LabError, program::beside_this_program};
 
 /// A file of this machine and where it goes in the nodes (absolute).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,6 +46,15 @@ impl Image {
     pub fn with_made(mut self, to: &str, content: Vec<u8>) -> Self {
         self.made.push(MadeFile { to: to.to_owned(), content });
         self
+    }
+
+    /// Adds a program of the workspace's, to `/bin`.
+    ///
+    /// # Errors
+    /// When it is not built.
+    pub fn with_program(mut self, name: &str) -> Result<Self, LabError> {
+        self.programs.push(beside_this_program(name)?);
+        Ok(self)
     }
 
     /// Adds this machine's QEMU with a firmware, so that nodes can run virtual machines of QEMU's with their devices. The nodes

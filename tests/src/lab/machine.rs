@@ -157,6 +157,9 @@ fn arguments(
         config.name,
         config.devices.join(","),
     );
+    let cpu: String = std::iter::once("max".to_owned())
+        .chain(config.without_cpu_features.iter().map(|feature| format!(",{feature}=off")))
+        .collect();
     let forward = |port: u16| format!(",hostfwd=tcp:127.0.0.1:0-:{port}");
     command
         .args(["-name", &config.name])
@@ -168,7 +171,7 @@ fn arguments(
             "-accel",
             "tcg,thread=multi",
             "-cpu",
-            "max",
+            &cpu,
             "-smp",
             &config.cpus.to_string(),
         ])

@@ -9,6 +9,7 @@ mod interrupted;
 mod moved;
 mod qemu;
 mod qemu_faults;
+mod qemu_preflight;
 mod refused;
 
 use slackwater_api::VMMigration;

@@ -20,11 +20,12 @@
 mod carry;
 mod convergence;
 mod devices;
+pub mod preflight;
 pub mod qmp;
 mod throughput;
 
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -32,10 +33,11 @@ use slackwater_proto::channel::ConnectError;
 use slackwater_proto::tonic::{Code, async_trait};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use self::carry::{Carried, REPLIES};
 use self::convergence::{Convergence, Sample, Verdict};
+use self::preflight::{Facts, facts};
 use self::qmp::commands::{
     Cont, Migrate, MigrateCancel, MigrateContinue, MigrateSetCapabilities, MigrateSetParameters,
     MigrationCapability, MigrationInfo, QueryMigrate, QueryMigrateCapabilities, QueryStatus, Quit, Stop,
@@ -86,6 +88,8 @@ pub struct QemuVmm {
     to_qemu: Mutex<Option<mpsc::Sender<Bytes>>>,
     /// What this twin says, until somebody takes it.
     from_qemu: (mpsc::Sender<Bytes>, Mutex<Option<mpsc::Receiver<Bytes>>>),
+    /// What a destination is compared with.
+    facts: OnceLock<Facts>,
 }
 
 impl QemuVmm {
@@ -112,6 +116,7 @@ impl QemuVmm {
             deadlines,
             to_qemu: Mutex::default(),
             from_qemu: (tell, Mutex::new(Some(told))),
+            facts: OnceLock::new(),
         })
     }
 
@@ -215,6 +220,12 @@ impl QemuVmm {
         status.map(|status| status.status).map_err(|error| of_qmp(call, error))
     }
 
+    /// QEMU tells of no change of these.
+    async fn blocked_reasons(&self, call: &'static str) -> Result<Vec<String>, VmmError> {
+        let info = self.qmp.execute_within(QueryMigrate, self.deadlines.describe).await;
+        Ok(info.map_err(|error| of_qmp(call, error))?.blocked_reasons.unwrap_or_default())
+    }
+
     async fn ram_bytes(&self) -> u64 {
         let summary = self.qmp.raw("query-memory-size-summary", serde_json::json!({})).await.ok();
         summary.and_then(|summary| summary.get("base-memory")?.as_u64()).unwrap_or(0)
@@ -244,6 +255,7 @@ impl Vmm for QemuVmm {
             ram_bytes: self.ram_bytes().await,
             dirty_tracking: DirtyTracking::None,
             vmm: format!("QEMU {}", self.qmp.version()),
+            blocked: self.blocked_reasons("describe").await?,
         })
     }
 
@@ -478,6 +490,35 @@ impl Vmm for QemuVmm {
 impl LocalVmm for QemuVmm {
     fn process(&self) -> &VmmProcess {
         self.server.process()
+    }
+
+    async fn learn(&self) {
+        let began = Instant::now();
+        match facts::collect(&self.qmp).await {
+            Ok(facts) => {
+                let (took, features) = (began.elapsed(), facts.cpu_features.len());
+                info!(
+                    pid = self.pid(),
+                    ?took,
+                    features,
+                    machine = facts.machine_type,
+                    "QEMU has told what it is"
+                );
+                // It is there already if somebody else has asked, too.
+                let _ = self.facts.set(facts);
+            }
+            Err(error) => {
+                warn!(pid = self.pid(), %error, "QEMU does not tell what it is, so targets cannot be compared with it")
+            }
+        }
+    }
+
+    fn facts(&self) -> Option<Facts> {
+        self.facts.get().cloned()
+    }
+
+    async fn blocked(&self) -> Result<Option<Vec<String>>, VmmError> {
+        self.blocked_reasons("query-migrate").await.map(Some)
     }
 
     async fn end(&self) -> Result<(), VmmError> {

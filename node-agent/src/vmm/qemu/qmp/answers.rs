@@ -112,6 +112,27 @@ impl ObjectProperty {
     }
 }
 
+/// A property of a type, of `qom-list-properties`.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct TypeProperty {
+    /// Its name.
+    pub name: String,
+    /// Its type, such as `bool`.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// What it is unless somebody sets it. Only settings of QEMU's own (qdev properties) say so.
+    pub default_value: Option<Value>,
+}
+
+/// A vCPU, of `query-cpus-fast`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct CpuInfo {
+    /// Its object.
+    pub qom_path: String,
+}
+
 /// A device that was given an id.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Peripheral {

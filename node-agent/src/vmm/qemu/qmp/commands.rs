@@ -42,6 +42,8 @@ plain! {
     QueryKvm = "query-kvm" -> KvmInfo;
     /// `query-machines`: the machine types that this QEMU has.
     QueryMachines = "query-machines" -> Vec<MachineInfo>;
+    /// `query-cpus-fast`: the vCPUs. No vCPU is disturbed by it.
+    QueryCpusFast = "query-cpus-fast" -> Vec<CpuInfo>;
     /// `query-pci`: buses and devices, as QEMU writes them.
     QueryPci = "query-pci" -> Value;
     /// `query-block`: disks, as QEMU writes them.
@@ -82,6 +84,7 @@ named! {
     MigrateContinue = "migrate-continue" -> Done;
     QomGet = "qom-get" -> Value;
     QomList = "qom-list" -> Vec<ObjectProperty>;
+    QomListProperties = "qom-list-properties" -> Vec<TypeProperty>;
     QueryCpuModelExpansion = "query-cpu-model-expansion" -> CpuModelExpansion;
 }
 
@@ -175,6 +178,13 @@ pub struct QomList {
     pub path: String,
 }
 
+/// `qom-list-properties`: the properties that objects of a type have.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct QomListProperties {
+    /// The type, such as `max-x86_64-cpu`.
+    pub typename: String,
+}
+
 /// How far [`QueryCpuModelExpansion`] goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -190,6 +200,9 @@ pub enum CpuModelExpansionType {
 pub struct CpuModel {
     /// Such as `host`, `max` or `qemu64`.
     pub name: String,
+    /// Properties that differ from the model's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub props: Option<Value>,
 }
 
 /// `query-cpu-model-expansion`: what a CPU model consists of.

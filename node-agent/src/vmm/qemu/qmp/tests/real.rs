@@ -69,7 +69,7 @@ async fn qemu_answers_what_the_agent_asks() {
         assert_eq!(client.peripherals().await, Ok(vec![]));
         let machine = QomGet { path: "/machine".to_owned(), property: "type".to_owned() };
         assert_eq!(client.execute(machine).await, Ok(Value::from("none-machine")));
-        let model = CpuModel { name: "qemu64".to_owned() };
+        let model = CpuModel { name: "qemu64".to_owned(), props: None };
         let expansion = QueryCpuModelExpansion { expansion: CpuModelExpansionType::Full, model };
         assert!(client.execute(expansion).await.unwrap().model["props"]["sse2"].is_boolean());
 

@@ -1,0 +1,219 @@
+//! Whether this node's QEMU could take over a VM of QEMU's: asked at Reserve, before anything is touched.
+
+use std::collections::HashMap;
+use std::fs::{self, OpenOptions};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use slackwater_proto::node::{QemuDescription, ReserveRequest};
+use slackwater_proto::tonic::Status;
+use slackwater_proto::tonic::metadata::MetadataValue;
+use tokio::sync::Mutex;
+use tracing::{info, warn};
+
+use super::NodeConfig;
+use crate::host::vm::{self, VmmKind};
+use crate::vmm::qemu::preflight::probe::Prober;
+use crate::vmm::qemu::preflight::{Accelerator, Facts, Kind, Offer, Verdict, compare, files};
+use crate::vmm::twin::{TwinPlan, launcher};
+
+/// The metadata by which a refusal names its reason.
+const REASON: &str = "slackwater-reason";
+/// Within so long a program must have told what it can do.
+const PROBE_LIMIT: Duration = Duration::from_secs(20);
+/// What was heard so recently is not asked again.
+const FRESH: Duration = Duration::from_secs(10);
+const KVM: &str = "/dev/kvm";
+
+/// A program as it was when it was asked.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Asked {
+    program: PathBuf,
+    length_bytes: u64,
+    modified: Option<SystemTime>,
+    accelerator: Accelerator,
+}
+
+/// When they were asked, and what they have said.
+type Known = HashMap<Asked, (Instant, Arc<Offer>)>;
+
+/// What this node's programs can do, as far as somebody wanted to know.
+pub(super) struct Preflight {
+    twin_programs: Vec<PathBuf>,
+    prober: Prober,
+    /// Held while a program is asked: one at a time.
+    known: Arc<Mutex<Known>>,
+}
+
+impl Preflight {
+    pub(super) fn new(config: &NodeConfig) -> Self {
+        let prober = Prober {
+            launcher: launcher(),
+            cgroup_root: config.cgroup_root.clone(),
+            // Twins' names have a dot.
+            cgroup_name: "probe".to_owned(),
+            run_dir: config.run_dir.clone(),
+            limit: PROBE_LIMIT,
+        };
+        Self { twin_programs: config.twin_programs.clone(), prober, known: Arc::default() }
+    }
+
+    /// Ends what an agent has left that died while it asked.
+    pub(super) async fn clear(&self) {
+        if let Err(error) = self.prober.clear().await {
+            warn!(%error, "a QEMU that an earlier agent has only asked what it can do could not be cleared away");
+        }
+    }
+
+    /// Asks the program that a reservation is about, if it was not asked before. What comes of it is for [`Preflight::check`].
+    pub(super) async fn get_ready(&self, given: &ReserveRequest) {
+        let Ok(json) = vm::parse(&given.vm_json) else { return };
+        let Some(qemu) = given.qemu.as_ref().filter(|_| json.vmm.kind == VmmKind::Qemu) else { return };
+        if json.require_allowed(&self.twin_programs).is_ok() {
+            let accelerator = usable(from_wire(qemu).accelerator, no_kvm().as_deref());
+            let _ = self.offer(&json.twin.program, accelerator, Duration::MAX).await;
+        }
+    }
+
+    /// Refuses a reservation whose twin could not take the VM over. The caller has checked that its program is allowed.
+    pub(super) async fn check(&self, given: &ReserveRequest, plan: &TwinPlan) -> Result<(), Status> {
+        if plan.vmm.kind != VmmKind::Qemu {
+            return Ok(());
+        }
+        let mut verdict = self.judge(given, plan, Duration::MAX).await;
+        if verdict.findings.iter().any(|finding| finding.kind != Kind::FileMissing) {
+            // What was known may be out of date: a module may have been loaded since, or microcode.
+            verdict = self.judge(given, plan, FRESH).await;
+        }
+        for what in &verdict.not_compared {
+            warn!(vm = plan.cgroup_name, "not compared before the twin is started: {what}");
+        }
+        let Some((kind, message)) = verdict.refusal() else { return Ok(()) };
+        let mut status = Status::failed_precondition(message);
+        status.metadata_mut().insert(REASON, MetadataValue::from_static(kind.as_str()));
+        Err(status)
+    }
+
+    async fn judge(&self, given: &ReserveRequest, plan: &TwinPlan, oldest: Duration) -> Verdict {
+        let mut verdict = match &given.qemu {
+            Some(qemu) => {
+                let facts = from_wire(qemu);
+                let no_kvm = no_kvm();
+                let accelerator = usable(facts.accelerator, no_kvm.as_deref());
+                let offer = self.offer(&plan.program, accelerator, oldest).await.map(|offer| {
+                    // Another accelerator's features say nothing.
+                    let comparable = facts.accelerator == Some(accelerator);
+                    Offer {
+                        cpu_features: offer.cpu_features.clone().filter(|_| comparable),
+                        ..(*offer).clone()
+                    }
+                });
+                let (program, why) = (plan.program.display().to_string(), no_kvm.as_deref());
+                compare(&facts, offer.as_ref().map_err(String::as_str), &program, &plan.arguments, why)
+            }
+            None => {
+                let nothing =
+                    "version, machine type and CPU: the source's agent has not told what its QEMU is";
+                Verdict { not_compared: vec![nothing.to_owned()], ..Verdict::default() }
+            }
+        };
+        verdict.findings.extend(files::look(&files::named(&plan.arguments), &plan.directory));
+        verdict
+    }
+
+    /// What is known, if it is not older than `oldest`.
+    async fn offer(
+        &self,
+        program: &Path,
+        accelerator: Accelerator,
+        oldest: Duration,
+    ) -> Result<Arc<Offer>, String> {
+        let metadata = fs::metadata(program).map_err(|error| format!("{}: {error}", program.display()))?;
+        let asked = Asked {
+            program: program.to_owned(),
+            length_bytes: metadata.len(),
+            modified: metadata.modified().ok(),
+            accelerator,
+        };
+        let (prober, known) = (self.prober.clone(), Arc::clone(&self.known));
+        // Whoever wants to know may go away; what was started is cleared away all the same.
+        let asking = tokio::spawn(async move {
+            let mut known = known.lock().await;
+            if let Some((_, offer)) = known.get(&asked).filter(|(heard, _)| heard.elapsed() <= oldest) {
+                return Ok(Arc::clone(offer));
+            }
+            let began = Instant::now();
+            let offer = prober.ask(&asked.program, accelerator).await.map_err(|error| error.to_string())?;
+            let (took, features) =
+                (began.elapsed(), offer.cpu_features.as_ref().map(|features| features.len()));
+            info!(program = %asked.program.display(), ?accelerator, version = offer.version, features, ?took, "a QEMU has told what it can do");
+            let offer = Arc::new(offer);
+            known.retain(|other, _| (&other.program, other.accelerator) != (&asked.program, accelerator));
+            known.insert(asked, (Instant::now(), Arc::clone(&offer)));
+            Ok(offer)
+        });
+        asking.await.map_err(|error| error.to_string())?
+    }
+}
+
+/// What a QEMU of this node is asked about: where there is no KVM, only what does not depend on it.
+fn usable(wanted: Option<Accelerator>, no_kvm: Option<&str>) -> Accelerator {
+    match wanted {
+        Some(Accelerator::Kvm) if no_kvm.is_none() => Accelerator::Kvm,
+        _ => Accelerator::Tcg,
+    }
+}
+
+/// Why there is no KVM; None if there is. To open it does nothing.
+fn no_kvm() -> Option<String> {
+    OpenOptions::new().read(true).write(true).open(KVM).err().map(|error| error.to_string())
+}
+
+/// For the operator, who hands it to a destination.
+pub(super) fn to_wire(facts: &Facts) -> QemuDescription {
+    QemuDescription {
+        version: facts.version.clone(),
+        package: facts.package.clone(),
+        machine_type: facts.machine_type.clone(),
+        accelerator: facts.accelerator.map(Accelerator::as_str).unwrap_or_default().to_owned(),
+        cpu_features: facts.cpu_features.iter().cloned().collect(),
+    }
+}
+
+fn from_wire(qemu: &QemuDescription) -> Facts {
+    Facts {
+        version: qemu.version.clone(),
+        package: qemu.package.clone(),
+        machine_type: qemu.machine_type.clone(),
+        accelerator: Accelerator::of_name(&qemu.accelerator),
+        cpu_features: qemu.cpu_features.iter().cloned().collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_goes_over_the_wire_is_what_was_found() {
+        for accelerator in [Some(Accelerator::Kvm), Some(Accelerator::Tcg), None] {
+            let facts = Facts {
+                version: "10.0.2".to_owned(),
+                package: "Debian".to_owned(),
+                machine_type: "pc-q35-10.0".to_owned(),
+                accelerator,
+                cpu_features: ["avx", "sse2"].map(str::to_owned).into(),
+            };
+            assert_eq!(from_wire(&to_wire(&facts)), facts);
+        }
+    }
+
+    #[test]
+    fn without_kvm_only_what_does_not_depend_on_it_is_asked() {
+        assert_eq!(usable(Some(Accelerator::Kvm), None), Accelerator::Kvm);
+        assert_eq!(usable(Some(Accelerator::Kvm), Some("gone")), Accelerator::Tcg);
+        assert_eq!(usable(Some(Accelerator::Tcg), None), Accelerator::Tcg);
+        assert_eq!(usable(None, None), Accelerator::Tcg);
+    }
+}

@@ -1,0 +1,70 @@
+//! What becomes of a VMM that the inventory knows, with no event to tell of it.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use tracing::{debug, info};
+
+use super::inventory::Inventory;
+use crate::vmm::LocalVmm;
+
+/// Between two questions whether the VMM would refuse a migration: QEMU tells of no change.
+const ASK_EVERY: Duration = Duration::from_secs(3);
+
+/// Lets the VMM tell what it is, asks it now and then what blocks a migration, and forgets it when its process has ended. `blocked` is
+/// what it has said so far.
+pub(super) fn start(
+    inventory: Weak<Inventory>,
+    socket: PathBuf,
+    vmm: Arc<dyn LocalVmm>,
+    blocked: Vec<String>,
+) {
+    tokio::spawn(async move {
+        tokio::select! {
+            () = vmm.exited() => {}
+            () = ask(&inventory, &socket, &vmm, blocked) => vmm.exited().await,
+        }
+        if let Some(inventory) = inventory.upgrade() {
+            inventory.forget(&socket, &vmm).await;
+            inventory.look_again();
+        }
+    });
+}
+
+/// Returns when there is nothing more to ask, or somebody else is asked in its place.
+async fn ask(
+    inventory: &Weak<Inventory>,
+    socket: &std::path::Path,
+    vmm: &Arc<dyn LocalVmm>,
+    mut blocked: Vec<String>,
+) {
+    vmm.learn().await;
+    if vmm.facts().is_some()
+        && let Some(inventory) = inventory.upgrade()
+    {
+        inventory.look_again();
+    }
+    loop {
+        tokio::time::sleep(ASK_EVERY).await;
+        let Some(inventory) = inventory.upgrade() else { return };
+        // Its monitor serves one client at a time.
+        if !inventory.is_known(socket, vmm).await {
+            return;
+        }
+        match vmm.blocked().await {
+            Ok(Some(now)) => {
+                if now != blocked {
+                    info!(pid = vmm.pid(), blocked = ?now, "what blocks a migration has changed");
+                    blocked = now;
+                    inventory.look_again();
+                }
+            }
+            Ok(None) => return,
+            Err(error) => {
+                debug!(pid = vmm.pid(), %error, "the VMM does not tell what blocks a migration");
+                inventory.look_again();
+            }
+        }
+    }
+}

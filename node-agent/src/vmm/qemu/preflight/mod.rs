@@ -1,0 +1,183 @@
+//! Whether the QEMU of a destination could take over a VM of QEMU's, found out before its twin is started.
+//!
+//! ```text
+//! source                                    destination
+//! the VM's QEMU ──facts──▶ (operator) ──▶   the twin's program, run once without a machine ──probe──▶ offer
+//!                                           compare(facts, offer), files(twin's arguments) ──▶ findings: Reserve is refused
+//! ```
+//!
+//! The rules are QEMU's own: docs/devel/migration/compatibility.rst for versions and machine types, docs/system/i386/cpu-models-x86.rst
+//! for CPUs. What decides is pure; `facts.rs` and `probe.rs` ask.
+
+mod compare;
+pub mod facts;
+mod features;
+pub mod files;
+mod machine;
+pub mod probe;
+mod version;
+
+use std::collections::BTreeSet;
+
+pub use self::compare::compare;
+
+/// What the QEMU of a VM is, as far as another one must be able to take its state over.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Facts {
+    /// As in `10.0.2`.
+    pub version: String,
+    /// What the distribution calls it; may be empty.
+    pub package: String,
+    /// With its version, as in `pc-q35-10.0`.
+    pub machine_type: String,
+    /// What runs the guest's code; None if the source has named one that is not known here.
+    pub accelerator: Option<Accelerator>,
+    /// The features that the guest sees: [`features`].
+    pub cpu_features: BTreeSet<String>,
+}
+
+/// What runs a guest's code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Accelerator {
+    /// The kernel's KVM.
+    Kvm,
+    /// QEMU's own emulation.
+    Tcg,
+}
+
+impl Accelerator {
+    /// As QEMU's `-accel` has it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Kvm => "kvm",
+            Self::Tcg => "tcg",
+        }
+    }
+
+    /// The one of this name.
+    pub fn of_name(name: &str) -> Option<Self> {
+        [Self::Kvm, Self::Tcg].into_iter().find(|accelerator| accelerator.as_str() == name)
+    }
+}
+
+/// What a QEMU at the destination has.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Offer {
+    /// As in `10.0.2`.
+    pub version: String,
+    /// The machine types that it knows.
+    pub machines: Vec<MachineType>,
+    /// The features that it can give a guest; None where it was not asked: the accelerator is missing.
+    pub cpu_features: Option<BTreeSet<String>>,
+}
+
+/// A machine type.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct MachineType {
+    /// With its version, if it has one.
+    pub name: String,
+    /// Another name, such as `q35`.
+    pub alias: Option<String>,
+    /// What QEMU takes without `-machine`.
+    pub is_default: bool,
+}
+
+/// The kind of what was found: the condition's reason.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Kind {
+    /// The destination's QEMU is older.
+    QemuOlder,
+    /// It does not know the machine type.
+    MachineTypeUnknown,
+    /// The twin would have another machine type.
+    MachineTypeDiffers,
+    /// No KVM.
+    AcceleratorMissing,
+    /// The guest has seen CPU features that it would not have there.
+    CpuFeaturesMissing,
+    /// A file that the twin's arguments name.
+    FileMissing,
+}
+
+impl Kind {
+    /// In CamelCase, as Kubernetes writes reasons.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::QemuOlder => "QEMUOlder",
+            Self::MachineTypeUnknown => "MachineTypeUnknown",
+            Self::MachineTypeDiffers => "MachineTypeDiffers",
+            Self::AcceleratorMissing => "AcceleratorMissing",
+            Self::CpuFeaturesMissing => "CPUFeaturesMissing",
+            Self::FileMissing => "FileMissing",
+        }
+    }
+}
+
+/// Something that would make the migration fail.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finding {
+    /// Its kind.
+    pub kind: Kind,
+    /// For a person, without a full stop: what is wrong, and what would be right.
+    pub message: String,
+}
+
+impl Finding {
+    fn new(kind: Kind, message: String) -> Self {
+        Self { kind, message }
+    }
+}
+
+/// What a comparison has come to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Verdict {
+    /// All that is in the way, the gravest first.
+    pub findings: Vec<Finding>,
+    /// What could not be compared, and why. It is in nobody's way.
+    pub not_compared: Vec<String>,
+}
+
+impl Verdict {
+    /// The reason and the words of a refusal; None if nothing is in the way.
+    pub fn refusal(&self) -> Option<(Kind, String)> {
+        let first = self.findings.first()?;
+        let all = match self.findings.as_slice() {
+            [only] => format!("{}: {}", only.kind.as_str(), only.message),
+            several => {
+                let numbered = several.iter().zip(1..);
+                let numbered = numbered.map(|(f, n)| format!("({n}) {}: {}", f.kind.as_str(), f.message));
+                format!(
+                    "{} things are in the way: {}",
+                    several.len(),
+                    numbered.collect::<Vec<_>>().join("; ")
+                )
+            }
+        };
+        let not_compared: String =
+            self.not_compared.iter().map(|what| format!("; not compared: {what}")).collect();
+        Some((first.kind, format!("{all}{not_compared}")))
+    }
+}
+
+#[cfg(test)]
+#[path = "real_tests.rs"]
+mod real;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_has_all_findings_and_the_first_ones_reason() {
+        assert_eq!(Verdict::default().refusal(), None);
+        let older = Finding::new(Kind::QemuOlder, "it is older".to_owned());
+        let file = Finding::new(Kind::FileMissing, "a file is not there".to_owned());
+        let one = Verdict { findings: vec![file.clone()], not_compared: vec!["the CPU".to_owned()] };
+        let told = "FileMissing: a file is not there; not compared: the CPU".to_owned();
+        assert_eq!(one.refusal(), Some((Kind::FileMissing, told)));
+        let two = Verdict { findings: vec![older, file], not_compared: Vec::new() };
+        let told =
+            "2 things are in the way: (1) QEMUOlder: it is older; (2) FileMissing: a file is not there";
+        assert_eq!(two.refusal(), Some((Kind::QemuOlder, told.to_owned())));
+    }
+}
