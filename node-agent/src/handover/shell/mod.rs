@@ -85,14 +85,14 @@ fn of_twin(error: &VmmError) -> Failure {
 
 /// Asks the twin for a sign of life. A process that is being killed gives none, though it may not have been seen to end yet.
 fn confirm(vmm: &dyn Vmm) -> BoxFuture<'_, Result<(), VmmError>> {
-    Box::pin(async move { vmm.describe().await.map(drop) })
+    Box::pin(async move { vmm.run_state().await.map(drop) })
 }
 
 /// Lets the vCPUs run, if they do not yet: after a pause that failed, or an agent that ended, it is not known whether they do, and
 /// to resume a VM that runs would be refused.
 fn resume(vmm: &dyn Vmm) -> BoxFuture<'_, Result<(), VmmError>> {
     Box::pin(async move {
-        match vmm.describe().await?.run_state {
+        match vmm.run_state().await? {
             RunState::Running => Ok(()),
             RunState::Paused | RunState::Incoming => vmm.resume().await,
         }

@@ -17,8 +17,10 @@
 //!
 //! With `return-path` the source's QEMU is `completed` only when the twin's has said that it has loaded everything.
 
+mod capabilities;
 mod carry;
 mod convergence;
+mod copying;
 mod devices;
 pub mod preflight;
 pub mod qmp;
@@ -32,18 +34,17 @@ use bytes::Bytes;
 use slackwater_proto::channel::ConnectError;
 use slackwater_proto::tonic::{Code, async_trait};
 use tokio::sync::mpsc;
-use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
-use tracing::{debug, info, warn};
+use tokio::time::{Instant, timeout};
+use tracing::{info, warn};
 
 use self::carry::{Carried, REPLIES};
-use self::convergence::{Convergence, Sample, Verdict};
+
 use self::preflight::{Facts, facts};
 use self::qmp::commands::{
-    Cont, Migrate, MigrateCancel, MigrateContinue, MigrateSetCapabilities, MigrateSetParameters,
-    MigrationCapability, MigrationInfo, QueryMigrate, QueryMigrateCapabilities, QueryStatus, Quit, Stop,
+    Cont, Migrate, MigrateCancel, MigrateContinue, MigrationInfo, QueryMigrate, QueryStatus, Quit, Stop,
 };
 use self::qmp::{EventKind, MigrationStatus, Notice, QmpClient, QmpError, RunState as QemuState};
-use self::throughput::{Counted, Throughput};
+
 use super::budget::{Budget, Copying};
 use super::contract::Deadlines;
 use super::server::{Server, trust};
@@ -56,20 +57,6 @@ use crate::vfio::borrow::VmmProcess;
 
 /// QEMU makes its socket by its umask: any mode will do that is closed to everybody else.
 const OWNERS_ONLY: u32 = 0o700;
-
-/// Switched on where QEMU knows them: its events, the stop before the final state that the gate needs, the twin's word on whether
-/// it has loaded its devices, and, at the twin, no lock on a disk before it runs.
-const ON: [&str; 5] =
-    ["events", "pause-before-switchover", "return-path", "switchover-ack", "late-block-activate"];
-/// Without these there is no gate, and no safe hand-over.
-const NEEDED: [&str; 2] = ["pause-before-switchover", "return-path"];
-/// Several streams instead of one; switched on if there are to be several, and off if not.
-const MULTIFD: &str = "multifd";
-/// Switched off where QEMU knows them: the source could not take the VM back, or the state would not come at all.
-const OFF: [&str; 4] = ["postcopy-ram", "release-ram", "x-colo", "background-snapshot"];
-
-/// How often it is looked at whether QEMU's copying comes to an end.
-const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// How long a state that QEMU has promised may take to be told.
 const SETTLING: Duration = Duration::from_secs(10);
@@ -120,78 +107,6 @@ impl QemuVmm {
         })
     }
 
-    /// The capabilities that both ends need, switched, for so many channels besides the main one.
-    async fn prepare(&self, call: &'static str, channels: u8) -> Result<(), VmmError> {
-        let known = self.qmp.execute(QueryMigrateCapabilities).await.map_err(|error| of_qmp(call, error))?;
-        let knows = |name: &&str| known.iter().any(|capability| capability.capability == *name);
-        let needed = NEEDED.iter().copied().chain((channels > 0).then_some(MULTIFD));
-        if let Some(missing) = needed.into_iter().find(|name| !knows(name)) {
-            let message = format!("QEMU {} has no migration capability {missing}", self.qmp.version());
-            return Err(VmmError::Refused { call, code: Code::FailedPrecondition, message });
-        }
-        let multifd = [MULTIFD];
-        let (more_on, more_off): (&[&str], &[&str]) =
-            if channels > 0 { (&multifd, &[]) } else { (&[], &multifd) };
-        let on =
-            ON.iter().chain(more_on).filter(|name| knows(name)).map(|name| MigrationCapability::on(name));
-        let off =
-            OFF.iter().chain(more_off).filter(|name| knows(name)).map(|name| MigrationCapability::off(name));
-        let capabilities = on.chain(off).collect();
-        let set = self.qmp.execute(MigrateSetCapabilities { capabilities }).await;
-        set.map_err(|error| of_qmp(call, error))?;
-        if channels == 0 {
-            return Ok(());
-        }
-        let parameters =
-            MigrateSetParameters { multifd_channels: Some(channels), ..MigrateSetParameters::default() };
-        self.qmp.execute(parameters).await.map(drop).map_err(|error| of_qmp(call, error))
-    }
-
-    /// The blackout that QEMU aims for, and what it may assume of the wire for that.
-    async fn limit(&self, call: &'static str, budget: Budget) -> Result<(), VmmError> {
-        let parameters = MigrateSetParameters {
-            max_bandwidth: Some(budget.bandwidth_bytes_per_second),
-            avail_switchover_bandwidth: self.switchover_bandwidth(&Throughput::new(&budget)),
-            ..downtime_limit(budget.downtime)
-        };
-        self.qmp.execute(parameters).await.map(drop).map_err(|error| of_qmp(call, error))
-    }
-
-    /// None where QEMU knows of no such parameter, and goes by what it measures at its own socket.
-    fn switchover_bandwidth(&self, wire: &Throughput) -> Option<u64> {
-        self.qmp.version().qemu.at_least(8, 2).then_some(wire.bytes_per_second())
-    }
-
-    /// Has QEMU reckon with what the wire has turned out to carry.
-    async fn reckon_with(&self, wire: &Throughput) -> Result<(), QmpError> {
-        let Some(bandwidth) = self.switchover_bandwidth(wire) else { return Ok(()) };
-        debug!(pid = self.server.pid(), bandwidth, "the wire carries so many bytes per second");
-        let parameters = MigrateSetParameters {
-            avail_switchover_bandwidth: Some(bandwidth),
-            ..MigrateSetParameters::default()
-        };
-        self.qmp.execute(parameters).await.map(drop)
-    }
-
-    /// How far the copying is; None when there is nothing to go by.
-    async fn look(&self, copy: &Copying, began: Instant) -> Option<Sample> {
-        let info = match self.qmp.execute(QueryMigrate).await {
-            Ok(info) => info,
-            Err(error) => {
-                debug!(%error, "QEMU does not tell how far it is");
-                return None;
-            }
-        };
-        let mut device_bytes: u64 = 0;
-        for device in &copy.devices {
-            match device.estimate_bytes().await {
-                Ok(bytes) => device_bytes = device_bytes.saturating_add(bytes),
-                Err(error) => debug!(%error, "a device does not tell how much state it has"),
-            }
-        }
-        Sample::of(&info, copy.budget, began.elapsed(), device_bytes)
-    }
-
     /// Waits until the migration stands where `there` says, or has ended otherwise.
     async fn until(
         &self,
@@ -215,7 +130,7 @@ impl QemuVmm {
         }
     }
 
-    async fn run_state(&self, call: &'static str) -> Result<QemuState, VmmError> {
+    async fn status(&self, call: &'static str) -> Result<QemuState, VmmError> {
         let status = self.qmp.execute_within(QueryStatus, self.deadlines.describe).await;
         status.map(|status| status.status).map_err(|error| of_qmp(call, error))
     }
@@ -244,18 +159,21 @@ impl QemuVmm {
 #[async_trait]
 impl Vmm for QemuVmm {
     async fn describe(&self) -> Result<Description, VmmError> {
-        let run_state = match self.run_state("describe").await? {
-            QemuState::Running => RunState::Running,
-            QemuState::InMigrate => RunState::Incoming,
-            _ => RunState::Paused,
-        };
         Ok(Description {
-            run_state,
+            run_state: self.run_state().await?,
             devices: devices::of(&self.qmp, self.server.pid(), &self.ids).await?,
             ram_bytes: self.ram_bytes().await,
             dirty_tracking: DirtyTracking::None,
             vmm: format!("QEMU {}", self.qmp.version()),
             blocked: self.blocked_reasons("describe").await?,
+        })
+    }
+
+    async fn run_state(&self) -> Result<RunState, VmmError> {
+        Ok(match self.status("describe").await? {
+            QemuState::Running => RunState::Running,
+            QemuState::InMigrate => RunState::Incoming,
+            _ => RunState::Paused,
         })
     }
 
@@ -279,57 +197,11 @@ impl Vmm for QemuVmm {
     }
 
     async fn converged(&self, copy: Copying) -> Result<(), VmmError> {
-        let call = "migrate";
-        let stands = self.until(call, |status| *status == MigrationStatus::PreSwitchover);
-        tokio::pin!(stands);
-        let mut course = Convergence::new(copy.budget);
-        let mut wire = Throughput::new(&copy.budget);
-        let began = Instant::now();
-        let mut looks = interval(LOOK_EVERY);
-        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        loop {
-            let look = async {
-                looks.tick().await;
-                self.look(&copy, began).await
-            };
-            let sample = tokio::select! {
-                biased;
-                stands = &mut stands => return stands.map(drop),
-                sample = look => sample,
-            };
-            let Some(sample) = sample else { continue };
-            let counted = Counted {
-                elapsed: sample.elapsed,
-                bytes: copy.flow.bytes(),
-                waited: copy.flow.waited(),
-                first_pass: sample.in_first_pass(),
-            };
-            if wire.step(counted) {
-                self.reckon_with(&wire).await.map_err(|error| of_qmp(call, error))?;
-            }
-            let step = course.step(sample, wire.bytes_per_second());
-            if let Some(estimate) = step.tell {
-                // That nobody listens does not matter to QEMU.
-                let _ = copy.tell.send(estimate);
-            }
-            match step.verdict {
-                Verdict::GoOn => {}
-                Verdict::Raise(limit) => {
-                    info!(
-                        pid = self.server.pid(),
-                        ?limit,
-                        "QEMU does not keep to the budget, and may take longer"
-                    );
-                    let raised = self.qmp.execute(downtime_limit(limit)).await;
-                    raised.map_err(|error| of_qmp(call, error))?;
-                }
-                Verdict::GiveUp(exceeded) => return Err(VmmError::BudgetExceeded(exceeded)),
-            }
-        }
+        self.copy_until_it_stands(copy).await
     }
 
     async fn pause(&self) -> Result<(), VmmError> {
-        match self.run_state("pause").await? {
+        match self.status("pause").await? {
             QemuState::Running => {
                 self.qmp.execute(Stop).await.map(drop).map_err(|error| of_qmp("pause", error))
             }
@@ -395,7 +267,7 @@ impl Vmm for QemuVmm {
         let loaded = async {
             self.until(call, |status| *status == MigrationStatus::Completed).await?;
             loop {
-                match self.run_state(call).await? {
+                match self.status(call).await? {
                     // It is told a moment before the machine has been put together.
                     QemuState::InMigrate => tokio::time::sleep(Duration::from_millis(5)).await,
                     QemuState::Paused | QemuState::Prelaunch => return Ok(()),
@@ -413,7 +285,7 @@ impl Vmm for QemuVmm {
         let call = "resume";
         let limit = self.deadlines.run_state;
         self.qmp.execute_within(Cont, limit).await.map_err(|error| of_qmp(call, error))?;
-        match self.run_state(call).await? {
+        match self.status(call).await? {
             QemuState::Running => Ok(()),
             other => {
                 let message = format!("QEMU took `cont`, but is {other}");
@@ -530,11 +402,6 @@ impl LocalVmm for QemuVmm {
 fn over(status: &MigrationStatus) -> bool {
     use MigrationStatus::{Cancelled, Completed, Failed, None};
     matches!(status, None | Completed | Failed | Cancelled)
-}
-
-fn downtime_limit(limit: Duration) -> MigrateSetParameters {
-    let downtime_limit_ms = u64::try_from(limit.as_millis()).ok();
-    MigrateSetParameters { downtime_limit_ms, ..MigrateSetParameters::default() }
 }
 
 fn of_qmp(call: &'static str, error: QmpError) -> VmmError {
