@@ -6,5 +6,6 @@ pub mod devices;
 pub mod holders;
 pub mod identity;
 pub mod node;
+pub mod placeholders;
 pub mod vm;
 pub mod vms;

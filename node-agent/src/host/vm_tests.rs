@@ -1,7 +1,10 @@
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
+use super::super::devices::Device;
+use super::super::placeholders::{TwinCommand, twin_arguments};
 use super::*;
+use crate::vmm::twin_exec::Descriptor;
 
 fn good() -> Value {
     json!({

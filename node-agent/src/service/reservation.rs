@@ -11,6 +11,7 @@ use super::site::NodeSite;
 use super::{NodeConfig, request};
 use crate::host::devices::Device;
 use crate::host::identity::{IdentityOf, VfIdentity};
+use crate::host::placeholders::twin_arguments;
 use crate::host::{vm, vms};
 use crate::vfio::state::Features;
 use crate::vmm::twin::{TwinPlan, launcher};
@@ -83,7 +84,7 @@ pub(super) fn site(
         .map_err(|error| Status::failed_precondition(format!("vm_json: {error}")))?;
     let directory = vms::directory(&config.run_dir, &json);
     let socket = json.socket_in(&directory).map_err(invalid)?;
-    let command = vm::twin_arguments(&json, &socket, devices).map_err(invalid)?;
+    let command = twin_arguments(&json, &socket, devices).map_err(invalid)?;
     let plan = TwinPlan {
         launcher: launcher(),
         cgroup_root: config.cgroup_root.clone(),
