@@ -49,10 +49,10 @@ test: rust rust-components ## everything that must hold: format, lints, unit tes
 	$(cargo) test --locked --workspace --doc $(faults)
 
 .PHONY: fault-matrix
-fault-matrix: rust ## every phase of a migration with everything that may befall it, into tests/fault-matrix.md (about an hour)
+fault-matrix: rust ## every phase of a migration with everything that may befall it, into tests/fault-matrix.md (about an hour; VMM=qemu: into tests/fault-matrix-qemu.md)
 	"$(install)" host-packages node-kernel kubernetes kubectl-helm
 	$(cargo) build --locked $(programs) $(faults)
-	"$(bins)/slackwater-fault-matrix" --out "$(root)/tests/fault-matrix.md" $(MATRIX)
+	"$(bins)/slackwater-fault-matrix" $(if $(VMM),--vmm $(VMM)) --out "$(root)/tests/fault-matrix$(if $(VMM),-$(VMM)).md" $(MATRIX)
 
 .PHONY: random-walk
 random-walk: rust ## 1,000 migrations, each befallen by something drawn (STEPS=50 SEED=7: other numbers)
