@@ -14,6 +14,7 @@ use tracing::warn;
 use super::connections::Connections;
 use super::registry::Registry;
 use super::{NodeConfig, blockers, borrowing, preflight, request, watching};
+use crate::handover::policy::Driver;
 use crate::host::devices::{Device, vfio_devices};
 use crate::host::holders::Holders;
 use crate::host::node::kernel;
@@ -41,6 +42,8 @@ pub struct Inventory {
 
 /// Between two looks at a VMM that does not answer: it may be starting, or its monitor be held by somebody else for a moment.
 const ASK_AGAIN: Duration = Duration::from_secs(2);
+/// How long it may take to notice that a process has ended.
+const ENDING: Duration = Duration::from_millis(50);
 
 /// Why the node cannot be described.
 #[derive(Debug, thiserror::Error)]
@@ -263,6 +266,8 @@ impl Inventory {
         if let Some(vmm) = known.as_ref() {
             match vmm.describe().await {
                 Ok(description) => return Ok((Arc::clone(vmm), description)),
+                // A monitor serves one client at a time, so as long as its QEMU lives, this one is it; it connects again by itself.
+                Err(error) if vmm.driver() == Driver::Vmm && lives(vmm.as_ref()).await => return Err(error),
                 // Another VMM may serve the socket by now.
                 Err(_) => *known = None,
             }
@@ -294,6 +299,11 @@ impl Inventory {
     pub(super) fn look_again(&self) {
         self.ended.send_modify(|count| *count += 1);
     }
+}
+
+/// Whether its process has not ended.
+async fn lives(vmm: &dyn LocalVmm) -> bool {
+    tokio::time::timeout(ENDING, vmm.exited()).await.is_err()
 }
 
 fn unreachable(vm: Option<VmRef>, why: String) -> VmDescription {

@@ -21,8 +21,11 @@ impl Flow {
         Duration::from_nanos(self.waited_ns.load(Ordering::Relaxed))
     }
 
-    pub(super) fn took(&self, bytes: u64, waited: Duration) {
+    pub(super) fn took(&self, bytes: u64) {
         self.bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub(super) fn has_waited(&self, waited: Duration) {
         let waited = u64::try_from(waited.as_nanos()).unwrap_or(u64::MAX);
         self.waited_ns.fetch_add(waited, Ordering::Relaxed);
     }

@@ -1,7 +1,7 @@
 //! The sending half of a blob's stream.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use slackwater_proto::limits::transfer_client;
@@ -21,6 +21,9 @@ use crate::handover::Blob;
 
 /// Chunks that wait for the transport: enough to read the next while one is being sent.
 const CHUNKS_IN_FLIGHT: usize = 2;
+
+/// A wait counts while it lasts, and not only when it is over.
+const WAITING_IS_COUNTED_EVERY: Duration = Duration::from_millis(100);
 
 /// The stream has ended before the blob did; its [`Receipt`] says why.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -101,14 +104,13 @@ impl Outgoing {
         let length = data.len() as u64;
         let offset = self.tally.add(&data);
         let chunk = BlobChunk { offset, data };
-        let began = Instant::now();
         #[cfg(feature = "faults")]
         for chunk in self.faults.chunk(chunk) {
             self.transmit(send_blob_request::Message::Chunk(chunk)).await?;
         }
         #[cfg(not(feature = "faults"))]
         self.transmit(send_blob_request::Message::Chunk(chunk)).await?;
-        self.flow.took(length, began.elapsed());
+        self.flow.took(length);
         Ok(())
     }
 
@@ -133,6 +135,15 @@ impl Outgoing {
 
     async fn transmit(&self, message: send_blob_request::Message) -> Result<(), StreamEnded> {
         let message = SendBlobRequest { message: Some(message) };
-        self.messages.send(message).await.map_err(|_| StreamEnded)
+        let sending = self.messages.send(message);
+        tokio::pin!(sending);
+        loop {
+            let began = Instant::now();
+            let sent = tokio::time::timeout(WAITING_IS_COUNTED_EVERY, &mut sending).await;
+            self.flow.has_waited(began.elapsed());
+            if let Ok(sent) = sent {
+                return sent.map_err(|_| StreamEnded);
+            }
+        }
     }
 }

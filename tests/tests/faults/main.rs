@@ -12,7 +12,7 @@ const SEED: &str = "SLACKWATER_WALK_SEED";
 /// How many migrations the walk has.
 const STEPS: &str = "SLACKWATER_WALK_STEPS";
 const FIRST_SEED: u64 = 1;
-const FEW_STEPS: usize = 20;
+const FEW_STEPS: usize = 15;
 
 /// Those in which both ends have something to lose, and one that is slow to notice.
 const NASTIEST: [(Phase, Fault); 10] = [

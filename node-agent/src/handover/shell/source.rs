@@ -182,6 +182,8 @@ enum Signal {
     Seen(DeviceSeen),
     /// The same, read back.
     Looked(DeviceSeen),
+    /// A VMM that drives its devices says that its save is complete.
+    SaveFinished,
     /// A pump has drained a device's initial data, and waits for the final data.
     PreCopied(usize, Box<DevicePump>),
 }
@@ -200,6 +202,10 @@ struct Shell {
     streams: CancellationToken,
     stream_tasks: TaskTracker,
     save_started: bool,
+    /// Of a VMM that drives its devices: all of its state has been sent, and verified; and it has said that it has come to its end. A
+    /// stream ends, too, when such a VMM gives its migration up and takes its VM back, so only both together are a blob that was sent.
+    vmm_state_sent: bool,
+    vmm_save_finished: bool,
     told_progress: u64,
     marks: Marks,
     /// Why the machine gives up, if it does: it goes into the journal.
@@ -226,6 +232,8 @@ impl Shell {
             streams: CancellationToken::new(),
             stream_tasks: TaskTracker::new(),
             save_started: false,
+            vmm_state_sent: false,
+            vmm_save_finished: false,
             told_progress: 0,
             marks: Marks::default(),
             failure: None,
@@ -332,6 +340,14 @@ impl Shell {
                 self.stated.clone_from(&word.stated_because);
                 Event::Relayed(word)
             }
+            Signal::Event(Event::BlobSent(Blob::Vmm)) if self.parts.vmm.driver() == Driver::Vmm => {
+                self.vmm_state_sent = true;
+                return self.whole();
+            }
+            Signal::SaveFinished => {
+                self.vmm_save_finished = true;
+                return self.whole();
+            }
             Signal::Event(event) => event,
             Signal::Connected(link) => {
                 self.connected(*link);
@@ -352,6 +368,11 @@ impl Shell {
                 Event::DeviceReached(seen.index, seen.state)
             }
         })
+    }
+
+    /// The VMM's blob, if the VMM says so, too.
+    fn whole(&self) -> Option<Event> {
+        (self.vmm_state_sent && self.vmm_save_finished).then_some(Event::BlobSent(Blob::Vmm))
     }
 
     fn trace(&mut self, seen: DeviceSeen) {
@@ -721,7 +742,8 @@ impl Shell {
         });
     }
 
-    /// The stream's end, which [`pump::vmm`] waits for, is the answer; only a refusal is told from here.
+    /// The stream's end, which [`pump::vmm`] waits for, is the answer of a VMM of the contract. One that drives its devices must say
+    /// itself that it has come to the end: until then it may still take its VM back.
     fn finish_save(&self) {
         let (vmm, signals, streams) =
             (Arc::clone(&self.parts.vmm), self.signals.clone(), self.streams.clone());
@@ -730,10 +752,14 @@ impl Shell {
                 answer = vmm.finish_save() => answer,
                 () = streams.cancelled() => return,
             };
-            if let Err(error) = answer {
-                let failure = Failure::new(Reason::VmmFailed, error.to_string());
-                let _ = signals.send(Signal::Event(Event::Failed(failure)));
-            }
+            let signal = match answer {
+                Ok(()) if vmm.driver() == Driver::Vmm => Signal::SaveFinished,
+                Ok(()) => return,
+                Err(error) => {
+                    Signal::Event(Event::Failed(Failure::new(Reason::VmmFailed, error.to_string())))
+                }
+            };
+            let _ = signals.send(signal);
         });
     }
 
@@ -776,16 +802,42 @@ impl Shell {
         });
         let flow = self.flows.last().map(Arc::clone).unwrap_or_default();
         let copy = Copying { budget: self.parts.budget, devices: self.parts.devices.clone(), flow, tell };
-        self.call(move |vmm| vmm.converged(copy), Event::Converged, Event::Failed);
+        let outcome = self.outcome(move |vmm| vmm.converged(copy), Event::Converged, Event::Failed);
+        let (signals, streams) = (self.signals.clone(), self.streams.clone());
+        // It has the devices, which must be closed when their VMM is gone.
+        self.stream_tasks.spawn(async move {
+            tokio::select! {
+                event = outcome => {
+                    let _ = signals.send(Signal::Event(event));
+                }
+                () = streams.cancelled() => {}
+            }
+        });
     }
 
     fn call<F>(&self, call: F, done: Event, failed: fn(Failure) -> Event)
     where
         F: for<'a> FnOnce(&'a dyn Vmm) -> BoxFuture<'a, Result<(), VmmError>> + Send + 'static,
     {
-        let (vmm, signals) = (Arc::clone(&self.parts.vmm), self.signals.clone());
+        let (outcome, signals) = (self.outcome(call, done, failed), self.signals.clone());
         tokio::spawn(async move {
-            let event = match call(vmm.as_ref()).await {
+            let _ = signals.send(Signal::Event(outcome.await));
+        });
+    }
+
+    /// What becomes of a call to the VMM.
+    fn outcome<F>(
+        &self,
+        call: F,
+        done: Event,
+        failed: fn(Failure) -> Event,
+    ) -> impl Future<Output = Event> + Send + use<F>
+    where
+        F: for<'a> FnOnce(&'a dyn Vmm) -> BoxFuture<'a, Result<(), VmmError>> + Send + 'static,
+    {
+        let (vmm, signals) = (Arc::clone(&self.parts.vmm), self.signals.clone());
+        async move {
+            match call(vmm.as_ref()).await {
                 Ok(()) => done,
                 Err(error) => {
                     // A call breaks off because the process is ending: that it has ended is the better reason.
@@ -800,9 +852,8 @@ impl Shell {
                     };
                     failed(Failure::new(reason, error.to_string()))
                 }
-            };
-            let _ = signals.send(Signal::Event(event));
-        });
+            }
+        }
     }
 
     /// The borrowed descriptors go first: a forgotten one would keep the devices bound after their VMM's end.

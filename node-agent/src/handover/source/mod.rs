@@ -351,8 +351,10 @@ impl Source {
                 self.vcpus = Vcpus::Paused;
                 self.fail(failure, effects);
             }
-            // It was never paused, so it runs, as long as its process lives.
-            Event::ResumeFailed(_) if self.vcpus == Vcpus::Running && !self.vmm_gone => {
+            // It was never paused, so it runs, as long as its process lives. A VMM that drives its devices stops its vCPUs by itself.
+            Event::ResumeFailed(_)
+                if self.driver == Driver::Agent && self.vcpus == Vcpus::Running && !self.vmm_gone =>
+            {
                 self.finish_rollback(effects);
             }
             Event::ResumeFailed(failure) => self.rollback_failed(failure, effects),

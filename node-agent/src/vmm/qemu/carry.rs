@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use bytes::{BufMut, Bytes, BytesMut};
 use futures::future::try_join_all;
@@ -14,8 +14,8 @@ use tokio::sync::mpsc;
 
 use super::super::{LoadStream, SaveStream, VmmError};
 
-/// Its name, beside the monitor.
-pub(super) const SOCKET: &str = "migrate.sock";
+/// What its name has that the monitor's has not: two VMs may have their monitors in one folder.
+const ENDING: &str = ".migrate";
 /// Pieces of what a twin says that wait for whoever takes them. It says a few dozen bytes in all.
 pub(super) const REPLIES: usize = 64;
 
@@ -30,6 +30,13 @@ pub(super) struct Carried {
     pub(super) pieces: SaveStream,
     /// What the twin says goes here. The socket stays open until this and the pieces are dropped.
     pub(super) replies: mpsc::Sender<Bytes>,
+}
+
+/// Its path, beside the monitor's.
+pub(super) fn beside(monitor: &Path) -> PathBuf {
+    let mut path = monitor.to_owned().into_os_string();
+    path.push(ENDING);
+    path.into()
 }
 
 /// A socket for QEMU to connect to, for this user alone.

@@ -89,8 +89,17 @@ fn sort(links: &[(i32, PathBuf)], device_of: impl Fn(&Path) -> Option<String>) -
 }
 
 /// A device that came by a group gets any of those: only all of them together mean something. One that QEMU was given by its
-/// descriptor gets what nobody else has, in the order in which QEMU opened them.
+/// descriptor alone gets what nobody else has; there may be one.
 fn assign(wanted: &[(String, Option<String>)], mut open: Open) -> Result<Vec<VmmDevice>, String> {
+    if wanted.iter().filter(|(_, name)| name.is_none()).count() > 1 {
+        let ids: Vec<&str> =
+            wanted.iter().filter(|(_, name)| name.is_none()).map(|(id, _)| id.as_str()).collect();
+        return Err(format!(
+            "QEMU was given the devices `{}` by their descriptors alone, and does not tell which is which: each needs sysfsdev= or host= \
+             beside fd=",
+            ids.join("`, `")
+        ));
+    }
     let known: Vec<&str> = wanted.iter().filter_map(|(_, name)| name.as_deref()).collect();
     let mut unclaimed: Vec<(i32, String)> = open
         .named
@@ -163,8 +172,10 @@ mod tests {
         assert_eq!(numbers(found), [("b".to_owned(), 6), ("a".to_owned(), 7)]);
         let found = assign(&wanted(&[Some("c"), Some("d")]), open()).unwrap();
         assert_eq!(numbers(found), [("c".to_owned(), 9), ("d".to_owned(), 10)]);
-        let found = assign(&wanted(&[None, None]), open()).unwrap();
-        assert_eq!(numbers(found), [("b".to_owned(), 6), ("a".to_owned(), 7)]);
+        let found = assign(&wanted(&[None, Some("b")]), open()).unwrap();
+        assert_eq!(numbers(found), [("a".to_owned(), 7), ("b".to_owned(), 6)]);
+        let error = assign(&wanted(&[None, None]), open()).unwrap_err();
+        assert!(error.contains("`v0`, `v1` by their descriptors alone"), "{error}");
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! carries QEMU's stream to the twin, both ways:
 //!
 //! ```text
-//! source's QEMU ──migrate unix:migrate.sock──▶ agent ═══ blob ═══▶ agent ──▶ migrate-incoming unix:migrate.sock ── twin's QEMU
+//! source's QEMU ──migrate unix:*.migrate──▶ agent ═══ blob ═══▶ agent ──▶ migrate-incoming unix:*.migrate ── twin's QEMU
 //!               ◀──────────────────────────── agent ◀══ replies ══ agent ◀──
 //!
 //! start_save    capabilities, parameters, migrate           start_load    capabilities, migrate-incoming, the bytes
@@ -58,6 +58,10 @@ use crate::vfio::borrow::VmmProcess;
 /// QEMU makes its socket by its umask: any mode will do that is closed to everybody else.
 const OWNERS_ONLY: u32 = 0o700;
 
+/// Between two looks at a state that QEMU is about to change.
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
+/// How long `cont` may take: QEMU locks its disks before.
+const CONT_LIMIT: Duration = Duration::from_secs(60);
 /// How long a state that QEMU has promised may take to be told.
 const SETTLING: Duration = Duration::from_secs(10);
 
@@ -99,7 +103,7 @@ impl QemuVmm {
             qmp,
             server,
             ids: ids.to_vec(),
-            carrier: socket.with_file_name(carry::SOCKET),
+            carrier: carry::beside(socket),
             deadlines,
             to_qemu: Mutex::default(),
             from_qemu: (tell, Mutex::new(Some(told))),
@@ -269,7 +273,7 @@ impl Vmm for QemuVmm {
             loop {
                 match self.status(call).await? {
                     // It is told a moment before the machine has been put together.
-                    QemuState::InMigrate => tokio::time::sleep(Duration::from_millis(5)).await,
+                    QemuState::InMigrate => tokio::time::sleep(LOOK_AGAIN).await,
                     QemuState::Paused | QemuState::Prelaunch => return Ok(()),
                     other => {
                         let message = format!("the twin is {other} after its load, and must be paused (-S)");
@@ -283,13 +287,29 @@ impl Vmm for QemuVmm {
 
     async fn resume(&self) -> Result<(), VmmError> {
         let call = "resume";
-        let limit = self.deadlines.run_state;
-        self.qmp.execute_within(Cont, limit).await.map_err(|error| of_qmp(call, error))?;
-        match self.status(call).await? {
-            QemuState::Running => Ok(()),
-            other => {
-                let message = format!("QEMU took `cont`, but is {other}");
-                Err(VmmError::Refused { call, code: Code::Aborted, message })
+        let until = Instant::now() + SETTLING;
+        // A migration that failed or was cancelled is told before QEMU has taken the VM back.
+        while self.status(call).await? == QemuState::FinishMigrate && Instant::now() < until {
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+        match self.qmp.execute_within(Cont, self.deadlines.run_state).await {
+            Ok(_) => {}
+            // QEMU carries it out all the same, when it has its disks or its locks.
+            Err(QmpError::Deadline { .. }) => warn!(pid = self.server.pid(), "QEMU takes long to `cont`"),
+            Err(error) => return Err(of_qmp(call, error)),
+        }
+        let until = Instant::now() + CONT_LIMIT;
+        loop {
+            match self.status(call).await {
+                Ok(state) if has_run(&state) => return Ok(()),
+                Ok(_) | Err(VmmError::Deadline { .. }) if Instant::now() < until => {
+                    tokio::time::sleep(LOOK_AGAIN).await;
+                }
+                Ok(other) => {
+                    let message = format!("QEMU took `cont`, but is {other}");
+                    return Err(VmmError::Refused { call, code: Code::Aborted, message });
+                }
+                Err(error) => return Err(error),
             }
         }
     }
@@ -396,6 +416,12 @@ impl LocalVmm for QemuVmm {
     async fn end(&self) -> Result<(), VmmError> {
         self.server.end(self.quit().await, self.deadlines.quit).await
     }
+}
+
+/// Whether the vCPUs run, or have run since: a guest may have come to grief as soon as it was let go.
+fn has_run(state: &QemuState) -> bool {
+    use QemuState::{FinishMigrate, InMigrate, Paused, PostMigrate, Prelaunch};
+    !matches!(state, FinishMigrate | InMigrate | Paused | PostMigrate | Prelaunch)
 }
 
 /// Whether a migration has ended, or none was begun.

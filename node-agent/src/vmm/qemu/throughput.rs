@@ -85,13 +85,16 @@ impl Throughput {
         if took < INTERVAL {
             return;
         }
+        let bytes = u128::from(now.bytes.saturating_sub(self.last.bytes));
+        let rate = bytes.saturating_mul(1000) / took.as_millis().max(1);
+        let rate = u64::try_from(rate).unwrap_or(u64::MAX);
         let full = now.waited.saturating_sub(self.last.waited) >= took * self.streams / 2;
         // The first full interval filled the buffers on the way, too, and says more than the wire carries.
         if full && self.was_full {
-            let bytes = u128::from(now.bytes.saturating_sub(self.last.bytes));
-            let rate = bytes.saturating_mul(1000) / took.as_millis().max(1);
-            let rate = u64::try_from(rate).unwrap_or(u64::MAX);
             self.measured = Some(self.measured.map_or(rate, |before| before / 2 + rate / 2));
+        } else if !full {
+            // It carries at least what it has just carried: one that stalled for a while is not slow for good.
+            self.measured = self.measured.map(|before| before.max(rate));
         }
         self.was_full = full;
         self.last = now;
@@ -136,6 +139,8 @@ mod tests {
         assert_eq!(run(&mut wire, &slow, 4), [MIB, 8 * MIB, 8 * MIB, 10 * MIB]);
         // What trickles later says nothing.
         assert_eq!(run(&mut wire, &[(MIB / 4, 10), (0, 0)], 0), [10 * MIB, 10 * MIB]);
+        // What flows freely says that it carries as much.
+        assert_eq!(run(&mut wire, &[(40 * MIB, 10), (MIB, 10)], 0), [80 * MIB, 80 * MIB]);
     }
 
     #[test]
