@@ -21,6 +21,18 @@ _start:
     movw    %ax, %ss
     movw    $0x7c00, %sp
     cld
+    # The interrupt controller ends each interrupt by itself, and passes on the timer's only: in an emulated node's KVM an interrupt
+    # that was being delivered when the vCPU was stopped may be lost, and one that nobody ends holds up all others for ever.
+    movb    $0x11, %al                      # four bytes of set-up
+    outb    %al, $0x20
+    movb    $0x08, %al                      # vectors from 8
+    outb    %al, $0x21
+    movb    $0x04, %al                      # the other one at input 2
+    outb    %al, $0x21
+    movb    $0x03, %al                      # as a PC's, with automatic end of interrupt
+    outb    %al, $0x21
+    movb    $0xfe, %al
+    outb    %al, $0x21
     movb    $0x34, %al                      # the first timer, both bytes, for ever again
     outb    %al, $0x43
     movb    $(DIVISOR & 0xff), %al
