@@ -99,7 +99,6 @@ impl ContractVmm {
     }
 }
 
-/// The VMM's own words, or that it was lost.
 /// The one stream that the contract knows.
 fn only(call: &'static str, mut streams: Vec<LoadStream>) -> Result<LoadStream, VmmError> {
     match (streams.pop(), streams.len()) {
@@ -111,6 +110,7 @@ fn only(call: &'static str, mut streams: Vec<LoadStream>) -> Result<LoadStream, 
     }
 }
 
+/// The VMM's own words, or that it was lost.
 fn failed(call: &'static str, status: &Status) -> VmmError {
     let message = words(status);
     if is_lost(status) {

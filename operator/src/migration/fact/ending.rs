@@ -101,7 +101,7 @@ pub fn settled(draft: &mut Draft, how: &Settlement, error: Option<&str>, stamp: 
         Settlement::RunsAtDestination => {
             events::stopped(draft, stamp);
             events::committed(draft, stamp);
-            events::succeeded(draft, stamp);
+            events::succeeded(draft, None, stamp);
         }
         Settlement::Lost(failure) => {
             let reason = failure.as_ref().map_or("Lost", |failure| failure.reason.as_str()).to_owned();

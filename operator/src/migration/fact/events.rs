@@ -93,7 +93,8 @@ pub fn finished(draft: &mut Draft, trace: &Trace, finished: &Finished, stamp: St
         Outcome::Succeeded => {
             stopped(draft, stamp);
             committed(draft, stamp);
-            succeeded(draft, stamp);
+            let blackout = finished.timings.map(|timings| Duration::from_nanos(timings.blackout_ns));
+            succeeded(draft, blackout, stamp);
         }
         Outcome::RolledBack => {
             let message = format!(
@@ -115,32 +116,32 @@ pub fn finished(draft: &mut Draft, trace: &Trace, finished: &Finished, stamp: St
     }
 }
 
-pub(super) fn succeeded(draft: &mut Draft, stamp: Stamp) {
-    let blackout = draft.status.timings.as_ref().map(|timings| timings.blackout.clone());
-    let budget = draft.status.observed_spec.as_ref().map(|spec| spec.downtime_budget.clone());
-    let exceeded = blackout.as_deref().zip(budget.as_deref()).filter(|(took, budget)| exceeds(took, budget));
-    let exceeded = exceeded.map(|(took, budget)| {
-        format!("The guest stood still for {took}, which is more than spec.downtimeBudget ({budget}) allows.")
-    });
-    let stood = blackout.map(|blackout| format!("The guest stood still for {blackout} at most."));
-    let stood = exceeded.clone().or(stood).map(|stood| format!(" {stood}"));
-    let message = format!("VM {} runs on {}.{}", draft.vm, draft.target(), stood.unwrap_or_default());
+/// `blackout` is what the source's agent has measured, if it is known.
+pub(super) fn succeeded(draft: &mut Draft, blackout: Option<Duration>, stamp: Stamp) {
+    let stood =
+        blackout.map(|blackout| format!(" The guest stood still for {} at most.", format_duration(blackout)));
+    let exceeded = blackout.and_then(|blackout| beyond_budget(draft, blackout));
+    let words = [stood, exceeded.clone()].map(Option::unwrap_or_default).concat();
+    let message = format!("VM {} runs on {}.{words}", draft.vm, draft.target());
     draft.status.phase = Some(MigrationPhase::Succeeded);
     draft.status.reservation = Some(Reservation::Used);
     draft.status.completion_time = Some(Time(stamp.now));
     draft.note_attempt("VMRunsAtTarget", &message);
     doubt_cleared(draft, stamp);
     if draft.set(SUCCEEDED, Status::True, "VMRunsAtTarget", &message, stamp) {
-        draft.tell(false, "Succeeded", message);
-        if let Some(exceeded) = exceeded {
-            draft.tell(true, "BudgetExceeded", exceeded);
+        if exceeded.is_some() {
+            draft.tell(true, "BudgetExceeded", message.clone());
         }
+        draft.tell(false, "Succeeded", message);
     }
 }
 
-/// Whether a blackout took longer than it was allowed. What cannot be read was checked elsewhere.
-fn exceeds(took: &str, budget: &str) -> bool {
-    matches!((parse_duration(took), parse_duration(budget)), (Ok(took), Ok(budget)) if took > budget)
+/// What is to be said of a blackout that was longer than it was allowed.
+fn beyond_budget(draft: &Draft, blackout: Duration) -> Option<String> {
+    let budget = &draft.status.observed_spec.as_ref()?.downtime_budget;
+    // One that cannot be read was refused.
+    let exceeded = parse_duration(budget).is_ok_and(|allowed| blackout > allowed);
+    exceeded.then(|| format!(" That is more than spec.downtimeBudget ({budget}) allows."))
 }
 
 fn show_figures(draft: &mut Draft, trace: &Trace, finished: &Finished) {

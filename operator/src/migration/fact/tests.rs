@@ -189,14 +189,19 @@ fn a_success_has_all_five_conditions_true_its_figures_and_one_notice_each() {
 
 #[test]
 fn a_success_that_took_longer_than_its_budget_says_so() {
-    let mut draft = held();
-    let mut end = ended(Outcome::Succeeded, "", "").unwrap();
-    end.timings.as_mut().unwrap().blackout_ns = 301_000_000;
-    play(&mut draft, &FORWARD, Some(end));
-    assert_eq!(told(&draft).last(), Some(&"BudgetExceeded"));
-    let said = message(&draft, SUCCEEDED);
-    let expected = "The guest stood still for 301ms, which is more than spec.downtimeBudget (300ms) allows.";
-    assert!(said.ends_with(expected), "{said}");
+    for (blackout_ns, words) in [
+        (300_001_000, Some("300.001ms at most. That is more than spec.downtimeBudget (300ms) allows.")),
+        (1_431_000_000, Some("1.431s at most. That is more than spec.downtimeBudget (300ms) allows.")),
+        (300_000_000, None),
+    ] {
+        let mut draft = held();
+        let mut end = ended(Outcome::Succeeded, "", "").unwrap();
+        end.timings.as_mut().unwrap().blackout_ns = blackout_ns;
+        play(&mut draft, &FORWARD, Some(end));
+        let said = message(&draft, SUCCEEDED);
+        assert_eq!(told(&draft).contains(&"BudgetExceeded"), words.is_some(), "{said}");
+        assert!(said.ends_with(words.unwrap_or("stood still for 300ms at most.")), "{said}");
+    }
 }
 
 #[test]
