@@ -20,6 +20,8 @@ struct Trouble {
     cut_after: Option<usize>,
     /// After this many effects somebody asks for an abort.
     abort_after: Option<usize>,
+    /// The VMM's save comes to its end when nothing else can happen any more.
+    late_save: bool,
 }
 
 /// A device as the kernel has it.
@@ -34,6 +36,8 @@ struct Real {
 
 enum Pending {
     Source(source::Effect),
+    /// The VMM's save comes to its end.
+    SaveEnds,
     Destination(destination::Effect),
     ToSource(source::Event),
     ToDestination(destination::Event),
@@ -53,7 +57,7 @@ struct World {
     destination_runs: bool,
     destination_started: bool,
     aborted: bool,
-    /// The VMM's save has been given up, or has ended.
+    /// The VMM's save has been given up, or has come to its end.
     save_over: bool,
     reserved: bool,
     arrived: Vec<Blob>,
@@ -141,10 +145,10 @@ impl World {
             if self.trouble.abort_after == Some(self.done) && !self.source.committed() && self.reserved {
                 self.source_event(source::Event::Failed(Failure::new(Reason::Aborted, "asked for")));
             }
-            let pick = choice.next().copied().unwrap_or_default() % self.pending.len();
-            let pending = self.pending.remove(pick);
+            let pending = self.pick(choice.next().copied().unwrap_or_default());
             match pending {
                 Pending::Source(effect) => self.source_effect(effect),
+                Pending::SaveEnds => self.save_ends(),
                 Pending::Destination(effect) => self.destination_effect(effect),
                 Pending::ToSource(event) if self.link_up => self.source_event(event),
                 Pending::ToDestination(event) if self.link_up => self.destination_event(event),
@@ -158,6 +162,13 @@ impl World {
             );
         }
         self.operator_cleans_up();
+    }
+
+    fn pick(&mut self, choice: usize) -> Pending {
+        let late = |pending: &Pending| self.trouble.late_save && matches!(pending, Pending::SaveEnds);
+        self.pending.sort_by_key(late);
+        let early = self.pending.iter().filter(|pending| !late(pending)).count();
+        self.pending.remove(choice % early.max(1))
     }
 
     /// Nothing happens any more by itself: what keeps the source waiting is asked. The link is back by then.
@@ -257,7 +268,10 @@ impl World {
                 self.source_runs = false;
                 Event::Paused
             }
-            Effect::FinishSave => return self.capture(Blob::Vmm, fails),
+            Effect::FinishSave => {
+                self.pending.push(Pending::SaveEnds);
+                return self.capture(Blob::Vmm, fails);
+            }
             Effect::Capture(index) => return self.capture(Blob::Device(index), fails),
             Effect::SendCommit => {
                 assert!(!self.aborted, "COMMIT after ABORTED");
@@ -276,13 +290,10 @@ impl World {
                     !matches!(
                         pending,
                         Pending::Source(Effect::PreCopy(_) | Effect::Capture(_) | Effect::FinishSave)
+                            | Pending::SaveEnds
                     )
                 });
-                if self.driver == Driver::Vmm && !self.save_over {
-                    // A VMM whose migration fails takes the VM back by itself.
-                    self.save_over = true;
-                    self.wake_source();
-                }
+                self.give_save_up();
                 Event::StreamsClosed
             }
             Effect::Reset(index) if fails => Event::DeviceFailed(index, None, trouble("reset")),
@@ -316,6 +327,26 @@ impl World {
             }
         };
         self.source_event(event);
+    }
+
+    /// A VMM that drives its devices may give its migration up until it has said that it is complete, though all has been sent.
+    fn save_ends(&mut self) {
+        let event = if self.fails_now() {
+            self.give_save_up();
+            source::Event::Failed(trouble("save"))
+        } else {
+            self.save_over = true;
+            source::Event::SaveFinished
+        };
+        self.source_event(event);
+    }
+
+    /// A VMM that drives its devices takes the VM back by itself.
+    fn give_save_up(&mut self) {
+        if self.driver == Driver::Vmm && !self.save_over {
+            self.save_over = true;
+            self.wake_source();
+        }
     }
 
     fn wake_source(&mut self) {
@@ -379,7 +410,6 @@ impl World {
         } else if self.link_up && self.destination.takes_blobs() {
             self.arrived.push(blob);
             if self.driver == Driver::Vmm {
-                self.save_over = true;
                 self.destination_devices.iter_mut().for_each(|device| device.at = MigrationState::Resuming);
             }
             self.destination_event(destination::Event::BlobVerified(blob));
@@ -529,7 +559,8 @@ fn simulate((features, plan, driver): Vm, trouble: Trouble, choices: &[usize]) -
     world
 }
 
-const NO_TROUBLE: Trouble = Trouble { failing: None, to_error: false, cut_after: None, abort_after: None };
+const NO_TROUBLE: Trouble =
+    Trouble { failing: None, to_error: false, cut_after: None, abort_after: None, late_save: false };
 const ALL: Features = Features { stop_copy: true, p2p: true, pre_copy: true };
 const P2P_ONLY: Features = Features { stop_copy: true, p2p: true, pre_copy: false };
 const PRE_COPY_ONLY: Features = Features { stop_copy: true, p2p: false, pre_copy: true };
@@ -553,12 +584,15 @@ fn vm() -> impl Strategy<Value = Vm> {
 
 fn some_trouble() -> impl Strategy<Value = Trouble> {
     let at = || proptest::option::weighted(0.5, 0..90_usize);
-    (at(), any::<bool>(), at(), at()).prop_map(|(failing, to_error, cut_after, abort_after)| Trouble {
-        failing,
-        to_error,
-        cut_after,
-        abort_after,
-    })
+    (at(), any::<bool>(), at(), at(), any::<bool>()).prop_map(
+        |(failing, to_error, cut_after, abort_after, late_save)| Trouble {
+            failing,
+            to_error,
+            cut_after,
+            abort_after,
+            late_save,
+        },
+    )
 }
 
 proptest! {
@@ -585,8 +619,8 @@ fn every_single_failure_before_the_commit_is_rolled_back_and_leaves_nothing_rese
     for (driver, least) in [(Driver::Agent, 20), (Driver::Vmm, 10)] {
         let mut rolled_back = 0;
         for failing in 0..80 {
-            for to_error in [false, true] {
-                let trouble = Trouble { failing: Some(failing), to_error, ..NO_TROUBLE };
+            for (to_error, late_save) in [(false, false), (true, false), (false, true)] {
+                let trouble = Trouble { failing: Some(failing), to_error, late_save, ..NO_TROUBLE };
                 let world = simulate((vec![ALL, ALL], StopPlan::QuiesceFirst, driver), trouble, &[0]);
                 rolled_back += usize::from(matches!(world.source_end, Some(source::End::RolledBack(_))));
             }

@@ -49,6 +49,14 @@ struct Way {
     to: &'static str,
 }
 
+/// What is known of a migration by what it did.
+struct Measured {
+    kernels: Blackout,
+    qemu: QemuTimes,
+    total_ms: f64,
+    told: Option<Told>,
+}
+
 impl Way {
     fn back(self) -> Self {
         Self { from: self.to, to: self.from }
@@ -83,11 +91,14 @@ impl Bench {
         self.cluster.start_qemu(vm, way.from).await?;
         for round in 1..=self.plan.rounds {
             for mover in order(round) {
-                let moved = match mover {
-                    Mover::Plain => self.plain(way, devices, round).await,
-                    Mover::Product => self.product(way, devices, round).await,
+                let measured = match mover {
+                    Mover::Plain => self.plain(way, devices).await,
+                    Mover::Product => self.product(way, devices).await,
                 };
-                tell(moved.with_context(|| format!("{devices} devices, round {round}, {mover:?}"))?);
+                let Measured { kernels, qemu, total_ms, told } =
+                    measured.with_context(|| format!("{devices} devices, round {round}, {mover:?}"))?;
+                let from = way.from.to_owned();
+                tell(Moved { mover, devices, round, from, kernels, qemu, total_ms, told });
                 way = way.back();
             }
         }
@@ -112,7 +123,7 @@ impl Bench {
         Ok([source.of_devices(names(way.from)?)?, destination.of_devices(names(way.to)?)?])
     }
 
-    async fn plain(&self, way: Way, devices: usize, round: usize) -> anyhow::Result<Moved> {
+    async fn plain(&self, way: Way, devices: usize) -> anyhow::Result<Measured> {
         let (vm, from, to) = (self.cluster.qemu()?, self.node(way.from)?, self.node(way.to)?);
         // Its agent has seen the VM: by the end of the VM's process it will see that the devices are free.
         self.cluster.until_vm_at(way.from).await?;
@@ -150,19 +161,10 @@ impl Bench {
         vm.forget(from).await?;
         self.cluster.goes_on_at(way.to, &watching.before).await?;
         vm.publish(to).await?;
-        Ok(Moved {
-            mover: Mover::Plain,
-            devices,
-            round,
-            from: way.from.to_owned(),
-            kernels,
-            qemu,
-            total_ms,
-            told: None,
-        })
+        Ok(Measured { kernels, qemu, total_ms, told: None })
     }
 
-    async fn product(&mut self, way: Way, devices: usize, round: usize) -> anyhow::Result<Moved> {
+    async fn product(&mut self, way: Way, devices: usize) -> anyhow::Result<Measured> {
         self.migrations += 1;
         let name = format!("bench-{}", self.migrations);
         self.cluster.until_vm_at(way.from).await?;
@@ -184,16 +186,7 @@ impl Bench {
         let qemu = QemuTimes::of_log(&self.cluster.agent_log(way.from).await)?;
         let told = self.told(&migration, &source, &destination).await?;
         self.cluster.goes_on_at(way.to, &watching.before).await?;
-        Ok(Moved {
-            mover: Mover::Product,
-            devices,
-            round,
-            from: way.from.to_owned(),
-            kernels,
-            qemu,
-            total_ms,
-            told: Some(told),
-        })
+        Ok(Measured { kernels, qemu, total_ms, told: Some(told) })
     }
 
     async fn told(

@@ -422,7 +422,23 @@ impl QemuVm {
                 });
             }
         }
-        bail!("the guest of {} on {} says nothing for {SILENCE:?}", self.name, node.name())
+        let state = if self.second_monitor { self.machine_state(node).await } else { String::new() };
+        bail!("the guest of {} on {} says nothing for {SILENCE:?}{state}", self.name, node.name())
+    }
+
+    /// What a silent guest may hang on: its vCPU and its interrupt controllers, looked at twice.
+    async fn machine_state(&self, node: &Node) -> String {
+        let mut text = String::new();
+        for line in ["status", "registers", "lapic", "pic", "registers"] {
+            let arguments = json!({ "command-line": format!("info {line}") });
+            let answer = match self.execute(node, "human-monitor-command", arguments).await {
+                Ok(answer) => answer.as_str().unwrap_or_default().replace('\r', ""),
+                Err(error) => format!("{error:#}"),
+            };
+            text.push_str(&format!("\n--- info {line}\n{answer}"));
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        text
     }
 
     /// Waits until its guest has counted so far in a node.

@@ -95,7 +95,7 @@ const DISK_MIB: u32 = 16;
 #[ignore = "takes minutes: make linux-guest"]
 async fn a_linux_loses_nothing_on_its_serial_ports_and_its_shared_disk_however_often_it_moves() {
     let migrations = std::env::var(MIGRATIONS).map_or(TEN, |number| number.parse().unwrap());
-    let vm = QemuVm::linux(2).with_shared_disk();
+    let vm = QemuVm::linux(2).with_shared_disk().with_second_monitor();
     let config = nodes(&vm).with_shared_disk(DISK_MIB);
     let mut cluster = Cluster::start_with(config, "").await.unwrap();
     cluster.start_qemu(vm, "node-a").await.unwrap();

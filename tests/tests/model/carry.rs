@@ -125,7 +125,10 @@ impl World {
             }
             Effect::Pause => Event::PauseFailed(vmm_failed()),
             Effect::FinishSave | Effect::Capture(_) if !there => Event::Failed(vmm_failed()),
-            Effect::FinishSave => return self.send_blob(slackwater_node_agent::handover::Blob::Vmm, how),
+            Effect::FinishSave => {
+                self.send_blob(slackwater_node_agent::handover::Blob::Vmm, how);
+                Event::SaveFinished
+            }
             Effect::Capture(index) => {
                 return self.send_blob(slackwater_node_agent::handover::Blob::Device(index), how);
             }

@@ -353,7 +353,8 @@ struct Shell {
     answers: Option<Answers>,
     /// Steps that the source has not been told, because it is not connected yet.
     steps: Vec<DeviceStep>,
-    opened: BTreeSet<Blob>,
+    /// Devices whose state has been sent, or is being sent.
+    opened: BTreeSet<usize>,
     /// What the twin takes, once its first channel has come.
     load: Option<TwinLoad>,
     streams: CancellationToken,
@@ -504,6 +505,11 @@ impl Shell {
                 let device = twin.devices.get(index).cloned().ok_or_else(|| {
                     Status::invalid_argument(format!("blob.device is {index}; the VM has {devices} devices"))
                 })?;
+                if !self.opened.insert(index) {
+                    return Err(Status::already_exists(format!(
+                        "the state of device {index} has been sent in this attempt already"
+                    )));
+                }
                 Receiver::Device(device)
             }
             Blob::Vmm => {
@@ -518,9 +524,6 @@ impl Shell {
                 })?
             }
         };
-        if matches!(blob, Blob::Device(_)) && !self.opened.insert(blob) {
-            return Err(Status::already_exists(format!("{blob:?} has been sent in this attempt already")));
-        }
         Ok(OpenBlob { receiver, given_up: self.streams.clone(), _under_way: self.stream_tasks.token() })
     }
 

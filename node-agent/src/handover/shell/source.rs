@@ -182,8 +182,6 @@ enum Signal {
     Seen(DeviceSeen),
     /// The same, read back.
     Looked(DeviceSeen),
-    /// A VMM that drives its devices says that its save is complete.
-    SaveFinished,
     /// A pump has drained a device's initial data, and waits for the final data.
     PreCopied(usize, Box<DevicePump>),
 }
@@ -202,10 +200,6 @@ struct Shell {
     streams: CancellationToken,
     stream_tasks: TaskTracker,
     save_started: bool,
-    /// Of a VMM that drives its devices: all of its state has been sent, and verified; and it has said that it has come to its end. A
-    /// stream ends, too, when such a VMM gives its migration up and takes its VM back, so only both together are a blob that was sent.
-    vmm_state_sent: bool,
-    vmm_save_finished: bool,
     told_progress: u64,
     marks: Marks,
     /// Why the machine gives up, if it does: it goes into the journal.
@@ -232,8 +226,6 @@ impl Shell {
             streams: CancellationToken::new(),
             stream_tasks: TaskTracker::new(),
             save_started: false,
-            vmm_state_sent: false,
-            vmm_save_finished: false,
             told_progress: 0,
             marks: Marks::default(),
             failure: None,
@@ -340,14 +332,6 @@ impl Shell {
                 self.stated.clone_from(&word.stated_because);
                 Event::Relayed(word)
             }
-            Signal::Event(Event::BlobSent(Blob::Vmm)) if self.parts.vmm.driver() == Driver::Vmm => {
-                self.vmm_state_sent = true;
-                return self.whole();
-            }
-            Signal::SaveFinished => {
-                self.vmm_save_finished = true;
-                return self.whole();
-            }
             Signal::Event(event) => event,
             Signal::Connected(link) => {
                 self.connected(*link);
@@ -368,11 +352,6 @@ impl Shell {
                 Event::DeviceReached(seen.index, seen.state)
             }
         })
-    }
-
-    /// The VMM's blob, if the VMM says so, too.
-    fn whole(&self) -> Option<Event> {
-        (self.vmm_state_sent && self.vmm_save_finished).then_some(Event::BlobSent(Blob::Vmm))
     }
 
     fn trace(&mut self, seen: DeviceSeen) {
@@ -742,8 +721,6 @@ impl Shell {
         });
     }
 
-    /// The stream's end, which [`pump::vmm`] waits for, is the answer of a VMM of the contract. One that drives its devices must say
-    /// itself that it has come to the end: until then it may still take its VM back.
     fn finish_save(&self) {
         let (vmm, signals, streams) =
             (Arc::clone(&self.parts.vmm), self.signals.clone(), self.streams.clone());
@@ -752,14 +729,11 @@ impl Shell {
                 answer = vmm.finish_save() => answer,
                 () = streams.cancelled() => return,
             };
-            let signal = match answer {
-                Ok(()) if vmm.driver() == Driver::Vmm => Signal::SaveFinished,
-                Ok(()) => return,
-                Err(error) => {
-                    Signal::Event(Event::Failed(Failure::new(Reason::VmmFailed, error.to_string())))
-                }
+            let event = match answer {
+                Ok(()) => Event::SaveFinished,
+                Err(error) => Event::Failed(Failure::new(Reason::VmmFailed, error.to_string())),
             };
-            let _ = signals.send(signal);
+            let _ = signals.send(Signal::Event(event));
         });
     }
 

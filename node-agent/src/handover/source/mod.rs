@@ -85,6 +85,8 @@ pub enum Event {
     Paused,
     /// A blob has been sent whole, and the destination has verified it.
     BlobSent(Blob),
+    /// The VMM says that its save has come to its end: it will not take its VM back by itself any more.
+    SaveFinished,
     /// The destination has loaded everything and stands in STOP.
     Loaded,
     /// A record is on stable storage.
@@ -145,7 +147,8 @@ pub enum Effect {
     PreCopy(usize),
     /// [`Event::Paused`], [`Event::PauseFailed`]
     Pause,
-    /// Let the VMM give its final state, and send it. [`Event::BlobSent`]
+    /// Let the VMM give its final state, and send it. [`Event::BlobSent`] and [`Event::SaveFinished`]: a stream ends, too, when a VMM
+    /// gives its save up.
     FinishSave,
     /// Read and send a device's final data. [`Event::BlobSent`]
     Capture(usize),
@@ -199,6 +202,7 @@ pub struct Source {
     converged: bool,
     pre_copied: BTreeSet<usize>,
     sent: BTreeSet<Blob>,
+    save_finished: bool,
     loaded: bool,
     recorded: BTreeSet<Record>,
     streams_closed: bool,
@@ -227,6 +231,7 @@ impl Source {
             converged: false,
             pre_copied: BTreeSet::new(),
             sent: BTreeSet::new(),
+            save_finished: false,
             loaded: false,
             recorded: BTreeSet::new(),
             streams_closed: false,
@@ -305,6 +310,7 @@ impl Source {
             Event::BlobSent(blob) => {
                 self.sent.insert(blob);
             }
+            Event::SaveFinished => self.save_finished = true,
             Event::Loaded => self.loaded = true,
             Event::Recorded(record) => {
                 self.recorded.insert(record);
@@ -547,7 +553,7 @@ impl Source {
                 effects.push(Effect::FinishSave);
                 effects.extend((0..self.device_blobs()).map(Effect::Capture));
             }
-            Phase::Capturing if self.loaded && self.all_sent() => {
+            Phase::Capturing if self.loaded && self.all_sent() && (self.save_finished || self.vmm_gone) => {
                 self.phase = Phase::Committing;
                 effects.push(Effect::Record(Record::Committed));
             }
