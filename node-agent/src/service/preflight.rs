@@ -24,6 +24,8 @@ const REASON: &str = "slackwater-reason";
 const PROBE_LIMIT: Duration = Duration::from_secs(20);
 /// What was heard so recently is not asked again.
 const FRESH: Duration = Duration::from_secs(10);
+/// A program that could not be asked is not tried again for so long: each reservation of the node would wait [`PROBE_LIMIT`] for it.
+const FAILURE_LASTS: Duration = Duration::from_secs(60);
 const KVM: &str = "/dev/kvm";
 
 /// A program as it was when it was asked.
@@ -35,8 +37,27 @@ struct Asked {
     accelerator: Accelerator,
 }
 
-/// When they were asked, and what they have said.
-type Known = HashMap<Asked, (Instant, Arc<Offer>)>;
+/// What came of asking a program; else why it could not be asked.
+type Heard = Result<Arc<Offer>, String>;
+
+/// When programs were asked, and what was heard.
+#[derive(Default)]
+struct Known(HashMap<Asked, (Instant, Heard)>);
+
+impl Known {
+    /// What was heard, if it need not be asked again.
+    fn heard(&self, asked: &Asked, oldest: Duration) -> Option<Heard> {
+        let (at, heard) = self.0.get(asked)?;
+        let lasts = if heard.is_ok() { oldest } else { FAILURE_LASTS };
+        (at.elapsed() <= lasts).then(|| heard.clone())
+    }
+
+    fn keep(&mut self, asked: Asked, heard: Heard) {
+        // The program may have been replaced by another one.
+        self.0.retain(|other, _| (&other.program, other.accelerator) != (&asked.program, asked.accelerator));
+        self.0.insert(asked, (Instant::now(), heard));
+    }
+}
 
 /// What this node's programs can do, as far as somebody wanted to know.
 pub(super) struct Preflight {
@@ -140,18 +161,22 @@ impl Preflight {
         // Whoever wants to know may go away; what was started is cleared away all the same.
         let asking = tokio::spawn(async move {
             let mut known = known.lock().await;
-            if let Some((_, offer)) = known.get(&asked).filter(|(heard, _)| heard.elapsed() <= oldest) {
-                return Ok(Arc::clone(offer));
+            if let Some(heard) = known.heard(&asked, oldest) {
+                return heard;
             }
             let began = Instant::now();
-            let offer = prober.ask(&asked.program, accelerator).await.map_err(|error| error.to_string())?;
-            let (took, features) =
-                (began.elapsed(), offer.cpu_features.as_ref().map(|features| features.len()));
-            info!(program = %asked.program.display(), ?accelerator, version = offer.version, features, ?took, "a QEMU has told what it can do");
-            let offer = Arc::new(offer);
-            known.retain(|other, _| (&other.program, other.accelerator) != (&asked.program, accelerator));
-            known.insert(asked, (Instant::now(), Arc::clone(&offer)));
-            Ok(offer)
+            let heard = prober
+                .ask(&asked.program, accelerator)
+                .await
+                .map(Arc::new)
+                .map_err(|error| error.to_string());
+            if let Ok(offer) = &heard {
+                let (took, features) =
+                    (began.elapsed(), offer.cpu_features.as_ref().map(|features| features.len()));
+                info!(program = %asked.program.display(), ?accelerator, version = offer.version, features, ?took, "a QEMU has told what it can do");
+            }
+            known.keep(asked, heard.clone());
+            heard
         });
         asking.await.map_err(|error| error.to_string())?
     }
@@ -207,6 +232,27 @@ mod tests {
             };
             assert_eq!(from_wire(&to_wire(&facts)), facts);
         }
+    }
+
+    #[test]
+    fn a_program_that_could_not_be_asked_is_left_alone_for_a_while_and_another_in_its_place_is_not() {
+        let asked = |length_bytes| Asked {
+            program: "/bin/qemu".into(),
+            length_bytes,
+            modified: None,
+            accelerator: Accelerator::Tcg,
+        };
+        let mut known = Known::default();
+        assert_eq!(known.heard(&asked(1), Duration::MAX), None);
+        known.keep(asked(1), Err("it did not answer".to_owned()));
+        assert_eq!(known.heard(&asked(1), Duration::ZERO), Some(Err("it did not answer".to_owned())));
+        assert_eq!(known.heard(&asked(2), Duration::MAX), None);
+
+        known.keep(asked(2), Ok(Arc::new(Offer::default())));
+        assert_eq!(known.heard(&asked(1), Duration::MAX), None, "it has gone");
+        assert!(known.heard(&asked(2), Duration::MAX).is_some());
+        std::thread::sleep(Duration::from_millis(2));
+        assert_eq!(known.heard(&asked(2), Duration::from_millis(1)), None);
     }
 
     #[test]
