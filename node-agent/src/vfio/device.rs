@@ -99,6 +99,13 @@ pub trait Device: Send {
     /// [`DeviceError::NoDataStream`], [`DeviceError::PrecopyInfo`].
     fn precopy_info(&mut self) -> Result<PrecopyInfo, DeviceError>;
 
+    /// Signals the device's INTx to the VMM, as if the device had raised it. False: the VMM listens for no INTx of the device, as
+    /// with MSI or MSI-X, and nothing was done.
+    ///
+    /// # Errors
+    /// [`DeviceError::TriggerIntx`].
+    fn trigger_intx(&mut self) -> Result<bool, DeviceError>;
+
     /// Resets the device, which ends any session, loses its state, and leads to RUNNING from every state, and reads that back.
     ///
     /// # Errors

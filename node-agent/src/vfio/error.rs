@@ -82,6 +82,14 @@ pub enum DeviceError {
         /// What the kernel answered.
         errno: OsError,
     },
+    /// The interrupt could not be signalled.
+    #[error("{device}: signalling its INTx: {errno}")]
+    TriggerIntx {
+        /// The device's name.
+        device: String,
+        /// What the kernel answered.
+        errno: OsError,
+    },
     /// The reset was refused.
     #[error("{device}: resetting it: {errno}")]
     Reset {

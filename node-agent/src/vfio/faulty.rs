@@ -111,6 +111,10 @@ impl Device for FaultyDevice {
         self.device.precopy_info()
     }
 
+    fn trigger_intx(&mut self) -> Result<bool, DeviceError> {
+        self.device.trigger_intx()
+    }
+
     fn reset(&mut self) -> Result<(), DeviceError> {
         let failed = |errno| DeviceError::Reset { device: self.name().to_owned(), errno };
         self.go_wrong("reset").map_err(failed)?;

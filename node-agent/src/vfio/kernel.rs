@@ -132,6 +132,14 @@ impl Device for KernelDevice {
         Ok(PrecopyInfo { initial_bytes, dirty_bytes })
     }
 
+    fn trigger_intx(&mut self) -> Result<bool, DeviceError> {
+        match sys::trigger_intx(self.device.as_fd()) {
+            Ok(()) => Ok(true),
+            Err(Errno::INVAL) => Ok(false),
+            Err(errno) => Err(DeviceError::TriggerIntx { device: self.name.clone(), errno: OsError(errno) }),
+        }
+    }
+
     fn reset(&mut self) -> Result<(), DeviceError> {
         sys::reset(self.device.as_fd())
             .map_err(|errno| DeviceError::Reset { device: self.name.clone(), errno: OsError(errno) })?;

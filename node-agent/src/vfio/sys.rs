@@ -16,9 +16,10 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use vfio_bindings::bindings::vfio::{
     VFIO_BASE, VFIO_DEVICE_FEATURE_GET, VFIO_DEVICE_FEATURE_MIG_DATA_SIZE,
-    VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE, VFIO_DEVICE_FEATURE_MIGRATION, VFIO_DEVICE_FEATURE_SET, VFIO_TYPE,
+    VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE, VFIO_DEVICE_FEATURE_MIGRATION, VFIO_DEVICE_FEATURE_SET,
+    VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_DATA_NONE, VFIO_PCI_INTX_IRQ_INDEX, VFIO_TYPE,
     vfio_device_bind_iommufd, vfio_device_feature_mig_data_size, vfio_device_feature_mig_state,
-    vfio_device_feature_migration, vfio_precopy_info,
+    vfio_device_feature_migration, vfio_irq_set, vfio_precopy_info,
 };
 
 /// An ioctl of VFIO: `_IO(VFIO_TYPE, VFIO_BASE + offset)`.
@@ -26,6 +27,7 @@ const fn vfio(offset: u8) -> Opcode {
     opcode::none(VFIO_TYPE, VFIO_BASE as u8 + offset)
 }
 
+const DEVICE_SET_IRQS: Opcode = vfio(10);
 const DEVICE_RESET: Opcode = vfio(11);
 const DEVICE_FEATURE: Opcode = vfio(17);
 const DEVICE_BIND_IOMMUFD: Opcode = vfio(18);
@@ -102,6 +104,22 @@ pub(super) fn precopy_info(data_stream: BorrowedFd<'_>) -> Result<(u64, u64), Er
     Ok((info.initial_bytes, info.dirty_bytes))
 }
 
+/// Signals the device's INTx to whoever listens for it, as if the device had raised it (VFIO_DEVICE_SET_IRQS, ACTION_TRIGGER).
+/// EINVAL: nobody listens for an INTx of the device.
+pub(super) fn trigger_intx(device: BorrowedFd<'_>) -> Result<(), Errno> {
+    let mut call = vfio_irq_set {
+        argsz: argsz::<vfio_irq_set>(),
+        flags: VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_TRIGGER,
+        index: VFIO_PCI_INTX_IRQ_INDEX,
+        start: 0,
+        count: 1,
+        ..Default::default()
+    };
+    // SAFETY: the kernel reads at most `argsz` bytes at the address of `call`, which is that large, and lives until the ioctl has
+    // returned. Without data none are read behind it.
+    unsafe { ioctl(device, Updater::<DEVICE_SET_IRQS, _>::new(&mut call)) }
+}
+
 /// Resets the device (VFIO_DEVICE_RESET), to RUNNING.
 pub(super) fn reset(device: BorrowedFd<'_>) -> Result<(), Errno> {
     // SAFETY: the ioctl takes no argument.
@@ -141,6 +159,7 @@ mod tests {
 
     #[test]
     fn the_numbers_are_those_of_the_header() {
+        assert_eq!(DEVICE_SET_IRQS, 0x3b6e);
         assert_eq!(DEVICE_RESET, 0x3b6f);
         assert_eq!(DEVICE_FEATURE, 0x3b75);
         assert_eq!(DEVICE_BIND_IOMMUFD, 0x3b76);
@@ -154,6 +173,7 @@ mod tests {
         assert_eq!(argsz::<FeatureCall<vfio_device_feature_migration>>(), 16);
         assert_eq!(argsz::<FeatureCall<vfio_device_feature_mig_state>>(), 16);
         assert_eq!(argsz::<vfio_precopy_info>(), 24);
+        assert_eq!(argsz::<vfio_irq_set>(), 20);
     }
 
     #[test]
@@ -165,6 +185,7 @@ mod tests {
         assert_eq!(set_mig_state(fd, 1).unwrap_err(), Errno::NOTTY);
         assert_eq!(mig_data_bytes(fd), Err(Errno::NOTTY));
         assert_eq!(precopy_info(fd), Err(Errno::NOTTY));
+        assert_eq!(trigger_intx(fd), Err(Errno::NOTTY));
         assert_eq!(reset(fd), Err(Errno::NOTTY));
         assert_eq!(bind_iommufd(fd, fd), Err(Errno::NOTTY));
     }

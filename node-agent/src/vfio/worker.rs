@@ -211,6 +211,14 @@ impl DeviceHandle {
         self.call(|served| served.device.precopy_info()).await
     }
 
+    /// Signals the device's INTx to the VMM. False: the VMM listens for none.
+    ///
+    /// # Errors
+    /// As [`Device::trigger_intx`], and [`DeviceError::WorkerEnded`].
+    pub async fn trigger_intx(&self) -> Result<bool, DeviceError> {
+        self.call(|served| served.device.trigger_intx()).await
+    }
+
     /// Resets the device, which leads to RUNNING from every state, and reads that back.
     ///
     /// # Errors

@@ -199,7 +199,8 @@ pub trait Vmm: Send + Sync {
     /// At a twin: puts everything in place. The devices stand in RESUMING and are not touched.
     async fn finish_load(&self) -> Result<(), VmmError>;
 
-    /// Lets the vCPUs run. The devices are RUNNING before it is called.
+    /// Lets the vCPUs run. The devices are RUNNING before it is called, unless the VMM drives them: it wakes them then, and a VM
+    /// that runs already is left as it is.
     async fn resume(&self) -> Result<(), VmmError>;
 
     /// Ends the VMM: it answers and then exits.

@@ -27,6 +27,8 @@ pub enum Call {
     EstimateBytes,
     /// It was asked what is left to pre-copy.
     PrecopyInfo,
+    /// Its INTx was signalled.
+    TriggerIntx,
     /// The device was reset.
     Reset,
     /// The device was dropped.

@@ -300,6 +300,11 @@ impl Device for FakeDevice {
         Ok(PrecopyInfo { initial_bytes, dirty_bytes: 0 })
     }
 
+    fn trigger_intx(&mut self) -> Result<bool, DeviceError> {
+        self.record(Call::TriggerIntx);
+        Ok(true)
+    }
+
     fn reset(&mut self) -> Result<(), DeviceError> {
         if let Some(errno) = self.script.refuse_reset {
             return Err(DeviceError::Reset { device: self.name.clone(), errno: OsError(errno) });

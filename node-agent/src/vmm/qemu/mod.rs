@@ -24,6 +24,8 @@ mod copying;
 mod devices;
 pub mod preflight;
 pub mod qmp;
+#[cfg(test)]
+mod tests;
 mod throughput;
 
 use std::path::{Path, PathBuf};
@@ -288,9 +290,13 @@ impl Vmm for QemuVmm {
     async fn resume(&self) -> Result<(), VmmError> {
         let call = "resume";
         let until = Instant::now() + SETTLING;
-        // A migration that failed or was cancelled is told before QEMU has taken the VM back.
-        while self.status(call).await? == QemuState::FinishMigrate && Instant::now() < until {
-            tokio::time::sleep(LOOK_AGAIN).await;
+        loop {
+            match self.status(call).await? {
+                QemuState::Running => return Ok(()),
+                // A migration that failed or was cancelled is told before QEMU has taken the VM back.
+                QemuState::FinishMigrate if Instant::now() < until => tokio::time::sleep(LOOK_AGAIN).await,
+                _ => break,
+            }
         }
         match self.qmp.execute_within(Cont, self.deadlines.run_state).await {
             Ok(_) => {}

@@ -6,11 +6,11 @@ use futures::{Stream, StreamExt};
 use slackwater_proto::transfer::DeviceStep;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::{ReceiverStream, UnboundedReceiverStream};
-use tracing::warn;
+use tracing::{debug, warn};
 
 use super::{Shell, Signal, Twin};
 use crate::handover::destination::Event;
-use crate::handover::shell::{Seen, VmmCall, look, of_twin, refused, resume, traced};
+use crate::handover::shell::{Seen, VmmCall, look, of_twin, refused, traced};
 use crate::handover::{Failure, Reason};
 use crate::vfio::state::MigrationState;
 use crate::vfio::worker::DeviceHandle;
@@ -94,9 +94,10 @@ impl Shell {
         let Some(twin) = &self.twin else { return };
         let (vmm, devices, signals) = (Arc::clone(&twin.vmm), twin.devices.clone(), self.signals.clone());
         tokio::spawn(async move {
-            let event = match resume(vmm.as_ref()).await {
+            let event = match vmm.resume().await {
                 Ok(()) => {
                     for (index, device) in devices.iter().enumerate() {
+                        release_line(device).await;
                         if let Ok(seen) = look(index, device).await {
                             if seen.state != MigrationState::Running {
                                 warn!(device = device.name(), state = %seen.state, "the VM runs, but a device of it does not");
@@ -159,6 +160,17 @@ fn forward<T: Send + 'static>(
             }
         }
     });
+}
+
+/// QEMU restores a level-triggered interrupt line as it stood, but not that it is the one to lower it: a line that a device held when
+/// the VM stopped would interrupt the guest without an end. One interrupt more has QEMU take it up again. A guest takes one that has no
+/// cause for what it is.
+async fn release_line(device: &DeviceHandle) {
+    match device.trigger_intx().await {
+        Ok(true) => debug!(device = device.name(), "its INTx was signalled once"),
+        Ok(false) => {}
+        Err(error) => warn!(%error, "the VM runs, but its guest may be held up by an interrupt line"),
+    }
 }
 
 /// From RESUMING to STOP. One that stands anywhere else was never given a state, or has been reset since.

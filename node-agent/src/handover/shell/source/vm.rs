@@ -10,7 +10,7 @@ use tracing::warn;
 
 use super::{Shell, Signal};
 use crate::handover::shell::pump::{self};
-use crate::handover::shell::{look, refused, resume, traced};
+use crate::handover::shell::{look, refused, traced};
 use crate::handover::source::Event;
 use crate::handover::{Blob, Failure, Reason};
 use crate::host::clock::Clock;
@@ -174,7 +174,7 @@ impl Shell {
         let (vmm, devices, signals) =
             (Arc::clone(&self.parts.vmm), self.parts.devices.clone(), self.signals.clone());
         tokio::spawn(async move {
-            let event = match resume(vmm.as_ref()).await {
+            let event = match vmm.resume().await {
                 Ok(()) => {
                     for (index, device) in devices.iter().enumerate() {
                         if let Ok(seen) = look(index, device).await {

@@ -202,4 +202,4 @@ impl QmpClient {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -2,4 +2,4 @@ mod broken;
 mod commands;
 mod events;
 mod real;
-mod server;
+pub(in crate::vmm::qemu) mod server;

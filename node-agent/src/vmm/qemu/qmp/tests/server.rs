@@ -1,5 +1,7 @@
 //! A QMP server that does what the test says.
 
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -12,41 +14,42 @@ use tokio::time::timeout;
 
 use crate::vmm::qemu::qmp::{Deadlines, QmpClient};
 
-pub(super) const GREETING: &str = r#"{"QMP": {"version": {"qemu": {"micro": 2, "minor": 0, "major": 10},
+pub(in crate::vmm::qemu) const GREETING: &str = r#"{"QMP": {"version": {"qemu": {"micro": 2, "minor": 0, "major": 10},
     "package": "Debian", "mood": "good"}, "capabilities": ["oob"], "future": {}}}"#;
 
-pub(super) fn greeting() -> String {
+pub(in crate::vmm::qemu) fn greeting() -> String {
     GREETING.replace('\n', "")
 }
 
 /// No test takes longer.
-pub(super) async fn soon<T>(what: impl Future<Output = T>) -> T {
+pub(in crate::vmm::qemu) async fn soon<T>(what: impl Future<Output = T>) -> T {
     timeout(Duration::from_secs(20), what).await.expect("it should not take that long")
 }
 
-pub(super) struct Server {
+pub(in crate::vmm::qemu) struct Server {
     _dir: TempDir,
-    pub(super) socket: PathBuf,
-    pub(super) listener: UnixListener,
+    pub(in crate::vmm::qemu) socket: PathBuf,
+    pub(in crate::vmm::qemu) listener: UnixListener,
 }
 
 impl Server {
-    pub(super) fn new() -> Self {
+    pub(in crate::vmm::qemu) fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("qmp.sock");
         let listener = UnixListener::bind(&socket).unwrap();
+        fs::set_permissions(&socket, Permissions::from_mode(0o600)).unwrap();
         Self { _dir: dir, socket, listener }
     }
 
     /// Takes a connection and says nothing.
-    pub(super) async fn accept(&self) -> Talk {
+    pub(in crate::vmm::qemu) async fn accept(&self) -> Talk {
         let (stream, _) = soon(self.listener.accept()).await.unwrap();
         let (from, to) = stream.into_split();
         Talk { lines: BufReader::new(from).lines(), to }
     }
 
     /// Takes a connection and negotiates as QEMU does.
-    pub(super) async fn negotiate(&self) -> Talk {
+    pub(in crate::vmm::qemu) async fn negotiate(&self) -> Talk {
         let mut talk = self.accept().await;
         talk.say(&greeting()).await;
         let id = talk.expect("qmp_capabilities").await["id"].clone();
@@ -55,38 +58,38 @@ impl Server {
     }
 
     /// A client and the server's end of its connection.
-    pub(super) async fn connected(&self, command: Duration) -> (QmpClient, Talk) {
+    pub(in crate::vmm::qemu) async fn connected(&self, command: Duration) -> (QmpClient, Talk) {
         let deadlines = Deadlines { command, ..Deadlines::default() };
         let (client, talk) = tokio::join!(QmpClient::connect_with(&self.socket, deadlines), self.negotiate());
         (client.unwrap(), talk)
     }
 }
 
-pub(super) struct Talk {
-    pub(super) lines: Lines<BufReader<OwnedReadHalf>>,
-    pub(super) to: OwnedWriteHalf,
+pub(in crate::vmm::qemu) struct Talk {
+    pub(in crate::vmm::qemu) lines: Lines<BufReader<OwnedReadHalf>>,
+    pub(in crate::vmm::qemu) to: OwnedWriteHalf,
 }
 
 impl Talk {
-    pub(super) async fn say(&mut self, line: &str) {
+    pub(in crate::vmm::qemu) async fn say(&mut self, line: &str) {
         self.to.write_all(format!("{line}\r\n").as_bytes()).await.unwrap();
     }
 
     /// The next command.
-    pub(super) async fn next(&mut self) -> Value {
+    pub(in crate::vmm::qemu) async fn next(&mut self) -> Value {
         let line = soon(self.lines.next_line()).await.unwrap().expect("the client is gone");
         serde_json::from_str(&line).unwrap()
     }
 
     /// The next command, which is this one.
-    pub(super) async fn expect(&mut self, command: &str) -> Value {
+    pub(in crate::vmm::qemu) async fn expect(&mut self, command: &str) -> Value {
         let request = self.next().await;
         assert_eq!(request["execute"], command);
         request
     }
 
     /// Takes the next command, which is this one, and answers it.
-    pub(super) async fn answer(&mut self, command: &str, answer: Value) {
+    pub(in crate::vmm::qemu) async fn answer(&mut self, command: &str, answer: Value) {
         let id = self.expect(command).await["id"].clone();
         self.say(&json!({"return": answer, "id": id}).to_string()).await;
     }

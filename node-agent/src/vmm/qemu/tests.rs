@@ -1,0 +1,106 @@
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::QemuVmm;
+use super::qmp::tests::server::{Server, Talk, soon};
+use crate::vmm::contract::Deadlines;
+use crate::vmm::{Vmm, VmmError};
+
+/// A VM of a QEMU that says what the test says.
+async fn vm(server: &Server, deadlines: Deadlines) -> (QemuVmm, Talk) {
+    let connect = QemuVmm::connect(&server.socket, &[], deadlines);
+    let (vm, talk) = soon(async { tokio::join!(connect, server.negotiate()) }).await;
+    (vm.unwrap(), talk)
+}
+
+fn status(status: &str) -> (&'static str, Value) {
+    ("query-status", json!({"status": status, "running": status == "running"}))
+}
+
+fn migration(status: &str) -> (&'static str, Value) {
+    ("query-migrate", json!({ "status": status }))
+}
+
+/// Answers these commands, which come in this order, and no others.
+async fn answers(talk: &mut Talk, script: Vec<(&'static str, Value)>) {
+    for (command, answer) in script {
+        talk.answer(command, answer).await;
+    }
+}
+
+#[tokio::test]
+async fn a_vm_is_resumed_only_when_qemu_has_taken_it_back_from_its_migration() {
+    let server = Server::new();
+    let (vm, mut talk) = vm(&server, Deadlines::default()).await;
+    let script = vec![
+        status("finish-migrate"),
+        status("finish-migrate"),
+        status("paused"),
+        ("cont", json!({})),
+        status("paused"),
+        status("running"),
+    ];
+    let (resumed, ()) = soon(async { tokio::join!(vm.resume(), answers(&mut talk, script)) }).await;
+    resumed.unwrap();
+}
+
+#[tokio::test]
+async fn a_vm_that_runs_already_is_left_as_it_is() {
+    let server = Server::new();
+    let (vm, mut talk) = vm(&server, Deadlines::default()).await;
+    let (resumed, ()) =
+        soon(async { tokio::join!(vm.resume(), answers(&mut talk, vec![status("running")])) }).await;
+    resumed.unwrap();
+}
+
+#[tokio::test]
+async fn a_cont_that_qemu_answers_late_has_been_heard_all_the_same() {
+    let server = Server::new();
+    let hasty = Deadlines { run_state: Duration::from_millis(50), ..Deadlines::default() };
+    let (vm, mut talk) = vm(&server, hasty).await;
+    let script = async {
+        answers(&mut talk, vec![status("paused")]).await;
+        let late = talk.expect("cont").await["id"].clone();
+        answers(&mut talk, vec![status("paused")]).await;
+        talk.say(&json!({"return": {}, "id": late}).to_string()).await;
+        answers(&mut talk, vec![status("running")]).await;
+    };
+    let (resumed, ()) = soon(async { tokio::join!(vm.resume(), script) }).await;
+    resumed.unwrap();
+}
+
+#[tokio::test]
+async fn a_qemu_that_refuses_cont_is_not_taken_for_one_that_runs() {
+    let server = Server::new();
+    let (vm, mut talk) = vm(&server, Deadlines::default()).await;
+    let script = async {
+        answers(&mut talk, vec![status("internal-error")]).await;
+        let id = talk.expect("cont").await["id"].clone();
+        let error = json!({"class": "GenericError", "desc": "Resetting the Virtual Machine is required"});
+        talk.say(&json!({"error": error, "id": id}).to_string()).await;
+    };
+    let (resumed, ()) = soon(async { tokio::join!(vm.resume(), script) }).await;
+    let error = resumed.unwrap_err();
+    assert!(matches!(error, VmmError::Refused { call: "resume", .. }), "{error:?}");
+    assert!(error.to_string().contains("Resetting the Virtual Machine is required"), "{error}");
+}
+
+#[tokio::test]
+async fn a_save_has_ended_when_qemu_says_completed_and_not_when_it_takes_the_vm_back() {
+    for (end, saved) in [("completed", true), ("cancelled", false), ("failed", false)] {
+        let server = Server::new();
+        let (vm, mut talk) = vm(&server, Deadlines::default()).await;
+        let script = async {
+            answers(&mut talk, vec![("migrate-continue", json!({})), migration("device")]).await;
+            let event = json!({"event": "MIGRATION", "data": {"status": end}, "timestamp": {"seconds": 1, "microseconds": 0}});
+            talk.say(&event.to_string()).await;
+            answers(&mut talk, vec![migration(end)]).await;
+        };
+        let (result, ()) = soon(async { tokio::join!(vm.finish_save(), script) }).await;
+        assert_eq!(result.is_ok(), saved, "{end}: {result:?}");
+        if let Err(error) = result {
+            assert!(error.to_string().contains(&format!("QEMU's migration is {end}")), "{error}");
+        }
+    }
+}
