@@ -18,6 +18,8 @@ pub const QEMU_PROGRAM: &str = "/bin/qemu-system-x86_64";
 /// A guest that says nothing for so long does not run.
 const SILENCE: Duration = Duration::from_secs(10);
 
+const LOOKS_AT_A_SILENT_GUEST: usize = 5;
+
 /// What runs the guest's code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Accelerator {
@@ -426,19 +428,33 @@ impl QemuVm {
         bail!("the guest of {} on {} says nothing for {SILENCE:?}{state}", self.name, node.name())
     }
 
-    /// What a silent guest may hang on: its vCPU and its interrupt controllers, looked at twice.
+    /// What a silent guest may hang on: its vCPU and its interrupt controllers, and where it goes from there.
     async fn machine_state(&self, node: &Node) -> String {
         let mut text = String::new();
-        for line in ["status", "registers", "lapic", "pic", "registers"] {
-            let arguments = json!({ "command-line": format!("info {line}") });
-            let answer = match self.execute(node, "human-monitor-command", arguments).await {
-                Ok(answer) => answer.as_str().unwrap_or_default().replace('\r', ""),
-                Err(error) => format!("{error:#}"),
-            };
-            text.push_str(&format!("\n--- info {line}\n{answer}"));
-            tokio::time::sleep(Duration::from_millis(200)).await;
+        for what in ["status", "registers", "lapic", "pic"] {
+            text.push_str(&format!("\n--- info {what}\n{}", self.info(node, what).await));
+        }
+        text.push_str("\n--- and then");
+        for _ in 0..LOOKS_AT_A_SILENT_GUEST {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            for what in ["registers", "lapic", "pic"] {
+                let told = self.info(node, what).await;
+                let telling = |line: &&str| ["RIP", "IRR", "ISR"].iter().any(|word| line.contains(word));
+                for line in told.lines().filter(telling) {
+                    text.push_str(&format!("\n{}", line.trim()));
+                }
+            }
         }
         text
+    }
+
+    /// What the monitor for people says.
+    async fn info(&self, node: &Node, what: &str) -> String {
+        let arguments = json!({ "command-line": format!("info {what}") });
+        match self.execute(node, "human-monitor-command", arguments).await {
+            Ok(answer) => answer.as_str().unwrap_or_default().replace('\r', ""),
+            Err(error) => format!("{error:#}"),
+        }
     }
 
     /// Waits until its guest has counted so far in a node.

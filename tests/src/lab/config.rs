@@ -11,7 +11,8 @@ pub struct NodeConfig {
     pub devices: Vec<String>,
     /// Its memory, in MiB.
     pub memory_mib: u32,
-    /// Its CPUs.
+    /// Its CPUs. More than one are emulated by as many threads, and then a CPU may go on with code that another one has just replaced, as
+    /// a kernel does with its own: nodes have died of that while they came up.
     pub cpus: u32,
     /// What its CPUs lack of what QEMU can emulate, by QEMU's names.
     pub without_cpu_features: Vec<String>,
@@ -37,7 +38,7 @@ impl NodeConfig {
             name: name.into(),
             devices: devices.into_iter().map(Into::into).collect(),
             memory_mib: 512,
-            cpus: 2,
+            cpus: 1,
             without_cpu_features: Vec::new(),
         }
     }

@@ -37,7 +37,7 @@ const BOOT_PATIENCE: Duration = Duration::from_secs(90);
 const LINK_MTU: u32 = 9000;
 
 /// Of the kernel's work at boot, what the lab has no use for: it is a third of the time that an emulated CPU takes.
-const QUICKER_BOOT: &str = "mitigations=off rcupdate.rcu_expedited=1 nokaslr lsm=capability audit=0 nmi_watchdog=0 cryptomgr.notests";
+const QUICKER_BOOT: &str = "mitigations=off tsc=reliable rcupdate.rcu_expedited=1 nokaslr lsm=capability audit=0 nmi_watchdog=0 cryptomgr.notests";
 
 /// What all nodes of a lab share.
 pub(super) struct Boot<'a> {
