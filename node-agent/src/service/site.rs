@@ -83,6 +83,10 @@ impl Site for NodeSite {
         self.prepare_and_start().boxed()
     }
 
+    fn last_words(&self) -> String {
+        self.plan.last_words()
+    }
+
     fn activate_identity(&self) -> BoxFuture<'_, Result<(), Failure>> {
         async {
             let activated = self.identity.activate(&self.of).await;

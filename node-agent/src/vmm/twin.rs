@@ -144,6 +144,18 @@ fn with_source(error: &CgroupError) -> String {
     }
 }
 
+impl TwinPlan {
+    fn log(&self) -> PathBuf {
+        self.directory.join(LOG_FILE)
+    }
+
+    /// The end of what the twin has said, in words that follow on why it has ended.
+    #[must_use]
+    pub fn last_words(&self) -> String {
+        log_words(&end_of(&self.log()))
+    }
+}
+
 fn log_words(log: &str) -> String {
     if log.is_empty() { "; its log is empty".to_owned() } else { format!("; its log ends in:\n{log}") }
 }
@@ -286,7 +298,7 @@ async fn start_in(plan: &TwinPlan, remains: Remains) -> Result<Twin, TwinError> 
     // Watched before the start: the socket may be there before anybody looks.
     let changes = FileEvents::watch(directory)
         .map_err(|source| TwinError::Watch { path: directory.to_owned(), source })?;
-    let log = plan.directory.join(LOG_FILE);
+    let log = plan.log();
     let launch = Launch {
         launcher: &plan.launcher,
         cgroup: &remains.cgroup,

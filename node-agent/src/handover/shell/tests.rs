@@ -62,6 +62,10 @@ impl Site for FakeSite {
         futures::future::ready(Ok(Twin { vmm, devices, process: None })).boxed()
     }
 
+    fn last_words(&self) -> String {
+        "; its log ends in: no memory".to_owned()
+    }
+
     fn activate_identity(&self) -> BoxFuture<'_, Result<(), Failure>> {
         self.note("identity").map(Ok).boxed()
     }
@@ -497,6 +501,8 @@ async fn a_twin_that_dies_before_the_commit_is_rolled_back() {
     run.ended().await;
     let finished = run.log().end().unwrap();
     assert_eq!((finished.outcome(), finished.reason.as_str()), (Outcome::RolledBack, "TwinFailed"));
+    let message = "the twin's process ended; its log ends in: no memory";
+    assert!(finished.message.ends_with(message), "{}", finished.message);
     rig.assert_rolled_back().await;
 }
 

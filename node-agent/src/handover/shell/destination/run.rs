@@ -44,6 +44,8 @@ pub struct Twin {
 pub trait Site: Send + Sync {
     /// Prepares the devices' identity, starts the twin paused and borrows its devices.
     fn start_twin(&self) -> BoxFuture<'_, Result<Twin, Failure>>;
+    /// The end of what the twin has said, for people who want to know why it has ended.
+    fn last_words(&self) -> String;
     /// Lets the devices take over the VM's network identity.
     fn activate_identity(&self) -> BoxFuture<'_, Result<(), Failure>>;
     /// The VM runs here: makes it known.

@@ -31,11 +31,12 @@ impl Shell {
         self.seen = Seen::new(&twin.devices);
         forward(twin.vmm.watch_devices().map(UnboundedReceiverStream::new), &self.signals, Signal::Seen);
         forward(twin.vmm.take_replies().map(ReceiverStream::new), &self.signals, Signal::Reply);
-        let (vmm, signals) = (Arc::clone(&twin.vmm), self.signals.clone());
+        let (vmm, site, signals) =
+            (Arc::clone(&twin.vmm), Arc::clone(&self.parts.site), self.signals.clone());
         tokio::spawn(async move {
             tokio::select! {
                 () = vmm.exited() => {
-                    let _ = signals.send(Signal::Event(Event::Failed(twin_ended())));
+                    let _ = signals.send(Signal::Event(Event::Failed(twin_ended(&site.last_words()))));
                 }
                 () = signals.closed() => {}
             }
@@ -197,6 +198,6 @@ async fn check(
     Ok(())
 }
 
-fn twin_ended() -> Failure {
-    Failure::new(Reason::TwinFailed, "the twin's process ended")
+fn twin_ended(last_words: &str) -> Failure {
+    Failure::new(Reason::TwinFailed, format!("the twin's process ended{last_words}"))
 }
