@@ -9,8 +9,11 @@ use slackwater_proto::tonic::{Code, async_trait};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::budget::Budget;
+use super::budget::{Budget, Copying};
 use super::{Description, DirtyTracking, LoadStream, RunState, SaveStreams, Vmm, VmmDevice, VmmError};
+use crate::handover::policy::Driver;
+use crate::vfio::state::MigrationState;
+use crate::vfio::worker::DeviceHandle;
 
 /// Lines in the order in which they were added. Clones share them.
 #[derive(Clone, Debug, Default)]
@@ -45,6 +48,8 @@ struct Inner {
     loaded: Option<Bytes>,
     failures: HashSet<&'static str>,
     hangs: HashMap<&'static str, Arc<Notify>>,
+    /// Devices that it drives by itself, as QEMU does.
+    driven: Vec<DeviceHandle>,
 }
 
 impl FakeVmm {
@@ -67,6 +72,7 @@ impl FakeVmm {
             loaded: None,
             failures: HashSet::new(),
             hangs: HashMap::new(),
+            driven: Vec::new(),
         };
         Self { name: name.to_owned(), log, inner: Mutex::new(inner), exit: watch::Sender::new(false) }
     }
@@ -80,6 +86,19 @@ impl FakeVmm {
         };
         locked(&self.inner).devices = (0..).zip(names).map(device).collect();
         self
+    }
+
+    /// Lets it drive these devices by itself, as QEMU does.
+    pub fn drive(&self, devices: &[DeviceHandle]) {
+        locked(&self.inner).driven = devices.to_vec();
+    }
+
+    /// Takes the devices that it drives to a state, one after the other. What they refuse is seen by whoever looks at them.
+    async fn lead(&self, to: MigrationState) {
+        let devices = locked(&self.inner).driven.clone();
+        for device in devices {
+            let _ = device.set_state(to).await;
+        }
     }
 
     /// Lets every call of this name fail, until [`FakeVmm::mend`]: `pause`, `finish_save`, ...
@@ -178,8 +197,18 @@ impl Vmm for FakeVmm {
         Ok(vec![ReceiverStream::new(stream).boxed()])
     }
 
+    async fn converged(&self, _copy: Copying) -> Result<(), VmmError> {
+        self.enter("converged").await?;
+        locked(&self.inner).run_state = RunState::Paused;
+        self.lead(MigrationState::StopCopy).await;
+        Ok(())
+    }
+
     async fn pause(&self) -> Result<(), VmmError> {
         self.enter("pause").await?;
+        if self.driver() == Driver::Vmm {
+            return Ok(());
+        }
         self.require("pause", RunState::Running)?;
         locked(&self.inner).run_state = RunState::Paused;
         Ok(())
@@ -204,9 +233,14 @@ impl Vmm for FakeVmm {
 
     async fn abort_save(&self) -> Result<(), VmmError> {
         self.enter("abort_save").await?;
-        if let Some(pieces) = locked(&self.inner).saving.take() {
+        let saving = locked(&self.inner).saving.take();
+        if let Some(pieces) = saving {
             // Nobody may be reading any more.
             let _ = pieces.try_send(Err(refused("start_save", Code::Aborted, "the save was aborted")));
+            if self.driver() == Driver::Vmm {
+                self.lead(MigrationState::Running).await;
+                locked(&self.inner).run_state = RunState::Running;
+            }
         }
         Ok(())
     }
@@ -215,6 +249,7 @@ impl Vmm for FakeVmm {
     async fn start_load(&self, state: Vec<LoadStream>) -> Result<(), VmmError> {
         self.enter("start_load").await?;
         self.require("start_load", RunState::Incoming)?;
+        self.lead(MigrationState::Resuming).await;
         let mut all = BytesMut::new();
         let mut state = stream::iter(state).flatten();
         loop {
@@ -246,7 +281,11 @@ impl Vmm for FakeVmm {
 
     async fn resume(&self) -> Result<(), VmmError> {
         self.enter("resume").await?;
+        if self.driver() == Driver::Vmm && self.run_state() == RunState::Running {
+            return Ok(());
+        }
         self.require("resume", RunState::Paused)?;
+        self.lead(MigrationState::Running).await;
         locked(&self.inner).run_state = RunState::Running;
         Ok(())
     }
@@ -255,6 +294,10 @@ impl Vmm for FakeVmm {
         self.enter("quit").await?;
         self.kill();
         Ok(())
+    }
+
+    fn driver(&self) -> Driver {
+        if locked(&self.inner).driven.is_empty() { Driver::Agent } else { Driver::Vmm }
     }
 
     fn pid(&self) -> u32 {

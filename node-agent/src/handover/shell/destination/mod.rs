@@ -139,9 +139,14 @@ impl Shell {
 
     fn accept(&mut self, signal: Signal, machine: &Destination) -> Option<Event> {
         match signal {
-            Signal::Event(event) => {
-                if let Event::PeerSays(word) = &event {
-                    self.stated.clone_from(&word.stated_because);
+            Signal::Event(mut event) => {
+                match &mut event {
+                    Event::PeerSays(word) => self.stated.clone_from(&word.stated_because),
+                    // One that did not even start has told it already.
+                    Event::Failed(failure) if failure.reason == Reason::TwinFailed && self.twin.is_some() => {
+                        failure.message.push_str(&self.parts.site.last_words());
+                    }
+                    _ => {}
                 }
                 Some(event)
             }

@@ -31,12 +31,11 @@ impl Shell {
         self.seen = Seen::new(&twin.devices);
         forward(twin.vmm.watch_devices().map(UnboundedReceiverStream::new), &self.signals, Signal::Seen);
         forward(twin.vmm.take_replies().map(ReceiverStream::new), &self.signals, Signal::Reply);
-        let (vmm, site, signals) =
-            (Arc::clone(&twin.vmm), Arc::clone(&self.parts.site), self.signals.clone());
+        let (vmm, signals) = (Arc::clone(&twin.vmm), self.signals.clone());
         tokio::spawn(async move {
             tokio::select! {
                 () = vmm.exited() => {
-                    let _ = signals.send(Signal::Event(Event::Failed(twin_ended(&site.last_words()))));
+                    let _ = signals.send(Signal::Event(Event::Failed(twin_ended())));
                 }
                 () = signals.closed() => {}
             }
@@ -198,6 +197,6 @@ async fn check(
     Ok(())
 }
 
-fn twin_ended(last_words: &str) -> Failure {
-    Failure::new(Reason::TwinFailed, format!("the twin's process ended{last_words}"))
+fn twin_ended() -> Failure {
+    Failure::new(Reason::TwinFailed, "the twin's process ended")
 }
