@@ -15,6 +15,8 @@
 
 mod recovery;
 mod rollback;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeSet;
 
@@ -372,7 +374,7 @@ impl Source {
                 // A call that broke off may have been heard of first: this is why it did.
                 self.failure.take_if(|failure| failure.reason == Reason::VmmFailed);
                 // Once the destination has all of it, the VM is better served by going on.
-                if !(self.phase == Phase::Capturing && self.all_sent()) {
+                if !(self.phase == Phase::Capturing && self.all_sent() && self.vmm_has_let_go()) {
                     let message =
                         "the VMM's process ended while its VM was being migrated, and the VM with it";
                     self.fail(Failure::new(Reason::VmmExited, message), effects);
@@ -553,7 +555,7 @@ impl Source {
                 effects.push(Effect::FinishSave);
                 effects.extend((0..self.device_blobs()).map(Effect::Capture));
             }
-            Phase::Capturing if self.loaded && self.all_sent() && (self.save_finished || self.vmm_gone) => {
+            Phase::Capturing if self.loaded && self.all_sent() && self.vmm_has_let_go() => {
                 self.phase = Phase::Committing;
                 effects.push(Effect::Record(Record::Committed));
             }
@@ -597,6 +599,12 @@ impl Source {
 
     fn all_sent(&self) -> bool {
         blobs(self.device_blobs()).all(|blob| self.sent.contains(&blob))
+    }
+
+    /// The VM cannot come to life here any more but by a rollback. A VMM that drives its devices may have taken it back, and let its
+    /// guest run, before it ended: only its own word excludes that.
+    fn vmm_has_let_go(&self) -> bool {
+        self.save_finished || (self.vmm_gone && self.driver == Driver::Agent)
     }
 
     /// Starts a step of all devices. One that its VMM drives is only looked at: it should be there, or be on its way by itself.

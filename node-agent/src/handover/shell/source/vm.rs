@@ -104,6 +104,8 @@ impl Shell {
             };
             let event = match answer {
                 Ok(()) => Event::SaveFinished,
+                // What that means depends on what the destination has.
+                Err(VmmError::Lost { .. }) if has_ended(vmm.as_ref()).await => Event::VmmExited,
                 Err(error) => Event::Failed(Failure::new(Reason::VmmFailed, error.to_string())),
             };
             let _ = signals.send(Signal::Event(event));
@@ -262,9 +264,7 @@ impl Shell {
                 Ok(()) => done,
                 Err(error) => {
                     // A call breaks off because the process is ending: that it has ended is the better reason.
-                    if matches!(error, VmmError::Lost { .. })
-                        && tokio::time::timeout(ENDING, vmm.exited()).await.is_ok()
-                    {
+                    if matches!(error, VmmError::Lost { .. }) && has_ended(vmm.as_ref()).await {
                         let _ = signals.send(Signal::Event(Event::VmmExited));
                     }
                     let reason = match error {
@@ -300,4 +300,9 @@ impl Shell {
 
 fn nanoseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// Whether a process whose socket has closed is gone, or is about to be.
+async fn has_ended(vmm: &dyn Vmm) -> bool {
+    tokio::time::timeout(ENDING, vmm.exited()).await.is_ok()
 }
