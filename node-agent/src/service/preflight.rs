@@ -52,10 +52,16 @@ impl Known {
         (at.elapsed() <= lasts).then(|| heard.clone())
     }
 
-    fn keep(&mut self, asked: Asked, heard: Heard) {
+    /// What holds from now on. What a program has told once stands against a later failure to ask it.
+    fn keep(&mut self, asked: Asked, heard: Heard) -> Heard {
+        if let (Err(error), Some((_, Ok(offer)))) = (&heard, self.0.get(&asked)) {
+            warn!(program = %asked.program.display(), %error, "what it told before still counts");
+            return Ok(Arc::clone(offer));
+        }
         // The program may have been replaced by another one.
         self.0.retain(|other, _| (&other.program, other.accelerator) != (&asked.program, asked.accelerator));
-        self.0.insert(asked, (Instant::now(), heard));
+        self.0.insert(asked, (Instant::now(), heard.clone()));
+        heard
     }
 }
 
@@ -175,8 +181,7 @@ impl Preflight {
                     (began.elapsed(), offer.cpu_features.as_ref().map(|features| features.len()));
                 info!(program = %asked.program.display(), ?accelerator, version = offer.version, features, ?took, "a QEMU has told what it can do");
             }
-            known.keep(asked, heard.clone());
-            heard
+            known.keep(asked, heard)
         });
         asking.await.map_err(|error| error.to_string())?
     }
@@ -244,15 +249,18 @@ mod tests {
         };
         let mut known = Known::default();
         assert_eq!(known.heard(&asked(1), Duration::MAX), None);
-        known.keep(asked(1), Err("it did not answer".to_owned()));
-        assert_eq!(known.heard(&asked(1), Duration::ZERO), Some(Err("it did not answer".to_owned())));
+        let failed = || Err("it did not answer".to_owned());
+        known.keep(asked(1), failed()).unwrap_err();
+        assert_eq!(known.heard(&asked(1), Duration::ZERO), Some(failed()));
         assert_eq!(known.heard(&asked(2), Duration::MAX), None);
 
-        known.keep(asked(2), Ok(Arc::new(Offer::default())));
+        known.keep(asked(2), Ok(Arc::new(Offer::default()))).unwrap();
         assert_eq!(known.heard(&asked(1), Duration::MAX), None, "it has gone");
         assert!(known.heard(&asked(2), Duration::MAX).is_some());
         std::thread::sleep(Duration::from_millis(2));
         assert_eq!(known.heard(&asked(2), Duration::from_millis(1)), None);
+        known.keep(asked(2), failed()).expect("what it told stands");
+        assert!(known.heard(&asked(2), Duration::MAX).unwrap().is_ok());
     }
 
     #[test]
