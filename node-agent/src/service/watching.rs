@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tracing::{debug, info};
 
@@ -11,6 +11,8 @@ use crate::vmm::LocalVmm;
 
 /// Between two questions whether the VMM would refuse a migration: QEMU tells of no change.
 const ASK_EVERY: Duration = Duration::from_secs(3);
+/// After so long a VMM that could not tell what it is may try again.
+const LEARN_AGAIN: Duration = Duration::from_secs(60);
 
 /// Lets the VMM tell what it is, asks it now and then what blocks a migration, and forgets it when its process has ended. `blocked` is
 /// what it has said so far.
@@ -39,12 +41,7 @@ async fn ask(
     vmm: &Arc<dyn LocalVmm>,
     mut blocked: Vec<String>,
 ) {
-    vmm.learn().await;
-    if vmm.facts().is_some()
-        && let Some(inventory) = inventory.upgrade()
-    {
-        inventory.look_again();
-    }
+    let mut asked = learn(inventory, vmm).await;
     loop {
         tokio::time::sleep(ASK_EVERY).await;
         let Some(inventory) = inventory.upgrade() else { return };
@@ -66,5 +63,19 @@ async fn ask(
                 inventory.look_again();
             }
         }
+        if vmm.facts().is_none() && asked.elapsed() >= LEARN_AGAIN {
+            asked = learn(&Arc::downgrade(&inventory), vmm).await;
+        }
     }
+}
+
+/// When it was asked.
+async fn learn(inventory: &Weak<Inventory>, vmm: &Arc<dyn LocalVmm>) -> Instant {
+    vmm.learn().await;
+    if vmm.facts().is_some()
+        && let Some(inventory) = inventory.upgrade()
+    {
+        inventory.look_again();
+    }
+    Instant::now()
 }

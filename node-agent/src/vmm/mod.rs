@@ -248,8 +248,7 @@ pub trait LocalVmm: Vmm + std::fmt::Debug {
     /// Its process.
     fn process(&self) -> &VmmProcess;
 
-    /// Finds out what a destination's VMM must be able to do; [`LocalVmm::facts`] has it then. It may take seconds, and is to be called
-    /// once.
+    /// Finds out what a destination's VMM must be able to do; [`LocalVmm::facts`] has it then. It may take seconds.
     async fn learn(&self) {}
 
     /// What [`LocalVmm::learn`] has found; None before, and of a VMM that is not compared.
