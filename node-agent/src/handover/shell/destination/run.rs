@@ -312,6 +312,11 @@ fn explain(blob: Blob, error: ReceiveError) -> (Failure, Status) {
         Blob::Vmm => "RAM and machine state".to_owned(),
     };
     match error {
+        // Why the twin has ended is said on the hand-over's stream, with what it said last.
+        ReceiveError::Sink(failure) if failure.reason == Reason::TwinFailed => {
+            let status = Status::aborted(failure.message.clone());
+            (failure, status)
+        }
         ReceiveError::Sink(failure) => {
             let status = Status::failed_precondition(failure.message.clone());
             (failure, status)

@@ -1,10 +1,13 @@
 //! What the destination has to do with the twin: its VMM, and its devices.
 
 use std::sync::Arc;
+use std::time::Duration;
 
+use futures::future::join_all;
 use futures::{Stream, StreamExt};
 use slackwater_proto::transfer::DeviceStep;
 use tokio::sync::mpsc;
+use tokio::time::timeout;
 use tokio_stream::wrappers::{ReceiverStream, UnboundedReceiverStream};
 use tracing::{debug, warn};
 
@@ -12,8 +15,12 @@ use super::{Shell, Signal, Twin};
 use crate::handover::destination::Event;
 use crate::handover::shell::{Seen, VmmCall, look, of_twin, refused, traced};
 use crate::handover::{Failure, Reason};
+use crate::vfio::error::DeviceError;
 use crate::vfio::state::MigrationState;
 use crate::vfio::worker::DeviceHandle;
+
+/// What the devices' lines may take of a VM that runs already.
+const LINES: Duration = Duration::from_secs(1);
 
 impl Shell {
     pub(super) fn start_twin(&self) {
@@ -96,8 +103,12 @@ impl Shell {
         tokio::spawn(async move {
             let event = match vmm.resume().await {
                 Ok(()) => {
+                    // The VM runs: nothing of this is worth waiting for.
+                    let released = join_all(devices.iter().map(release_line));
+                    if timeout(LINES, released).await.is_err() {
+                        warn!("the VM runs, but a device's INTx could not be signalled within {LINES:?}");
+                    }
                     for (index, device) in devices.iter().enumerate() {
-                        release_line(device).await;
                         if let Ok(seen) = look(index, device).await {
                             if seen.state != MigrationState::Running {
                                 warn!(device = device.name(), state = %seen.state, "the VM runs, but a device of it does not");
@@ -168,7 +179,8 @@ fn forward<T: Send + 'static>(
 async fn release_line(device: &DeviceHandle) {
     match device.trigger_intx().await {
         Ok(true) => debug!(device = device.name(), "its INTx was signalled once"),
-        Ok(false) => {}
+        // Or the VM has ended meanwhile, and its devices are being let go.
+        Ok(false) | Err(DeviceError::WorkerEnded { .. }) => {}
         Err(error) => warn!(%error, "the VM runs, but its guest may be held up by an interrupt line"),
     }
 }
