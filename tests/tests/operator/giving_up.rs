@@ -67,8 +67,7 @@ async fn a_rollback_carries_the_agents_words_and_releases_until_the_target_answe
     let failed = world.until("move-counter", "have failed", is("Succeeded", "False/TargetLost")).await;
     assert_eq!(
         message(&failed, "Succeeded"),
-        "The migration was given up: node-b has not been heard for 7 s. VM demo/counter runs on node-a again, with its \
-         devices."
+        "VM demo/counter runs on node-a again, with its devices. The migration was given up: node-b has not been heard for 7 s."
     );
     world.until("move-counter", "say that it is releasing", is("Prepared", "Unknown/Releasing")).await;
     let now = world.until("move-counter", "not be stopped", is("Stopped", "False/GuestRuns")).await;

@@ -93,12 +93,12 @@ pub fn finished(draft: &mut Draft, trace: &Trace, finished: &Finished, stamp: St
         Outcome::Succeeded => {
             stopped(draft, stamp);
             committed(draft, stamp);
-            let blackout = finished.timings.map(|timings| Duration::from_nanos(timings.blackout_ns));
+            let blackout = measured(finished).map(|timings| Duration::from_nanos(timings.blackout_ns));
             succeeded(draft, blackout, stamp);
         }
         Outcome::RolledBack => {
             let message = format!(
-                "The migration was given up: {said}. VM {vm} runs on {source} again, with its devices."
+                "VM {vm} runs on {source} again, with its devices. The migration was given up: {said}."
             );
             ending::rolled_back(draft, &reason("RolledBack"), &message, stamp);
         }
@@ -150,7 +150,7 @@ fn show_figures(draft: &mut Draft, trace: &Trace, finished: &Finished) {
         device.states = trace.steps(device, &source, &target);
         device.bytes = finished.device_bytes.get(index).map(|bytes| whole(*bytes));
     }
-    if let Some(timings) = finished.timings {
+    if let Some(timings) = measured(finished) {
         let text = |nanoseconds| format_duration(Duration::from_nanos(nanoseconds));
         draft.status.timings = Some(Timings {
             pre_copy: text(timings.pre_copy_ns),
@@ -160,6 +160,11 @@ fn show_figures(draft: &mut Draft, trace: &Trace, finished: &Finished) {
     }
     let devices = finished.device_bytes.iter().fold(0_u64, |sum, bytes| sum.saturating_add(*bytes));
     draft.status.bytes = Some(TransferredBytes { devices: whole(devices), vmm: whole(finished.vmm_bytes) });
+}
+
+/// An agent whose node has been restarted in between has measured nothing.
+fn measured(finished: &Finished) -> Option<slackwater_proto::node::Timings> {
+    finished.timings.filter(|timings| timings.total_ns != 0)
 }
 
 /// The API has no unsigned numbers.

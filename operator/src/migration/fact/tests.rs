@@ -188,6 +188,16 @@ fn a_success_has_all_five_conditions_true_its_figures_and_one_notice_each() {
 }
 
 #[test]
+fn a_success_that_was_not_measured_is_told_without_figures() {
+    let mut draft = held();
+    let mut end = ended(Outcome::Succeeded, "", "").unwrap();
+    end.timings = Some(slackwater_proto::node::Timings::default());
+    play(&mut draft, &FORWARD, Some(end));
+    assert_eq!(draft.status.timings, None);
+    assert!(message(&draft, SUCCEEDED).ends_with("runs on node-b."), "{}", message(&draft, SUCCEEDED));
+}
+
+#[test]
 fn a_success_that_took_longer_than_its_budget_says_so() {
     for (blackout_ns, words) in [
         (300_001_000, Some("300.001ms at most. That is more than spec.downtimeBudget (300ms) allows.")),
@@ -230,8 +240,8 @@ fn a_rollback_carries_the_agents_reason_and_words_and_frees_the_target() {
     );
     assert_eq!(
         message(&draft, SUCCEEDED),
-        "The migration was given up: device b2 did not take its state (EIO). VM demo/counter runs on node-a again, with \
-         its devices."
+        "VM demo/counter runs on node-a again, with its devices. The migration was given up: device b2 did not take its state \
+         (EIO)."
     );
     assert_eq!(draft.status.reservation, Some(Reservation::ReleasingAbortedAtSource));
     assert!(draft.status.completion_time.is_some());
