@@ -5,7 +5,8 @@ use slackwater_tests::witness::PeerToPeer;
 #[tokio::test(flavor = "multi_thread")]
 async fn a_vm_moves_with_its_devices_and_back_again_and_its_count_goes_on() {
     let two = || ["mtty-1", "mtty-1"];
-    let nodes = [NodeConfig::new("node-a", two()), NodeConfig::new("node-b", two())];
+    // With a CPU for each device's thread.
+    let nodes = ["node-a", "node-b"].map(|name| NodeConfig { cpus: 2, ..NodeConfig::new(name, two()) });
     let cluster = Cluster::start(nodes).await.unwrap();
     LabVm::counter(2).start(cluster.lab.node("node-a").unwrap()).await.unwrap();
     cluster.until_vm_at("node-a").await.unwrap();
