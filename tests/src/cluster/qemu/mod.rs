@@ -3,22 +3,18 @@
 //! The argument vector is written once, with a word for each device and one for the socket, and serves three: the VM at the source
 //! (`start`), the `twin` of `vm.json`, which the agent fills in at the destination, and a destination by hand (`await_migration`).
 
-use std::time::Duration;
+mod running;
+mod words;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::Context;
 use serde_json::{Value, json};
 
-use super::{NAMESPACE, SOON};
-use crate::guests::{Report, counter, linux};
-use crate::lab::{Image, LabConfig, LabError, Node, SHARED_DISK_ADDRESS};
+use super::NAMESPACE;
+use crate::guests::{counter, linux};
+use crate::lab::{Image, LabConfig, Node, SHARED_DISK_ADDRESS};
 
 /// QEMU, in a node.
 pub const QEMU_PROGRAM: &str = "/bin/qemu-system-x86_64";
-
-/// A guest that says nothing for so long does not run.
-const SILENCE: Duration = Duration::from_secs(10);
-
-const LOOKS_AT_A_SILENT_GUEST: usize = 5;
 
 /// What runs the guest's code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -297,248 +293,9 @@ impl QemuVm {
         })
     }
 
-    /// Starts it in a node, and makes it known when it counts.
-    ///
-    /// # Errors
-    /// When it does not come up.
-    pub async fn start(&self, node: &Node) -> anyhow::Result<()> {
-        self.forget_words(node).await?;
-        self.spawn(node, &[]).await?;
-        self.until_counted(node, 1).await?;
-        self.publish(node).await
-    }
-
-    /// Makes the VM known that runs in a node: writes its `vm.json`.
-    ///
-    /// # Errors
-    /// When the node cannot be reached.
-    pub async fn publish(&self, node: &Node) -> anyhow::Result<()> {
-        // Whole at once: the agent watches.
-        let directory = self.directory();
-        let text = serde_json::to_vec_pretty(&self.json())?;
-        node.put(&format!("{directory}/.vm.json.new"), 0o600, &text).await?;
-        node.shell(&format!("mv {directory}/.vm.json.new {directory}/vm.json")).await?;
-        Ok(())
-    }
-
-    /// Starts the twin by hand, as the agent would: stopped, and waiting for `migrate-incoming`. It is not made known.
-    ///
-    /// # Errors
-    /// When it does not come up.
-    pub async fn await_migration(&self, node: &Node) -> anyhow::Result<()> {
-        self.spawn(node, &["-S", "-incoming", "defer"]).await?;
-        self.until_answers(node).await
-    }
-
-    /// The same, but it will run as soon as it is loaded, as a QEMU does that is nobody's twin.
-    ///
-    /// # Errors
-    /// When it does not come up.
-    pub async fn await_migration_and_run(&self, node: &Node) -> anyhow::Result<()> {
-        self.spawn(node, &["-incoming", "defer"]).await?;
-        self.until_answers(node).await
-    }
-
-    async fn until_answers(&self, node: &Node) -> anyhow::Result<()> {
-        self.until(node, "answer", || async {
-            self.execute(node, "query-status", json!({})).await.ok().map(drop)
-        })
-        .await
-    }
-
-    async fn spawn(&self, node: &Node, more: &[&str]) -> anyhow::Result<()> {
-        node.shell(&format!("mkdir -p -m 700 {} /run/slackwater-lab", self.directory())).await?;
-        let arguments = self.arguments(&self.place_in(node)?);
-        // The socket is for nobody else.
-        let mut list = vec!["sh", "-c", "umask 077; exec \"$0\" \"$@\"", QEMU_PROGRAM];
-        list.extend(arguments.iter().map(String::as_str).chain(more.iter().copied()));
-        node.spawn(&self.group(), &list, &[]).await?;
-        Ok(())
-    }
-
     /// The name under which the lab's control service knows the VM that it started.
     fn group(&self) -> String {
         format!("vm-{}", self.name)
-    }
-
-    /// All that its guest has said in a node.
-    ///
-    /// # Errors
-    /// When it has not run there.
-    pub async fn said(&self, node: &Node) -> Result<String, LabError> {
-        node.get_text(&self.debug_file()).await
-    }
-
-    /// What its guest has reported last in a node.
-    ///
-    /// # Errors
-    /// When it has not said anything.
-    pub async fn report(&self, node: &Node) -> anyhow::Result<Report> {
-        let said = self.said(node).await?;
-        Report::last_of(&said).with_context(|| format!("the guest of {} says nothing", self.name))
-    }
-
-    /// Makes the folder in a node where its QEMU writes what the guest says: it is not QEMU's to make.
-    ///
-    /// # Errors
-    /// When the node cannot be reached.
-    pub(super) async fn make_room(&self, node: &Node) -> anyhow::Result<()> {
-        node.shell("mkdir -p -m 700 /run/slackwater-lab").await?;
-        Ok(())
-    }
-
-    /// Forgets what its guest said in a node that it has left, so that nobody takes it for what it says now.
-    ///
-    /// # Errors
-    /// When the node cannot be reached.
-    pub(super) async fn forget_words(&self, node: &Node) -> anyhow::Result<()> {
-        node.shell(&format!("rm -f {}", self.debug_file())).await?;
-        Ok(())
-    }
-
-    /// What its guest in a node says next.
-    ///
-    /// # Errors
-    /// When no QEMU runs there, or its guest says nothing for a while.
-    pub(super) async fn guest(&self, node: &Node) -> anyhow::Result<crate::vmm::guest::Report> {
-        let running = node.exec(&["pidof", "qemu-system-x86_64"]).await?;
-        if running.stdout.is_empty() {
-            let said = self.said(node).await.unwrap_or_default();
-            let last = said.lines().last().unwrap_or("nothing");
-            bail!("no VMM runs on {}; the guest's last words there: {last}", node.name());
-        }
-        let before = node.get(&self.debug_file()).await.unwrap_or_default().len();
-        let deadline = tokio::time::Instant::now() + SILENCE;
-        while tokio::time::Instant::now() < deadline {
-            tokio::time::sleep(Duration::from_millis(50)).await;
-            let said = node.get(&self.debug_file()).await.unwrap_or_default();
-            let new = String::from_utf8_lossy(said.get(before..).unwrap_or_default()).into_owned();
-            // The first line may have begun before.
-            let whole = new.split_once('\n').map_or("", |(_, whole)| whole);
-            if let Some(report) = Report::last_of(whole) {
-                return Ok(crate::vmm::guest::Report {
-                    count: report.count,
-                    errors: report.errors,
-                    ram_errors: 0,
-                    devices: Vec::new(),
-                });
-            }
-        }
-        let state = if self.second_monitor { self.machine_state(node).await } else { String::new() };
-        bail!("the guest of {} on {} says nothing for {SILENCE:?}{state}", self.name, node.name())
-    }
-
-    /// What a silent guest may hang on: its vCPU and its interrupt controllers, and where it goes from there.
-    async fn machine_state(&self, node: &Node) -> String {
-        let mut text = String::new();
-        for what in ["status", "registers", "lapic", "pic"] {
-            text.push_str(&format!("\n--- info {what}\n{}", self.info(node, what).await));
-        }
-        text.push_str("\n--- and then");
-        for _ in 0..LOOKS_AT_A_SILENT_GUEST {
-            tokio::time::sleep(Duration::from_secs(1)).await;
-            for what in ["registers", "lapic", "pic"] {
-                let told = self.info(node, what).await;
-                let telling = |line: &&str| ["RIP", "IRR", "ISR"].iter().any(|word| line.contains(word));
-                for line in told.lines().filter(telling) {
-                    text.push_str(&format!("\n{}", line.trim()));
-                }
-            }
-        }
-        text
-    }
-
-    /// What the monitor for people says.
-    async fn info(&self, node: &Node, what: &str) -> String {
-        let arguments = json!({ "command-line": format!("info {what}") });
-        match self.execute(node, "human-monitor-command", arguments).await {
-            Ok(answer) => answer.as_str().unwrap_or_default().replace('\r', ""),
-            Err(error) => format!("{error:#}"),
-        }
-    }
-
-    /// Waits until its guest has counted so far in a node.
-    ///
-    /// # Errors
-    /// When it does not.
-    pub async fn until_counted(&self, node: &Node, count: u64) -> anyhow::Result<Report> {
-        self.until(node, &format!("count to {count}"), || async {
-            self.report(node).await.ok().filter(|report| report.count >= count)
-        })
-        .await
-    }
-
-    async fn until<T>(
-        &self,
-        node: &Node,
-        what: &str,
-        look: impl AsyncFn() -> Option<T>,
-    ) -> anyhow::Result<T> {
-        let deadline = tokio::time::Instant::now() + SOON;
-        let mut looks = tokio::time::interval(Duration::from_millis(100));
-        loop {
-            looks.tick().await;
-            if let Some(found) = look().await {
-                return Ok(found);
-            }
-            if tokio::time::Instant::now() >= deadline {
-                let log = node.get_text(&format!("/var/log/{}.log", self.group())).await.unwrap_or_default();
-                let said = self.said(node).await.unwrap_or_default();
-                let (begin, last) = (said.lines().take(10).collect::<Vec<_>>(), said.lines().last());
-                bail!(
-                    "{} does not {what}; its guest said at first {begin:#?} and last {last:?}, QEMU said\n{log}",
-                    self.name
-                );
-            }
-        }
-    }
-
-    /// Has its QEMU in a node execute a QMP command, and returns what that returned.
-    ///
-    /// # Errors
-    /// When there is none, or it refuses.
-    pub async fn execute(&self, node: &Node, command: &str, arguments: Value) -> anyhow::Result<Value> {
-        let arguments = arguments.to_string();
-        let list = ["slackwater-lab-node", "qmp", &self.monitor(), command, &arguments];
-        Ok(serde_json::from_str(&node.exec(&list).await?.success()?)?)
-    }
-
-    /// Moves it by hand, without the product, over the link between the nodes; the destination waits ([`QemuVm::await_migration`]),
-    /// and stays stopped.
-    ///
-    /// # Errors
-    /// When QEMU says that it failed.
-    pub async fn migrate(&self, from: &Node, to: &Node) -> anyhow::Result<()> {
-        let uri = format!("tcp:{}:4444", to.link_address().ip());
-        self.execute(to, "migrate-incoming", json!({ "uri": uri })).await?;
-        self.execute(from, "migrate", json!({ "uri": uri })).await?;
-        for node in [from, to] {
-            let status = self
-                .until(node, "end its migration", || async {
-                    let answer = self.execute(node, "query-migrate", json!({})).await.ok()?;
-                    let status = answer.get("status")?.as_str()?.to_owned();
-                    matches!(status.as_str(), "completed" | "failed" | "cancelled").then_some(status)
-                })
-                .await?;
-            ensure!(status == "completed", "the migration {status} at {}", node.name());
-        }
-        Ok(())
-    }
-
-    /// Kills its QEMU in a node.
-    ///
-    /// # Errors
-    /// When the lab has started none there.
-    pub async fn kill(&self, node: &Node) -> Result<(), LabError> {
-        node.kill_group(&self.group()).await
-    }
-
-    /// Removes what a killed one has left in a node.
-    ///
-    /// # Errors
-    /// When the node cannot be asked.
-    pub async fn forget(&self, node: &Node) -> Result<(), LabError> {
-        node.shell(&format!("rm -rf {} {}", self.directory(), self.debug_file())).await.map(drop)
     }
 }
 
