@@ -507,21 +507,23 @@ async fn an_abort_before_the_commit_is_rolled_back_and_one_after_it_is_refused()
 }
 
 #[tokio::test]
-async fn a_twin_that_dies_before_the_commit_is_rolled_back() {
-    let mut rig = rig(|device| device).await;
-    let _never = rig.twin.hang("finish_load");
-    let twin = Arc::clone(&rig.twin);
-    let run = rig.start().await;
-    let mut lines = tokio::time::interval(Duration::from_millis(5));
-    while !rig.calls.lines().contains(&"twin finish_load".to_owned()) {
-        lines.tick().await;
+async fn a_twin_that_dies_before_the_commit_is_rolled_back_and_told_with_its_last_words() {
+    for call in ["start_load", "finish_load"] {
+        let mut rig = rig(|device| device).await;
+        let _never = rig.twin.hang(call);
+        let twin = Arc::clone(&rig.twin);
+        let run = rig.start().await;
+        let mut lines = tokio::time::interval(Duration::from_millis(5));
+        while !rig.calls.lines().contains(&format!("twin {call}")) {
+            lines.tick().await;
+        }
+        twin.kill();
+        run.ended().await;
+        let finished = run.log().end().unwrap();
+        assert_eq!((finished.outcome(), finished.reason.as_str()), (Outcome::RolledBack, "TwinFailed"));
+        assert!(finished.message.ends_with("; its log ends in: no memory"), "{call}: {}", finished.message);
+        rig.assert_rolled_back().await;
     }
-    twin.kill();
-    run.ended().await;
-    let finished = run.log().end().unwrap();
-    assert_eq!((finished.outcome(), finished.reason.as_str()), (Outcome::RolledBack, "TwinFailed"));
-    assert!(finished.message.ends_with("; its log ends in: no memory"), "{}", finished.message);
-    rig.assert_rolled_back().await;
 }
 
 #[tokio::test]
