@@ -32,12 +32,19 @@ pub struct Inventory {
     config: NodeConfig,
     registry: Arc<Registry>,
     vms: VmWatch,
-    vmms: Connections<Arc<dyn LocalVmm>>,
+    vmms: Connections<Answering>,
     /// Held while a free device is probed: a reservation waits for it, and the twin then finds the device closed.
     features: Mutex<HashMap<FeatureKey, Features>>,
     ended: watch::Sender<u64>,
     /// A VMM did not answer, and will be asked again soon.
     asking_again: AtomicBool,
+}
+
+/// A VMM that has answered.
+struct Answering {
+    vmm: Arc<dyn LocalVmm>,
+    /// What it said last against a migration, whoever asked.
+    blocked: Vec<String>,
 }
 
 /// Between two looks at a VMM that does not answer: it may be starting, or its monitor be held by somebody else for a moment.
@@ -263,9 +270,12 @@ impl Inventory {
     pub async fn vmm(self: &Arc<Self>, vm: &KnownVm) -> Result<(Arc<dyn LocalVmm>, Description), VmmError> {
         let slot = self.vmms.slot(&vm.socket);
         let mut known = slot.lock().await;
-        if let Some(vmm) = known.as_ref() {
+        if let Some(Answering { vmm, blocked }) = known.as_mut() {
             match vmm.describe().await {
-                Ok(description) => return Ok((Arc::clone(vmm), description)),
+                Ok(description) => {
+                    blocked.clone_from(&description.blocked);
+                    return Ok((Arc::clone(vmm), description));
+                }
                 // A monitor serves one client at a time, so as long as its QEMU lives, this one is it; it connects again by itself.
                 Err(error) if vmm.driver() == Driver::Vmm && lives(vmm.as_ref()).await => return Err(error),
                 // Another VMM may serve the socket by now.
@@ -274,23 +284,26 @@ impl Inventory {
         }
         let vmm = vmm::connect(&vm.json.vmm, &vm.socket, self.config.deadlines).await?;
         let description = vmm.describe().await?;
-        *known = Some(Arc::clone(&vmm));
+        *known = Some(Answering { vmm: Arc::clone(&vmm), blocked: description.blocked.clone() });
         let (inventory, watched) = (Arc::downgrade(self), Arc::clone(&vmm));
         drop(known);
-        watching::start(inventory, vm.socket.clone(), watched, description.blocked.clone());
+        watching::start(inventory, vm.socket.clone(), watched);
         Ok((vmm, description))
     }
 
-    /// Whether it is the VMM that is asked when this socket's VM is looked at.
-    pub(super) async fn is_known(&self, socket: &Path, vmm: &Arc<dyn LocalVmm>) -> bool {
-        self.vmms.slot(socket).lock().await.as_ref().is_some_and(|known| Arc::ptr_eq(known, vmm))
+    /// What the VMM said last against a migration, as everybody was told; None if another one is asked when this socket's VM is looked at.
+    pub(super) async fn last_blocked(&self, socket: &Path, vmm: &Arc<dyn LocalVmm>) -> Option<Vec<String>> {
+        let slot = self.vmms.slot(socket);
+        let known = slot.lock().await;
+        let known = known.as_ref().filter(|known| Arc::ptr_eq(&known.vmm, vmm))?;
+        Some(known.blocked.clone())
     }
 
     /// Its process has ended.
     pub(super) async fn forget(&self, socket: &Path, vmm: &Arc<dyn LocalVmm>) {
         let slot = self.vmms.slot(socket);
         let mut known = slot.lock().await;
-        if known.as_ref().is_some_and(|known| Arc::ptr_eq(known, vmm)) {
+        if known.as_ref().is_some_and(|known| Arc::ptr_eq(&known.vmm, vmm)) {
             *known = None;
         }
     }

@@ -1,6 +1,6 @@
 //! What becomes of a VMM that the inventory knows, with no event to tell of it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -14,18 +14,12 @@ const ASK_EVERY: Duration = Duration::from_secs(3);
 /// After so long a VMM that could not tell what it is may try again.
 const LEARN_AGAIN: Duration = Duration::from_secs(60);
 
-/// Lets the VMM tell what it is, asks it now and then what blocks a migration, and forgets it when its process has ended. `blocked` is
-/// what it has said so far.
-pub(super) fn start(
-    inventory: Weak<Inventory>,
-    socket: PathBuf,
-    vmm: Arc<dyn LocalVmm>,
-    blocked: Vec<String>,
-) {
+/// Lets the VMM tell what it is, asks it now and then what blocks a migration, and forgets it when its process has ended.
+pub(super) fn start(inventory: Weak<Inventory>, socket: PathBuf, vmm: Arc<dyn LocalVmm>) {
     tokio::spawn(async move {
         tokio::select! {
             () = vmm.exited() => {}
-            () = ask(&inventory, &socket, &vmm, blocked) => vmm.exited().await,
+            () = ask(&inventory, &socket, &vmm) => vmm.exited().await,
         }
         if let Some(inventory) = inventory.upgrade() {
             inventory.forget(&socket, &vmm).await;
@@ -35,25 +29,20 @@ pub(super) fn start(
 }
 
 /// Returns when there is nothing more to ask, or somebody else is asked in its place.
-async fn ask(
-    inventory: &Weak<Inventory>,
-    socket: &std::path::Path,
-    vmm: &Arc<dyn LocalVmm>,
-    mut blocked: Vec<String>,
-) {
+async fn ask(inventory: &Weak<Inventory>, socket: &Path, vmm: &Arc<dyn LocalVmm>) {
     let mut asked = learn(inventory, vmm).await;
     loop {
         tokio::time::sleep(ASK_EVERY).await;
         let Some(inventory) = inventory.upgrade() else { return };
         // Its monitor serves one client at a time.
-        if !inventory.is_known(socket, vmm).await {
+        if inventory.last_blocked(socket, vmm).await.is_none() {
             return;
         }
         match vmm.blocked().await {
             Ok(Some(now)) => {
-                if now != blocked {
+                // Somebody else may have looked since, and told what was in the way then.
+                if inventory.last_blocked(socket, vmm).await.is_some_and(|last| last != now) {
                     info!(pid = vmm.pid(), blocked = ?now, "what blocks a migration has changed");
-                    blocked = now;
                     inventory.look_again();
                 }
             }
