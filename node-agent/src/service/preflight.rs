@@ -24,8 +24,11 @@ const REASON: &str = "slackwater-reason";
 const PROBE_LIMIT: Duration = Duration::from_secs(20);
 /// What was heard so recently is not asked again.
 const FRESH: Duration = Duration::from_secs(10);
-/// A program that could not be asked is not tried again for so long: each reservation of the node would wait [`PROBE_LIMIT`] for it.
+/// A program that could not be asked is not tried again for so long, if it took long to find out: each reservation of the node would
+/// wait for it.
 const FAILURE_LASTS: Duration = Duration::from_secs(60);
+/// What fails sooner is tried again: it costs nobody much.
+const LONG: Duration = Duration::from_secs(5);
 const KVM: &str = "/dev/kvm";
 
 /// A program as it was when it was asked.
@@ -53,10 +56,13 @@ impl Known {
     }
 
     /// What holds from now on. What a program has told once stands against a later failure to ask it.
-    fn keep(&mut self, asked: Asked, heard: Heard) -> Heard {
+    fn keep(&mut self, asked: Asked, heard: Heard, took: Duration) -> Heard {
         if let (Err(error), Some((_, Ok(offer)))) = (&heard, self.0.get(&asked)) {
             warn!(program = %asked.program.display(), %error, "what it told before still counts");
             return Ok(Arc::clone(offer));
+        }
+        if heard.is_err() && took < LONG {
+            return heard;
         }
         // The program may have been replaced by another one.
         self.0.retain(|other, _| (&other.program, other.accelerator) != (&asked.program, asked.accelerator));
@@ -176,12 +182,12 @@ impl Preflight {
                 .await
                 .map(Arc::new)
                 .map_err(|error| error.to_string());
+            let took = began.elapsed();
             if let Ok(offer) = &heard {
-                let (took, features) =
-                    (began.elapsed(), offer.cpu_features.as_ref().map(|features| features.len()));
+                let features = offer.cpu_features.as_ref().map(|features| features.len());
                 info!(program = %asked.program.display(), ?accelerator, version = offer.version, features, ?took, "a QEMU has told what it can do");
             }
-            known.keep(asked, heard)
+            known.keep(asked, heard, took)
         });
         asking.await.map_err(|error| error.to_string())?
     }
@@ -250,16 +256,18 @@ mod tests {
         let mut known = Known::default();
         assert_eq!(known.heard(&asked(1), Duration::MAX), None);
         let failed = || Err("it did not answer".to_owned());
-        known.keep(asked(1), failed()).unwrap_err();
+        known.keep(asked(1), failed(), LONG / 2).unwrap_err();
+        assert_eq!(known.heard(&asked(1), Duration::MAX), None, "it may be asked again");
+        known.keep(asked(1), failed(), LONG).unwrap_err();
         assert_eq!(known.heard(&asked(1), Duration::ZERO), Some(failed()));
         assert_eq!(known.heard(&asked(2), Duration::MAX), None);
 
-        known.keep(asked(2), Ok(Arc::new(Offer::default()))).unwrap();
+        known.keep(asked(2), Ok(Arc::new(Offer::default())), Duration::ZERO).unwrap();
         assert_eq!(known.heard(&asked(1), Duration::MAX), None, "it has gone");
         assert!(known.heard(&asked(2), Duration::MAX).is_some());
         std::thread::sleep(Duration::from_millis(2));
         assert_eq!(known.heard(&asked(2), Duration::from_millis(1)), None);
-        known.keep(asked(2), failed()).expect("what it told stands");
+        known.keep(asked(2), failed(), LONG).expect("what it told stands");
         assert!(known.heard(&asked(2), Duration::MAX).unwrap().is_ok());
     }
 
