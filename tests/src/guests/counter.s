@@ -21,8 +21,8 @@ _start:
     movw    %ax, %ss
     movw    $0x7c00, %sp
     cld
-    # The interrupt controller ends each interrupt by itself, and passes on the timer's only: in an emulated node's KVM an interrupt
-    # that was being delivered when the vCPU was stopped may be lost, and one that nobody ends holds up all others for ever.
+    # Nothing but the timer interrupts, and the interrupt controller ends each interrupt by itself: the count hangs neither on a line that
+    # a device holds, nor on what the firmware left.
     movb    $0x11, %al                      # four bytes of set-up
     outb    %al, $0x20
     movb    $0x08, %al                      # vectors from 8
