@@ -3,9 +3,9 @@
 
 #![deny(unsafe_code)]
 
+pub mod attempt;
 #[cfg(feature = "faults")]
 pub mod faults;
-pub mod handover;
 pub mod host;
 pub mod journal;
 pub mod service;

@@ -3,6 +3,7 @@
 //! | module | what it knows |
 //! |---|---|
 //! | [`node`], [`transfer`], [`vmm`] | the generated messages, clients and servers |
+//! | [`convert`] | the core's types on the wire and back |
 //! | [`identity`] | the role that a certificate names, and who may call what |
 //! | [`tls`] | a certificate, its key and the CA, read from files |
 //! | [`channel`] | connecting to an agent over TCP, or to a VMM over a Unix socket |
@@ -14,6 +15,7 @@
 pub use tonic;
 
 pub mod channel;
+pub mod convert;
 pub mod identity;
 pub mod limits;
 pub mod server;

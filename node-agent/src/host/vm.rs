@@ -39,9 +39,9 @@
 use std::path::{Component, Path, PathBuf};
 
 use serde::Deserialize;
+use slackwater_handover::policy::Driver;
 
 use super::placeholders::pieces;
-use crate::handover::policy::Driver;
 
 /// The largest `vm.json`, in bytes.
 pub const VM_JSON_LIMIT_BYTES: usize = 64 << 10;

@@ -1,9 +1,9 @@
 //! Why a VM cannot be migrated as it stands, before anybody tries. Pure.
 
+use slackwater_handover::policy::{Driver, NoStopPlan, PeerToPeer, stop_plan};
+use slackwater_handover::state::Features;
 use slackwater_proto::node::Blocker;
 
-use crate::handover::policy::{Driver, NoStopPlan, PeerToPeer, stop_plan};
-use crate::vfio::state::Features;
 use crate::vmm::RunState;
 
 /// What is known of one device of a VM: its name, and its features or why they are not known.

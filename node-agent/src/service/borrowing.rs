@@ -1,6 +1,7 @@
 //! The devices of a VM, borrowed from its VMM.
 
-use crate::handover::{Failure, Reason};
+use slackwater_handover::{Failure, Reason};
+
 use crate::vfio::kernel::KernelDevice;
 use crate::vfio::worker::DeviceHandle;
 use crate::vmm::{Description, LocalVmm, VmmDevice};

@@ -7,21 +7,21 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures::future::join_all;
+use slackwater_handover::policy::Driver;
+use slackwater_handover::state::Features;
 use slackwater_proto::node::{DeviceDescription, NodeDescription, VmDescription, VmRef, VmState};
 use tokio::sync::{Mutex, watch};
 use tracing::warn;
 
 use super::connections::Connections;
 use super::registry::Registry;
-use super::{NodeConfig, blockers, borrowing, preflight, request, watching};
-use crate::handover::policy::Driver;
+use super::{NodeConfig, blockers, borrowing, preflight, watching};
 use crate::host::devices::{Device, vfio_devices};
 use crate::host::holders::Holders;
 use crate::host::node::kernel;
 use crate::host::vms::{KnownVm, VmEntry, VmWatch};
 use crate::vfio::device::Device as _;
 use crate::vfio::probe;
-use crate::vfio::state::Features;
 use crate::vmm::{self, Description, LocalVmm, RunState, VmmDevice, VmmError};
 
 /// A device's features as its driver told them once; another driver is another device.
@@ -141,7 +141,7 @@ impl Inventory {
     async fn describe_device(&self, device: &Device, holder: String) -> DeviceDescription {
         let free = holder.is_empty();
         let (features, features_unknown_reason) = match self.features(device, free).await {
-            Ok(features) => (Some(request::to_wire(features)), String::new()),
+            Ok(features) => (Some(features.into()), String::new()),
             Err(why) => (None, why),
         };
         DeviceDescription {

@@ -1,13 +1,13 @@
 //! What an attempt's journal is to hold, from what was asked, and back. Pure.
 
+use slackwater_handover::Record;
+use slackwater_handover::policy::PeerToPeer;
 use slackwater_proto::node::{
     DevicePair, MigrateRequest, MigrationRef, PeerToPeer as WirePeerToPeer, ReserveRequest, VmRef,
 };
 use slackwater_proto::tonic::Status;
 
-use crate::handover::Record;
-use crate::handover::entry::{EndEntry, Entry, Marks, Pair};
-use crate::handover::policy::PeerToPeer;
+use crate::attempt::entry::{EndEntry, Entry, Marks, Pair};
 use crate::journal::{Key, Role};
 use crate::vfio::borrow::ProcessIdentity;
 use crate::vmm::cgroup::Cgroup;

@@ -6,6 +6,10 @@ use std::sync::Arc;
 
 use futures::future::BoxFuture;
 use futures::{FutureExt, Stream, StreamExt};
+use slackwater_handover::policy::Driver;
+use slackwater_handover::policy::stop_plan;
+use slackwater_handover::state::MigrationState;
+use slackwater_handover::{Failure, Reason};
 use slackwater_proto::identity;
 use slackwater_proto::node::node_agent_server::NodeAgent;
 use slackwater_proto::node::{
@@ -24,18 +28,13 @@ use super::preflight::Preflight;
 use super::recovery;
 use super::registry::{Part, Registry, Stale};
 use super::{NodeConfig, borrowing, journalling, request, reservation};
-use crate::handover::entry::word_of;
-use crate::handover::policy::Driver;
-use crate::handover::policy::stop_plan;
-use crate::handover::shell::destination::{DestinationParts, DestinationRun, Site};
-use crate::handover::shell::events::EventLog;
-use crate::handover::shell::ledger::Ledger;
-use crate::handover::shell::link::Peer;
-use crate::handover::shell::source::{SourceParts, SourceRun};
-use crate::handover::{Failure, Reason};
+use crate::attempt::destination::{DestinationParts, DestinationRun, Site};
+use crate::attempt::events::EventLog;
+use crate::attempt::ledger::Ledger;
+use crate::attempt::link::Peer;
+use crate::attempt::source::{SourceParts, SourceRun};
 use crate::host::identity::{IdentityOf, VfIdentity};
 use crate::journal::{Journal, JournalError, Role};
-use crate::vfio::state::MigrationState;
 use crate::vfio::worker::DeviceHandle;
 use crate::vmm::budget::Budget;
 use crate::vmm::cgroup::Cgroup;
@@ -461,16 +460,17 @@ impl NodeAgent for NodeService {
         let given = call.into_inner();
         let reference = request::migration(given.migration.as_ref()).map_err(invalid)?;
         self.fence(&reference).await?;
-        let own = match (self.part(&reference)?, given.peer) {
-            (Some(Part::Source(run)), peer) => {
+        let peer = given.peer.map(|peer| request::word("peer", &peer)).transpose().map_err(invalid)?;
+        let own = match self.part(&reference)? {
+            Some(Part::Source(run)) => {
                 if let Some(peer) = peer {
-                    run.peer_says(word_of(&peer));
+                    run.peer_says(peer);
                 }
                 run.journalled()
             }
-            (Some(Part::Destination(run, _)), peer) => {
+            Some(Part::Destination(run, _)) => {
                 if let Some(peer) = peer {
-                    run.peer_says(word_of(&peer));
+                    run.peer_says(peer);
                 }
                 run.journalled()
             }

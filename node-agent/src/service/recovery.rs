@@ -8,6 +8,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use slackwater_handover::destination::End as DestinationEnd;
+use slackwater_handover::policy::{StopPlan, stop_plan};
+use slackwater_handover::state::MigrationState;
+use slackwater_handover::{Failure, Reason, Record};
 use slackwater_proto::node::{Finished, Timings};
 use slackwater_proto::tls::Credentials;
 use slackwater_proto::transfer::Attempt;
@@ -17,17 +21,12 @@ use super::inventory::Inventory;
 use super::node::{Left, give_back_destination, give_back_source, release};
 use super::registry::{Part, Registry};
 use super::{NodeConfig, borrowing, journalling, reservation};
-use crate::handover::destination::End as DestinationEnd;
-use crate::handover::entry::{EndEntry, Ended, Entry, Marks, Process};
-use crate::handover::policy::{StopPlan, stop_plan};
-use crate::handover::shell::destination::{
-    self as destination_shell, DestinationParts, DestinationRun, Site, Twin,
-};
-use crate::handover::shell::events::EventLog;
-use crate::handover::shell::ledger::Ledger;
-use crate::handover::shell::link::Peer;
-use crate::handover::shell::source::{self as source_shell, SourceParts, SourceRun};
-use crate::handover::{Failure, Reason, Record};
+use crate::attempt::destination::{self as destination_shell, DestinationParts, DestinationRun, Site, Twin};
+use crate::attempt::entry::{EndEntry, Ended, Entry, Marks, Process};
+use crate::attempt::events::EventLog;
+use crate::attempt::ledger::Ledger;
+use crate::attempt::link::Peer;
+use crate::attempt::source::{self as source_shell, SourceParts, SourceRun};
 use crate::host::clock::Clock;
 use crate::host::devices::vfio_devices;
 use crate::host::identity::VfIdentity;
@@ -36,7 +35,6 @@ use crate::host::vm::{self, VmmEntry};
 use crate::host::vms::{self, KnownVm};
 use crate::journal::{Journal, JournalError, Key, Role};
 use crate::vfio::borrow::VmmProcess;
-use crate::vfio::state::MigrationState;
 use crate::vfio::worker::DeviceHandle;
 use crate::vmm::budget::Budget;
 use crate::vmm::cgroup::Cgroup;
@@ -300,7 +298,7 @@ async fn destination(around: &Around, key: Key, entry: Entry) -> Result<(), Stri
     let all = tokio::task::spawn_blocking(|| vfio_devices(Path::new("/sys"))).await;
     let all = all.map_err(|error| error.to_string())?.map_err(|error| error.to_string())?.devices;
     let named =
-        |pair: &crate::handover::entry::Pair| all.iter().find(|device| device.name == pair.target).cloned();
+        |pair: &crate::attempt::entry::Pair| all.iter().find(|device| device.name == pair.target).cloned();
     let devices: Vec<_> = entry.devices.iter().filter_map(named).collect();
     let json =
         vm::parse(&request.vm_json).map_err(|error| format!("vm_json in the journal {key}: {error}"))?;
@@ -424,7 +422,7 @@ async fn borrowed(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::handover::entry::tests::entry;
+    use crate::attempt::entry::tests::entry;
 
     fn key(id: &str, role: Role) -> Key {
         Key::new(id, role).unwrap()

@@ -6,8 +6,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use slackwater_proto::node::{MigrationRef, ReserveRequest, VmRef};
 use tokio::sync::watch;
 
-use crate::handover::shell::destination::DestinationRun;
-use crate::handover::shell::source::SourceRun;
+use crate::attempt::destination::DestinationRun;
+use crate::attempt::source::SourceRun;
 
 /// Migrations that have ended and are still remembered, so that a late question gets its answer.
 pub(super) const REMEMBERED: usize = 1000;

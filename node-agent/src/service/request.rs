@@ -3,13 +3,13 @@
 
 use std::time::Duration;
 
+use slackwater_handover::Word;
+use slackwater_handover::policy::PeerToPeer;
 use slackwater_proto::node::{
-    DevicePair, MigrateRequest, MigrationFeatures, MigrationRef, OnBudgetExceeded,
-    PeerToPeer as WirePeerToPeer, ReserveRequest, VmRef,
+    DevicePair, JournalState, MigrateRequest, MigrationRef, OnBudgetExceeded, PeerToPeer as WirePeerToPeer,
+    ReserveRequest, VmRef,
 };
 
-use crate::handover::policy::PeerToPeer;
-use crate::vfio::state::Features;
 use crate::vmm::budget::{DEFAULT_BUDGET, MAX_BUDGET, OnExceeded};
 
 /// More devices than any VM has; a bound on what a request can make us do.
@@ -66,13 +66,17 @@ pub(super) fn vm(given: Option<&VmRef>) -> Result<VmRef, InvalidField> {
 
 /// The multi-device policy.
 pub(super) fn peer_to_peer(given: i32) -> Result<PeerToPeer, InvalidField> {
-    match WirePeerToPeer::try_from(given) {
-        Ok(WirePeerToPeer::Required) => Ok(PeerToPeer::Required),
-        Ok(WirePeerToPeer::AssumeIsolated) => Ok(PeerToPeer::AssumeIsolated),
-        Ok(WirePeerToPeer::Unspecified) | Err(_) => {
-            Err(invalid("peer_to_peer", given, "PEER_TO_PEER_REQUIRED or PEER_TO_PEER_ASSUME_ISOLATED"))
-        }
-    }
+    let policy = WirePeerToPeer::try_from(given).ok().and_then(Option::<PeerToPeer>::from);
+    policy.ok_or_else(|| {
+        invalid("peer_to_peer", given, "PEER_TO_PEER_REQUIRED or PEER_TO_PEER_ASSUME_ISOLATED")
+    })
+}
+
+/// What the other end has journalled.
+pub(super) fn word(field: &str, given: &JournalState) -> Result<Word, InvalidField> {
+    Word::try_from(given).map_err(|unknown| {
+        invalid(format!("{field}.record"), unknown.0, "a record that this version of the agent knows")
+    })
 }
 
 /// A time that must be given.
@@ -206,18 +210,10 @@ pub(super) fn migrate(request: &MigrateRequest) -> Result<Migration, InvalidFiel
     Ok(Migration { reference, vm, policy, pre_commit_timeout, downtime, on_exceeded })
 }
 
-/// Features as the wire has them.
-pub(super) fn to_wire(features: Features) -> MigrationFeatures {
-    MigrationFeatures { stop_copy: features.stop_copy, p2p: features.p2p, pre_copy: features.pre_copy }
-}
-
-/// Features as the device has them.
-pub(super) fn from_wire(features: MigrationFeatures) -> Features {
-    Features { stop_copy: features.stop_copy, p2p: features.p2p, pre_copy: features.pre_copy }
-}
-
 #[cfg(test)]
 mod tests {
+    use slackwater_proto::node::MigrationFeatures;
+
     use super::*;
 
     fn reference() -> MigrationRef {

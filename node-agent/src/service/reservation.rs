@@ -2,18 +2,18 @@
 
 use std::sync::Arc;
 
+use slackwater_handover::state::Features;
 use slackwater_proto::node::{DevicePair, MigrationRef, ReserveRequest, VmRef};
 use slackwater_proto::tonic::Status;
 use tokio::sync::Mutex;
 
+use super::NodeConfig;
 use super::inventory::Inventory;
 use super::site::NodeSite;
-use super::{NodeConfig, request};
 use crate::host::devices::Device;
 use crate::host::identity::{IdentityOf, VfIdentity};
 use crate::host::placeholders::twin_arguments;
 use crate::host::{vm, vms};
-use crate::vfio::state::Features;
 use crate::vmm::twin::{TwinPlan, launcher};
 
 /// The target devices of a reservation, in the VM's order.
@@ -53,7 +53,7 @@ fn fits(device: &Device, features: Features, pair: &DevicePair) -> Result<(), St
             device.name, device.model, device.driver, pair.source, pair.model, pair.driver
         ));
     }
-    let source = pair.features.map(request::from_wire).unwrap_or_default();
+    let source = pair.features.map(Features::from).unwrap_or_default();
     if !features.stop_copy || (source.p2p && !features.p2p) {
         return Err(format!(
             "device {} has the features {features:?}, and cannot take over from {}, which has {source:?}",
@@ -129,7 +129,7 @@ mod tests {
             target: "b0".to_owned(),
             driver: "mtty".to_owned(),
             model: "mtty-1".to_owned(),
-            features: Some(request::to_wire(Features::ALL)),
+            features: Some(Features::ALL.into()),
         }
     }
 

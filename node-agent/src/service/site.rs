@@ -4,17 +4,17 @@ use std::sync::Arc;
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
+use slackwater_handover::policy::Driver;
+use slackwater_handover::state::MigrationState;
+use slackwater_handover::{Failure, Reason};
 use tokio::sync::Mutex;
 use tracing::{error, warn};
 
 use super::borrowing;
-use crate::handover::policy::Driver;
-use crate::handover::shell::destination::{Site, Twin as Landed};
-use crate::handover::{Failure, Reason};
+use crate::attempt::destination::{Site, Twin as Landed};
 use crate::host::identity::{IdentityOf, VfIdentity};
 use crate::host::vms;
 use crate::vfio::error::DeviceError;
-use crate::vfio::state::MigrationState;
 use crate::vfio::worker::DeviceHandle;
 use crate::vmm::Vmm;
 use crate::vmm::twin::{self, Twin, TwinPlan};

@@ -4,6 +4,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use futures::Stream;
+use slackwater_handover::{Blob, Word};
 use slackwater_proto::identity;
 use slackwater_proto::node::JournalState;
 use slackwater_proto::tonic::{Code, Request, Response, Status, Streaming, async_trait};
@@ -14,9 +15,7 @@ use slackwater_proto::transfer::{
 };
 
 use super::registry::{Part, Registry};
-use crate::handover::Blob;
-use crate::handover::entry::word_of;
-use crate::handover::shell::destination::DestinationRun;
+use crate::attempt::destination::DestinationRun;
 use crate::transfer::channel::Channel;
 
 /// The service.
@@ -96,7 +95,10 @@ impl Transfer for TransferService {
         let given = request.into_inner();
         let destination = match self.reservation(&caller, given.attempt) {
             Ok(run) => {
-                run.peer_says(word_of(&given.source.unwrap_or_default()));
+                // A record of a newer agent says nothing here, but its question is answered.
+                if let Ok(word) = Word::try_from(&given.source.unwrap_or_default()) {
+                    run.peer_says(word);
+                }
                 run.journalled()
             }
             Err(status) if status.code() == Code::NotFound => JournalState::default(),

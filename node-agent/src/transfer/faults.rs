@@ -4,10 +4,10 @@
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
+use slackwater_handover::Blob;
 use slackwater_proto::transfer::BlobChunk;
 
 use crate::faults;
-use crate::handover::Blob;
 
 /// Between two looks at the file.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);

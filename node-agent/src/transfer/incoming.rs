@@ -4,11 +4,11 @@ use std::future::Future;
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
+use slackwater_handover::Failure;
 use slackwater_proto::tonic::Status;
 use slackwater_proto::transfer::{SendBlobRequest, send_blob_request};
 
 use super::check::{Mismatch, Summary, Tally};
-use crate::handover::Failure;
 
 /// Where the bytes of a blob go: a device in RESUMING, or the twin.
 pub trait Sink: Send {

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use slackwater_handover::Blob;
 use slackwater_proto::limits::transfer_client;
 use slackwater_proto::tonic::transport::Channel as Transport;
 use slackwater_proto::tonic::{Request, Status};
@@ -17,7 +18,6 @@ use tokio_stream::wrappers::ReceiverStream;
 use super::channel::Channel;
 use super::check::{Summary, Tally};
 use super::flow::Flow;
-use crate::handover::Blob;
 
 /// Chunks that wait for the transport: enough to read the next while one is being sent.
 const CHUNKS_IN_FLIGHT: usize = 2;

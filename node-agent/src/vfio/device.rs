@@ -7,10 +7,10 @@
 //! is read back in a state that has no data.
 
 use bytes::Bytes;
+use slackwater_handover::state::{Features, MigrationState, path};
 
 use super::error::{DeviceError, Found, SetStateError};
 use super::os_error::OsError;
-use super::state::{Features, MigrationState, path};
 
 /// The most that [`Device::read_data`] gives at once: 1 MiB, the size of a chunk on the wire.
 pub const MAX_READ_BYTES: usize = 1 << 20;

@@ -2,8 +2,9 @@
 
 use std::fmt;
 
+use slackwater_handover::state::{MigrationState, PathError};
+
 use super::os_error::OsError;
-use super::state::{MigrationState, PathError};
 
 /// A call other than a state change has failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

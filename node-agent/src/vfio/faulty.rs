@@ -10,12 +10,12 @@
 use std::time::Duration;
 
 use rustix::io::Errno;
+use slackwater_handover::state::{Features, MigrationState};
 use tracing::warn;
 
 use super::device::{DataRead, Device, PrecopyInfo};
 use super::error::DeviceError;
 use super::os_error::OsError;
-use super::state::{Features, MigrationState};
 use crate::faults;
 
 const ERROR: &str = "device.error";

@@ -3,12 +3,12 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::io::Errno;
+use slackwater_handover::state::{Features, MigrationState, UnknownState};
 
 use super::device::{DataRead, Device, MAX_READ_BYTES, PrecopyInfo};
 use super::error::DeviceError;
 use super::os_error::OsError;
-use super::state::{Features, MigrationState, UnknownState};
-use super::{stream, sys};
+use super::{stream, sys, uapi};
 
 /// A device over an open, bound VFIO device descriptor, borrowed from a VMM or the agent's own.
 ///
@@ -32,7 +32,7 @@ impl KernelDevice {
         let name = name.into();
         match sys::migration_flags(device.as_fd()) {
             Ok(flags) => {
-                let features = Features::from_flags(flags);
+                let features = uapi::features(flags);
                 Ok(Self { name, device, features, data: None, load_failed: false })
             }
             Err(errno) => Err(DeviceError::ReadFeatures { device: name, errno: OsError(errno) }),

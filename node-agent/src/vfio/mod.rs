@@ -1,8 +1,9 @@
-//! VFIO devices: their migration states, and the kernel's calls that change and move them.
+//! VFIO devices: the kernel's calls that change their migration states and move their data. The states themselves are the core's
+//! ([`slackwater_handover::state`]).
 //!
 //! | module | what it knows |
 //! |---|---|
-//! | [`state`] | the states, the arcs between them, the path for a device's features. Pure |
+//! | `uapi` | the kernel's numbers in the core's types |
 //! | [`device`], [`error`] | the seam at a device: what it can be asked, and how it fails |
 //! | [`kernel`] | the kernel's devices, by migration v2 |
 //! | [`borrow`], [`probe`] | how to get at one: from a VMM's process, or a free one for a moment |
@@ -20,7 +21,7 @@ pub mod faulty;
 pub mod kernel;
 pub mod os_error;
 pub mod probe;
-pub mod state;
 mod stream;
 mod sys;
+mod uapi;
 pub mod worker;

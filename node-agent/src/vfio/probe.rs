@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 
+use slackwater_handover::state::Features;
+
 use super::os_error::OsError;
-use super::state::Features;
-use super::sys;
+use super::{sys, uapi};
 
 /// Why a device could not be opened or asked.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -56,7 +57,7 @@ pub fn features(cdev: &Path) -> Result<Features, ProbeError> {
     let device = open_bound(cdev)?;
     let flags = sys::migration_flags(device.as_fd());
     flags
-        .map(Features::from_flags)
+        .map(uapi::features)
         .map_err(|errno| ProbeError::ReadFeatures { path: cdev.to_owned(), errno: OsError(errno) })
 }
 

@@ -20,11 +20,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use rustix::time::{ClockId, clock_gettime};
+use slackwater_handover::state::{Features, MigrationState, opens_data};
 use tokio::sync::{mpsc, oneshot};
 
 use super::device::{DataRead, Device, PrecopyInfo};
 use super::error::{DeviceError, SetStateError};
-use super::state::{Features, MigrationState, opens_data};
 
 /// A state change that was read back, with its time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,14 +5,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::{Bytes, BytesMut};
 use futures::{StreamExt, stream};
+use slackwater_handover::policy::Driver;
+use slackwater_handover::state::MigrationState;
 use slackwater_proto::tonic::{Code, async_trait};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::budget::{Budget, Copying};
 use super::{Description, DirtyTracking, LoadStream, RunState, SaveStreams, Vmm, VmmDevice, VmmError};
-use crate::handover::policy::Driver;
-use crate::vfio::state::MigrationState;
 use crate::vfio::worker::DeviceHandle;
 
 /// Lines in the order in which they were added. Clones share them.

@@ -11,6 +11,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::stream::BoxStream;
+use slackwater_handover::policy::Driver;
+use slackwater_handover::state::MigrationState;
 use slackwater_proto::channel::ConnectError;
 use slackwater_proto::tonic::{Code, async_trait};
 use tokio::sync::mpsc;
@@ -19,11 +21,9 @@ use self::budget::{Budget, BudgetExceeded, Copying};
 use self::contract::{ContractVmm, Deadlines};
 use self::qemu::QemuVmm;
 use self::qemu::preflight::Facts;
-use crate::handover::policy::Driver;
 use crate::host::clock::Clock;
 use crate::host::vm::{VmmEntry, VmmKind};
 use crate::vfio::borrow::VmmProcess;
-use crate::vfio::state::MigrationState;
 
 pub mod budget;
 pub mod cgroup;

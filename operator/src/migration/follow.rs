@@ -7,16 +7,16 @@ use std::time::Duration;
 
 use futures::future::{BoxFuture, Either, pending};
 use futures::{FutureExt, StreamExt};
+use slackwater_handover::{Record, Word};
 use slackwater_proto::node::migration_event::What;
 use slackwater_proto::node::{AbortRequest, MigrationEvent, Outcome, Phase};
 
 use super::fact;
 use super::inquiry::{self, Round};
 use super::request::Accepted;
-use super::resolver::{Event, Record, Settlement};
+use super::resolver::{Event, Settlement};
 use super::run::Run;
 use super::step::Wish;
-use super::words;
 use crate::fleet::{CallError, Events, Fleet};
 
 /// How long the last event may take after the source has said that it gave the migration up.
@@ -353,7 +353,7 @@ async fn abort_at(fleet: &Fleet, accepted: &Accepted, request: AbortRequest) -> 
 /// Whether the point of no return has passed, or the source cannot give up for another reason: its journal says which.
 async fn refused_or_too_late(fleet: &Fleet, accepted: &Accepted, error: CallError) -> AbortAnswer {
     let word = fleet.resolve(&accepted.source, accepted.resolve(None)).await;
-    let record = word.ok().and_then(|state| words::from_wire(&state)).map(|word| word.record);
+    let record = word.ok().and_then(|state| Word::try_from(&state).ok()).and_then(|word| word.record);
     match record {
         Some(Record::Committed | Record::Released) => AbortAnswer::TooLate(error),
         _ => AbortAnswer::Refused(error),

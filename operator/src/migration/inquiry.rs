@@ -5,13 +5,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::join_all;
+use slackwater_handover::Word;
+use slackwater_proto::node::JournalState;
 use tokio::time::Instant;
 
 use super::fact::{self, Doubtful};
 use super::request::Accepted;
-use super::resolver::{Decision, DoubtReason, Effect, End, Event, Heard, Resolver, Settlement, Unfit, Word};
+use super::resolver::{Decision, DoubtReason, Effect, End, Event, Heard, Resolver, Settlement, Unfit};
 use super::run::Run;
-use super::words;
 use crate::fleet::Fleet;
 
 /// The first and the longest pause between two rounds.
@@ -161,8 +162,8 @@ pub(super) async fn round(
 ) -> Round {
     for (to, word) in relays {
         let node = node_of(&accepted, to);
-        tracing::info!(migration = accepted.id, node, record = ?word.record, stated = ?word.stated, "relaying the other end's word");
-        if let Err(error) = fleet.resolve(node, accepted.resolve(Some(words::to_wire(&word)))).await {
+        tracing::info!(migration = accepted.id, node, record = ?word.record, stated = ?word.stated_because, "relaying the other end's word");
+        if let Err(error) = fleet.resolve(node, accepted.resolve(Some(JournalState::from(&word)))).await {
             tracing::warn!(migration = accepted.id, node, %error, "relaying failed; both are asked again");
         }
     }
@@ -175,10 +176,9 @@ pub(super) async fn round(
 
 async fn ask(fleet: &Fleet, accepted: &Accepted, end: End) -> Heard {
     match fleet.resolve(node_of(accepted, end), accepted.resolve(None)).await {
-        Ok(state) => words::from_wire(&state).map_or_else(
-            || Heard::Silent(format!("it has a record that this operator does not know ({})", state.record)),
-            Heard::Says,
-        ),
+        Ok(state) => {
+            Word::try_from(&state).map_or_else(|unknown| Heard::Silent(unknown.to_string()), Heard::Says)
+        }
         // The one state that forbids an answer.
         Err(error) if error.is_precondition() => Heard::Unreadable(error.to_string()),
         Err(error) => Heard::Silent(error.to_string()),

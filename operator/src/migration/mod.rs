@@ -6,8 +6,6 @@
 //! | [`fact`] | what the status says of what has become known (pure) |
 //! | [`trace`] | the events of an attempt (pure) |
 //! | [`request`] | what the agents are asked (pure) |
-//! | [`resolver`] | what is relayed between two agents that cannot settle it themselves (pure) |
-//! | [`words`] | the agents' words, as the resolver has them (pure) |
 //! | [`claims`] | which VMs and devices are spoken for |
 //! | [`controller`] | which objects need attention |
 //! | `run`, `follow`, `inquiry`, `retry` | one migration: asks the agents and writes the status |
@@ -18,9 +16,9 @@ pub mod fact;
 mod follow;
 mod inquiry;
 pub mod request;
-pub mod resolver;
 mod retry;
 mod run;
 pub mod step;
 pub mod trace;
-pub mod words;
+
+pub use slackwater_handover::resolver;

@@ -10,16 +10,16 @@ use std::time::Duration;
 use jiff::Timestamp;
 use kube::ResourceExt;
 use slackwater_api::{MIGRATION_FINALIZER, Reservation, VMMigration, VMMigrationSpec, VMMigrationStatus};
+use slackwater_handover::{Record, Word};
 use slackwater_proto::node::ReleaseReason;
 
 use super::controller::Surroundings;
 use super::fact::{self, Draft};
 use super::inquiry::Inquiry;
 use super::request::{Accepted, read_spec};
-use super::resolver::{Decision, Record};
+use super::resolver::Decision;
 use super::step::{Step, Wish, holds_claim, next};
 use super::trace::Trace;
-use super::words;
 use crate::cluster::WriteError;
 use crate::conditions::Stamp;
 use crate::inventory::{Link, Vm, VmState};
@@ -353,8 +353,8 @@ impl Run {
     /// The target says that it has started the VM: no other reason not to give back is for good.
     async fn has_started_there(&self, accepted: &Accepted) -> bool {
         let word = self.around.fleet.resolve(&accepted.target, accepted.resolve(None)).await;
-        let word = word.ok().and_then(|state| words::from_wire(&state));
-        word.is_some_and(|word| matches!(word.record, Record::Starting | Record::Running))
+        let word = word.ok().and_then(|state| Word::try_from(&state).ok());
+        word.is_some_and(|word| matches!(word.record, Some(Record::Starting | Record::Running)))
     }
 
     /// A status that says "accepted" and not what: somebody has written to it.

@@ -4,12 +4,12 @@ use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 use rustix::io::Errno;
+use slackwater_handover::state::{Features, MigrationState};
 use tokio::sync::watch;
 
 use super::script::{Refusal, Script};
 use super::{CallLog, FakeDevice, FakeWatch, Gate, Inner, lock};
 use crate::vfio::device::MAX_READ_BYTES;
-use crate::vfio::state::{Features, MigrationState};
 
 impl FakeDevice {
     /// A sound device, RUNNING, with every feature and nothing to tell.

@@ -3,8 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::io::Errno;
-
-use crate::vfio::state::MigrationState;
+use slackwater_handover::state::MigrationState;
 
 /// One call, or one end of a state change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -18,6 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use rustix::io::Errno;
+use slackwater_handover::state::{Features, MigrationState, opens_data, path};
 use tokio::sync::watch;
 
 pub use self::gate::Gate;
@@ -26,7 +27,6 @@ use self::script::Script;
 use super::device::{DataRead, Device, MAX_READ_BYTES, PrecopyInfo};
 use super::error::DeviceError;
 use super::os_error::OsError;
-use super::state::{Features, MigrationState, opens_data, path};
 
 /// The fake device. Made by [`FakeDevice::new`] and the methods that follow it; RUNNING with all features and no data if
 /// nothing else is said.

@@ -1,9 +1,9 @@
 //! What a fake device is told to do wrong.
 
 use rustix::io::Errno;
+use slackwater_handover::state::MigrationState;
 
 use super::gate::Gate;
-use crate::vfio::state::MigrationState;
 
 /// A state change that the device refuses.
 #[derive(Clone, Copy, Debug)]

@@ -3,8 +3,8 @@
 use super::*;
 use crate::vfio::device::Change;
 use crate::vfio::error::{Found, SetStateError};
-use crate::vfio::state::PathError;
 use MigrationState::{Error, PreCopy, PreCopyP2p, Resuming, Running, RunningP2p, Stop, StopCopy};
+use slackwater_handover::state::PathError;
 
 fn read_all(device: &mut FakeDevice) -> Vec<u8> {
     let mut all = Vec::new();

@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use slackwater_handover::state::MigrationState;
+
 use super::super::{VmmDevice, VmmError};
 use super::qmp::commands::QomGet;
 use super::qmp::{QmpClient, VfioState};
 use crate::host::devices::vfio_devices;
-use crate::vfio::state::MigrationState;
 
 /// What a VFIO device that came by a group reads like in /proc. They cannot be told apart.
 const GROUP_DEVICE: &str = "anon_inode:[vfio-device]";

@@ -33,6 +33,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
+use slackwater_handover::policy::Driver;
 use slackwater_proto::channel::ConnectError;
 use slackwater_proto::tonic::{Code, async_trait};
 use tokio::sync::mpsc;
@@ -53,7 +54,6 @@ use super::server::{Server, trust};
 use super::{
     Description, DeviceSeen, DirtyTracking, LoadStream, LocalVmm, RunState, SaveStreams, Vmm, VmmError,
 };
-use crate::handover::policy::Driver;
 use crate::host::clock::Clock;
 use crate::vfio::borrow::VmmProcess;
 

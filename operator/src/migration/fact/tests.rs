@@ -1,10 +1,11 @@
 use jiff::Timestamp;
 use slackwater_api::{Resolve, RunOn, VMMigration, VmKind, VmReference};
+use slackwater_handover::{Failure, Reason};
 use slackwater_proto::node::{Finished, MigrationEvent, Outcome, Phase, migration_event::What};
 
 use super::*;
 use crate::inventory::VmKey;
-use crate::migration::resolver::{DoubtReason, End, Failure, Settlement, Unfit};
+use crate::migration::resolver::{DoubtReason, End, Settlement, Unfit};
 use crate::plan::Pair;
 
 fn stamp(second: i64) -> Stamp {
@@ -554,7 +555,7 @@ fn a_cancel_before_the_plan_between_attempts_and_after_the_end() {
 
 #[test]
 fn an_end_that_only_the_journals_tell_is_said_with_no_more_than_they_say() {
-    let failure = || Some(Failure { reason: "TwinExited".into(), message: "the twin has exited.".into() });
+    let failure = || Some(Failure::new(Reason::Other("TwinExited".into()), "the twin has exited."));
     let after = |how: &Settlement| {
         let mut draft = held();
         settled(&mut draft, how, Some("its stream is gone."), stamp(20));

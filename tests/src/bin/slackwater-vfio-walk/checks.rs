@@ -7,13 +7,13 @@ use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 use rustix::io::{Errno, pread, pwrite};
 use serde::Serialize;
+use slackwater_handover::state::{Features, MigrationState};
 use slackwater_node_agent::vfio::borrow::{BorrowError, VmmProcess};
 use slackwater_node_agent::vfio::device::{DataRead, Device, MAX_READ_BYTES, PrecopyInfo};
 use slackwater_node_agent::vfio::error::{DeviceError, Found, SetStateError};
 use slackwater_node_agent::vfio::kernel::KernelDevice;
 use slackwater_node_agent::vfio::os_error::OsError;
 use slackwater_node_agent::vfio::probe::{self, ProbeError};
-use slackwater_node_agent::vfio::state::{Features, MigrationState};
 use slackwater_node_agent::vfio::worker::DeviceHandle;
 
 use crate::node;

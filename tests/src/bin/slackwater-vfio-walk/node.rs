@@ -5,10 +5,10 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use slackwater_handover::state::MigrationState;
 use slackwater_node_agent::vfio::device::{DataRead, Device, MAX_READ_BYTES};
 use slackwater_node_agent::vfio::kernel::KernelDevice;
 use slackwater_node_agent::vfio::probe;
-use slackwater_node_agent::vfio::state::MigrationState;
 
 /// The character device of a device: /dev/vfio/devices/vfioN.
 pub(crate) fn cdev(device: &str) -> Result<PathBuf> {

@@ -4,10 +4,10 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
+use slackwater_handover::state::{Features, MigrationState, opens_data, path};
 use slackwater_node_agent::vfio::device::Device;
 use slackwater_node_agent::vfio::kernel::KernelDevice;
 use slackwater_node_agent::vfio::os_error::OsError;
-use slackwater_node_agent::vfio::state::{Features, MigrationState, opens_data, path};
 
 use crate::node;
 use crate::trace::StepTrace;

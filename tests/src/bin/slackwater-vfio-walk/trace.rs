@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use slackwater_node_agent::vfio::state::MigrationState;
+use slackwater_handover::state::MigrationState;
 
 /// An instance of the kernel's tracer, with a probe on that function.
 pub(crate) struct StepTrace {

@@ -3,12 +3,10 @@
 use anyhow::{Context, Result, ensure};
 use futures::stream;
 use serde::Serialize;
+use slackwater_handover::state::MigrationState::{self, Resuming, Running, RunningP2p, Stop, StopCopy};
 use slackwater_node_agent::vfio::device::{DataRead, Device, MAX_READ_BYTES};
 use slackwater_node_agent::vfio::kernel::KernelDevice;
 use slackwater_node_agent::vfio::probe;
-use slackwater_node_agent::vfio::state::MigrationState::{
-    self, Resuming, Running, RunningP2p, Stop, StopCopy,
-};
 use slackwater_proto::tonic::{Code, Status};
 use slackwater_proto::vmm::{
     AbortSaveRequest, DescribeRequest, DirtyTracking, FinishLoadRequest, FinishSaveRequest, PauseRequest,

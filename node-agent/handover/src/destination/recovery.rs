@@ -1,0 +1,59 @@
+//! The destination of an agent that has begun again, from what the one before it had recorded.
+
+use super::{Destination, Effect, End, Phase};
+use crate::state::{Features, MigrationState};
+use crate::{Failure, Reason, Record};
+
+impl Destination {
+    /// A destination at `record`, whose devices have been read back in `found` (None: they could not be read). `twin_there`:
+    /// the twin's process is the one that was started. `failure` is why it is given up, if it is.
+    pub fn recover(
+        features: &[Features],
+        found: &[Option<MigrationState>],
+        record: Record,
+        failure: Failure,
+        twin_there: bool,
+    ) -> Self {
+        let mut destination = Self::new(features);
+        for (index, found) in found.iter().enumerate() {
+            match found {
+                Some(state) => destination.devices.read_back(index, *state),
+                None => destination.devices.mark_broken(index),
+            }
+        }
+        destination.recovered = Some((record, twin_there));
+        destination.failure = Some(failure);
+        destination
+    }
+
+    pub(super) fn go_on_from(&mut self, record: Record, twin_there: bool, effects: &mut Vec<Effect>) {
+        self.recorded.insert(record);
+        let failure = self.failure.take().unwrap_or_else(|| {
+            Failure::new(Reason::AgentRestarted, "the destination's agent was started again")
+        });
+        let gone = |reason| Failure::new(reason, "the twin's process is gone");
+        match record {
+            Record::Loaded if !twin_there => self.discard(gone(Reason::TwinFailed), effects),
+            Record::Loaded if self.devices.all_at(|state| state == MigrationState::Stop) => {
+                self.enter(Phase::Loaded, effects);
+            }
+            Record::Starting if !twin_there => self.stuck(gone(Reason::StartFailed), effects),
+            Record::Starting if self.devices.iter().any(|(_, track)| track.broken) => {
+                let message = "a device of the twin stands in ERROR, or cannot be read";
+                self.stuck(Failure::new(Reason::StartFailed, message), effects);
+            }
+            Record::Starting => {
+                self.enter(Phase::Starting, effects);
+                effects.push(Effect::ActivateIdentity);
+            }
+            Record::Running => self.finish(End::Running, effects),
+            Record::Discarded => {
+                self.enter(Phase::Discarding, effects);
+                effects.push(Effect::Discard);
+                self.failure = Some(failure);
+            }
+            // Before LOADED its streams have died with the agent; or a device has left STOP, which nobody here has told it.
+            _ => self.discard(failure, effects),
+        }
+    }
+}

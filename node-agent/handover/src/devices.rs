@@ -1,0 +1,99 @@
+//! What a hand-over knows of its devices: where each was last read back, and where it has been told to go.
+
+use crate::state::{Features, MigrationState};
+
+/// One device, by its index in the VM's order.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Track {
+    /// What its driver has advertised.
+    pub features: Features,
+    /// Where it was last read back.
+    pub at: MigrationState,
+    /// Where it has been told to go, until it is read back.
+    pub moving_to: Option<MigrationState>,
+    /// It has failed in a way that only a reset mends.
+    pub broken: bool,
+}
+
+/// The devices of one VM. They move together: [`Devices::order`] starts a step, [`Devices::settled`] is its barrier.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Devices(Vec<Track>);
+
+impl Devices {
+    /// Devices that have all been read back in `at`.
+    pub fn new(features: &[Features], at: MigrationState) -> Self {
+        let track = |features: &Features| Track { features: *features, at, moving_to: None, broken: false };
+        Self(features.iter().map(track).collect())
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether the VM has none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Each device with its index.
+    pub fn iter(&self) -> impl Iterator<Item = (usize, &Track)> {
+        self.0.iter().enumerate()
+    }
+
+    /// Starts a step: every device for which `target` names another state than its own is now moving there.
+    /// Returns those moves. A broken device is passed over: it does not move until it has been reset.
+    pub fn order(
+        &mut self,
+        target: impl Fn(&Track) -> Option<MigrationState>,
+    ) -> Vec<(usize, MigrationState)> {
+        let mut moves = Vec::new();
+        for (index, track) in self.0.iter_mut().enumerate().filter(|(_, track)| !track.broken) {
+            if let Some(to) = target(track).filter(|to| *to != track.at) {
+                track.moving_to = Some(to);
+                moves.push((index, to));
+            }
+        }
+        moves
+    }
+
+    /// The device has been read back in `state`, and no move of it is under way any more.
+    pub fn read_back(&mut self, index: usize, state: MigrationState) {
+        if let Some(track) = self.0.get_mut(index) {
+            track.at = state;
+            track.moving_to = None;
+            track.broken = state == MigrationState::Error;
+        }
+    }
+
+    /// The device does not do what it is told: only a reset helps.
+    pub fn mark_broken(&mut self, index: usize) {
+        if let Some(track) = self.0.get_mut(index) {
+            track.moving_to = None;
+            track.broken = true;
+        }
+    }
+
+    /// The device, broken or not, is now on its way to `to`: told once more, or by a reset.
+    pub fn expect(&mut self, index: usize, to: MigrationState) {
+        if let Some(track) = self.0.get_mut(index) {
+            track.moving_to = Some(to);
+            track.broken = false;
+        }
+    }
+
+    /// Where the device has been told to go, if it is on its way.
+    pub fn wanted(&self, index: usize) -> Option<MigrationState> {
+        self.0.get(index).and_then(|track| track.moving_to)
+    }
+
+    /// No device is on its way.
+    pub fn settled(&self) -> bool {
+        self.0.iter().all(|track| track.moving_to.is_none())
+    }
+
+    /// No device is on its way, and all stand where `holds` says.
+    pub fn all_at(&self, holds: impl Fn(MigrationState) -> bool) -> bool {
+        self.settled() && self.0.iter().all(|track| holds(track.at))
+    }
+}

@@ -1,0 +1,372 @@
+use super::*;
+use crate::Reason;
+
+const SOURCE: [Option<Record>; 5] =
+    [None, Some(Record::Saving), Some(Record::Committed), Some(Record::Released), Some(Record::Aborted)];
+const TARGET: [Option<Record>; 6] = [
+    None,
+    Some(Record::Reserved),
+    Some(Record::Loaded),
+    Some(Record::Starting),
+    Some(Record::Running),
+    Some(Record::Discarded),
+];
+
+/// All that an end can be heard to say, and its silence.
+fn all_of(records: &[Option<Record>]) -> Vec<Heard> {
+    let mut all = vec![Heard::Silent("unreachable".into()), Heard::Unreadable("bad CRC".into())];
+    for record in records {
+        for ended in [false, true] {
+            for failure in [None, Some(Failure::new(Reason::TargetFailed, "x"))] {
+                all.push(Heard::Says(Word { record: *record, ended, failure, stated_because: None }));
+            }
+        }
+    }
+    all
+}
+
+fn journal(record: Option<Record>) -> Journal {
+    record.map_or(Journal::Empty, Journal::At)
+}
+
+fn source(heard: &Heard) -> Event {
+    match heard.clone() {
+        Heard::Says(word) => Event::SourceSays(word),
+        Heard::Silent(why) => Event::SourceSilent(why),
+        Heard::Unreadable(why) => Event::SourceUnreadable(why),
+    }
+}
+
+fn target(heard: &Heard) -> Event {
+    match heard.clone() {
+        Heard::Says(word) => Event::TargetSays(word),
+        Heard::Silent(why) => Event::TargetSilent(why),
+        Heard::Unreadable(why) => Event::TargetUnreadable(why),
+    }
+}
+
+fn decided(run_on: End) -> Event {
+    Event::Decided(Decision { run_on, justification: "the node is off".into() })
+}
+
+fn steps(resolver: Resolver, events: impl IntoIterator<Item = Event>) -> (Resolver, Vec<Effect>) {
+    events.into_iter().fold((resolver, Vec::new()), |(resolver, mut all), event| {
+        let (resolver, effects) = resolver.step(event);
+        all.extend(effects);
+        (resolver, all)
+    })
+}
+
+fn round(resolver: Resolver, s: &Heard, d: &Heard) -> (Resolver, Vec<Effect>) {
+    steps(resolver, [source(s), target(d)])
+}
+
+fn says(record: Record) -> Heard {
+    Heard::Says(Word::at(record))
+}
+
+fn nothing() -> Heard {
+    Heard::Says(Word::without_record())
+}
+
+fn silent() -> Heard {
+    Heard::Silent("no route".into())
+}
+
+fn ended(record: Record) -> Heard {
+    Heard::Says(Word { ended: true, ..Word::at(record) })
+}
+
+fn doubt(reason: DoubtReason) -> Effect {
+    let why = match reason {
+        DoubtReason::TargetUnreachable | DoubtReason::SourceUnreachable => "no route",
+        DoubtReason::AgentsUnreachable => "no route; no route",
+        _ => "",
+    };
+    Effect::Doubt { reason, why: why.into() }
+}
+
+/// Every resolver that comes out of up to two rounds of anything, with every decision before, between and after.
+fn reachable() -> Vec<Resolver> {
+    let (sources, targets) = (all_of(&SOURCE), all_of(&TARGET));
+    let mut seen = std::collections::HashSet::from([Resolver::default()]);
+    for _ in 0..2 {
+        for resolver in seen.clone() {
+            let told = [Event::SourceTold { committed: false }, Event::SourceTold { committed: true }];
+            let before = [decided(End::Source), decided(End::Destination)].into_iter().chain(told);
+            seen.extend(before.map(|event| resolver.clone().step(event).0));
+            for (s, d) in sources.iter().flat_map(|s| targets.iter().map(move |d| (s, d))) {
+                seen.insert(round(resolver.clone(), s, d).0);
+            }
+        }
+    }
+    seen.into_iter().collect()
+}
+
+#[test]
+fn whatever_was_heard_before_only_a_fresh_word_or_a_decision_is_ever_relayed() {
+    let (sources, targets) = (all_of(&SOURCE), all_of(&TARGET));
+    let mut looked_at = 0;
+    for resolver in reachable() {
+        for (s, d) in sources.iter().flat_map(|s| targets.iter().map(move |d| (s, d))) {
+            let (after, effects) = round(resolver.clone(), s, d);
+            looked_at += 1;
+            let case = format!("{resolver:?}: {s:?}, {d:?}: {effects:?}");
+            for effect in &effects {
+                match effect {
+                    Effect::TellTarget(Word { stated_because: None, record, .. }) => {
+                        assert_eq!(s.journal(), journal(*record), "{case}");
+                        assert!(matches!(record, Some(Record::Committed | Record::Aborted)), "{case}");
+                    }
+                    Effect::TellSource(Word { stated_because: None, record, .. }) => {
+                        assert_eq!(
+                            (s.journal(), d.journal()),
+                            (Journal::At(Record::Committed), journal(*record)),
+                            "{case}"
+                        );
+                    }
+                    Effect::TellSource(Word { stated_because: Some(_), record, .. }) => {
+                        assert_eq!(
+                            (*record, s.journal()),
+                            (Some(Record::Discarded), Journal::At(Record::Committed)),
+                            "{case}"
+                        );
+                        assert!(matches!(d.journal(), Journal::NotRead | Journal::Empty), "{case}");
+                        assert!(after.decided_for_source() && after.doubt().is_some(), "{case}");
+                    }
+                    Effect::TellTarget(Word {
+                        stated_because: Some(_),
+                        record: Some(Record::Committed),
+                        ..
+                    }) => {
+                        assert_eq!(d.journal(), Journal::At(Record::Loaded), "{case}");
+                        assert!(matches!(s.journal(), Journal::NotRead | Journal::Empty), "{case}");
+                        assert!(!after.decided_for_source() && after.doubt().is_some(), "{case}");
+                    }
+                    Effect::TellTarget(Word { stated_because: Some(_), record, .. }) => {
+                        assert_eq!(*record, Some(Record::Aborted), "{case}");
+                        assert_eq!(
+                            (s.journal(), d.journal()),
+                            (Journal::At(Record::Committed), Journal::At(Record::Loaded)),
+                            "{case}"
+                        );
+                        assert!(after.decided_for_source(), "{case}");
+                    }
+                    Effect::Doubt { .. } | Effect::NoDoubt | Effect::Settled(_) => {}
+                }
+            }
+            let told = |effect: &&Effect| matches!(effect, Effect::TellSource(_) | Effect::TellTarget(_));
+            assert!(effects.iter().filter(told).count() <= 1, "{case}");
+            let settled = effects.iter().any(|effect| matches!(effect, Effect::Settled(_)));
+            assert!(!(settled && after.doubt().is_some()), "{case}");
+            if after.doubt() == Some(DoubtReason::Forked) {
+                assert!(!effects.iter().any(|effect| told(&effect)), "{case}");
+            }
+        }
+    }
+    assert!(looked_at > 100_000, "{looked_at}");
+}
+
+impl Resolver {
+    fn decided_for_source(&self) -> bool {
+        self.decision.as_ref().is_some_and(|decision| decision.run_on == End::Source)
+    }
+}
+
+#[test]
+fn the_table_holds() {
+    use DoubtReason::*;
+    let tell_source = |heard: &Heard| {
+        let Heard::Says(word) = heard else { panic!("{heard:?}") };
+        vec![Effect::TellSource(word.clone())]
+    };
+    let tell_target = |record| vec![Effect::TellTarget(Word::at(record))];
+    let lost = Word {
+        ended: true,
+        failure: Some(Failure::new(Reason::TwinFailed, "it is gone")),
+        ..Word::at(Record::Starting)
+    };
+    let lost = Heard::Says(lost);
+    let expected = [
+        (says(Record::Committed), says(Record::Running), tell_source(&says(Record::Running))),
+        (says(Record::Committed), ended(Record::Running), tell_source(&ended(Record::Running))),
+        (says(Record::Committed), says(Record::Discarded), tell_source(&says(Record::Discarded))),
+        (says(Record::Committed), lost.clone(), tell_source(&lost)),
+        (says(Record::Committed), says(Record::Starting), vec![]),
+        (says(Record::Committed), says(Record::Reserved), vec![]),
+        (says(Record::Committed), says(Record::Loaded), tell_target(Record::Committed)),
+        (says(Record::Committed), silent(), vec![doubt(TargetUnreachable)]),
+        (says(Record::Committed), nothing(), vec![doubt(TargetForgot)]),
+        (says(Record::Aborted), says(Record::Reserved), tell_target(Record::Aborted)),
+        (says(Record::Aborted), says(Record::Loaded), tell_target(Record::Aborted)),
+        (says(Record::Aborted), says(Record::Starting), vec![doubt(Forked)]),
+        (ended(Record::Aborted), says(Record::Running), vec![doubt(Forked)]),
+        (says(Record::Aborted), says(Record::Discarded), vec![]),
+        (ended(Record::Aborted), nothing(), vec![Effect::Settled(Settlement::GivenUp(None))]),
+        (silent(), says(Record::Loaded), vec![doubt(SourceUnreachable)]),
+        (silent(), says(Record::Reserved), vec![]),
+        (silent(), says(Record::Running), vec![]),
+        (silent(), silent(), vec![]),
+        (nothing(), says(Record::Reserved), vec![Effect::Settled(Settlement::NeverBegan)]),
+        (nothing(), nothing(), vec![Effect::Settled(Settlement::NeverBegan)]),
+        (nothing(), says(Record::Loaded), vec![doubt(SourceForgot)]),
+        (nothing(), says(Record::Starting), vec![]),
+        (nothing(), silent(), vec![]),
+        (nothing(), says(Record::Running), vec![Effect::Settled(Settlement::RunsAtDestination)]),
+        (says(Record::Saving), says(Record::Loaded), vec![]),
+        (says(Record::Saving), silent(), vec![]),
+        (says(Record::Released), silent(), vec![]),
+        (ended(Record::Released), silent(), vec![Effect::Settled(Settlement::RunsAtDestination)]),
+        (ended(Record::Committed), lost, vec![Effect::Settled(Settlement::Lost(None))]),
+    ];
+    for (s, d, effects) in expected {
+        assert_eq!(round(Resolver::default(), &s, &d).1, effects, "{s:?}, {d:?}");
+    }
+}
+
+#[test]
+fn a_source_that_gave_it_up_and_is_done_is_settled_and_the_destination_hears_of_it() {
+    let (_, effects) = round(Resolver::default(), &ended(Record::Aborted), &says(Record::Loaded));
+    let said = Word { ended: true, ..Word::at(Record::Aborted) };
+    assert_eq!(effects, [Effect::TellTarget(said), Effect::Settled(Settlement::GivenUp(None))]);
+}
+
+#[test]
+fn nothing_is_decided_by_a_word_of_an_earlier_round() {
+    let (resolver, _) = round(Resolver::default(), &says(Record::Committed), &silent());
+    // The destination is back, and the source has not been asked again.
+    let (resolver, effects) = resolver.step(Event::TargetSays(Word::at(Record::Loaded)));
+    assert_eq!(effects, []);
+    // Meanwhile it has been resolved otherwise.
+    let (_, effects) = resolver.step(Event::SourceSays(Word::at(Record::Aborted)));
+    assert_eq!(effects, [Effect::NoDoubt, Effect::TellTarget(Word::at(Record::Aborted))]);
+}
+
+#[test]
+fn a_journal_that_cannot_be_read_is_a_doubt_wherever_somebody_waits_for_it() {
+    let unreadable = || Heard::Unreadable("1.journal: bad CRC".into());
+    let doubt = |s: &Heard, d: &Heard| {
+        let (resolver, effects) = round(Resolver::default(), s, d);
+        if resolver.doubt().is_some() {
+            let [Effect::Doubt { why, .. }] = &effects[..] else { panic!("{effects:?}") };
+            assert!(why.contains("1.journal: bad CRC"), "{why}");
+        }
+        resolver.doubt()
+    };
+    for d in all_of(&TARGET) {
+        assert_eq!(doubt(&unreadable(), &d), Some(DoubtReason::SourceJournalUnreadable), "{d:?}");
+    }
+    let waits = says(Record::Committed);
+    assert_eq!(doubt(&waits, &unreadable()), Some(DoubtReason::TargetJournalUnreadable));
+    // Before the commit the source gives up by itself, and after the release nobody waits.
+    for s in [Record::Saving, Record::Aborted, Record::Released] {
+        assert_eq!(doubt(&says(s), &unreadable()), None, "{s:?}");
+    }
+}
+
+#[test]
+fn what_has_started_is_said_to_have_started() {
+    let unreadable = Heard::Unreadable("bad CRC".into());
+    for record in [Record::Starting, Record::Running] {
+        let (resolver, _) = round(Resolver::default(), &unreadable, &says(record));
+        assert_eq!(resolver.fits(End::Source), Err(Unfit::Started));
+        assert_eq!(resolver.fits(End::Destination), Err(Unfit::Started));
+    }
+}
+
+#[test]
+fn a_doubt_that_clears_says_so_once() {
+    let (resolver, effects) = round(Resolver::default(), &says(Record::Committed), &silent());
+    assert_eq!((resolver.doubt(), effects.len()), (Some(DoubtReason::TargetUnreachable), 1));
+    let (resolver, effects) = round(resolver, &says(Record::Committed), &says(Record::Starting));
+    assert_eq!((resolver.doubt(), effects), (None, vec![Effect::NoDoubt]));
+    assert_eq!(round(resolver, &says(Record::Committed), &says(Record::Starting)).1, []);
+}
+
+#[test]
+fn a_source_that_had_begun_and_has_no_record_has_forgotten_it() {
+    for (told, d) in [(false, nothing()), (false, silent()), (true, says(Record::Reserved))] {
+        let began = Resolver::default().step(Event::SourceTold { committed: told }).0;
+        let (resolver, _) = round(began, &nothing(), &d);
+        assert_eq!(resolver.doubt(), Some(DoubtReason::SourceForgot), "{d:?}");
+    }
+    // What it said in an earlier round counts, too.
+    let (resolver, _) = round(Resolver::default(), &says(Record::Saving), &says(Record::Reserved));
+    assert_eq!(
+        round(resolver, &nothing(), &says(Record::Reserved)).0.doubt(),
+        Some(DoubtReason::SourceForgot)
+    );
+}
+
+#[test]
+fn when_neither_can_be_asked_it_is_in_doubt_only_after_the_commit() {
+    assert_eq!(round(Resolver::default(), &silent(), &silent()).0.doubt(), None);
+    let committed = Resolver::default().step(Event::SourceTold { committed: true }).0;
+    let (resolver, effects) = round(committed, &silent(), &silent());
+    assert_eq!(effects, [doubt(DoubtReason::AgentsUnreachable)]);
+    assert_eq!(resolver.fits(End::Source), Err(Unfit::CannotBeTold(End::Source)));
+    assert_eq!(resolver.fits(End::Destination), Err(Unfit::CannotBeTold(End::Destination)));
+}
+
+#[test]
+fn a_decision_for_the_source_is_stated_to_it_in_every_round_until_it_is_heard() {
+    let (resolver, _) = round(Resolver::default(), &says(Record::Committed), &silent());
+    assert_eq!(resolver.fits(End::Source), Ok(()));
+    assert_eq!(resolver.fits(End::Destination), Err(Unfit::OtherAnswers(End::Source)));
+    let (mut resolver, effects) = resolver.step(decided(End::Source));
+    assert_eq!(effects, []);
+    for _ in 0..2 {
+        let (next, effects) = round(resolver, &says(Record::Committed), &silent());
+        let stated = Word { stated_because: Some("the node is off".into()), ..Word::at(Record::Discarded) };
+        assert_eq!(effects, [doubt(DoubtReason::TargetUnreachable), Effect::TellSource(stated)]);
+        resolver = next;
+    }
+    let (_, effects) = round(resolver, &ended(Record::Aborted), &silent());
+    assert_eq!(effects, [Effect::NoDoubt, Effect::Settled(Settlement::GivenUp(None))]);
+}
+
+#[test]
+fn after_a_decision_for_the_source_a_loaded_destination_is_never_told_to_start() {
+    let (resolver, _) = round(Resolver::default(), &says(Record::Committed), &silent());
+    let (resolver, _) = resolver.step(decided(End::Source));
+    let (resolver, _) = round(resolver, &says(Record::Committed), &silent());
+    let (resolver, effects) = round(resolver, &says(Record::Committed), &says(Record::Loaded));
+    let stated = Word { stated_because: Some("the node is off".into()), ..Word::at(Record::Aborted) };
+    assert_eq!(effects, [Effect::NoDoubt, Effect::TellTarget(stated)]);
+    // And what it has journalled upon that goes to the source as its own word.
+    let (_, effects) = round(resolver, &says(Record::Committed), &says(Record::Discarded));
+    assert_eq!(effects, [Effect::TellSource(Word::at(Record::Discarded))]);
+}
+
+#[test]
+fn a_decision_for_the_destination_needs_one_that_waits_and_a_source_that_has_nothing_to_say() {
+    let (resolver, _) = round(Resolver::default(), &silent(), &says(Record::Loaded));
+    assert_eq!(resolver.fits(End::Destination), Ok(()));
+    assert_eq!(resolver.fits(End::Source), Err(Unfit::OtherAnswers(End::Destination)));
+    let (resolver, _) = resolver.step(decided(End::Destination));
+    let (resolver, effects) = round(resolver, &silent(), &says(Record::Loaded));
+    let stated = Word { stated_because: Some("the node is off".into()), ..Word::at(Record::Committed) };
+    assert_eq!(effects, [doubt(DoubtReason::SourceUnreachable), Effect::TellTarget(stated)]);
+    // The source is back, and has given it up: its word counts.
+    let (_, effects) = round(resolver, &says(Record::Aborted), &says(Record::Loaded));
+    assert_eq!(effects, [Effect::NoDoubt, Effect::TellTarget(Word::at(Record::Aborted))]);
+}
+
+#[test]
+fn a_destination_that_has_started_is_never_overruled() {
+    let begun = Resolver::default().step(Event::SourceTold { committed: true }).0;
+    for d in [says(Record::Starting), says(Record::Running), ended(Record::Starting)] {
+        for s in all_of(&SOURCE) {
+            for run_on in [End::Source, End::Destination] {
+                let (resolver, _) = round(begun.clone(), &says(Record::Committed), &silent());
+                let (resolver, _) = resolver.step(decided(run_on));
+                let (_, effects) = round(resolver, &s, &d);
+                let stated = |effect: &Effect| match effect {
+                    Effect::TellSource(word) | Effect::TellTarget(word) => word.stated_because.is_some(),
+                    _ => false,
+                };
+                assert!(!effects.iter().any(stated), "{s:?}, {d:?}: {effects:?}");
+            }
+        }
+    }
+}

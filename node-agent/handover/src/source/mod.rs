@@ -1,0 +1,661 @@
+//! The source's half of the hand-over, pure.
+//!
+//! [`Source::step`] takes an event into account and then goes as far as what is known allows. Two rules carry it:
+//! a phase is left only when every device has been *read back* where the phase wants it, and before the point of no return any
+//! failure leads to [`Phase::Settling`], from which the rollback starts when nothing is in flight any more.
+//!
+//! ```text
+//! New ▶ Saving ▶ Connecting ▶ PreCopying ▶ Pausing ▶ Quiescing ▶ Stopping ▶ Capturing ▶ Committing ▶ AwaitingStarted ▶ Releasing ▶ Finished
+//!          └─────────┴────────────┴───────────┴───────────┴───────────┴──────────┘               │
+//!                                     ▼ any failure                                              ▼ DISCARDED at the destination
+//!                                  Settling ▶ LeavingCapture ▶ WakingP2p ▶ Mending ▶ Waking ▶ Resuming ▶ Finished
+//! ```
+//!
+//! A peer that is lost after the commit settles nothing: the source asks what it has journalled until that is known.
+
+mod recovery;
+mod rollback;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeSet;
+
+use crate::devices::{Devices, Track};
+use crate::policy::{Driver, StopPlan};
+use crate::state::{Features, MigrationState};
+use crate::{Blob, Failure, Reason, Record, Word, blobs};
+
+/// Where the source stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Phase {
+    /// Nothing has been asked of anybody.
+    New,
+    /// SAVING is being recorded.
+    Saving,
+    /// Hello is on its way to the destination.
+    Connecting,
+    /// The guest runs; devices that can are giving initial data.
+    PreCopying,
+    /// The vCPUs are being paused. The blackout begins.
+    Pausing,
+    /// Devices are on their way to the barrier of the [`StopPlan`].
+    Quiescing,
+    /// Devices are on their way to STOP_COPY.
+    Stopping,
+    /// Slack water: the final state is being read and sent.
+    Capturing,
+    /// COMMITTED is being recorded.
+    Committing,
+    /// COMMIT has been sent. Nothing here may ever resume on the source's own judgement: only on the destination's DISCARDED.
+    AwaitingStarted,
+    /// The VM runs elsewhere; what is left here is being given back.
+    Releasing,
+    /// Failed; waiting until nothing is in flight, streams are closed and ABORTED is recorded.
+    Settling,
+    /// Rollback: devices are leaving STOP_COPY for STOP.
+    LeavingCapture,
+    /// Rollback: devices are on their way to RUNNING_P2P.
+    WakingP2p,
+    /// Rollback: devices that did not get there are being reset.
+    Mending,
+    /// Rollback: devices are on their way to RUNNING.
+    Waking,
+    /// Rollback: the vCPUs are being resumed.
+    Resuming,
+    /// The end.
+    Finished,
+}
+
+/// What has happened.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Event {
+    /// Go.
+    Start,
+    /// The destination answered Ready.
+    PeerReady,
+    /// The VMM has begun a save.
+    SaveStarted,
+    /// What is left to send is little enough for the blackout.
+    Converged,
+    /// A device has been read back where it was told to go, or has been reset to RUNNING.
+    DeviceReached(usize, MigrationState),
+    /// A device did not get where it was told to go; where it was found, if it could be read.
+    DeviceFailed(usize, Option<MigrationState>, Failure),
+    /// A device has given all of its initial data.
+    PreCopied(usize),
+    /// No vCPU runs.
+    Paused,
+    /// A blob has been sent whole, and the destination has verified it.
+    BlobSent(Blob),
+    /// The VMM says that its save has come to its end: it will not take its VM back by itself any more.
+    SaveFinished,
+    /// The destination has loaded everything and stands in STOP.
+    Loaded,
+    /// A record is on stable storage.
+    Recorded(Record),
+    /// A record could not be written; what was recorded before still is.
+    RecordFailed(Record, Failure),
+    /// The destination's answer to [`Effect::AskPeer`]: what it has journalled.
+    PeerSays(Word),
+    /// The same, as somebody relays it. It answers no question.
+    Relayed(Word),
+    /// The destination was asked what it has journalled, and did not answer.
+    PeerSilent(Failure),
+    /// STARTED has not come in the time in which it mostly does.
+    StartOverdue(Failure),
+    /// The VM runs at the destination.
+    Started,
+    /// What was left here is given back.
+    Released,
+    /// Every stream has ended and every data descriptor is closed; the VMM's save is aborted.
+    StreamsClosed,
+    /// The vCPUs run again.
+    Resumed,
+    /// Something failed that belongs to no device: a call to the VMM, a blob, the peer, a deadline, or somebody's wish.
+    Failed(Failure),
+    /// A call to the VMM that was in flight failed, so it cannot be known whether the vCPUs run.
+    PauseFailed(Failure),
+    /// The vCPUs could not be resumed.
+    ResumeFailed(Failure),
+    /// The VMM's process is gone, and the VM with it.
+    VmmExited,
+}
+
+/// What is to be done. Each is answered by one event, or by a failure, unless it says otherwise.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Effect {
+    /// Tell whoever watches. No answer.
+    Report(Phase),
+    /// Open the hand-over with the destination and a stream for every blob. [`Event::PeerReady`]
+    Connect,
+    /// [`Event::Recorded`], [`Event::RecordFailed`]
+    Record(Record),
+    /// The same, after a pause: it has just failed, and must succeed. [`Event::Recorded`], [`Event::RecordFailed`]
+    RecordAgain(Record),
+    /// Ask the destination what it has journalled, and say that this end is committed; after a pause, if it was asked before.
+    /// [`Event::PeerSays`], [`Event::PeerSilent`]
+    AskPeer,
+    /// Tell whoever watches what keeps the migration from its end. No answer.
+    Doubt(Failure),
+    /// [`Event::SaveStarted`]
+    StartSave,
+    /// Wait until a VMM that drives its devices is ready for the blackout. [`Event::Converged`]
+    Converge,
+    /// Read where a device stands that its VMM drives. [`Event::DeviceReached`], [`Event::DeviceFailed`]
+    ReadState(usize),
+    /// [`Event::DeviceReached`], [`Event::DeviceFailed`]
+    SetState(usize, MigrationState),
+    /// Read and send initial data until none is left. [`Event::PreCopied`]
+    PreCopy(usize),
+    /// [`Event::Paused`], [`Event::PauseFailed`]
+    Pause,
+    /// Let the VMM give its final state, and send it. [`Event::BlobSent`] and [`Event::SaveFinished`]: a stream ends, too, when a VMM
+    /// gives its save up.
+    FinishSave,
+    /// Read and send a device's final data. [`Event::BlobSent`]
+    Capture(usize),
+    /// No answer.
+    SendCommit,
+    /// No answer; the peer may not hear it.
+    SendAbort(String),
+    /// Stop sending, close the data descriptors, abort the VMM's save. [`Event::StreamsClosed`]
+    CloseStreams,
+    /// Reset a device that only a reset can mend. [`Event::DeviceReached`], [`Event::DeviceFailed`]
+    Reset(usize),
+    /// [`Event::Resumed`], [`Event::ResumeFailed`]
+    Resume,
+    /// Give the devices back and end the VMM. [`Event::Released`]
+    Release,
+    /// The migration is over. No answer.
+    Finish(End),
+}
+
+/// How it ended.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum End {
+    /// The VM runs at the destination.
+    Succeeded,
+    /// The VM runs here, its devices RUNNING.
+    RolledBack(Failure),
+    /// Nothing here had been touched.
+    Refused(Failure),
+    /// The VM runs nowhere.
+    Lost(Failure),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Vcpus {
+    Running,
+    Pausing,
+    Paused,
+}
+
+/// The source of one attempt.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Source {
+    phase: Phase,
+    plan: StopPlan,
+    driver: Driver,
+    devices: Devices,
+    vcpus: Vcpus,
+    peer_ready: bool,
+    save_started: bool,
+    converging: bool,
+    converged: bool,
+    pre_copied: BTreeSet<usize>,
+    sent: BTreeSet<Blob>,
+    save_finished: bool,
+    loaded: bool,
+    recorded: BTreeSet<Record>,
+    streams_closed: bool,
+    reset: BTreeSet<usize>,
+    touched: bool,
+    vmm_gone: bool,
+    asking: bool,
+    doubt: Option<Reason>,
+    /// What had been recorded before the agent began again.
+    recovered: Option<Record>,
+    failure: Option<Failure>,
+}
+
+impl Source {
+    /// A source whose devices, with these features, have all been read back in RUNNING.
+    pub fn new(features: &[Features], plan: StopPlan) -> Self {
+        Self {
+            phase: Phase::New,
+            plan,
+            driver: Driver::Agent,
+            devices: Devices::new(features, MigrationState::Running),
+            vcpus: Vcpus::Running,
+            peer_ready: false,
+            save_started: false,
+            converging: false,
+            converged: false,
+            pre_copied: BTreeSet::new(),
+            sent: BTreeSet::new(),
+            save_finished: false,
+            loaded: false,
+            recorded: BTreeSet::new(),
+            streams_closed: false,
+            reset: BTreeSet::new(),
+            touched: false,
+            vmm_gone: false,
+            asking: false,
+            doubt: None,
+            recovered: None,
+            failure: None,
+        }
+    }
+
+    /// The same, whose devices are driven by `driver`.
+    #[must_use]
+    pub fn driven_by(self, driver: Driver) -> Self {
+        Self { driver, ..self }
+    }
+
+    /// Where it stands.
+    pub fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    /// Whether the point of no return has passed.
+    pub fn committed(&self) -> bool {
+        matches!(self.phase, Phase::Committing | Phase::AwaitingStarted | Phase::Releasing)
+            || (self.phase == Phase::Finished
+                && self.recorded.contains(&Record::Committed)
+                && !self.recorded.contains(&Record::Aborted))
+    }
+
+    /// Why it is being given up, if it is.
+    pub fn failure(&self) -> Option<&Failure> {
+        self.failure.as_ref()
+    }
+
+    /// Takes an event into account. An event that comes too late to matter changes nothing.
+    #[must_use]
+    pub fn step(mut self, event: Event) -> (Self, Vec<Effect>) {
+        let mut effects = Vec::new();
+        if self.phase != Phase::Finished {
+            self.absorb(event, &mut effects);
+            while self.advance(&mut effects) {}
+        }
+        (self, effects)
+    }
+
+    fn absorb(&mut self, event: Event, effects: &mut Vec<Effect>) {
+        match event {
+            Event::Start if self.phase == Phase::New => match self.recovered {
+                Some(record) => self.go_on_from(record, effects),
+                None => {
+                    self.enter(Phase::Saving, effects);
+                    effects.push(Effect::Record(Record::Saving));
+                }
+            },
+            Event::Start => {}
+            Event::PeerReady => self.peer_ready = true,
+            Event::SaveStarted => self.save_started = true,
+            Event::Converged => self.converged = true,
+            Event::DeviceReached(index, state) => {
+                self.devices.read_back(index, state);
+                if self.phase == Phase::PreCopying && state == MigrationState::PreCopy {
+                    effects.push(Effect::PreCopy(index));
+                }
+                if self.phase == Phase::Stopping && !stopped(self.driver, state) {
+                    self.fail(not_at_slack_water(index, state), effects);
+                }
+            }
+            Event::DeviceFailed(index, found, failure) => self.device_failed(index, found, failure, effects),
+            Event::PreCopied(index) => {
+                self.pre_copied.insert(index);
+            }
+            Event::Paused => self.vcpus = Vcpus::Paused,
+            Event::BlobSent(blob) => {
+                self.sent.insert(blob);
+            }
+            Event::SaveFinished => self.save_finished = true,
+            Event::Loaded => self.loaded = true,
+            Event::Recorded(record) => {
+                self.recorded.insert(record);
+                if (record, self.phase) == (Record::Aborted, Phase::Settling) {
+                    let why = self.failure.as_ref().map(|failure| failure.message.clone());
+                    effects.push(Effect::SendAbort(why.unwrap_or_else(|| rollback::vmm_exited().message)));
+                }
+            }
+            Event::RecordFailed(record, failure) => self.record_failed(record, failure, effects),
+            Event::PeerSays(word) => {
+                if self.peer_says(word, effects) {
+                    effects.push(Effect::AskPeer);
+                }
+            }
+            Event::Relayed(word) => {
+                self.peer_says(word, effects);
+            }
+            Event::PeerSilent(failure) => {
+                if self.phase == Phase::AwaitingStarted {
+                    self.doubt(Failure::new(Reason::PeerLost, failure.message), effects);
+                    effects.push(Effect::AskPeer);
+                }
+            }
+            Event::StartOverdue(failure) => {
+                if self.phase == Phase::AwaitingStarted && self.doubt.is_none() {
+                    self.doubt(failure, effects);
+                }
+            }
+            Event::Started => self.started(effects),
+            Event::Released => {
+                if self.phase == Phase::Releasing {
+                    self.finish(End::Succeeded, effects);
+                }
+            }
+            Event::StreamsClosed => self.streams_closed = true,
+            Event::Resumed => {
+                self.vcpus = Vcpus::Running;
+                if self.phase == Phase::Resuming {
+                    self.finish_rollback(effects);
+                }
+            }
+            Event::Failed(failure) => self.fail(failure, effects),
+            Event::PauseFailed(failure) => {
+                self.vcpus = Vcpus::Paused;
+                self.fail(failure, effects);
+            }
+            // It was never paused, so it runs, as long as its process lives. A VMM that drives its devices stops its vCPUs by itself.
+            Event::ResumeFailed(_)
+                if self.driver == Driver::Agent && self.vcpus == Vcpus::Running && !self.vmm_gone =>
+            {
+                self.finish_rollback(effects);
+            }
+            Event::ResumeFailed(failure) => self.rollback_failed(failure, effects),
+            Event::VmmExited => {
+                self.vmm_gone = true;
+                if self.vcpus == Vcpus::Pausing {
+                    self.vcpus = Vcpus::Paused;
+                }
+                // A call that broke off may have been heard of first: this is why it did.
+                self.failure.take_if(|failure| failure.reason == Reason::VmmFailed);
+                // Once the destination has all of it, the VM is better served by going on.
+                if !(self.phase == Phase::Capturing && self.all_sent() && self.vmm_has_let_go()) {
+                    let message =
+                        "the VMM's process ended while its VM was being migrated, and the VM with it";
+                    self.fail(Failure::new(Reason::VmmExited, message), effects);
+                }
+            }
+        }
+    }
+
+    /// Before the commit: the rollback begins. After it only the destination's journal settles anything.
+    fn fail(&mut self, failure: Failure, effects: &mut Vec<Effect>) {
+        match self.phase {
+            Phase::New => self.finish(End::Refused(failure), effects),
+            Phase::Saving
+            | Phase::Connecting
+            | Phase::PreCopying
+            | Phase::Pausing
+            | Phase::Quiescing
+            | Phase::Stopping
+            | Phase::Capturing => self.settle(failure, effects),
+            Phase::AwaitingStarted => match failure.reason {
+                // What happens to this end is of no matter any more.
+                Reason::TimedOut | Reason::Aborted | Reason::VmmFailed | Reason::VmmExited => {}
+                _ if self.asking => {}
+                _ => {
+                    self.asking = true;
+                    if failure.reason == Reason::PeerLost {
+                        self.doubt(failure, effects);
+                    }
+                    effects.push(Effect::AskPeer);
+                }
+            },
+            // Whoever is lost now is lost when COMMITTED is on stable storage.
+            Phase::Committing => self.failure = self.failure.take().or(Some(failure)),
+            // A rollback is under way, or there is only forward.
+            Phase::Releasing
+            | Phase::Settling
+            | Phase::LeavingCapture
+            | Phase::WakingP2p
+            | Phase::Mending
+            | Phase::Waking
+            | Phase::Resuming
+            | Phase::Finished => {}
+        }
+    }
+
+    fn started(&mut self, effects: &mut Vec<Effect>) {
+        if self.phase == Phase::AwaitingStarted {
+            self.phase = Phase::Releasing;
+            effects.extend([Effect::Report(Phase::Releasing), Effect::Record(Record::Released)]);
+        }
+    }
+
+    /// Acts by what the destination has journalled. Before the commit that is of no matter, and after STARTED neither.
+    /// True if it settles nothing.
+    fn peer_says(&mut self, word: Word, effects: &mut Vec<Effect>) -> bool {
+        if self.phase != Phase::AwaitingStarted {
+            return false;
+        }
+        let failed =
+            |reason, message: &str| word.failure.clone().unwrap_or_else(|| Failure::new(reason, message));
+        match word.record {
+            Some(Record::Running) => self.started(effects),
+            Some(Record::Discarded) => {
+                let mut failure =
+                    failed(Reason::TargetFailed, "the destination has given the VM up before it started");
+                if let Some(why) = &word.stated_because {
+                    failure.message =
+                        format!("an administrator states that the destination never started the VM: {why}");
+                }
+                self.settle(failure, effects);
+            }
+            Some(Record::Starting) if word.ended => {
+                let failure = failed(Reason::StartFailed, "the destination could not start the VM");
+                self.finish(End::Lost(Failure::new(Reason::StartFailed, failure.message)), effects);
+            }
+            record => {
+                let (reason, message) = match record {
+                    None => {
+                        (Reason::TargetForgot, "the destination has no journal of this migration any more")
+                    }
+                    Some(_) => {
+                        (Reason::TargetSlow, "the destination answers, and has not started the VM yet")
+                    }
+                };
+                if self.doubt.is_some() || reason == Reason::TargetForgot {
+                    self.doubt(Failure::new(reason, message), effects);
+                }
+                return true;
+            }
+        }
+        false
+    }
+
+    fn record_failed(&mut self, record: Record, failure: Failure, effects: &mut Vec<Effect>) {
+        match (record, self.phase) {
+            (Record::Saving, Phase::Saving) => self.finish(End::Refused(failure), effects),
+            // It may stand in the journal all the same. Nothing resumes before ABORTED does.
+            (Record::Committed, Phase::Committing) => self.settle(failure, effects),
+            (Record::Aborted, Phase::Settling) | (Record::Released, Phase::Releasing) => {
+                self.doubt(failure, effects);
+                effects.push(Effect::RecordAgain(record));
+            }
+            _ => {}
+        }
+    }
+
+    /// Tells what keeps the migration from its end, once.
+    fn doubt(&mut self, failure: Failure, effects: &mut Vec<Effect>) {
+        if self.doubt.as_ref() != Some(&failure.reason) {
+            self.doubt = Some(failure.reason.clone());
+            effects.push(Effect::Doubt(failure));
+        }
+    }
+
+    fn device_failed(
+        &mut self,
+        index: usize,
+        found: Option<MigrationState>,
+        failure: Failure,
+        effects: &mut Vec<Effect>,
+    ) {
+        match found {
+            Some(state) => self.devices.read_back(index, state),
+            None => self.devices.mark_broken(index),
+        }
+        match self.phase {
+            Phase::LeavingCapture | Phase::WakingP2p => self.devices.mark_broken(index),
+            Phase::Mending | Phase::Waking if self.reset.contains(&index) => {
+                self.devices.mark_broken(index);
+                self.rollback_failed(failure, effects);
+            }
+            Phase::Waking => {
+                self.devices.mark_broken(index);
+                self.order_reset(index, effects);
+            }
+            _ => self.fail(failure, effects),
+        }
+    }
+
+    /// Leaves the phase if all it waits for is there. True if it did.
+    fn advance(&mut self, effects: &mut Vec<Effect>) -> bool {
+        match self.phase {
+            Phase::Saving if self.recorded.contains(&Record::Saving) => {
+                self.phase = Phase::Connecting;
+                effects.push(Effect::Connect);
+            }
+            Phase::Connecting if self.peer_ready => {
+                self.touched = true;
+                self.enter(Phase::PreCopying, effects);
+                effects.push(Effect::StartSave);
+                let uses = self.plan != StopPlan::StopFirst && self.driver == Driver::Agent;
+                self.order(effects, |track| {
+                    (uses && track.features.pre_copy).then_some(MigrationState::PreCopy)
+                });
+            }
+            Phase::PreCopying if self.save_started && self.driver == Driver::Vmm && !self.converging => {
+                self.converging = true;
+                effects.push(Effect::Converge);
+            }
+            Phase::PreCopying if self.save_started && self.devices.settled() && self.all_pre_copied() => {
+                self.vcpus = Vcpus::Pausing;
+                self.enter(Phase::Pausing, effects);
+                effects.push(Effect::Pause);
+            }
+            Phase::Pausing if self.vcpus == Vcpus::Paused => {
+                self.enter(Phase::Quiescing, effects);
+                let plan = self.plan;
+                if self.driver == Driver::Agent {
+                    self.order(effects, |track| barrier_state(plan, track));
+                }
+            }
+            Phase::Quiescing if self.quiesced() => {
+                self.enter(Phase::Stopping, effects);
+                self.order(effects, |_| Some(MigrationState::StopCopy));
+            }
+            Phase::Stopping if self.devices.all_at(|state| stopped(self.driver, state)) => {
+                self.enter(Phase::Capturing, effects);
+                effects.push(Effect::FinishSave);
+                effects.extend((0..self.device_blobs()).map(Effect::Capture));
+            }
+            Phase::Capturing if self.loaded && self.all_sent() && self.vmm_has_let_go() => {
+                self.phase = Phase::Committing;
+                effects.push(Effect::Record(Record::Committed));
+            }
+            Phase::Committing if self.recorded.contains(&Record::Committed) => {
+                self.enter(Phase::AwaitingStarted, effects);
+                effects.push(Effect::SendCommit);
+                if let Some(failure) = self.failure.take() {
+                    self.fail(failure, effects);
+                }
+            }
+            Phase::Releasing if self.recorded.remove(&Record::Released) => effects.push(Effect::Release),
+            Phase::Settling
+            | Phase::LeavingCapture
+            | Phase::WakingP2p
+            | Phase::Mending
+            | Phase::Waking
+            | Phase::Resuming => return self.advance_rollback(effects),
+            _ => return false,
+        }
+        true
+    }
+
+    fn all_pre_copied(&self) -> bool {
+        let device = |(index, track): (usize, &Track)| {
+            track.at != MigrationState::PreCopy || self.pre_copied.contains(&index)
+        };
+        match self.driver {
+            Driver::Agent => self.devices.iter().all(device),
+            Driver::Vmm => self.converged,
+        }
+    }
+
+    /// A VMM that drives its devices has quiesced them before it says that it is ready.
+    fn quiesced(&self) -> bool {
+        self.driver == Driver::Vmm || self.devices.all_at(|state| at_barrier(self.plan, state))
+    }
+
+    fn device_blobs(&self) -> usize {
+        self.driver.device_blobs(self.devices.len())
+    }
+
+    fn all_sent(&self) -> bool {
+        blobs(self.device_blobs()).all(|blob| self.sent.contains(&blob))
+    }
+
+    /// The VM cannot come to life here any more but by a rollback. A VMM that drives its devices may have taken it back, and let its
+    /// guest run, before it ended: only its own word excludes that.
+    fn vmm_has_let_go(&self) -> bool {
+        self.save_finished || (self.vmm_gone && self.driver == Driver::Agent)
+    }
+
+    /// Starts a step of all devices. One that its VMM drives is only looked at: it should be there, or be on its way by itself.
+    fn order(&mut self, effects: &mut Vec<Effect>, target: impl Fn(&Track) -> Option<MigrationState>) {
+        let driver = self.driver;
+        effects.extend(self.devices.order(target).into_iter().map(|(index, to)| match driver {
+            Driver::Agent => Effect::SetState(index, to),
+            Driver::Vmm => Effect::ReadState(index),
+        }));
+    }
+
+    fn enter(&mut self, phase: Phase, effects: &mut Vec<Effect>) {
+        self.phase = phase;
+        effects.push(Effect::Report(phase));
+    }
+
+    fn finish(&mut self, end: End, effects: &mut Vec<Effect>) {
+        self.phase = Phase::Finished;
+        effects.push(Effect::Finish(end));
+    }
+}
+
+/// The gate: nothing of the VM is captured.
+fn not_at_slack_water(index: usize, state: MigrationState) -> Failure {
+    let message = format!(
+        "at the source, the VM's device {index} was read back in {} when all of them should have been stopped, so nothing was \
+         captured",
+        state.name()
+    );
+    Failure::new(Reason::DeviceFailed, message)
+}
+
+/// Whether a device is at slack water. QEMU leaves a device without pre-copy in STOP until it reads its state.
+fn stopped(driver: Driver, state: MigrationState) -> bool {
+    state == MigrationState::StopCopy || (driver == Driver::Vmm && state == MigrationState::Stop)
+}
+
+/// Where a device waits for the others before any of them gives up its state.
+fn barrier_state(plan: StopPlan, track: &Track) -> Option<MigrationState> {
+    match plan {
+        StopPlan::QuiesceFirst if track.at == MigrationState::PreCopy => Some(MigrationState::PreCopyP2p),
+        StopPlan::QuiesceFirst => Some(MigrationState::RunningP2p),
+        StopPlan::StopFirst => Some(MigrationState::Stop),
+        StopPlan::Alone => None,
+    }
+}
+
+fn at_barrier(plan: StopPlan, state: MigrationState) -> bool {
+    match plan {
+        StopPlan::QuiesceFirst => matches!(state, MigrationState::RunningP2p | MigrationState::PreCopyP2p),
+        StopPlan::StopFirst => state == MigrationState::Stop,
+        StopPlan::Alone => true,
+    }
+}

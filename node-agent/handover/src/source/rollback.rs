@@ -1,0 +1,138 @@
+//! The way back: from whatever has been done so far to a VM that runs here with all its devices.
+
+use super::{Effect, End, Phase, Source, Vcpus};
+use crate::policy::Driver;
+use crate::state::MigrationState;
+use crate::{Failure, Reason, Record};
+
+impl Source {
+    /// The migration is given up. Nothing goes back before everything in flight has ended and ABORTED is recorded.
+    pub(super) fn settle(&mut self, failure: Failure, effects: &mut Vec<Effect>) {
+        effects.extend([
+            Effect::Report(Phase::Settling),
+            Effect::CloseStreams,
+            Effect::Record(Record::Aborted),
+        ]);
+        self.failure = Some(failure);
+        self.phase = Phase::Settling;
+    }
+
+    /// Leaves a phase of the rollback if all it waits for is there. True if it did.
+    pub(super) fn advance_rollback(&mut self, effects: &mut Vec<Effect>) -> bool {
+        match self.phase {
+            Phase::Settling if self.nothing_in_flight() => return self.begin_rollback(effects),
+            Phase::LeavingCapture if self.devices.settled() => {
+                self.phase = Phase::WakingP2p;
+                self.order(effects, |track| {
+                    (track.features.p2p
+                        && track.at != MigrationState::PreCopy
+                        && track.at != MigrationState::Running)
+                        .then_some(MigrationState::RunningP2p)
+                });
+            }
+            Phase::WakingP2p if self.devices.settled() => {
+                self.phase = Phase::Mending;
+                let broken: Vec<usize> =
+                    self.devices.iter().filter(|(_, track)| track.broken).map(|(index, _)| index).collect();
+                for index in broken {
+                    self.order_reset(index, effects);
+                }
+            }
+            Phase::Mending if self.devices.settled() => {
+                self.phase = Phase::Waking;
+                self.order(effects, |_| Some(MigrationState::Running));
+            }
+            Phase::Waking if self.devices.all_at(|state| state == MigrationState::Running) => {
+                if self.touched {
+                    self.resume(effects);
+                } else {
+                    self.finish_rollback(effects);
+                }
+            }
+            _ => return false,
+        }
+        true
+    }
+
+    /// Asked even if the vCPUs were never paused: a VMM that has died since is not known of yet. One that drives its devices wakes
+    /// them first.
+    fn resume(&mut self, effects: &mut Vec<Effect>) {
+        self.phase = Phase::Resuming;
+        effects.push(Effect::Resume);
+    }
+
+    fn begin_rollback(&mut self, effects: &mut Vec<Effect>) -> bool {
+        if self.vmm_gone {
+            let failure = self.take_failure();
+            self.finish(End::Lost(failure), effects);
+            return false;
+        }
+        if self.driver == Driver::Vmm {
+            self.resume(effects);
+            return true;
+        }
+        self.phase = Phase::LeavingCapture;
+        self.order(effects, |track| (track.at == MigrationState::StopCopy).then_some(MigrationState::Stop));
+        true
+    }
+
+    fn nothing_in_flight(&self) -> bool {
+        self.devices.settled()
+            && self.vcpus != Vcpus::Pausing
+            && self.streams_closed
+            && self.recorded.contains(&Record::Aborted)
+    }
+
+    pub(super) fn order_reset(&mut self, index: usize, effects: &mut Vec<Effect>) {
+        self.reset.insert(index);
+        self.devices.expect(index, MigrationState::Running);
+        effects.push(Effect::Reset(index));
+    }
+
+    pub(super) fn finish_rollback(&mut self, effects: &mut Vec<Effect>) {
+        let mut failure = self.take_failure();
+        if !self.reset.is_empty() {
+            failure.message.push_str(&format!(
+                "; the VM's devices with index {:?} had to be reset and have lost their state",
+                self.reset
+            ));
+        }
+        if self.driver == Driver::Vmm {
+            let astray = self.devices.iter().filter(|(_, track)| track.at != MigrationState::Running);
+            for (index, track) in astray {
+                let told =
+                    format!("; the VM runs, but its device {index} was read back in {}", track.at.name());
+                failure.message.push_str(&told);
+            }
+        }
+        self.finish(if self.touched { End::RolledBack(failure) } else { End::Refused(failure) }, effects);
+    }
+
+    pub(super) fn rollback_failed(&mut self, why: Failure, effects: &mut Vec<Effect>) {
+        let first = self.take_failure();
+        if self.vmm_gone {
+            self.finish(End::Lost(vmm_exited()), effects);
+            return;
+        }
+        let end = match self.driver {
+            Driver::Agent => "so the VM stays paused here",
+            Driver::Vmm => "and whether its VMM has taken the VM back by itself is not known",
+        };
+        let message =
+            format!("{}; and the rollback did not come through, {end}: {}", first.message, why.message);
+        self.finish(End::Lost(Failure::new(Reason::RollbackFailed, message)), effects);
+    }
+
+    pub(super) fn take_failure(&mut self) -> Failure {
+        match self.failure.take() {
+            Some(failure) => failure,
+            None if self.vmm_gone => vmm_exited(),
+            None => Failure::new(Reason::Aborted, "the migration was given up"),
+        }
+    }
+}
+
+pub(super) fn vmm_exited() -> Failure {
+    let message = "the VMM's process ended while its VM was being migrated, and the VM with it";
+    Failure::new(Reason::VmmExited, message)
+}
