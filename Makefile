@@ -34,7 +34,7 @@ help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' "$(root)/Makefile" | expand -t 20
 
 .PHONY: demo
-demo: rust ## migrate a VM with its devices between two lab nodes and verify it (VMM=qemu: a Linux guest under QEMU; DEMO="--devices 4": more arguments)
+demo: rust ## migrate a VM between two lab nodes and verify it (VMM=qemu: Linux under QEMU; DEMO="--devices 4")
 	"$(install)" host-packages node-kernel kubernetes kubectl-helm
 	$(cargo) build --locked $(programs)
 	"$(bins)/slackwater-demo" $(if $(VMM),--vmm $(VMM)) $(DEMO)
@@ -49,27 +49,27 @@ test: rust rust-components ## run all checks: format, clippy, unit tests, end-to
 	$(cargo) test --locked --workspace --doc $(faults)
 
 .PHONY: fault-matrix
-fault-matrix: rust ## inject every fault at every phase, write tests/fault-matrix.md (about an hour; VMM=qemu: tests/fault-matrix-qemu.md)
+fault-matrix: rust ## inject every fault at every phase, about an hour; writes tests/fault-matrix.md (VMM=qemu: its own)
 	"$(install)" host-packages node-kernel kubernetes kubectl-helm
 	$(cargo) build --locked $(programs) $(faults)
 	"$(bins)/slackwater-fault-matrix" $(if $(VMM),--vmm $(VMM)) --out "$(root)/tests/fault-matrix$(if $(VMM),-$(VMM)).md" $(MATRIX)
 
 .PHONY: random-walk
-random-walk: rust ## run 1,000 migrations with randomly drawn faults (STEPS=50 SEED=7: other numbers)
+random-walk: rust ## run 1,000 migrations with randomly drawn faults (STEPS=50 SEED=7)
 	"$(install)" host-packages node-kernel kubernetes kubectl-helm
 	$(cargo) build --locked $(programs) $(faults)
 	SLACKWATER_WALK_STEPS="$(or $(STEPS),1000)" SLACKWATER_WALK_SEED="$(or $(SEED),$(shell date +%s))" \
 	  cargo test --locked --package slackwater-tests --test faults $(faults) -- --nocapture whatever_befalls
 
 .PHONY: linux-guest
-linux-guest: rust ## migrate a Linux guest under QEMU ten times while it uses its devices and a shared disk (MIGRATIONS=2: another number)
+linux-guest: rust ## migrate a Linux guest under QEMU ten times while it uses devices and disk (MIGRATIONS=2)
 	"$(install)" host-packages node-kernel kubernetes kubectl-helm
 	$(cargo) build --locked $(programs) $(faults)
 	SLACKWATER_LINUX_MIGRATIONS="$(or $(MIGRATIONS),10)" \
 	  cargo test --locked --package slackwater-tests --test migration $(faults) -- --ignored --nocapture a_linux
 
 .PHONY: bench-qemu
-bench-qemu: rust ## compare the blackout of QEMU's own migration and of Slackwater's (BENCH="--rounds 10 --guest linux": more arguments)
+bench-qemu: rust ## compare QEMU's own migration with Slackwater's (BENCH="--rounds 10 --guest linux")
 	"$(install)" host-packages node-kernel kubernetes kubectl-helm
 	$(cargo) build --locked --release $(programs)
 	"$(CARGO_TARGET_DIR)/release/slackwater-bench-qemu" --json "$(CARGO_TARGET_DIR)/bench-qemu.json" $(BENCH)
@@ -88,7 +88,7 @@ generate: rust ## generate the CRD YAML from operator/api
 	$(cargo) run --locked --package slackwater-operator -- crds --out charts/slackwater/crds
 
 .PHONY: clean-lab
-clean-lab: ## remove what the set-up has built for the lab (rebuilding takes about 10 minutes)
+clean-lab: ## remove what the set-up has built for the lab (rebuilding it takes about 10 minutes)
 	rm -rf -- "$(cache)"/{node-kernel,kubernetes,kubectl-helm}-* "$(cache)"/{host-packages,cargo-tools}
 
 .PHONY: rust

@@ -1,8 +1,9 @@
 # Sourced by the other scripts here: where build results are kept, and how they are built exactly once.
 #
-# Each component is in $cache/<what>-<key>/, where <key> is the digest of the script that makes it: a changed script makes a new
-# folder, and checkouts of different ages do not disturb each other. A component is built in <folder>.partial, where a second
-# try continues, and the folder is renamed when it is complete. A lock keeps concurrent runs apart.
+# Each component is in $cache/<what>-<key>/, where <key> is the digest of the script that makes it: a changed
+# script makes a new folder, and checkouts of different ages do not disturb each other. A component is built
+# in <folder>.partial, where a second try continues, and the folder is renamed when it is complete. A lock
+# keeps concurrent runs apart.
 
 setup=$(dirname "$(realpath "${BASH_SOURCE[0]}")")
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/slackwater
@@ -40,8 +41,8 @@ build_once() {
   ) 9>"$folder.lock"
 }
 
-# step LOG TEXT COMMAND...: prints TEXT, runs COMMAND with its output in LOG, and prints the elapsed time every half minute.
-# If COMMAND fails, prints the end of LOG.
+# step LOG TEXT COMMAND...: prints TEXT, runs COMMAND with its output in LOG, and prints the elapsed time
+# every half minute. If COMMAND fails, prints the end of LOG.
 step() {
   local log=$1 text=$2 begin=$SECONDS status=0 beat
   shift 2

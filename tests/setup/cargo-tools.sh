@@ -1,6 +1,10 @@
 # Rust programs that the Makefile calls. They are built from source unless the machine has them.
 
-declare -A cargo_tool_takes=([cargo-nextest]="about 5 minutes" [cargo-deny]="about 10 minutes" [typos-cli]="about 10 minutes")
+declare -A cargo_tool_takes=(
+  [cargo-nextest]="about 5 minutes"
+  [cargo-deny]="about 10 minutes"
+  [typos-cli]="about 10 minutes"
+)
 
 # install_cargo_tool CRATE [PROGRAM]: PROGRAM is what CRATE installs, by default under its own name.
 install_cargo_tool() {

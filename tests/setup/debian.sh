@@ -1,6 +1,7 @@
-# Sourced: fetches Debian bookworm packages with apt lists of our own, so that the machine's apt sources stay unchanged. On Debian
-# the mirror is taken from the machine's own sources; elsewhere (on Ubuntu, say) SLACKWATER_DEBIAN_MIRROR names it. All packages
-# are checked against the keys of the package debian-archive-keyring.
+# Sourced: fetches Debian bookworm packages with apt lists of our own, so that the machine's apt sources stay
+# unchanged. On Debian the mirror is taken from the machine's own sources; elsewhere (on Ubuntu, say)
+# SLACKWATER_DEBIAN_MIRROR names it. All packages are checked against the keys of the package
+# debian-archive-keyring.
 
 debian_keyring=/usr/share/keyrings/debian-archive-keyring.gpg
 
@@ -32,7 +33,8 @@ mirrors_of_stanzas() {
     END { emit() }'
 }
 
-# The mirrors of Debian's main archive and of its security archive. Without the latter its suites are left out.
+# The mirrors of Debian's main archive and of its security archive. Without the latter its suites are left
+# out.
 debian_mirror() {
   if [ -n "${SLACKWATER_DEBIAN_MIRROR:-}" ]; then echo "$SLACKWATER_DEBIAN_MIRROR"; return; fi
   if is_debian; then
@@ -46,7 +48,8 @@ security_mirror() {
   if is_debian; then configured_mirrors | awk '$2 ~ /-security/ { print $1; exit }'; fi
 }
 
-# private_apt FOLDER: prepares apt lists for bookworm in FOLDER and sets the array `bookworm` to the options that use them.
+# private_apt FOLDER: prepares apt lists for bookworm in FOLDER and sets the array `bookworm` to the options
+# that use them.
 private_apt() {
   local folder=$1 main security suite
   main=$(debian_mirror)

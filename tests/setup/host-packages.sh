@@ -1,7 +1,8 @@
 # Installs the host packages that the lab needs: QEMU, busybox, and the build tools for the kernel modules.
 # If all of them are installed, it does nothing and fetches no package lists.
 
-# The oldest QEMU that works. The nodes run the same QEMU, and it must report VFIO migration states (the VFIO_MIGRATION event).
+# The oldest QEMU that works. The nodes run the same QEMU, and it must report VFIO migration states (the
+# VFIO_MIGRATION event).
 qemu_needed=9.1
 
 qemu_is_enough() {
@@ -18,7 +19,8 @@ missing_packages() {
 }
 
 install_host_packages() {
-  local wanted=(busybox-static qemu-utils make gcc-12 binutils xz-utils bc unzip util-linux libelf1) missing folder=$cache/host-packages
+  local wanted=(busybox-static qemu-utils make gcc-12 binutils xz-utils bc unzip util-linux libelf1)
+  local missing folder=$cache/host-packages
   ! is_debian || wanted+=(debian-archive-keyring)
   command -v npm >/dev/null || wanted+=(npm)
   command -v cc >/dev/null || wanted+=(gcc libc6-dev)
@@ -47,5 +49,6 @@ install_qemu() {
     from=("${bookworm[@]}" -t bookworm-backports)
   fi
   step "$folder/qemu.log" "apt: installing QEMU" \
-    as_root env DEBIAN_FRONTEND=noninteractive apt-get "${from[@]}" -qq -y install --no-install-recommends qemu-system-x86
+    as_root env DEBIAN_FRONTEND=noninteractive \
+    apt-get "${from[@]}" -qq -y install --no-install-recommends qemu-system-x86
 }
