@@ -1,12 +1,12 @@
-# What a person does with this repository. `make help` lists it; README.md says more.
+# The commands for working with this repository. `make help` lists them; CONTRIBUTING.md says more.
 #
-# CARGO_TARGET_DIR is honoured; without it everything that is built lies under ${XDG_CACHE_HOME:-~/.cache}/slackwater.
+# CARGO_TARGET_DIR is honoured. By default all build output goes to ${XDG_CACHE_HOME:-~/.cache}/slackwater.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-# Cargo and the lab share the processors by themselves; two targets at once would only fight.
+# Cargo and the lab already use all processors: two targets at once would only slow each other down.
 .NOTPARALLEL:
 
 root := $(patsubst %/,%,$(dir $(realpath $(lastword $(MAKEFILE_LIST)))))
@@ -14,15 +14,15 @@ cache := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/slackwater
 install := $(root)/tests/setup/install
 
 export CARGO_TARGET_DIR := $(or $(CARGO_TARGET_DIR),$(cache)/target)
-# Where rustup and `cargo install` put programs: a fresh machine's shell may not look there yet.
+# Where rustup and `cargo install` put programs. On a fresh machine this may not be in PATH yet.
 export PATH := $(or $(CARGO_HOME),$(HOME)/.cargo)/bin:$(PATH)
-# A snapshot that differs is a failed test, and no new file in the tree.
+# A snapshot that differs fails the test and writes no new file into the tree.
 export INSTA_UPDATE ?= no
 
 rust_needed := $(shell sed -n 's/^rust-version = "\(.*\)"/\1/p' $(root)/Cargo.toml)
 bins := $(CARGO_TARGET_DIR)/debug
 
-# What lets tests cause faults: in the programs that the tests run, and never in those of the demo.
+# Fault injection: enabled in the programs that the tests run, never in those of the demo.
 faults := --features slackwater-node-agent/faults,slackwater-operator/faults
 # The programs that the lab starts.
 programs := --package slackwater-operator --package slackwater-node-agent --package slackwater-tests --bins
@@ -34,13 +34,13 @@ help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' "$(root)/Makefile" | expand -t 20
 
 .PHONY: demo
-demo: rust ## move a VM with its devices between two nodes of the lab, and verify it (VMM=qemu: a Linux under QEMU; DEMO="--devices 4": other arguments)
+demo: rust ## migrate a VM between two lab nodes and verify it (VMM=qemu: Linux under QEMU; DEMO="--devices 4")
 	"$(install)" host-packages node-kernel kubernetes kubectl-helm
 	$(cargo) build --locked $(programs)
 	"$(bins)/slackwater-demo" $(if $(VMM),--vmm $(VMM)) $(DEMO)
 
 .PHONY: test
-test: rust rust-components ## everything that must hold: format, lints, unit tests, the lab's end-to-end tests
+test: rust rust-components ## run all checks: format, clippy, unit tests, end-to-end tests on the lab
 	"$(install)"
 	$(cargo) fmt --all --check
 	$(cargo) clippy --locked --workspace --all-targets $(faults) -- -D warnings
@@ -49,45 +49,46 @@ test: rust rust-components ## everything that must hold: format, lints, unit tes
 	$(cargo) test --locked --workspace --doc $(faults)
 
 .PHONY: fault-matrix
-fault-matrix: rust ## every phase of a migration with everything that may befall it, into tests/fault-matrix.md (about an hour; VMM=qemu: into tests/fault-matrix-qemu.md)
+fault-matrix: rust ## inject every fault at every phase, about an hour; writes tests/fault-matrix.md (VMM=qemu: its own)
 	"$(install)" host-packages node-kernel kubernetes kubectl-helm
 	$(cargo) build --locked $(programs) $(faults)
 	"$(bins)/slackwater-fault-matrix" $(if $(VMM),--vmm $(VMM)) --out "$(root)/tests/fault-matrix$(if $(VMM),-$(VMM)).md" $(MATRIX)
 
 .PHONY: random-walk
-random-walk: rust ## 1,000 migrations, each befallen by something drawn (STEPS=50 SEED=7: other numbers)
+random-walk: rust ## run 1,000 migrations with randomly drawn faults (STEPS=50 SEED=7)
 	"$(install)" host-packages node-kernel kubernetes kubectl-helm
 	$(cargo) build --locked $(programs) $(faults)
 	SLACKWATER_WALK_STEPS="$(or $(STEPS),1000)" SLACKWATER_WALK_SEED="$(or $(SEED),$(shell date +%s))" \
 	  cargo test --locked --package slackwater-tests --test faults $(faults) -- --nocapture whatever_befalls
 
 .PHONY: linux-guest
-linux-guest: rust ## a Linux in a VM of QEMU's moves ten times, talking through its devices and writing to a shared disk (MIGRATIONS=2)
+linux-guest: rust ## migrate a Linux guest under QEMU ten times while it uses devices and disk (MIGRATIONS=2)
 	"$(install)" host-packages node-kernel kubernetes kubectl-helm
 	$(cargo) build --locked $(programs) $(faults)
 	SLACKWATER_LINUX_MIGRATIONS="$(or $(MIGRATIONS),10)" \
 	  cargo test --locked --package slackwater-tests --test migration $(faults) -- --ignored --nocapture a_linux
 
 .PHONY: bench-qemu
-bench-qemu: rust ## QEMU's plain migration and Slackwater's, side by side (BENCH="--rounds 10 --guest linux": other arguments)
+bench-qemu: rust ## compare QEMU's own migration with Slackwater's (BENCH="--rounds 10 --guest linux")
 	"$(install)" host-packages node-kernel kubernetes kubectl-helm
 	$(cargo) build --locked --release $(programs)
 	"$(CARGO_TARGET_DIR)/release/slackwater-bench-qemu" --json "$(CARGO_TARGET_DIR)/bench-qemu.json" $(BENCH)
 
 .PHONY: lint
-lint: rust rust-components ## format, lints, and what the dependencies may be
-	"$(install)" cargo-deny
+lint: rust rust-components ## check format, clippy, dependencies (cargo-deny) and spelling (typos)
+	"$(install)" cargo-deny typos
 	$(cargo) fmt --all --check
 	$(cargo) clippy --locked --workspace --all-targets -- -D warnings
 	$(cargo) clippy --locked --workspace --all-targets $(faults) -- -D warnings
 	$(cargo) deny --locked check bans licenses sources
+	cd "$(root)" && typos
 
 .PHONY: generate
-generate: rust ## write the CRDs' YAML from operator/api
+generate: rust ## generate the CRD YAML from operator/api
 	$(cargo) run --locked --package slackwater-operator -- crds --out charts/slackwater/crds
 
 .PHONY: clean-lab
-clean-lab: ## remove what the set-up has built for the lab (about 10 minutes to make again)
+clean-lab: ## remove what the set-up has built for the lab (rebuilding it takes about 10 minutes)
 	rm -rf -- "$(cache)"/{node-kernel,kubernetes,kubectl-helm}-* "$(cache)"/{host-packages,cargo-tools}
 
 .PHONY: rust
@@ -96,7 +97,7 @@ rust:
 	  echo "error: no Rust on this machine. Install stable Rust $(rust_needed) or newer with rustup, then run make again." >&2; exit 1; }
 	@has=$$(rustc --version | cut -d ' ' -f 2 | cut -d - -f 1); \
 	[ "$$(printf '%s\n' "$(rust_needed)" "$$has" | sort -V | head -n 1)" = "$(rust_needed)" ] || { \
-	  echo "error: Rust $(rust_needed) or newer is needed, and this is $$has: rustup update stable" >&2; exit 1; }
+	  echo "error: Rust $(rust_needed) or newer is needed, and this machine has $$has: rustup update stable" >&2; exit 1; }
 
 .PHONY: rust-components
 rust-components:

@@ -1,8 +1,9 @@
-# Sourced by the other scripts here: where built things are kept, and how they are built once and never half.
+# Sourced by the other scripts here: where build results are kept, and how they are built exactly once.
 #
-# A thing lives in $cache/<what>-<key>/, where <key> is the digest of the script that makes it: a changed script makes a new
-# folder, and two checkouts of different ages do not disturb each other. It is built in <folder>.partial, which a second try
-# finds as the first left it, and renamed when it is whole. A lock keeps two runs apart.
+# Each component is in $cache/<what>-<key>/, where <key> is the digest of the script that makes it: a changed
+# script makes a new folder, and checkouts of different ages do not disturb each other. A component is built
+# in <folder>.partial, where a second try continues, and the folder is renamed when it is complete. A lock
+# keeps concurrent runs apart.
 
 setup=$(dirname "$(realpath "${BASH_SOURCE[0]}")")
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/slackwater
@@ -14,21 +15,21 @@ die() {
   exit 1
 }
 
-# folder_of WHAT: where WHAT, made by WHAT.sh, is or will be.
+# folder_of WHAT: the folder in which WHAT.sh puts WHAT.
 folder_of() {
   local key
   key=$(sha256sum <"$setup/$1.sh" | cut -c1-12)
   echo "$cache/$1-$key"
 }
 
-# build_once FOLDER FUNCTION: makes FOLDER, if it is not there yet, by calling FUNCTION with the folder to fill.
+# build_once FOLDER FUNCTION: makes FOLDER, unless it exists, by calling FUNCTION with the folder to fill.
 build_once() {
   local folder=$1 make=$2
   [ ! -e "$folder/.finished" ] || return 0
   mkdir -p "$cache"
   (
     flock --nonblock 9 || {
-      say "another run is making $(basename "$folder"): waiting for it"
+      say "another run is building $(basename "$folder"): waiting for it"
       flock 9
     }
     [ ! -e "$folder/.finished" ] || exit 0
@@ -40,17 +41,17 @@ build_once() {
   ) 9>"$folder.lock"
 }
 
-# step LOG TEXT COMMAND...: runs COMMAND with its output in LOG, says TEXT before, and every half minute how long it has been.
-# When it fails, the end of LOG is shown.
+# step LOG TEXT COMMAND...: prints TEXT, runs COMMAND with its output in LOG, and prints the elapsed time
+# every half minute. If COMMAND fails, prints the end of LOG.
 step() {
   local log=$1 text=$2 begin=$SECONDS status=0 beat
   shift 2
   say "$text"
   (
-    while sleep 30 >/dev/null 2>&1; do say "  ... still at it, $((SECONDS - begin)) s: $text"; done
+    while sleep 30 >/dev/null 2>&1; do say "  ... still running, $((SECONDS - begin)) s: $text"; done
   ) 9>&- &
   beat=$!
-  # A subshell of its own, without `||`: inside the left side of `||` a function would go on after an error.
+  # In a subshell, without `||`: on the left side of `||` a function would continue after an error.
   set +e
   (
     set -e
@@ -62,7 +63,7 @@ step() {
   wait "$beat" 2>/dev/null || true
   [ "$status" -eq 0 ] || {
     tail -n 30 "$log" >&2
-    die "failed with status $status: $text (whole log: $log)"
+    die "failed with status $status: $text (full log: $log)"
   }
 }
 

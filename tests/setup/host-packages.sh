@@ -1,7 +1,8 @@
-# What the lab needs of the host's packages: QEMU, busybox, and what the kernel modules are built with.
-# Nothing happens, and no list is fetched, when all of it is there.
+# Installs the host packages that the lab needs: QEMU, busybox, and the build tools for the kernel modules.
+# If all of them are installed, it does nothing and fetches no package lists.
 
-# QEMU from this version on: what runs inside the nodes too must report VFIO migration states (the VFIO_MIGRATION event).
+# The oldest QEMU that works. The nodes run the same QEMU, and it must report VFIO migration states (the
+# VFIO_MIGRATION event).
 qemu_needed=9.1
 
 qemu_is_enough() {
@@ -18,7 +19,8 @@ missing_packages() {
 }
 
 install_host_packages() {
-  local wanted=(busybox-static qemu-utils make gcc-12 binutils xz-utils bc unzip util-linux libelf1) missing folder=$cache/host-packages
+  local wanted=(busybox-static qemu-utils make gcc-12 binutils xz-utils bc unzip util-linux libelf1)
+  local missing folder=$cache/host-packages
   ! is_debian || wanted+=(debian-archive-keyring)
   command -v npm >/dev/null || wanted+=(npm)
   command -v cc >/dev/null || wanted+=(gcc libc6-dev)
@@ -26,7 +28,7 @@ install_host_packages() {
   ! dpkg-query -W libelf1t64 >/dev/null 2>&1 || wanted=("${wanted[@]/libelf1/libelf1t64}")
   mapfile -t missing < <(missing_packages "${wanted[@]}")
   if [ "${#missing[@]}" -eq 0 ] && qemu_is_enough; then
-    say "host packages: all there"
+    say "host packages: already installed"
     return
   fi
   mkdir -p "$folder"
@@ -36,7 +38,7 @@ install_host_packages() {
       as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -y install --no-install-recommends "${missing[@]}"
   fi
   qemu_is_enough || install_qemu "$folder"
-  qemu_is_enough || die "QEMU $qemu_needed or newer is needed, and this machine's packages have an older one"
+  qemu_is_enough || die "QEMU $qemu_needed or newer is needed, and the packages of this machine have an older one"
 }
 
 install_qemu() {
@@ -47,5 +49,6 @@ install_qemu() {
     from=("${bookworm[@]}" -t bookworm-backports)
   fi
   step "$folder/qemu.log" "apt: installing QEMU" \
-    as_root env DEBIAN_FRONTEND=noninteractive apt-get "${from[@]}" -qq -y install --no-install-recommends qemu-system-x86
+    as_root env DEBIAN_FRONTEND=noninteractive \
+    apt-get "${from[@]}" -qq -y install --no-install-recommends qemu-system-x86
 }

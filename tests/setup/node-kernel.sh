@@ -1,17 +1,18 @@
-# The nodes' kernel: Debian's 6.12, unpacked and not installed, and the modules that the lab loads into it. Debian's
-# configuration lacks iommufd and the VFIO character devices, so vfio, its type-1 IOMMU and mdev are rebuilt with them outside
-# the tree, iommufd is added, and so is mtty, the kernel tree's sample driver with migration (STOP_COPY | P2P | PRE_COPY).
+# The nodes' kernel: Debian's 6.12, unpacked but not installed, and the modules that the lab loads. Debian's
+# configuration lacks iommufd and the VFIO character devices, so vfio, its type-1 IOMMU and mdev are rebuilt
+# with them out of tree. iommufd is added, and so is mtty, the kernel tree's sample driver with migration
+# (STOP_COPY | P2P | PRE_COPY).
 #
-# Result: FOLDER/vmlinuz, FOLDER/modules/*.ko, and FOLDER/modules/order, the names in the order of loading. The same kernel runs in
-# VMs inside the nodes: FOLDER/guest-modules has what it needs there.
+# Result: FOLDER/vmlinuz, FOLDER/modules/*.ko, and FOLDER/modules/order, the module names in loading order.
+# VMs inside the nodes run the same kernel, with the modules in FOLDER/guest-modules.
 
-# What a node loads, in any order: dependencies are found.
+# The modules that a node loads, in any order: dependencies are resolved.
 node_modules=(virtio_pci virtio_net virtio_rng kvm kvm_amd vfio vfio_iommu_type1 iommufd mdev mtty)
 
-# What a VM inside a node loads: its disk's driver. The serial ports' is built in.
+# The modules that a VM inside a node loads: the disk driver. The serial driver is built in.
 guest_modules=(virtio_blk)
 
-# What the witness puts its probes on. A function that the compiler inlined, or split, could not be probed.
+# The functions that the witness probes. A function that the compiler has inlined or split cannot be probed.
 declare -A probed=(
   [mtty]="mtty_set_state mtty_save_read mtty_resume_write mtty_reset"
   [vfio]="vfio_mig_get_next_state"
@@ -22,10 +23,12 @@ make_node_kernel() {
   local w=${1:?} release version common source
   private_apt "$w/apt"
   step "$w/log/lists.log" "node kernel: fetching Debian's package lists" apt-get "${bookworm[@]}" update
-  # The newest 6.12 that the archive has: an older one is gone from it as soon as a newer comes.
-  release=$(apt-cache "${bookworm[@]}" pkgnames linux-headers-6.12. | sed -n 's/^linux-headers-\(6\.12\.[0-9]*+deb12\)-amd64$/\1/p' | sort -V | tail -n 1)
+  # The newest 6.12 in the archive: a newer version replaces the older one there.
+  release=$(apt-cache "${bookworm[@]}" pkgnames linux-headers-6.12. |
+    sed -n 's/^linux-headers-\(6\.12\.[0-9]*+deb12\)-amd64$/\1/p' | sort -V | tail -n 1)
   [ -n "$release" ] || die "no 6.12 kernel in Debian bookworm's archive"
-  version=$(apt-cache "${bookworm[@]}" show "linux-headers-$release-amd64" | sed -n 's/^Version: //p' | sort -V | tail -n 1)
+  version=$(apt-cache "${bookworm[@]}" show "linux-headers-$release-amd64" |
+    sed -n 's/^Version: //p' | sort -V | tail -n 1)
   step "$w/log/download.log" "node kernel: downloading $release ($version)" download_kernel "$w" "$release" "$version"
   step "$w/log/unpack.log" "node kernel: unpacking" unpack_kernel "$w" "$release"
   lay_out_modules "$w" "$release"
@@ -52,9 +55,10 @@ unpack_kernel() {
   rm -rf "$w/k" "$w/src"
   mkdir -p "$w/k" "$w/src"
   for deb in "$w"/debs/linux-{image,headers,kbuild}-*.deb; do dpkg -x "$deb" "$w/k"; done
-  dpkg --fsys-tarfile "$w"/debs/linux-source-*.deb | tar -xO "./usr/src/$top.tar.xz" | tar -xJ -C "$w/src" --strip-components=1 \
+  dpkg --fsys-tarfile "$w"/debs/linux-source-*.deb | tar -xO "./usr/src/$top.tar.xz" |
+    tar -xJ -C "$w/src" --strip-components=1 \
     "$top/samples/vfio-mdev" "$top/drivers/vfio" "$top/drivers/iommu" "$top/lib/interval_tree.c"
-  # The headers package expects to lie under /usr/src.
+  # The headers package expects to be under /usr/src.
   sed -i "s#^include /usr/src/#include $w/k/usr/src/#" "$w/k/usr/src/linux-headers-$release-amd64/Makefile"
 }
 
@@ -65,11 +69,12 @@ lay_out_modules() {
   cp -r "$w/src/drivers/iommu/iommufd" "$oot/iommu/"
   cp "$w"/src/drivers/iommu/*.h "$oot/iommu/"
   cp -r "$w/src/drivers/vfio" "$oot/"
-  # Inlined into its only caller, a reset could not be seen by the witness.
-  sed 's/^static int mtty_reset(/static noinline int mtty_reset(/' "$w/src/samples/vfio-mdev/mtty.c" >"$oot/samples/mtty.c"
-  grep -q '^static noinline int mtty_reset(' "$oot/samples/mtty.c" || die "mtty.c has changed: mtty_reset was not found"
+  # If the compiler inlined it into its only caller, the witness could not see a reset.
+  sed 's/^static int mtty_reset(/static noinline int mtty_reset(/' \
+    "$w/src/samples/vfio-mdev/mtty.c" >"$oot/samples/mtty.c"
+  grep -q '^static noinline int mtty_reset(' "$oot/samples/mtty.c" || die "mtty.c has changed: it has no mtty_reset"
   rm -f "$oot/iommu/iommufd/Makefile" "$oot/vfio/Makefile" "$oot/vfio/mdev/Makefile"
-  # iommufd's span iterator is not exported by Debian's kernel: a copy is linked into the module.
+  # Debian's kernel does not export iommufd's span iterator: link a copy into the module.
   {
     printf '#include <linux/interval_tree.h>\n#include <linux/module.h>\n#include <linux/limits.h>\n#if 1\n'
     sed -n '/^#ifdef CONFIG_INTERVAL_TREE_SPAN_ITER/,$p' "$w/src/lib/interval_tree.c" | sed '1d' | grep -v EXPORT_SYMBOL
@@ -93,13 +98,16 @@ KBUILD
   echo 'obj-m += mtty.o' >"$oot/samples/Kbuild"
 }
 
-# module_file W RELEASE NAME: the module's file, ours before Debian's; nothing if it is built in.
+# module_file W RELEASE NAME: prints the module's file, ours before Debian's; nothing if the module is built
+# in.
 module_file() {
   local w=${1:?} release=$2 pattern=${3//_/[-_]}
-  find "$w/oot" "$w/k/lib/modules/$release-amd64/kernel" \( -name "$pattern.ko" -o -name "$pattern.ko.xz" \) -print -quit
+  find "$w/oot" "$w/k/lib/modules/$release-amd64/kernel" \
+    \( -name "$pattern.ko" -o -name "$pattern.ko.xz" \) -print -quit
 }
 
-# plain_module FILE TO: decompressed, and without debug information (that drops a signature, which nothing checks here).
+# plain_module FILE TO: decompresses and strips a module (stripping drops its signature, which nothing checks
+# here).
 plain_module() {
   case $1 in
     *.xz) xz -dc "$1" >"$2" ;;
