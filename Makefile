@@ -25,7 +25,8 @@ bins := $(CARGO_TARGET_DIR)/debug
 # What lets tests cause faults: in the programs that the tests run, and never in those of the demo.
 faults := --features slackwater-node-agent/faults,slackwater-operator/faults
 # The programs that the lab starts.
-programs := --package slackwater-operator --package slackwater-node-agent --package slackwater-tests --bins
+programs := --package slackwater-operator --package slackwater-node-agent --package slackwater-reference-vmm \
+  --package slackwater-lab --package slackwater-bench --bins
 
 cargo := cd "$(root)" && cargo
 
@@ -59,14 +60,14 @@ random-walk: rust ## 1,000 migrations, each befallen by something drawn (STEPS=5
 	"$(install)" host-packages node-kernel kubernetes kubectl-helm
 	$(cargo) build --locked $(programs) $(faults)
 	SLACKWATER_WALK_STEPS="$(or $(STEPS),1000)" SLACKWATER_WALK_SEED="$(or $(SEED),$(shell date +%s))" \
-	  cargo test --locked --package slackwater-tests --test faults $(faults) -- --nocapture whatever_befalls
+	  cargo test --locked --workspace --test faults $(faults) -- --nocapture whatever_befalls
 
 .PHONY: linux-guest
 linux-guest: rust ## a Linux in a VM of QEMU's moves ten times, talking through its devices and writing to a shared disk (MIGRATIONS=2)
 	"$(install)" host-packages node-kernel kubernetes kubectl-helm
 	$(cargo) build --locked $(programs) $(faults)
 	SLACKWATER_LINUX_MIGRATIONS="$(or $(MIGRATIONS),10)" \
-	  cargo test --locked --package slackwater-tests --test migration $(faults) -- --ignored --nocapture a_linux
+	  cargo test --locked --workspace --test migration $(faults) -- --ignored --nocapture a_linux
 
 .PHONY: bench-qemu
 bench-qemu: rust ## QEMU's plain migration and Slackwater's, side by side (BENCH="--rounds 10 --guest linux": other arguments)

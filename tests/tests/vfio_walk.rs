@@ -1,16 +1,16 @@
 //! The kernel's own driver against the agent's table of states, and against what else the agent relies on. The walk itself
-//! (src/bin/slackwater-vfio-walk) runs in a node of the lab; this starts it there and judges what it printed.
+//! (lab/src/bin/slackwater-vfio-walk) runs in a node of the lab; this starts it there and judges what it printed.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
 
 use serde_json::Value;
-use slackwater_tests::lab::{Lab, LabConfig, LabError, Node, NodeConfig};
+use slackwater_lab::lab::{Lab, LabConfig, LabError, Node, NodeConfig};
 
 /// A node with two devices of one type and one of another.
 async fn lab() -> Result<Lab, LabError> {
     let mut config = LabConfig::nodes([NodeConfig::new("node-a", ["mtty-1", "mtty-1", "mtty-2"])]);
-    config.image.programs.push(env!("CARGO_BIN_EXE_slackwater-vfio-walk").into());
+    config.image = config.image.with_program("slackwater-vfio-walk")?;
     Lab::start(config).await
 }
 
