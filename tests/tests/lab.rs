@@ -14,9 +14,11 @@ use std::{
 };
 
 use slackwater_lab::{
+    Image, Lab, LabConfig, Node, NodeConfig,
     cluster::QemuVm,
     guests::{Report, lines::check_disk},
-    lab::{Image, Lab, LabConfig, Node, NodeConfig, protocol::Ending, workspace_program},
+    host::workspace_program,
+    node::protocol::Ending,
     witness::{self, PeerToPeer, State, Waking},
 };
 

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use serde_json::Value;
-use slackwater_lab::lab::{Lab, LabConfig, LabError, Node, NodeConfig};
+use slackwater_lab::{Lab, LabConfig, LabError, Node, NodeConfig};
 
 /// A node with two devices of one type and one of another.
 async fn lab() -> Result<Lab, LabError> {

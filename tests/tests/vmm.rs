@@ -4,8 +4,8 @@
 use std::time::Duration;
 
 use serde_json::Value;
-use slackwater_lab::lab::{Lab, LabConfig, LabError, Node, NodeConfig};
 use slackwater_lab::witness;
+use slackwater_lab::{Lab, LabConfig, LabError, Node, NodeConfig};
 use slackwater_reference_vmm::guest::Report;
 
 async fn lab(devices: &[&str]) -> Result<Lab, LabError> {

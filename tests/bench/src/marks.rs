@@ -262,7 +262,7 @@ fn ms(ns: i128) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use slackwater_lab::lab::ClockRelation;
+    use slackwater_lab::node::ClockRelation;
     use slackwater_lab::witness::{Access, DeviceTrace, Run, VcpuTrace};
 
     use State::{PreCopy, PreCopyP2p, Resuming, Running, RunningP2p, Stop, StopCopy};

@@ -10,8 +10,8 @@ use slackwater_node_agent::vmm::budget::DEFAULT_BANDWIDTH;
 use super::marks::{Blackout, DestinationMarks, SourceMarks};
 use super::moved::{Moved, Mover, QemuTimes, Told, steps};
 use slackwater_lab::cluster::{Cluster, QemuVm, SOON, has_condition};
-use slackwater_lab::lab::{LabConfig, Node, NodeConfig};
 use slackwater_lab::witness::Trace;
+use slackwater_lab::{LabConfig, Node, NodeConfig};
 
 const NODES: [&str; 2] = ["node-a", "node-b"];
 /// Of QEMU's plain migration, on the link between the nodes.

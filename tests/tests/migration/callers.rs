@@ -1,5 +1,5 @@
 use slackwater_lab::cluster::Cluster;
-use slackwater_lab::lab::{NodeConfig, Pki};
+use slackwater_lab::{NodeConfig, Pki};
 use slackwater_proto::channel::connect;
 use slackwater_proto::limits::transfer_client;
 use slackwater_proto::node::node_agent_client::NodeAgentClient;

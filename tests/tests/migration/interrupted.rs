@@ -1,6 +1,6 @@
 use slackwater_api::VMMigration;
+use slackwater_lab::NodeConfig;
 use slackwater_lab::cluster::{Cluster, LabVm, has_condition};
-use slackwater_lab::lab::NodeConfig;
 
 use crate::assert_failed;
 

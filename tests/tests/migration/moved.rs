@@ -1,5 +1,5 @@
+use slackwater_lab::NodeConfig;
 use slackwater_lab::cluster::{Cluster, LabVm, has_condition};
-use slackwater_lab::lab::NodeConfig;
 use slackwater_lab::witness::PeerToPeer;
 
 #[tokio::test(flavor = "multi_thread")]

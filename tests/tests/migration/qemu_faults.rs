@@ -3,8 +3,8 @@ use kube::api::Api;
 use serde_json::{Value, json};
 use slackwater_api::{AssignedVM, MigrationPhase, VMMigration};
 use slackwater_lab::cluster::{Cluster, NAMESPACE, QemuVm, SOON, Watching, has_condition};
-use slackwater_lab::lab::{LabConfig, NodeConfig};
 use slackwater_lab::witness::{PeerToPeer, Waking, quiesced_together, woke_together};
+use slackwater_lab::{LabConfig, NodeConfig};
 
 use crate::assert_failed;
 

@@ -6,8 +6,8 @@ use serde_json::json;
 use slackwater_api::AssignedVM;
 use slackwater_api::condition::MIGRATABLE;
 use slackwater_lab::cluster::{Cluster, NAMESPACE, QEMU_PROGRAM, QemuVm, has_condition};
-use slackwater_lab::lab::{LabConfig, Node, NodeConfig};
 use slackwater_lab::witness;
+use slackwater_lab::{LabConfig, Node, NodeConfig};
 
 use crate::{assert_failed, condition};
 

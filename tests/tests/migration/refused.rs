@@ -1,6 +1,6 @@
 use slackwater_api::VMMigration;
+use slackwater_lab::NodeConfig;
 use slackwater_lab::cluster::{Cluster, LabVm, NAMESPACE};
-use slackwater_lab::lab::NodeConfig;
 use slackwater_lab::witness;
 
 use crate::condition;

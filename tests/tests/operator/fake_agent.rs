@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use futures::stream::{self, BoxStream};
 use futures::{Stream, StreamExt};
-use slackwater_lab::lab::Pki;
+use slackwater_lab::Pki;
 use slackwater_proto::node::migration_event::What;
 use slackwater_proto::node::node_agent_server::{NodeAgent, NodeAgentServer};
 use slackwater_proto::node::{

@@ -19,7 +19,7 @@ use slackwater_api::{
     AssignedVM, MigrationNode, MigrationNodeSpec, PeerToPeer, Target, VMMigration, VMMigrationSpec, VmKind,
     VmReference,
 };
-use slackwater_lab::lab::{Lab, LabConfig, Pki};
+use slackwater_lab::{Lab, LabConfig, Pki};
 use tokio::process::{Child, Command};
 
 use crate::fake_agent::{FakeAgent, device, vm};

@@ -9,8 +9,8 @@ use clap::{Parser, ValueEnum};
 use slackwater_api::{DeviceMigration, DeviceStep, VMMigration, VMMigrationStatus};
 use slackwater_lab::cluster::{Cluster, LabVm, NAMESPACE, QemuVm, has_condition};
 use slackwater_lab::guests::lines::check_disk;
-use slackwater_lab::lab::{LabConfig, NodeConfig};
 use slackwater_lab::witness::PeerToPeer;
+use slackwater_lab::{LabConfig, NodeConfig};
 
 /// Shows a VM with its VFIO devices moving from node-a to another node by `kubectl apply`.
 #[derive(Debug, Parser)]

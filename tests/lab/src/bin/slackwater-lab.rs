@@ -16,9 +16,9 @@ use std::{
 
 use anyhow::{Context, bail};
 use clap::Parser;
-use slackwater_lab::lab::{
+use slackwater_lab::{
     Image, Lab, LabConfig, NodeConfig,
-    protocol::{self, Ending, Request, Response},
+    node::protocol::{self, Ending, Request, Response},
 };
 
 #[derive(Parser)]

@@ -9,7 +9,7 @@ use slackwater_api::VMMigration;
 use slackwater_proto::node::{DescribeRequest, JournalState, MigrationRef, NodeDescription, ResolveRequest};
 
 use super::{Cluster, QEMU_PROGRAM, SOON, SYSTEM, VMM_PROGRAM};
-use crate::lab::Issued;
+use crate::pki::Issued;
 
 /// The agent's program, its cgroup and its log.
 pub(super) const AGENT: &str = "slackwater-node-agent";

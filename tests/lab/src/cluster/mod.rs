@@ -34,7 +34,11 @@ pub use judge::{Verdict, Watching};
 pub use qemu::{Accelerator, DeviceAccess, Guest, QEMU_PROGRAM, QemuVm};
 pub use vm::{LabVm, VMM_PROGRAM};
 
-use crate::lab::{Issued, Lab, LabConfig, NodeConfig, Pki, Relay};
+use crate::config::LabConfig;
+use crate::host::Relay;
+use crate::lab::Lab;
+use crate::node::NodeConfig;
+use crate::pki::{Issued, Pki};
 use slackwater_reference_vmm::guest::Report;
 
 /// The namespace of the VMs.

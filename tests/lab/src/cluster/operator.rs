@@ -7,7 +7,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use super::Cluster;
-use crate::lab::HostProgram;
+use crate::host::HostProgram;
 
 const LOG: &str = "operator.log";
 /// Before it is started again.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 
 use super::{NAMESPACE, SOON};
-use crate::lab::Node;
+use crate::node::Node;
 use slackwater_reference_vmm::guest::Report;
 
 /// The lab's VMM, in a node.

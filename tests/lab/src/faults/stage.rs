@@ -9,7 +9,8 @@ use super::matrix::{Cell, Side, VmmKind};
 use super::report::Outcome;
 use super::{questions, scene};
 use crate::cluster::{Cluster, LabVm, QemuVm};
-use crate::lab::{LabConfig, NodeConfig};
+use crate::config::LabConfig;
+use crate::node::NodeConfig;
 
 /// Devices of each node, and of the VM.
 pub const DEVICES: usize = 2;

@@ -7,7 +7,7 @@ use super::{
     state::State,
     trace::{Access, AccessKind, Change, DeviceTrace, Run, Trace, VcpuTrace},
 };
-use crate::lab::ClockRelation;
+use crate::node::ClockRelation;
 
 impl Trace {
     /// Reads what `witness-collect` printed on a node.

@@ -1,11 +1,11 @@
 //! The kernel as a witness of what happened to devices and vCPUs, whoever caused it.
 //!
 //! Probes in each node's kernel record every state change, read, write and reset of every device, and every run of every vCPU,
-//! with the kernel's own clock ([`arm.sh`](https://docs.kernel.org/trace/kprobetrace.html) has them). The witness is armed when
+//! with the kernel's own clock (`image/scripts/witness-arm.sh` has them; see <https://docs.kernel.org/trace/kprobetrace.html>). The witness is armed when
 //! a node boots. The product is not asked to judge itself: the invariants are asserted from this.
 //!
 //! ```no_run
-//! # async fn example(lab: &slackwater_lab::lab::Lab) -> anyhow::Result<()> {
+//! # async fn example(lab: &slackwater_lab::Lab) -> anyhow::Result<()> {
 //! use slackwater_lab::witness::{self, PeerToPeer, Waking};
 //!
 //! let (a, b) = (lab.node("node-a")?, lab.node("node-b")?);
@@ -29,7 +29,8 @@ mod trace;
 
 use std::time::Duration;
 
-use crate::lab::{ClockReading, ClockRelation, LabError, Node};
+use crate::error::LabError;
+use crate::node::{ClockReading, ClockRelation, Node};
 
 pub use invariants::{
     Invariant, PeerToPeer, Separation, Violation, Waking, captured_at_slack_water, never_ran, one_runner,
@@ -38,10 +39,6 @@ pub use invariants::{
 pub use parse::ParseError;
 pub use state::State;
 pub use trace::{Access, AccessKind, Change, DeviceTrace, Run, Trace, VcpuTrace};
-
-/// What the nodes' image has in `/bin` for the witness: name and content.
-pub(crate) const SCRIPTS: [(&str, &[u8]); 2] =
-    [("witness-arm", include_bytes!("arm.sh")), ("witness-collect", include_bytes!("collect.sh"))];
 
 /// The formatting of a full buffer takes an emulated CPU a while.
 const COLLECT_PATIENCE: Duration = Duration::from_secs(120);

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::{parse::ParseError, state::State};
-use crate::lab::ClockRelation;
+use crate::node::ClockRelation;
 
 /// What the kernel of one node recorded. Times are nanoseconds of the node's CLOCK_MONOTONIC.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -10,8 +10,11 @@ use anyhow::Context;
 use serde_json::{Value, json};
 
 use super::NAMESPACE;
+use crate::config::LabConfig;
 use crate::guests::{counter, linux};
-use crate::lab::{Image, LabConfig, Node, SHARED_DISK_ADDRESS};
+use crate::host::SHARED_DISK_ADDRESS;
+use crate::image::Image;
+use crate::node::Node;
 
 /// QEMU, in a node.
 pub const QEMU_PROGRAM: &str = "/bin/qemu-system-x86_64";

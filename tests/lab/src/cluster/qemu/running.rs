@@ -4,7 +4,8 @@ use anyhow::ensure;
 use serde_json::{Value, json};
 
 use super::{QEMU_PROGRAM, QemuVm};
-use crate::lab::{LabError, Node};
+use crate::error::LabError;
+use crate::node::Node;
 
 impl QemuVm {
     /// Starts it in a node, and makes it known when it counts.

@@ -7,8 +7,9 @@ use serde_json::json;
 
 use super::QemuVm;
 use crate::cluster::SOON;
+use crate::error::LabError;
 use crate::guests::Report;
-use crate::lab::{LabError, Node};
+use crate::node::Node;
 
 /// A guest that says nothing for so long does not run.
 const SILENCE: Duration = Duration::from_secs(10);

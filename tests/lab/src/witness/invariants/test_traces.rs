@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::{
-    lab::{ClockReading, ClockRelation},
+    node::{ClockReading, ClockRelation},
     witness::{
         state::State,
         trace::{Access, AccessKind, Change, Run, Trace, VcpuTrace},

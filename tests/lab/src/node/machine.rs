@@ -18,14 +18,12 @@ use tokio::{
     time::timeout,
 };
 
-use super::{
-    children::{self, RunningChild},
-    config::NodeConfig,
-    error::{LabError, last_lines},
-    protocol::{CONTROL_PORT, READY_LINE},
-    qmp::{Qmp, forwarded_ports},
-    switch::mac_of,
-};
+use super::config::NodeConfig;
+use super::protocol::{CONTROL_PORT, READY_LINE};
+use super::qmp::{Qmp, forwarded_ports};
+use crate::error::{LabError, last_lines};
+use crate::host::children::{self, RunningChild};
+use crate::host::switch::mac_of;
 
 /// Where an agent listens inside its node.
 pub const AGENT_PORT: u16 = 7443;
@@ -40,17 +38,17 @@ const LINK_MTU: u32 = 9000;
 const QUICKER_BOOT: &str = "mitigations=off tsc=reliable rcupdate.rcu_expedited=1 nokaslr lsm=capability audit=0 nmi_watchdog=0 cryptomgr.notests";
 
 /// What all nodes of a lab share.
-pub(super) struct Boot<'a> {
-    pub(super) kernel: &'a Path,
-    pub(super) image: &'a Path,
-    pub(super) folder: &'a Path,
+pub(crate) struct Boot<'a> {
+    pub(crate) kernel: &'a Path,
+    pub(crate) image: &'a Path,
+    pub(crate) folder: &'a Path,
     /// What the user network has for the shared disk.
-    pub(super) shared_disk: String,
+    pub(crate) shared_disk: String,
 }
 
 /// A running QEMU.
 #[derive(Debug)]
-pub(super) struct Machine {
+pub(crate) struct Machine {
     name: String,
     child: RunningChild,
     qmp: Mutex<Qmp>,
@@ -61,7 +59,7 @@ pub(super) struct Machine {
 
 impl Machine {
     /// Starts the machine. `link` is the switch's socket.
-    pub(super) async fn start(
+    pub(crate) async fn start(
         boot: &Boot<'_>,
         config: &NodeConfig,
         number: u8,
@@ -92,7 +90,7 @@ impl Machine {
     }
 
     /// Waits until the control service inside answers.
-    pub(super) async fn ready(&self) -> Result<(), LabError> {
+    pub(crate) async fn ready(&self) -> Result<(), LabError> {
         let mut ready = self.ready.clone();
         let came_up = async {
             tokio::select! {
@@ -112,25 +110,25 @@ impl Machine {
     }
 
     /// The address on this machine that leads to a port inside.
-    pub(super) fn forwarded(&self, port: u16) -> Result<SocketAddr, LabError> {
+    pub(crate) fn forwarded(&self, port: u16) -> Result<SocketAddr, LabError> {
         let found = self.ports.iter().find(|(_, theirs)| *theirs == port);
         let (ours, _) = found.ok_or_else(|| self.down(&format!("port {port} is not forwarded")))?;
         Ok(SocketAddr::from(([127, 0, 0, 1], *ours)))
     }
 
     /// Plugs the cable of the inter-node link, or unplugs it.
-    pub(super) async fn set_link(&self, up: bool) -> Result<(), LabError> {
+    pub(crate) async fn set_link(&self, up: bool) -> Result<(), LabError> {
         self.qmp.lock().await.execute("set_link", json!({"name": "link0", "up": up})).await.map(drop)
     }
 
     /// Stops the machine as a power failure does.
-    pub(super) async fn power_off(&self) {
+    pub(crate) async fn power_off(&self) {
         self.child.signal(Signal::KILL);
         self.child.ended().await;
     }
 
     /// The serial console, as a file that grows.
-    pub(super) fn console(&self) -> &Path {
+    pub(crate) fn console(&self) -> &Path {
         &self.console
     }
 

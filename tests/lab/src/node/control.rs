@@ -8,11 +8,9 @@ use tokio::{
     time::timeout,
 };
 
-use super::{
-    clock::{ClockReading, host_monotonic_ns},
-    error::LabError,
-    protocol::{self, Request, Response},
-};
+use super::clock::{ClockReading, host_monotonic_ns};
+use super::protocol::{self, Request, Response};
+use crate::error::LabError;
 
 /// How long an answer may take that waits for nothing.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -22,9 +20,9 @@ const CLOCK_EXCHANGES: usize = 40;
 
 /// Reaches one node's service. Each request has a connection of its own, so that one which waits holds up no other.
 #[derive(Clone, Debug)]
-pub(super) struct Control {
-    pub(super) node: String,
-    pub(super) address: SocketAddr,
+pub(crate) struct Control {
+    pub(crate) node: String,
+    pub(crate) address: SocketAddr,
 }
 
 struct Connection<'a> {
@@ -34,7 +32,7 @@ struct Connection<'a> {
 
 impl Control {
     /// Asks for what the node does at once.
-    pub(super) async fn ask(
+    pub(crate) async fn ask(
         &self,
         request: &Request,
         payload: &[u8],
@@ -43,7 +41,7 @@ impl Control {
     }
 
     /// Asks for what the node itself ends after `takes`.
-    pub(super) async fn ask_for(
+    pub(crate) async fn ask_for(
         &self,
         request: &Request,
         payload: &[u8],
@@ -58,7 +56,7 @@ impl Control {
     }
 
     /// Reads the node's clock.
-    pub(super) async fn clock(&self) -> Result<ClockReading, LabError> {
+    pub(crate) async fn clock(&self) -> Result<ClockReading, LabError> {
         let talk = async {
             let mut connection = self.connect().await?;
             let mut narrowest: Option<ClockReading> = None;
@@ -90,11 +88,11 @@ impl Control {
         Ok(Connection { control: self, stream: BufReader::with_capacity(1 << 16, stream) })
     }
 
-    pub(super) fn refused(&self, message: impl Into<String>) -> LabError {
+    pub(crate) fn refused(&self, message: impl Into<String>) -> LabError {
         LabError::Refused { node: self.node.clone(), message: message.into() }
     }
 
-    pub(super) fn unexpected(&self, response: &Response) -> LabError {
+    pub(crate) fn unexpected(&self, response: &Response) -> LabError {
         self.refused(format!("unexpected answer: {response:?}"))
     }
 }

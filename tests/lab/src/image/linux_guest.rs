@@ -2,13 +2,11 @@
 
 use std::path::Path;
 
-use super::{
-    cpio::Archive,
-    error::LabError,
-    image::{Image, ImageFile, libraries_of, names_in, read, without_debug_information},
-    installed::{installed, workspace_program},
-};
+use super::cpio::Archive;
+use super::{Image, ImageFile, libraries_of, names_in, read, without_debug_information};
+use crate::error::LabError;
 use crate::guests::linux;
+use crate::host::installed::{installed, workspace_program};
 
 impl Image {
     /// Adds the Linux guest. The nodes need 48 MiB more memory for it.

@@ -9,7 +9,7 @@ const LINK: u32 = 0o120_000;
 
 /// An archive being written. Folders on the way to an entry are made when they are first needed.
 #[derive(Default)]
-pub(super) struct Archive {
+pub(crate) struct Archive {
     bytes: Vec<u8>,
     folders: BTreeSet<String>,
     entries: u32,
@@ -17,19 +17,19 @@ pub(super) struct Archive {
 
 impl Archive {
     /// Adds a file; `path` is relative to the root, without a slash in front.
-    pub(super) fn file(&mut self, path: &str, mode: u32, content: &[u8]) -> io::Result<()> {
+    pub(crate) fn file(&mut self, path: &str, mode: u32, content: &[u8]) -> io::Result<()> {
         self.folders_to(path)?;
         self.entry(path, REGULAR | mode, content)
     }
 
     /// Adds a symbolic link.
-    pub(super) fn link(&mut self, path: &str, to: &str) -> io::Result<()> {
+    pub(crate) fn link(&mut self, path: &str, to: &str) -> io::Result<()> {
         self.folders_to(path)?;
         self.entry(path, LINK | 0o777, to.as_bytes())
     }
 
     /// Adds a folder.
-    pub(super) fn folder(&mut self, path: &str) -> io::Result<()> {
+    pub(crate) fn folder(&mut self, path: &str) -> io::Result<()> {
         self.folders_to(path)?;
         if self.folders.insert(path.to_owned()) {
             self.entry(path, FOLDER | 0o755, b"")?;
@@ -38,7 +38,7 @@ impl Archive {
     }
 
     /// The whole archive.
-    pub(super) fn finish(mut self) -> io::Result<Vec<u8>> {
+    pub(crate) fn finish(mut self) -> io::Result<Vec<u8>> {
         self.entry("TRAILER!!!", 0, b"")?;
         Ok(self.bytes)
     }

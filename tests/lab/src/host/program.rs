@@ -7,7 +7,9 @@ use std::{
 
 use rustix::process::Signal;
 
-use super::{children, children::RunningChild, error::LabError, installed::workspace_program};
+use super::children::{self, RunningChild};
+use super::installed::workspace_program;
+use crate::error::LabError;
 
 /// A running program. It is killed when this is dropped, and when the lab's process ends in whatever way.
 #[derive(Debug)]

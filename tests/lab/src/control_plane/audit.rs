@@ -58,7 +58,7 @@ struct Status {
 /// Reads the log. A request is recorded when its answer begins (a watch) and when it ends: only the last record of each stage
 /// sequence is kept apart by its stage, so a watch that goes on is seen by its beginning. A last line that is still being
 /// written is left out.
-pub(super) fn parse(log: &str) -> Result<Vec<AuditEvent>, serde_json::Error> {
+pub(crate) fn parse(log: &str) -> Result<Vec<AuditEvent>, serde_json::Error> {
     let whole = log.rfind('\n').map_or("", |end| log.get(..end).unwrap_or_default());
     let mut events = Vec::new();
     for line in whole.lines() {

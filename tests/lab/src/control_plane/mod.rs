@@ -8,6 +8,8 @@
 //! - `KUBEBUILDER_ASSETS` names a folder: etcd and kube-apiserver are taken from it.
 //! - Otherwise from what `tests/setup/install kubernetes` built.
 
+mod audit;
+
 use std::{
     fs::File,
     net::{Ipv4Addr, TcpListener},
@@ -31,13 +33,12 @@ use tokio::{
     time::{MissedTickBehavior, interval, timeout},
 };
 
-use super::{
-    audit::{self, AuditEvent},
-    children::{self, RunningChild},
-    error::{LabError, last_lines},
-    installed::installed,
-    pki::{Pki, Subject, write_secret},
-};
+pub use audit::AuditEvent;
+
+use crate::error::{LabError, last_lines};
+use crate::host::children::{self, RunningChild};
+use crate::host::installed::installed;
+use crate::pki::{Pki, Subject, write_secret};
 
 /// Names the kubeconfig of a cluster to use instead of a control plane of the lab's own.
 pub const CLUSTER_VARIABLE: &str = "SLACKWATER_LAB_KUBECONFIG";
@@ -61,7 +62,7 @@ pub struct ControlPlane {
 
 impl ControlPlane {
     /// Starts it, and waits until it is ready. Its files are kept in `folder`.
-    pub(super) async fn start(folder: PathBuf) -> Result<Self, LabError> {
+    pub(crate) async fn start(folder: PathBuf) -> Result<Self, LabError> {
         std::fs::create_dir_all(&folder).map_err(LabError::io(format!("making {}", folder.display())))?;
         let tools = installed("kubectl-helm")?.join("bin");
         if let Some(kubeconfig) = std::env::var_os(CLUSTER_VARIABLE) {

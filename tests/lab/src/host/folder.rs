@@ -7,7 +7,7 @@ use std::{
 
 use rustix::fs::{FlockOperation, flock};
 
-use super::error::LabError;
+use crate::error::LabError;
 
 const PREFIX: &str = "slackwater-lab-";
 
@@ -17,7 +17,7 @@ pub const KEEP_VARIABLE: &str = "SLACKWATER_LAB_KEEP";
 /// A lab's folder, removed when this is dropped. As long as it is held the folder is locked; one that is not is a killed lab's,
 /// and the next lab removes it.
 #[derive(Debug)]
-pub(super) struct LabFolder {
+pub(crate) struct LabFolder {
     path: PathBuf,
     keep: bool,
     _lock: File,
@@ -25,7 +25,7 @@ pub(super) struct LabFolder {
 
 impl LabFolder {
     /// Makes a folder (short of name: a Unix socket's path may have 107 bytes), and removes what killed labs have left.
-    pub(super) fn make() -> Result<Self, LabError> {
+    pub(crate) fn make() -> Result<Self, LabError> {
         let parent = std::env::temp_dir();
         remove_abandoned(&parent);
         let failed = |path: &Path| LabError::io(format!("making a folder in {}", path.display()));
@@ -37,7 +37,7 @@ impl LabFolder {
         Ok(Self { path, keep: std::env::var_os(KEEP_VARIABLE).is_some(), _lock: lock })
     }
 
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 }

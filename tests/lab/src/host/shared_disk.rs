@@ -18,10 +18,8 @@ use tokio::{
     time::{Instant, interval},
 };
 
-use super::{
-    children::{self, RunningChild},
-    error::LabError,
-};
+use super::children::{self, RunningChild};
+use crate::error::LabError;
 
 /// Where programs in the nodes find the shared disk: an NBD server with one export, without a name.
 pub const SHARED_DISK_ADDRESS: (Ipv4Addr, u16) = (Ipv4Addr::new(10, 0, 2, 100), 10809);
@@ -30,7 +28,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The served file. It is served until this is dropped.
 #[derive(Debug)]
-pub(super) struct SharedDisk {
+pub(crate) struct SharedDisk {
     path: PathBuf,
     address: SocketAddr,
     accepting: AbortHandle,
@@ -39,7 +37,7 @@ pub(super) struct SharedDisk {
 
 impl SharedDisk {
     /// Makes the file, of so many MiB and empty, and serves it.
-    pub(super) async fn start(folder: &Path, mib: u32) -> Result<Self, LabError> {
+    pub(crate) async fn start(folder: &Path, mib: u32) -> Result<Self, LabError> {
         let (path, socket) = (folder.join("shared-disk.img"), folder.join("nbd"));
         let failed = || LabError::io("serving the shared disk");
         std::fs::File::create(&path).and_then(|file| file.set_len(u64::from(mib) << 20)).map_err(failed())?;
@@ -57,12 +55,12 @@ impl SharedDisk {
     }
 
     /// The file.
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
     /// What a node's user network adds, so that the node reaches it.
-    pub(super) fn forward(&self) -> String {
+    pub(crate) fn forward(&self) -> String {
         let (address, port) = SHARED_DISK_ADDRESS;
         let (ours, our_port) = (self.address.ip(), self.address.port());
         format!(",guestfwd=tcp:{address}:{port}-cmd:busybox nc {ours} {our_port}")

@@ -20,7 +20,7 @@ use super::{
     launch::CGROUPS,
     processes::{self, Processes},
 };
-use crate::lab::protocol::{self, CONTROL_PORT, READY_LINE, Request, Response};
+use crate::node::protocol::{self, CONTROL_PORT, READY_LINE, Request, Response};
 
 /// Listens and serves until the node is switched off.
 pub(super) fn serve() -> anyhow::Result<()> {

@@ -23,24 +23,24 @@ type Frame = Arc<Vec<u8>>;
 
 /// The ports of a switch, not yet running: bound before a QEMU starts, so that it finds its own.
 #[derive(Debug)]
-pub(super) struct Switch {
+pub(crate) struct Switch {
     listeners: Vec<UnixListener>,
 }
 
 /// The address of a node's card on the link.
-pub(super) fn mac_of(number: u8) -> String {
+pub(crate) fn mac_of(number: u8) -> String {
     format!("52:54:00:77:00:{number:02x}")
 }
 
 impl Switch {
     /// Binds a port for each path. The node at index 0 has number 1.
-    pub(super) fn bind(paths: &[impl AsRef<Path>]) -> io::Result<Self> {
+    pub(crate) fn bind(paths: &[impl AsRef<Path>]) -> io::Result<Self> {
         let listeners = paths.iter().map(UnixListener::bind).collect::<io::Result<_>>()?;
         Ok(Self { listeners })
     }
 
     /// Forwards frames for as long as it is polled.
-    pub(super) async fn run(self) {
+    pub(crate) async fn run(self) {
         let (queues, ports): (Vec<_>, Vec<_>) = self
             .listeners
             .into_iter()

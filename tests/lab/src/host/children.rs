@@ -15,22 +15,22 @@ use rustix::{
 };
 use tokio::sync::{oneshot, watch};
 
-use super::error::LabError;
+use crate::error::LabError;
 
 type Job = (Command, oneshot::Sender<io::Result<Child>>);
 
 /// A running program.
 #[derive(Debug)]
-pub(super) struct RunningChild {
+pub(crate) struct RunningChild {
     /// Names this very process, even when its number has come to mean another.
     process: OwnedFd,
     ending: watch::Receiver<Option<ExitStatus>>,
     /// Its standard output, if that was asked for as a pipe.
-    pub(super) stdout: Option<std::process::ChildStdout>,
+    pub(crate) stdout: Option<std::process::ChildStdout>,
 }
 
 /// Starts `program`, with what `configure` adds, so that it dies with this process.
-pub(super) async fn start(
+pub(crate) async fn start(
     program: &str,
     configure: impl FnOnce(&mut Command),
 ) -> Result<RunningChild, LabError> {
@@ -82,13 +82,13 @@ fn process_of(child: &Child) -> io::Result<OwnedFd> {
 
 impl RunningChild {
     /// Waits for it to end.
-    pub(super) async fn ended(&self) -> Option<ExitStatus> {
+    pub(crate) async fn ended(&self) -> Option<ExitStatus> {
         let mut ending = self.ending.clone();
         ending.wait_for(Option::is_some).await.ok().and_then(|status| *status)
     }
 
     /// Sends a signal.
-    pub(super) fn signal(&self, signal: Signal) {
+    pub(crate) fn signal(&self, signal: Signal) {
         // One that has ended needs none.
         let _ = pidfd_send_signal(&self.process, signal);
     }

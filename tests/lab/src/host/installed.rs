@@ -5,13 +5,13 @@ use std::{
     process::Command,
 };
 
-use super::error::LabError;
+use crate::error::LabError;
 
 /// The programs of the workspace that nodes have in `/bin`, where they are built.
 const NODE_PROGRAMS: [&str; 2] = ["slackwater-node-agent", "slackwater-reference-vmm"];
 
 /// The folder of a thing that `install` made.
-pub(super) fn installed(what: &str) -> Result<PathBuf, LabError> {
+pub(crate) fn installed(what: &str) -> Result<PathBuf, LabError> {
     let install = Path::new(env!("CARGO_MANIFEST_DIR")).join("../setup/install");
     let output = Command::new(&install)
         .args(["--where", what])
@@ -40,7 +40,7 @@ pub fn workspace_program(name: &str) -> Result<PathBuf, LabError> {
 
 /// The workspace's programs for the nodes' image: the control service, which must be there, and of the others those that have
 /// been built.
-pub(super) fn node_programs() -> Result<Vec<PathBuf>, LabError> {
+pub(crate) fn node_programs() -> Result<Vec<PathBuf>, LabError> {
     let service = workspace_program("slackwater-lab-node")?;
     let others = NODE_PROGRAMS.iter().filter_map(|name| workspace_program(name).ok());
     Ok(std::iter::once(service).chain(others).collect())

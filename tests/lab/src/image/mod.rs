@@ -1,6 +1,9 @@
 //! The file system that a node boots into: busybox, the kernel's modules, the programs under test with the shared libraries
 //! they need, and the lab's own init. It is put together for each lab, so that a changed program needs no other step.
 
+mod cpio;
+mod linux_guest;
+
 use std::{
     collections::BTreeSet,
     fs, io,
@@ -9,7 +12,16 @@ use std::{
     process::Command,
 };
 
-use super::{cpio::Archive, error::LabError, installed::workspace_program};
+use cpio::Archive;
+
+use crate::error::LabError;
+use crate::host::installed::workspace_program;
+
+/// What is in every node's `/bin` besides programs. The witness's two are read by `witness/`.
+const SCRIPTS: [(&str, &[u8]); 2] = [
+    ("witness-arm", include_bytes!("scripts/witness-arm.sh")),
+    ("witness-collect", include_bytes!("scripts/witness-collect.sh")),
+];
 
 /// A file of this machine and where it goes in the nodes (absolute).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -76,7 +88,7 @@ impl Image {
 }
 
 /// Writes the image to `to`. `kernel` is the folder that `install node-kernel` made.
-pub(super) fn write(image: &Image, kernel: &Path, to: &Path) -> Result<(), LabError> {
+pub(crate) fn write(image: &Image, kernel: &Path, to: &Path) -> Result<(), LabError> {
     let mut archive = Archive::default();
     fill(&mut archive, image, kernel)?;
     let bytes = archive.finish().map_err(LabError::io("writing the nodes' image"))?;
@@ -88,8 +100,8 @@ fn fill(archive: &mut Archive, image: &Image, kernel: &Path) -> Result<(), LabEr
     for folder in ["dev", "proc", "sys", "tmp", "run", "etc", "root", "var/log", "var/lib"] {
         archive.folder(folder).map_err(adding())?;
     }
-    archive.file("init", 0o755, include_bytes!("node-init.sh")).map_err(adding())?;
-    for (name, content) in crate::witness::SCRIPTS {
+    archive.file("init", 0o755, include_bytes!("scripts/node-init.sh")).map_err(adding())?;
+    for (name, content) in SCRIPTS {
         archive.file(&format!("bin/{name}"), 0o755, content).map_err(adding())?;
     }
     add_busybox(archive)?;
@@ -135,14 +147,14 @@ fn add_busybox(archive: &mut Archive) -> Result<(), LabError> {
 }
 
 /// The program's bytes less what only a debugger reads, which would be most of them, and memory of every node.
-pub(super) fn without_debug_information(program: &Path) -> Result<Vec<u8>, LabError> {
+pub(crate) fn without_debug_information(program: &Path) -> Result<Vec<u8>, LabError> {
     let stripped = tempfile::NamedTempFile::new().map_err(LabError::io("making a temporary file"))?;
     output_of(Command::new("strip").arg("--strip-debug").arg("-o").arg(stripped.path()).arg(program))?;
     read(stripped.path())
 }
 
 /// The shared libraries that a program needs, the loader among them, each at the path where it is looked for.
-pub(super) fn libraries_of(program: &Path) -> Result<BTreeSet<PathBuf>, LabError> {
+pub(crate) fn libraries_of(program: &Path) -> Result<BTreeSet<PathBuf>, LabError> {
     // A static program makes ldd fail: it needs none.
     Ok(output_of(Command::new("ldd").arg(program)).map(|text| parse_ldd(&text)).unwrap_or_default())
 }
@@ -157,7 +169,7 @@ fn parse_ldd(text: &str) -> BTreeSet<PathBuf> {
 }
 
 /// Where a program is, by the PATH.
-pub(super) fn which(program: &str) -> Option<PathBuf> {
+pub(crate) fn which(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
     std::env::split_paths(&path).map(|folder| folder.join(program)).find(|file| file.is_file())
 }
@@ -175,11 +187,11 @@ fn output_of(command: &mut Command) -> Result<String, LabError> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-pub(super) fn read(path: &Path) -> Result<Vec<u8>, LabError> {
+pub(crate) fn read(path: &Path) -> Result<Vec<u8>, LabError> {
     fs::read(path).map_err(LabError::io(format!("reading {}", path.display())))
 }
 
-pub(super) fn names_in(folder: &Path) -> Result<Vec<String>, LabError> {
+pub(crate) fn names_in(folder: &Path) -> Result<Vec<String>, LabError> {
     let names = || -> io::Result<Vec<String>> {
         fs::read_dir(folder)?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
     };

@@ -13,7 +13,7 @@ use rcgen::{
     KeyUsagePurpose, SanType,
 };
 
-use super::error::LabError;
+use crate::error::LabError;
 
 /// An authority.
 #[derive(Debug)]
@@ -165,7 +165,7 @@ impl Issued {
 }
 
 /// Writes a file that only its owner may read.
-pub(super) fn write_secret(path: &Path, content: &str) -> Result<(), LabError> {
+pub(crate) fn write_secret(path: &Path, content: &str) -> Result<(), LabError> {
     let write = || {
         let mut file = fs::File::options().create(true).truncate(true).write(true).mode(0o600).open(path)?;
         file.set_permissions(fs::Permissions::from_mode(0o600))?;

@@ -12,7 +12,7 @@ use tokio::{
     task::AbortHandle,
 };
 
-use super::error::LabError;
+use crate::error::LabError;
 
 /// What is passed on at once.
 const PIECE_BYTES: usize = 64 << 10;

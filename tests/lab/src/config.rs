@@ -1,22 +1,8 @@
 //! What a lab is made of.
 
-use super::{error::LabError, image::Image};
-
-/// A node to start.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NodeConfig {
-    /// Its name, in the lab and in the cluster: lower-case letters, digits and dashes.
-    pub name: String,
-    /// The type of each of its devices, as the driver calls them: `mtty-1` (one port), `mtty-2` (two).
-    pub devices: Vec<String>,
-    /// Its memory, in MiB.
-    pub memory_mib: u32,
-    /// Its CPUs. More than one are emulated by as many threads, and then a CPU may go on with code that another one has just replaced, as
-    /// a kernel does with its own: nodes have died of that while they came up.
-    pub cpus: u32,
-    /// What its CPUs lack of what QEMU can emulate, by QEMU's names.
-    pub without_cpu_features: Vec<String>,
-}
+use crate::error::LabError;
+use crate::image::Image;
+use crate::node::NodeConfig;
 
 /// A lab to start.
 #[derive(Clone, Debug, Default)]
@@ -29,19 +15,6 @@ pub struct LabConfig {
     pub image: Image,
     /// The size of the disk that VMs in all nodes can reach, in MiB; none: there is no such disk.
     pub shared_disk_mib: Option<u32>,
-}
-
-impl NodeConfig {
-    /// A node with these devices.
-    pub fn new<T: Into<String>>(name: impl Into<String>, devices: impl IntoIterator<Item = T>) -> Self {
-        Self {
-            name: name.into(),
-            devices: devices.into_iter().map(Into::into).collect(),
-            memory_mib: 512,
-            cpus: 1,
-            without_cpu_features: Vec::new(),
-        }
-    }
 }
 
 impl LabConfig {
@@ -65,7 +38,7 @@ impl LabConfig {
     }
 
     /// Refuses what cannot be started. Names go into paths, host names and QEMU's arguments.
-    pub(super) fn check(&self) -> Result<(), LabError> {
+    pub(crate) fn check(&self) -> Result<(), LabError> {
         let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
         let refuse = |text: String| Err(LabError::Configuration(text));
         if self.nodes.len() > 200 {

@@ -1,17 +1,25 @@
 //! A node of the lab, as the tests see it.
 
+mod clock;
+mod config;
+mod control;
+mod machine;
+pub mod protocol;
+mod qmp;
+
 use std::{net::SocketAddr, path::Path, time::Duration};
 
 use rustix::process::Signal;
 
-use super::{
-    clock::ClockReading,
-    config::NodeConfig,
-    control::Control,
-    error::LabError,
-    machine::{AGENT_PORT, Boot, Machine},
-    protocol::{CONTROL_PORT, Ending, Request, Response},
-};
+pub use clock::{ClockReading, ClockRelation, host_monotonic_ns};
+pub use config::NodeConfig;
+pub use machine::AGENT_PORT;
+
+use self::control::Control;
+pub(crate) use self::machine::Boot;
+use self::machine::Machine;
+use self::protocol::{CONTROL_PORT, Ending, Request, Response};
+use crate::error::LabError;
 
 /// A running node.
 #[derive(Debug)]
@@ -55,7 +63,7 @@ impl Executed {
 
 impl Node {
     /// Starts the node's machine; it is not up yet.
-    pub(super) async fn start(
+    pub(crate) async fn start(
         boot: &Boot<'_>,
         config: &NodeConfig,
         number: u8,
@@ -70,7 +78,7 @@ impl Node {
     }
 
     /// Waits until the node is up.
-    pub(super) async fn ready(&self) -> Result<(), LabError> {
+    pub(crate) async fn ready(&self) -> Result<(), LabError> {
         self.machine.ready().await
     }
 
@@ -243,7 +251,7 @@ impl Node {
     }
 
     /// Plugs the node's cable on the link between the nodes, or unplugs it.
-    pub(super) async fn set_link(&self, up: bool) -> Result<(), LabError> {
+    pub(crate) async fn set_link(&self, up: bool) -> Result<(), LabError> {
         self.machine.set_link(up).await
     }
 

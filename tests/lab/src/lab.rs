@@ -1,72 +1,19 @@
-//! The lab: nodes (QEMU machines with Debian's kernel and VFIO devices that migrate), the link between them, and a Kubernetes
-//! control plane, all on this machine, on its loopback interface and on Unix sockets only.
-//!
-//! ```no_run
-//! # async fn example() -> Result<(), slackwater_lab::lab::LabError> {
-//! use slackwater_lab::lab::{Lab, LabConfig, NodeConfig};
-//!
-//! let config = LabConfig::nodes([
-//!     NodeConfig::new("node-a", ["mtty-1", "mtty-1"]),
-//!     NodeConfig::new("node-b", ["mtty-1", "mtty-1"]),
-//! ]);
-//! let lab = Lab::start(config).await?;
-//! let node = lab.node("node-a")?;
-//! println!("{}", node.shell("ls /sys/bus/mdev/devices").await?);
-//! lab.cut_link("node-b").await?;
-//! # Ok(())
-//! # }
-//! ```
-//!
-//! What a lab starts ends with it: when it is dropped, and when its process ends in whatever way. Its folder is removed, too,
-//! unless [`KEEP_VARIABLE`] is set.
-
-mod audit;
-mod children;
-mod clock;
-mod config;
-mod control;
-mod control_plane;
-mod cpio;
-mod error;
-mod folder;
-mod image;
-pub mod in_node;
-mod installed;
-mod linux_guest;
-mod machine;
-mod node;
-mod pki;
-mod program;
-pub mod protocol;
-mod qmp;
-mod relay;
-mod shared_disk;
-mod switch;
+//! The lab as a whole.
 
 use std::path::{Path, PathBuf};
 
 use futures::future::try_join_all;
 use tokio::{task::AbortHandle, try_join};
 
-pub use audit::AuditEvent;
-pub use clock::{ClockReading, ClockRelation, host_monotonic_ns};
-pub use config::{LabConfig, NodeConfig};
-pub use control_plane::{CLUSTER_VARIABLE, ControlPlane};
-pub use error::LabError;
-pub use folder::KEEP_VARIABLE;
-pub use image::{Image, ImageFile, MadeFile};
-pub use installed::workspace_program;
-pub use machine::AGENT_PORT;
-pub use node::{Executed, Node};
-pub use pki::{Issued, Pki, Subject};
-pub use program::HostProgram;
-pub use relay::Relay;
-pub use shared_disk::SHARED_DISK_ADDRESS;
-
-use folder::LabFolder;
-use machine::Boot;
-use shared_disk::SharedDisk;
-use switch::Switch;
+use crate::config::LabConfig;
+use crate::control_plane::ControlPlane;
+use crate::error::LabError;
+use crate::host::folder::LabFolder;
+use crate::host::installed;
+use crate::host::shared_disk::SharedDisk;
+use crate::host::switch::Switch;
+use crate::image;
+use crate::node::{Boot, Node};
 
 /// A running lab.
 #[derive(Debug)]

@@ -12,20 +12,20 @@ use tokio::{
     time::timeout,
 };
 
-use super::error::LabError;
+use crate::error::LabError;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A conversation with one QEMU.
 #[derive(Debug)]
-pub(super) struct Qmp {
+pub(crate) struct Qmp {
     lines: Lines<BufReader<OwnedReadHalf>>,
     to: OwnedWriteHalf,
 }
 
 impl Qmp {
     /// Takes the connection that QEMU makes, and leaves the negotiation behind.
-    pub(super) async fn accept(listener: &UnixListener) -> Result<Self, LabError> {
+    pub(crate) async fn accept(listener: &UnixListener) -> Result<Self, LabError> {
         let talk = async {
             let (stream, _) = listener.accept().await.map_err(LabError::io("taking QEMU's connection"))?;
             let (from, to) = stream.into_split();
@@ -37,7 +37,7 @@ impl Qmp {
     }
 
     /// Executes a command and returns what it returned.
-    pub(super) async fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, LabError> {
+    pub(crate) async fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, LabError> {
         let talk = async {
             let request = json!({"execute": command, "arguments": arguments});
             self.to
@@ -75,7 +75,7 @@ fn too_late(action: &str) -> LabError {
 }
 
 /// The ports of this machine that lead into the node, out of the monitor's `info usernet`: (ours, the node's).
-pub(super) fn forwarded_ports(usernet: &str) -> Vec<(u16, u16)> {
+pub(crate) fn forwarded_ports(usernet: &str) -> Vec<(u16, u16)> {
     let pair = |line: &str| {
         let mut words = line.split_whitespace();
         if words.next()? != "TCP[HOST_FORWARD]" {

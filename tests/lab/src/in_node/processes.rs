@@ -19,7 +19,7 @@ use rustix::{
 };
 
 use super::launch::CGROUPS;
-use crate::lab::protocol::Ending;
+use crate::node::protocol::Ending;
 
 /// What the service knows of the processes it spawned. Cheap to clone: all clones are one.
 #[derive(Clone, Default)]
