@@ -365,7 +365,8 @@ async fn counted(cluster: &Cluster, node: &str) -> anyhow::Result<BTreeMap<Strin
             opened=$(ls -l "$process/fd" 2>/dev/null | grep -c '/dev/vfio/devices/')
             [ "$opened" -gt 0 ] || continue
             case $(cat "$process/comm") in
-                slackwater-lab-* | qemu-system-*) vmm=$((vmm + opened)) ;;
+                # The kernel keeps 15 characters of a program's name.
+                slackwater-refe | qemu-system-*) vmm=$((vmm + opened)) ;;
                 *) elsewhere=$((elsewhere + opened)) ;;
             esac
         done
