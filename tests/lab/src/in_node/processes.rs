@@ -7,12 +7,13 @@ use std::{
     os::unix::process::{CommandExt, ExitStatusExt},
     path::{Path, PathBuf},
     process::{Command, ExitStatus, Stdio},
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, anyhow, bail};
+use parking_lot::{Condvar, Mutex};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open},
@@ -46,24 +47,21 @@ struct Log {
 }
 
 impl Processes {
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn change(&self, change: impl FnOnce(&mut State)) {
-        change(&mut self.state());
+        change(&mut self.0.state.lock());
         self.0.changed.notify_all();
     }
 
     /// Waits until `look` gives something, or the deadline passes.
     fn wait_for<T>(&self, deadline: Instant, mut look: impl FnMut(&State) -> Option<T>) -> Option<T> {
-        let mut state = self.state();
+        let mut state = self.0.state.lock();
         loop {
             if let Some(found) = look(&state) {
                 return Some(found);
             }
-            let left = deadline.checked_duration_since(Instant::now())?;
-            state = self.0.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            if self.0.changed.wait_until(&mut state, deadline).timed_out() {
+                return look(&state);
+            }
         }
     }
 
@@ -132,7 +130,7 @@ impl Processes {
     /// Waits for a process to end; none when it did not in time.
     pub(super) fn wait(&self, pid: u32, timeout: Duration) -> anyhow::Result<Option<Ending>> {
         let deadline = Instant::now() + timeout;
-        if self.state().endings.contains_key(&pid) {
+        if self.0.state.lock().endings.contains_key(&pid) {
             return Ok(self.wait_for(deadline, |state| state.endings.get(&pid).copied().flatten()));
         }
         let Ok(descriptor) = pidfd_open(pid_of(pid)?, PidfdFlags::empty()) else {
@@ -149,7 +147,7 @@ impl Processes {
         text: &str,
         timeout: Duration,
     ) -> anyhow::Result<Option<String>> {
-        if !self.state().logs.contains_key(name) {
+        if !self.0.state.lock().logs.contains_key(name) {
             bail!("nothing was spawned under the name {name}");
         }
         let found = self.wait_for(Instant::now() + timeout, |state| {
