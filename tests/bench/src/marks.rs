@@ -7,16 +7,16 @@
 //!                                                             ─ first leaves STOP ─ all RUNNING ─ first vCPU run
 //! ```
 //!
-//! Between two marks lies a [`Part`]; the parts add up to the blackout.
+//! Between two marks lies a [`BlackoutPart`]; the parts add up to the blackout.
 
 use serde::Serialize;
-
 use slackwater_lab::witness::{AccessKind, Change, State, Trace};
+use strum::VariantArray;
 
-/// A part of the blackout.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+/// A part of the blackout, in their order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, VariantArray)]
 #[serde(rename_all = "kebab-case")]
-pub enum Part {
+pub enum BlackoutPart {
     /// The vCPUs stand; the devices are stopped.
     Stop,
     /// All devices stand in STOP_COPY; nothing is read yet.
@@ -35,19 +35,7 @@ pub enum Part {
     Cont,
 }
 
-impl Part {
-    /// All, in their order.
-    pub const ALL: [Self; 8] = [
-        Self::Stop,
-        Self::Gate,
-        Self::Carry,
-        Self::Load,
-        Self::Check,
-        Self::HandOver,
-        Self::Wake,
-        Self::Cont,
-    ];
-
+impl BlackoutPart {
     /// Its name, and from what to what it is.
     #[must_use]
     pub fn told(self) -> (&'static str, &'static str) {
@@ -101,8 +89,8 @@ pub struct Blackout {
     pub devices_ms: f64,
     /// By how much these, and the part that goes from one clock to the other, may be wrong, milliseconds either way.
     pub clock_error_ms: f64,
-    /// The parts, milliseconds, in the order of [`Part::ALL`].
-    pub parts_ms: Vec<(Part, f64)>,
+    /// The parts, milliseconds, in the order of [`BlackoutPart`].
+    pub parts_ms: Vec<(BlackoutPart, f64)>,
 }
 
 /// A mark that cannot be found, or does not fit the others.
@@ -197,16 +185,16 @@ impl Blackout {
         let (s, d) = (SourceMarks::of(source)?, DestinationMarks::of(destination)?);
         let across = |from_ns: u64, to_ns: u64| middle(destination, to_ns) - middle(source, from_ns);
         let within = |from_ns: u64, to_ns: u64| i128::from(to_ns) - i128::from(from_ns);
-        let parts = Part::ALL.map(|part| {
+        let parts = BlackoutPart::VARIANTS.iter().map(|&part| {
             let ns = match part {
-                Part::Stop => within(s.paused_ns, s.stopped_ns),
-                Part::Gate => within(s.stopped_ns, s.reading_ns),
-                Part::Carry => across(s.reading_ns, d.written_ns),
-                Part::Load => within(d.written_ns, d.leaving_ns),
-                Part::Check => within(d.leaving_ns, d.in_stop_ns),
-                Part::HandOver => within(d.in_stop_ns, d.waking_ns),
-                Part::Wake => within(d.waking_ns, d.awake_ns),
-                Part::Cont => within(d.awake_ns, d.running_ns),
+                BlackoutPart::Stop => within(s.paused_ns, s.stopped_ns),
+                BlackoutPart::Gate => within(s.stopped_ns, s.reading_ns),
+                BlackoutPart::Carry => across(s.reading_ns, d.written_ns),
+                BlackoutPart::Load => within(d.written_ns, d.leaving_ns),
+                BlackoutPart::Check => within(d.leaving_ns, d.in_stop_ns),
+                BlackoutPart::HandOver => within(d.in_stop_ns, d.waking_ns),
+                BlackoutPart::Wake => within(d.waking_ns, d.awake_ns),
+                BlackoutPart::Cont => within(d.awake_ns, d.running_ns),
             };
             (part, ms(ns))
         });
@@ -217,7 +205,7 @@ impl Blackout {
             blackout_ms: ms(across(s.paused_ns, d.running_ns)),
             devices_ms: ms(across(stopping, d.awake_ns)),
             clock_error_ms: ms(i128::from(source.clock.error_ns()) + i128::from(destination.clock.error_ns())),
-            parts_ms: parts.to_vec(),
+            parts_ms: parts.collect(),
         })
     }
 }

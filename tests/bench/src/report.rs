@@ -3,9 +3,10 @@
 use std::fmt::Write as _;
 
 use serde::Serialize;
+use strum::VariantArray;
 
 use super::figures::Spread;
-use super::marks::Part;
+use super::marks::BlackoutPart;
 use super::moved::{Moved, Mover};
 
 /// The aim: so much of QEMU's own downtime may the product's own steps cost.
@@ -85,7 +86,7 @@ impl Summary {
             Row::of("status.timings.total", &moved, |one| Some(one.told.as_ref()?.total_ms)),
             Row::of("clocks known to", &moved, |one| Some(one.kernels.clock_error_ms)),
         ];
-        let part = |part: Part| {
+        let part = |part: BlackoutPart| {
             let (name, from_to) = part.told();
             let figure =
                 |one: &Moved| one.kernels.parts_ms.iter().find(|(own, _)| *own == part).map(|(_, ms)| *ms);
@@ -102,7 +103,7 @@ impl Summary {
         Self {
             devices,
             figures,
-            parts: Part::ALL.into_iter().map(part).collect(),
+            parts: BlackoutPart::VARIANTS.iter().copied().map(part).collect(),
             steps: names.map(step).collect(),
             cost_ms,
             cost,
@@ -164,7 +165,7 @@ mod tests {
                 blackout_ms,
                 devices_ms: blackout_ms - 1.0,
                 clock_error_ms: 0.2,
-                parts_ms: Part::ALL.map(|part| (part, blackout_ms / 8.0)).to_vec(),
+                parts_ms: BlackoutPart::VARIANTS.iter().map(|part| (*part, blackout_ms / 8.0)).collect(),
             },
             qemu: QemuTimes { downtime_ms, total_ms: 500 },
             total_ms: 2000.0,

@@ -7,7 +7,7 @@ use kvm_ioctls::{Cap, Kvm, VcpuExit};
 
 use super::bus::{PortBus, Written};
 use super::guest;
-use super::machine_state::{MSRS, MachineState, Part};
+use super::machine_state::{MSRS, MachineState, StatePart};
 use super::ram::GuestRam;
 use super::sys::VmOnRam;
 use super::vcpu::{Machine, MachineError, Step};
@@ -125,23 +125,23 @@ impl Machine for KvmMachine {
     }
 
     fn state(&mut self) -> Result<MachineState, MachineError> {
-        let failed = |part: Part| move |source| MachineError::GetState { part: part.name(), source };
-        let mut msrs = msr_list(&MachineState::default()).map_err(failed(Part::Msrs))?;
-        let clock = self.vm.vm().get_clock().map_err(failed(Part::Clock))?;
+        let failed = |part: StatePart| move |source| MachineError::GetState { part: part.name(), source };
+        let mut msrs = msr_list(&MachineState::default()).map_err(failed(StatePart::Msrs))?;
+        let clock = self.vm.vm().get_clock().map_err(failed(StatePart::Clock))?;
         let vcpu = self.vm.vcpu();
         let mut state = MachineState {
-            regs: vcpu.get_regs().map_err(failed(Part::Regs))?,
-            sregs: vcpu.get_sregs().map_err(failed(Part::Sregs))?,
-            xsave: vcpu.get_xsave().map_err(failed(Part::Xsave))?,
-            xcrs: vcpu.get_xcrs().map_err(failed(Part::Xcrs))?,
-            debug_regs: vcpu.get_debug_regs().map_err(failed(Part::DebugRegs))?,
-            events: vcpu.get_vcpu_events().map_err(failed(Part::Events))?,
-            mp_state: vcpu.get_mp_state().map_err(failed(Part::MpState))?,
+            regs: vcpu.get_regs().map_err(failed(StatePart::Regs))?,
+            sregs: vcpu.get_sregs().map_err(failed(StatePart::Sregs))?,
+            xsave: vcpu.get_xsave().map_err(failed(StatePart::Xsave))?,
+            xcrs: vcpu.get_xcrs().map_err(failed(StatePart::Xcrs))?,
+            debug_regs: vcpu.get_debug_regs().map_err(failed(StatePart::DebugRegs))?,
+            events: vcpu.get_vcpu_events().map_err(failed(StatePart::Events))?,
+            mp_state: vcpu.get_mp_state().map_err(failed(StatePart::MpState))?,
             // The flags say how the time was read, which is nothing to set: the guest's time goes on from here.
             clock: kvm_clock_data { clock: clock.clock, ..Default::default() },
             ..Default::default()
         };
-        let got = vcpu.get_msrs(&mut msrs).map_err(failed(Part::Msrs))?;
+        let got = vcpu.get_msrs(&mut msrs).map_err(failed(StatePart::Msrs))?;
         expect_all(got, "give")?;
         for (msr, entry) in state.msrs.iter_mut().zip(msrs.as_slice()) {
             *msr = *entry;
@@ -150,22 +150,22 @@ impl Machine for KvmMachine {
     }
 
     fn restore(&mut self, state: &MachineState) -> Result<(), MachineError> {
-        let failed = |part: Part| move |source| MachineError::SetState { part: part.name(), source };
-        self.vm.vm().set_clock(&state.clock).map_err(failed(Part::Clock))?;
+        let failed = |part: StatePart| move |source| MachineError::SetState { part: part.name(), source };
+        self.vm.vm().set_clock(&state.clock).map_err(failed(StatePart::Clock))?;
         let vcpu = self.vm.vcpu();
         // The system registers first: what the others may be depends on them. XCR0 before the FPU state that it delimits. Events
         // last, since setting registers drops pending exceptions.
-        vcpu.set_sregs(&state.sregs).map_err(failed(Part::Sregs))?;
-        vcpu.set_regs(&state.regs).map_err(failed(Part::Regs))?;
-        vcpu.set_xcrs(&state.xcrs).map_err(failed(Part::Xcrs))?;
-        self.vm.set_xsave(&state.xsave).map_err(failed(Part::Xsave))?;
+        vcpu.set_sregs(&state.sregs).map_err(failed(StatePart::Sregs))?;
+        vcpu.set_regs(&state.regs).map_err(failed(StatePart::Regs))?;
+        vcpu.set_xcrs(&state.xcrs).map_err(failed(StatePart::Xcrs))?;
+        self.vm.set_xsave(&state.xsave).map_err(failed(StatePart::Xsave))?;
         let vcpu = self.vm.vcpu();
-        vcpu.set_debug_regs(&state.debug_regs).map_err(failed(Part::DebugRegs))?;
-        let msrs = msr_list(state).map_err(failed(Part::Msrs))?;
-        let set = vcpu.set_msrs(&msrs).map_err(failed(Part::Msrs))?;
+        vcpu.set_debug_regs(&state.debug_regs).map_err(failed(StatePart::DebugRegs))?;
+        let msrs = msr_list(state).map_err(failed(StatePart::Msrs))?;
+        let set = vcpu.set_msrs(&msrs).map_err(failed(StatePart::Msrs))?;
         expect_all(set, "take")?;
-        vcpu.set_mp_state(state.mp_state).map_err(failed(Part::MpState))?;
-        vcpu.set_vcpu_events(&state.events).map_err(failed(Part::Events))
+        vcpu.set_mp_state(state.mp_state).map_err(failed(StatePart::MpState))?;
+        vcpu.set_vcpu_events(&state.events).map_err(failed(StatePart::Events))
     }
 }
 

@@ -38,7 +38,7 @@ pub enum State {
 }
 
 /// A call whose legality depends on the state.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, strum::VariantArray)]
 #[allow(missing_docs)]
 pub enum Call {
     StartSave,
@@ -153,6 +153,8 @@ impl Call {
 
 #[cfg(test)]
 mod tests {
+    use strum::VariantArray;
+
     use super::Call::*;
     use super::State::*;
     use super::*;
@@ -167,8 +169,6 @@ mod tests {
         Loading,
         Loaded,
     ];
-    const CALLS: [Call; 8] =
-        [StartSave, SaveProgress, Pause, FinishSave, AbortSave, StartLoad, FinishLoad, Resume];
 
     #[test]
     fn exactly_these_calls_are_legal() {
@@ -194,7 +194,7 @@ mod tests {
             (Resume, Paused, Running),
             (Resume, Running, Running),
         ];
-        for call in CALLS {
+        for &call in Call::VARIANTS {
             for state in STATES {
                 let expected =
                     legal.iter().find(|(c, s, _)| (*c, *s) == (call, state)).map(|(_, _, next)| *next);

@@ -4,6 +4,7 @@ use kvm_bindings::{
     kvm_clock_data, kvm_debugregs, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events,
     kvm_xcrs, kvm_xsave,
 };
+use strum::VariantArray;
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 /// The MSRs that are saved (EFER and the APIC base are part of sregs), by their numbers in Linux' msr-index.h: TSC,
@@ -11,11 +12,11 @@ use zerocopy::{FromBytes, FromZeros, IntoBytes};
 pub const MSRS: [u32; 10] =
     [0x10, 0x174, 0x175, 0x176, 0x277, 0xc000_0081, 0xc000_0082, 0xc000_0083, 0xc000_0084, 0xc000_0102];
 
-/// One part of a [`MachineState`], with the number by which a saved VM names it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// One part of a [`MachineState`], with the number by which a saved VM names it. They are saved in this order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, VariantArray)]
 #[repr(u32)]
 #[allow(missing_docs)]
-pub enum Part {
+pub enum StatePart {
     Regs = 1,
     Sregs = 2,
     Xsave = 3,
@@ -27,20 +28,7 @@ pub enum Part {
     Clock = 9,
 }
 
-impl Part {
-    /// All parts, in the order in which they are saved.
-    pub const ALL: [Self; 9] = [
-        Self::Regs,
-        Self::Sregs,
-        Self::Xsave,
-        Self::Xcrs,
-        Self::DebugRegs,
-        Self::Events,
-        Self::MpState,
-        Self::Msrs,
-        Self::Clock,
-    ];
-
+impl StatePart {
     /// Its name, for people.
     pub fn name(self) -> &'static str {
         match self {
@@ -91,35 +79,35 @@ impl Default for MachineState {
 
 impl MachineState {
     /// The bytes of one part: the kernel's own structure, whose layout is fixed by its ABI.
-    pub fn part(&self, part: Part) -> &[u8] {
+    pub fn part(&self, part: StatePart) -> &[u8] {
         match part {
-            Part::Regs => self.regs.as_bytes(),
-            Part::Sregs => self.sregs.as_bytes(),
-            Part::Xsave => self.xsave.as_bytes(),
-            Part::Xcrs => self.xcrs.as_bytes(),
-            Part::DebugRegs => self.debug_regs.as_bytes(),
-            Part::Events => self.events.as_bytes(),
-            Part::MpState => self.mp_state.as_bytes(),
-            Part::Msrs => self.msrs.as_bytes(),
-            Part::Clock => self.clock.as_bytes(),
+            StatePart::Regs => self.regs.as_bytes(),
+            StatePart::Sregs => self.sregs.as_bytes(),
+            StatePart::Xsave => self.xsave.as_bytes(),
+            StatePart::Xcrs => self.xcrs.as_bytes(),
+            StatePart::DebugRegs => self.debug_regs.as_bytes(),
+            StatePart::Events => self.events.as_bytes(),
+            StatePart::MpState => self.mp_state.as_bytes(),
+            StatePart::Msrs => self.msrs.as_bytes(),
+            StatePart::Clock => self.clock.as_bytes(),
         }
     }
 
     /// Sets one part from its bytes. `false`, and nothing has changed, if they are not as many as the part has.
-    pub fn set_part(&mut self, part: Part, bytes: &[u8]) -> bool {
+    pub fn set_part(&mut self, part: StatePart, bytes: &[u8]) -> bool {
         fn put<T: FromBytes>(field: &mut T, bytes: &[u8]) -> bool {
             T::read_from_bytes(bytes).map(|value| *field = value).is_ok()
         }
         match part {
-            Part::Regs => put(&mut self.regs, bytes),
-            Part::Sregs => put(&mut self.sregs, bytes),
-            Part::Xsave => put(&mut self.xsave, bytes),
-            Part::Xcrs => put(&mut self.xcrs, bytes),
-            Part::DebugRegs => put(&mut self.debug_regs, bytes),
-            Part::Events => put(&mut self.events, bytes),
-            Part::MpState => put(&mut self.mp_state, bytes),
-            Part::Msrs => put(&mut self.msrs, bytes),
-            Part::Clock => put(&mut self.clock, bytes),
+            StatePart::Regs => put(&mut self.regs, bytes),
+            StatePart::Sregs => put(&mut self.sregs, bytes),
+            StatePart::Xsave => put(&mut self.xsave, bytes),
+            StatePart::Xcrs => put(&mut self.xcrs, bytes),
+            StatePart::DebugRegs => put(&mut self.debug_regs, bytes),
+            StatePart::Events => put(&mut self.events, bytes),
+            StatePart::MpState => put(&mut self.mp_state, bytes),
+            StatePart::Msrs => put(&mut self.msrs, bytes),
+            StatePart::Clock => put(&mut self.clock, bytes),
         }
     }
 }
@@ -131,13 +119,13 @@ mod tests {
     #[test]
     fn every_part_comes_back_and_no_part_takes_another_length() {
         let mut from = MachineState::default();
-        for (index, part) in Part::ALL.into_iter().enumerate() {
+        for (index, &part) in StatePart::VARIANTS.iter().enumerate() {
             let bytes: Vec<u8> = (0..from.part(part).len()).map(|at| (at + index) as u8).collect();
             assert!(from.set_part(part, &bytes), "{part:?}");
             assert_eq!(from.part(part), bytes, "{part:?}");
             assert!(!from.set_part(part, &bytes[1..]), "{part:?}");
         }
-        for (index, part) in Part::ALL.into_iter().enumerate() {
+        for (index, &part) in StatePart::VARIANTS.iter().enumerate() {
             assert_eq!(from.part(part)[0], index as u8, "{part:?} was overwritten by another part");
         }
     }

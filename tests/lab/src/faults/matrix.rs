@@ -11,8 +11,11 @@
 
 use std::fmt;
 
+use strum::{IntoStaticStr, VariantArray};
+
 /// Which of the two ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, IntoStaticStr)]
+#[strum(serialize_all = "kebab-case")]
 pub enum Side {
     /// Where the VM runs at first.
     Source,
@@ -20,8 +23,9 @@ pub enum Side {
     Destination,
 }
 
-/// A moment of a migration.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+/// A moment of a migration, in their order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, IntoStaticStr, VariantArray)]
+#[strum(serialize_all = "kebab-case")]
 pub enum Phase {
     /// The destination holds devices and a twin, and has not said so yet. The source has not been asked.
     Reserve,
@@ -123,35 +127,10 @@ pub struct Cell {
 }
 
 impl Phase {
-    /// In the order of a migration.
-    pub const ALL: [Self; 10] = [
-        Self::Reserve,
-        Self::Save,
-        Self::Quiesce,
-        Self::Stop,
-        Self::Capture,
-        Self::Load,
-        Self::Loaded,
-        Self::Committed,
-        Self::Starting,
-        Self::Release,
-    ];
-
     /// Its name in the table and on the command line.
     #[must_use]
     pub fn name(self) -> &'static str {
-        match self {
-            Self::Reserve => "reserve",
-            Self::Save => "save",
-            Self::Quiesce => "quiesce",
-            Self::Stop => "stop",
-            Self::Capture => "capture",
-            Self::Load => "load",
-            Self::Loaded => "loaded",
-            Self::Committed => "committed",
-            Self::Starting => "starting",
-            Self::Release => "release",
-        }
+        self.into()
     }
 
     /// Whose state machine is made to stand still, and at which of its phases.
@@ -199,10 +178,7 @@ impl Side {
     /// Its name.
     #[must_use]
     pub fn name(self) -> &'static str {
-        match self {
-            Self::Source => "source",
-            Self::Destination => "destination",
-        }
+        self.into()
     }
 }
 
@@ -265,7 +241,7 @@ pub fn cells(vmm: VmmKind) -> Vec<Cell> {
         VmmKind::Qemu => expected_of_qemu,
     };
     let cell = |phase| Fault::ALL.map(|fault| Cell { phase, fault, expected: expected(phase, fault) });
-    Phase::ALL.into_iter().flat_map(cell).collect()
+    Phase::VARIANTS.iter().copied().flat_map(cell).collect()
 }
 
 /// The same for a VM of QEMU's: it ends as any other does, where the fault can befall it.
@@ -433,9 +409,9 @@ mod tests {
     fn every_phase_meets_every_fault_once() {
         let cells = cells(VmmKind::Contract);
         let names: BTreeSet<String> = cells.iter().map(Cell::to_string).collect();
-        assert_eq!(cells.len(), Phase::ALL.len() * Fault::ALL.len());
+        assert_eq!(cells.len(), Phase::VARIANTS.len() * Fault::ALL.len());
         assert_eq!(names.len(), cells.len());
-        assert!(Phase::ALL.is_sorted());
+        assert!(Phase::VARIANTS.is_sorted());
     }
 
     #[test]

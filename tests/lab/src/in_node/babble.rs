@@ -9,10 +9,12 @@ use std::{
     thread,
 };
 
-use anyhow::{Context, bail};
+use anyhow::Context;
+use strum::EnumString;
 
 /// What it says to everybody who connects.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, EnumString)]
+#[strum(serialize_all = "kebab-case")]
 enum Babble {
     /// A line that is no message, again and again.
     Garbage,
@@ -29,13 +31,9 @@ const GREETING: &[u8] = br#"{"QMP": {"version": {"qemu": {"micro": 2, "minor": 0
 
 /// Serves the socket, for this user alone, until it is killed.
 pub(super) fn serve(socket: &str, what: &str) -> anyhow::Result<()> {
-    let babble = match what {
-        "garbage" => Babble::Garbage,
-        "endless" => Babble::Endless,
-        "greeted-endless" => Babble::GreetedEndless,
-        "silent" => Babble::Silent,
-        _ => bail!("{what:?} is nothing to say: garbage, endless, greeted-endless or silent would be"),
-    };
+    let babble: Babble = what.parse().with_context(|| {
+        format!("cannot serve {what:?}: expected garbage, endless, greeted-endless or silent")
+    })?;
     // Nobody may connect before the mode is right: it gets its name when it is.
     let unnamed = format!("{socket}.new");
     let listener = UnixListener::bind(&unnamed).with_context(|| format!("binding {unnamed}"))?;

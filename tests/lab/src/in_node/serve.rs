@@ -11,15 +11,13 @@ use std::{
 };
 
 use anyhow::Context;
-use rustix::{
-    process::{Signal, kill_process},
-    time::{ClockId, clock_gettime},
-};
+use rustix::process::{Signal, kill_process};
 
 use super::{
     launch::CGROUPS,
     processes::{self, Processes},
 };
+use crate::node::monotonic_ns;
 use crate::node::protocol::{self, CONTROL_PORT, READY_LINE, Request, Response};
 
 /// Listens and serves until the node is switched off.
@@ -82,7 +80,7 @@ fn answer(request: Request, payload: Vec<u8>, processes: &Processes) -> anyhow::
         Request::Get { path } => {
             return Ok((Response::Content, fs::read(&path).with_context(|| format!("reading {path}"))?));
         }
-        Request::Clock => Response::Clock { monotonic_ns: monotonic_ns()? },
+        Request::Clock => Response::Clock { monotonic_ns: u64::try_from(monotonic_ns())? },
     };
     Ok((response, Vec::new()))
 }
@@ -97,9 +95,4 @@ fn put(path: &Path, mode: u32, content: &[u8]) -> anyhow::Result<()> {
         fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
     }
     Ok(())
-}
-
-fn monotonic_ns() -> anyhow::Result<u64> {
-    let now = clock_gettime(ClockId::Monotonic);
-    Ok(u64::try_from(now.tv_sec)? * 1_000_000_000 + u64::try_from(now.tv_nsec)?)
 }

@@ -77,9 +77,9 @@ impl ClockRelation {
     }
 }
 
-/// This machine's CLOCK_MONOTONIC, nanoseconds.
+/// CLOCK_MONOTONIC of the machine on which this runs, in nanoseconds.
 #[must_use]
-pub fn host_monotonic_ns() -> i64 {
+pub fn monotonic_ns() -> i64 {
     let now = clock_gettime(ClockId::Monotonic);
     now.tv_sec * 1_000_000_000 + now.tv_nsec
 }

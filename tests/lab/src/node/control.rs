@@ -8,7 +8,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::clock::{ClockReading, host_monotonic_ns};
+use super::clock::{ClockReading, monotonic_ns};
 use super::protocol::{self, Request, Response};
 use crate::error::LabError;
 
@@ -61,14 +61,14 @@ impl Control {
             let mut connection = self.connect().await?;
             let mut narrowest: Option<ClockReading> = None;
             for _ in 0..CLOCK_EXCHANGES {
-                let sent = host_monotonic_ns();
+                let sent_ns = monotonic_ns();
                 let (response, _) = connection.ask(&Request::Clock, b"").await?;
-                let received = host_monotonic_ns();
-                let Response::Clock { monotonic_ns } = response else {
+                let received_ns = monotonic_ns();
+                let Response::Clock { monotonic_ns: node_ns } = response else {
                     return Err(self.unexpected(&response));
                 };
-                let node_ns = i64::try_from(monotonic_ns).unwrap_or(i64::MAX);
-                let reading = ClockReading::from_exchange(sent, node_ns, received);
+                let node_ns = i64::try_from(node_ns).unwrap_or(i64::MAX);
+                let reading = ClockReading::from_exchange(sent_ns, node_ns, received_ns);
                 if narrowest.is_none_or(|narrowest| reading.error_ns < narrowest.error_ns) {
                     narrowest = Some(reading);
                 }

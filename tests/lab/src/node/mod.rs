@@ -11,7 +11,7 @@ use std::{net::SocketAddr, path::Path, time::Duration};
 
 use rustix::process::Signal;
 
-pub use clock::{ClockReading, ClockRelation, host_monotonic_ns};
+pub use clock::{ClockReading, ClockRelation, monotonic_ns};
 pub use config::NodeConfig;
 pub use machine::AGENT_PORT;
 

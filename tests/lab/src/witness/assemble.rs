@@ -71,8 +71,9 @@ impl Reader {
                 self.done(pending, at_ns, ret);
             }
             Event::Read { file } => {
-                let device =
-                    self.access(file, AccessKind::Read, at_ns, 0).map_err(|what| inconsistent(&what))?;
+                let device = self
+                    .access(file, AccessKind::Read, at_ns, 0)
+                    .ok_or_else(|| inconsistent(&no_device(file)))?;
                 self.reading.insert(thread, device);
             }
             Event::ReadDone { ret } => {
@@ -86,7 +87,8 @@ impl Reader {
                 }
             }
             Event::Write { file, bytes } => {
-                self.access(file, AccessKind::Write, at_ns, bytes).map_err(|what| inconsistent(&what))?;
+                self.access(file, AccessKind::Write, at_ns, bytes)
+                    .ok_or_else(|| inconsistent(&no_device(file)))?;
             }
             Event::Reset { device } => {
                 // A reset ends in RUNNING (mtty, mlx5).
@@ -118,18 +120,17 @@ impl Reader {
         }
     }
 
-    fn access(
-        &mut self,
-        file: u64,
-        kind: AccessKind,
-        at_ns: u64,
-        bytes: u64,
-    ) -> Result<(String, usize), String> {
-        let device = self.files.get(&file).ok_or_else(|| format!("file {file:#x} is of no device"))?.clone();
+    /// Records an access. Returns its device and its index there; none: the file is of no device.
+    fn access(&mut self, file: u64, kind: AccessKind, at_ns: u64, bytes: u64) -> Option<(String, usize)> {
+        let device = self.files.get(&file)?.clone();
         let accesses = &mut self.devices.entry(device.clone()).or_default().accesses;
         accesses.push(Access { kind, at_ns, bytes });
-        Ok((device, accesses.len() - 1))
+        Some((device, accesses.len() - 1))
     }
+}
+
+fn no_device(file: u64) -> String {
+    format!("file {file:#x} belongs to no device")
 }
 
 /// Whether a pointer is an error number (IS_ERR in include/linux/err.h).

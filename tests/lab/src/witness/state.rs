@@ -4,8 +4,12 @@
 
 use std::fmt;
 
+use strum::{FromRepr, IntoStaticStr};
+
 /// A device's migration state.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, FromRepr, IntoStaticStr)]
+#[strum(serialize_all = "SCREAMING_SNAKE_CASE")]
+#[repr(u32)]
 #[allow(missing_docs)]
 pub enum State {
     Error,
@@ -19,27 +23,16 @@ pub enum State {
 }
 
 impl State {
-    const ALL: [(Self, &str); 8] = [
-        (Self::Error, "ERROR"),
-        (Self::Stop, "STOP"),
-        (Self::Running, "RUNNING"),
-        (Self::StopCopy, "STOP_COPY"),
-        (Self::Resuming, "RESUMING"),
-        (Self::RunningP2p, "RUNNING_P2P"),
-        (Self::PreCopy, "PRE_COPY"),
-        (Self::PreCopyP2p, "PRE_COPY_P2P"),
-    ];
-
     /// The state of this number.
     #[must_use]
     pub fn from_number(number: u32) -> Option<Self> {
-        Self::ALL.get(usize::try_from(number).ok()?).map(|(state, _)| *state)
+        Self::from_repr(number)
     }
 
     /// The kernel's name for it.
     #[must_use]
     pub fn name(self) -> &'static str {
-        Self::ALL.iter().find(|(state, _)| *state == self).map_or("?", |(_, name)| name)
+        self.into()
     }
 
     /// Whether the device may start work by itself or touch memory: everything but the states in which it stands still.

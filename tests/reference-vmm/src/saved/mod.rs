@@ -4,7 +4,7 @@
 //! header    magic "SLKWLAB\0", u32 version, u32 devices, u64 bytes of RAM
 //! pages *   u32 1, u32 pages (1 to 256), u64 guest physical address, then the pages of 4096 bytes;
 //!           in ascending order, pages that are zero left out
-//! machine   u32 2, u32 parts, then for each part, in the order of `Part::ALL`: u32 number, u32 bytes, the bytes
+//! machine   u32 2, u32 parts, then for each part, in the order of `StatePart`: u32 number, u32 bytes, the bytes
 //! end       u32 3
 //! ```
 //! [`write`] and [`read`] need memory for one record, whatever the size of the RAM. [`read`] takes nothing but exactly this: it

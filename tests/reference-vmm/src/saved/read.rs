@@ -4,7 +4,9 @@ use std::fmt::Display;
 use std::io::{self, Read};
 
 use super::{END, MACHINE, MAGIC, PAGES, RECORD_BYTES, RECORD_PAGES, Shape, VERSION};
-use crate::machine_state::{MSRS, MachineState, Part};
+use strum::VariantArray;
+
+use crate::machine_state::{MSRS, MachineState, StatePart};
 use crate::ram::PAGE_BYTES;
 
 /// Why a saved VM was not taken.
@@ -188,8 +190,8 @@ impl<R: Read> Input<'_, R> {
 
     fn machine(&mut self) -> Result<MachineState, ReadError> {
         let mut machine = MachineState::default();
-        self.expect("the number of machine parts", Part::ALL.len() as u32)?;
-        for part in Part::ALL {
+        self.expect("the number of machine parts", StatePart::VARIANTS.len() as u32)?;
+        for &part in StatePart::VARIANTS {
             self.expect("the number of a machine part", part as u32)?;
             let found = self.u32("the length of a machine part")?;
             let expected = machine.part(part).len();

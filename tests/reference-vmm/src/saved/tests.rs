@@ -3,7 +3,9 @@ use std::io::{self, Read};
 use proptest::prelude::*;
 
 use super::*;
-use crate::machine_state::{MachineState, Part};
+use strum::VariantArray;
+
+use crate::machine_state::{MachineState, StatePart};
 
 const SHAPE: Shape = Shape { ram_bytes: 600 * 4096, devices: 2 };
 
@@ -67,7 +69,7 @@ fn a_vm_comes_back_as_it_was_saved() {
     let bytes = saved(&ram);
     let (found, found_machine) = loaded(bytes.as_slice(), SHAPE).unwrap();
     assert!(found == ram);
-    for part in Part::ALL {
+    for &part in StatePart::VARIANTS {
         assert_eq!(found_machine.part(part), machine().part(part), "{part:?}");
     }
     assert!(bytes.len() < 7 * 4096 + 4 * 16 + 8192, "pages that are zero do not travel: {}", bytes.len());
@@ -131,8 +133,8 @@ fn each_wrong_field_is_named_with_its_value_and_what_was_expected() {
 fn an_msr_that_is_not_on_the_list_is_refused() {
     let bytes = saved(&ram(&[]));
     // TSC = 0x10: the first entry of the MSRs, which stand before the clock and the end.
-    let clock = 8 + machine().part(Part::Clock).len() + 4;
-    let at = bytes.len() - clock - machine().part(Part::Msrs).len();
+    let clock = 8 + machine().part(StatePart::Clock).len() + 4;
+    let at = bytes.len() - clock - machine().part(StatePart::Msrs).len();
     let mut wrong = bytes.clone();
     assert_eq!(wrong[at], 0x10);
     wrong[at] = 0x11;

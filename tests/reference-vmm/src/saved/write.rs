@@ -3,7 +3,9 @@
 use std::io::{self, Write};
 
 use super::{END, MACHINE, MAGIC, PAGES, RECORD_BYTES, Shape, VERSION};
-use crate::machine_state::{MachineState, Part};
+use strum::VariantArray;
+
+use crate::machine_state::{MachineState, StatePart};
 use crate::ram::PAGE_BYTES;
 
 /// Guest RAM, as a save reads it.
@@ -51,8 +53,8 @@ pub fn write(
     scanned(shape.ram_bytes);
 
     out.write_all(&MACHINE.to_le_bytes())?;
-    out.write_all(&(Part::ALL.len() as u32).to_le_bytes())?;
-    for part in Part::ALL {
+    out.write_all(&(StatePart::VARIANTS.len() as u32).to_le_bytes())?;
+    for &part in StatePart::VARIANTS {
         let bytes = machine.part(part);
         out.write_all(&(part as u32).to_le_bytes())?;
         out.write_all(&(bytes.len() as u32).to_le_bytes())?;

@@ -7,14 +7,10 @@ use std::{
 };
 
 use anyhow::Context;
-use rustix::{
-    fs::OFlags,
-    time::{ClockId, clock_gettime},
-};
-use slackwater_lab::guests::{
-    lines::{DiskLine, SECTOR_BYTES, is_empty},
-    linux,
-};
+use rustix::fs::OFlags;
+use slackwater_lab::guests::lines::{DiskLine, SECTOR_BYTES, is_empty};
+use slackwater_lab::guests::linux;
+use slackwater_lab::node::monotonic_ns;
 
 /// `O_DIRECT` wants the memory aligned as the disk is.
 #[repr(align(512))]
@@ -55,8 +51,7 @@ impl Disk {
         let mut sector = Sector([0; SECTOR_BYTES]);
         self.file.read_exact_at(&mut sector.0, offset).context("reading from the disk")?;
         let empty = is_empty(&sector.0);
-        let now = clock_gettime(ClockId::Monotonic);
-        let stamp = u64::try_from(now.tv_sec)? * 1_000_000_000 + u64::try_from(now.tv_nsec)?;
+        let stamp = u64::try_from(monotonic_ns())?;
         let line = DiskLine { number, previous: self.last.stamp, stamp };
         sector.0.copy_from_slice(&line.sector());
         self.file.write_all_at(&sector.0, offset).context("writing to the disk")?;
