@@ -25,7 +25,8 @@ bins := $(CARGO_TARGET_DIR)/debug
 # Fault injection: enabled in the programs that the tests run, never in those of the demo.
 faults := --features slackwater-node-agent/faults,slackwater-operator/faults
 # The programs that the lab starts.
-programs := --package slackwater-operator --package slackwater-node-agent --package slackwater-tests --bins
+programs := --package slackwater-operator --package slackwater-node-agent --package slackwater-reference-vmm \
+  --package slackwater-lab --package slackwater-bench --bins
 
 cargo := cd "$(root)" && cargo
 
@@ -59,14 +60,14 @@ random-walk: rust ## run 1,000 migrations with randomly drawn faults (STEPS=50 S
 	"$(install)" host-packages node-kernel kubernetes kubectl-helm
 	$(cargo) build --locked $(programs) $(faults)
 	SLACKWATER_WALK_STEPS="$(or $(STEPS),1000)" SLACKWATER_WALK_SEED="$(or $(SEED),$(shell date +%s))" \
-	  cargo test --locked --package slackwater-tests --test faults $(faults) -- --nocapture whatever_befalls
+	  cargo test --locked --workspace --test faults $(faults) -- --nocapture whatever_befalls
 
 .PHONY: linux-guest
 linux-guest: rust ## migrate a Linux guest under QEMU ten times while it uses devices and disk (MIGRATIONS=2)
 	"$(install)" host-packages node-kernel kubernetes kubectl-helm
 	$(cargo) build --locked $(programs) $(faults)
 	SLACKWATER_LINUX_MIGRATIONS="$(or $(MIGRATIONS),10)" \
-	  cargo test --locked --package slackwater-tests --test migration $(faults) -- --ignored --nocapture a_linux
+	  cargo test --locked --workspace --test migration $(faults) -- --ignored --nocapture a_linux
 
 .PHONY: bench-qemu
 bench-qemu: rust ## compare QEMU's own migration with Slackwater's (BENCH="--rounds 10 --guest linux")

@@ -13,10 +13,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use slackwater_tests::{
+use slackwater_lab::{
+    Image, Lab, LabConfig, Node, NodeConfig,
     cluster::QemuVm,
     guests::{Report, lines::check_disk},
-    lab::{Image, Lab, LabConfig, Node, NodeConfig, protocol::Ending},
+    host::workspace_program,
+    node::protocol::Ending,
     witness::{self, PeerToPeer, State, Waking},
 };
 
@@ -112,7 +114,7 @@ async fn programs_in_a_node_are_run_followed_and_killed() {
 
 #[test]
 fn nothing_that_a_killed_lab_started_lives_on() {
-    let mut lab = Command::new(env!("CARGO_BIN_EXE_slackwater-lab"))
+    let mut lab = Command::new(workspace_program("slackwater-lab").unwrap())
         .args(["--node", "node-a", "--stay"])
         .stderr(Stdio::piped())
         .spawn()

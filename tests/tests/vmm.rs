@@ -1,27 +1,27 @@
-//! The lab's VMM on a real KVM with real VFIO devices. The walk itself (src/bin/slackwater-vmm-walk) runs in a node of the lab,
+//! The lab's VMM on a real KVM with real VFIO devices. The walk itself (lab/src/bin/slackwater-vmm-walk) runs in a node of the lab,
 //! as an agent would; this starts it there and judges what it printed, and what the kernel saw meanwhile.
 
 use std::time::Duration;
 
 use serde_json::Value;
-use slackwater_tests::lab::{Lab, LabConfig, LabError, Node, NodeConfig};
-use slackwater_tests::vmm::guest::Report;
-use slackwater_tests::witness;
+use slackwater_lab::witness;
+use slackwater_lab::{Lab, LabConfig, LabError, Node, NodeConfig};
+use slackwater_reference_vmm::guest::Report;
 
 async fn lab(devices: &[&str]) -> Result<Lab, LabError> {
     let mut config = LabConfig::nodes([NodeConfig::new("node-a", devices.iter().copied())]);
-    config.image.programs.push(env!("CARGO_BIN_EXE_slackwater-vmm-walk").into());
+    config.image = config.image.with_program("slackwater-vmm-walk")?;
     Lab::start(config).await
 }
 
 /// The lines that the walk printed. That it succeeded is asserted only after a look at them: they say why not.
-async fn walk(node: &Node, what: &str) -> anyhow::Result<(Vec<Value>, Result<String, String>)> {
+async fn walk(node: &Node, what: &str) -> anyhow::Result<(Vec<Value>, Result<String, LabError>)> {
     let mut argv = vec!["slackwater-vmm-walk", what];
     argv.extend(node.devices().iter().map(String::as_str));
     let executed = node.exec_for(&argv, b"", Duration::from_secs(240)).await?;
     let lines = executed.stdout.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
     let lines = lines.map(serde_json::from_slice).collect::<Result<_, _>>()?;
-    Ok((lines, executed.success().map_err(|error| error.to_string())))
+    Ok((lines, executed.success()))
 }
 
 #[tokio::test]
@@ -31,7 +31,7 @@ async fn a_vm_counts_saves_loads_and_finds_out_what_was_lost() {
     let failed: Vec<_> = lines.iter().filter(|line| line["ok"] != true).collect();
     assert!(failed.is_empty(), "{failed:#?}");
     assert_eq!(lines.len(), 9, "{ending:?}");
-    assert_eq!(ending.map(drop), Ok(()));
+    ending.unwrap();
 }
 
 #[tokio::test]
@@ -40,7 +40,7 @@ async fn the_kernel_sees_no_vcpu_run_between_the_answer_to_a_pause_and_the_resum
     let node = lab.node("node-a").unwrap();
     let watch = witness::watch(node).await.unwrap();
     let (lines, ending) = walk(node, "pauses").await.unwrap();
-    assert_eq!(ending.map(drop), Ok(()));
+    ending.unwrap();
     let vcpus = watch.testimony(node).await.unwrap().vcpus;
     let pauses: Vec<(u64, u64)> = lines
         .iter()
@@ -65,11 +65,12 @@ async fn what_a_guest_counted_is_read_by_the_pid_of_its_vmm() {
     let lab = lab(&["mtty-1", "mtty-2"]).await.unwrap();
     let node = lab.node("node-a").unwrap();
     let devices = "/dev/vfio/devices/vfio0,/dev/vfio/devices/vfio1";
-    let run = ["slackwater-lab-vmm", "run", "--socket", "/run/vmm.sock", "--device", devices];
+    let run = ["slackwater-reference-vmm", "run", "--socket", "/run/vmm.sock", "--device", devices];
     let pid = node.spawn("vmm", &run, &[]).await.unwrap();
     node.wait_line("vmm", "serving", Duration::from_secs(30)).await.unwrap();
     let report = async |pid: u32| {
-        let executed = node.exec(&["slackwater-lab-vmm", "guest", "--pid", &pid.to_string()]).await.unwrap();
+        let executed =
+            node.exec(&["slackwater-reference-vmm", "guest", "--pid", &pid.to_string()]).await.unwrap();
         executed.success().map(|json| serde_json::from_str::<Report>(&json).unwrap())
     };
     let (first, second) = (report(pid).await.unwrap(), report(pid).await.unwrap());

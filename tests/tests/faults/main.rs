@@ -3,9 +3,9 @@
 
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use slackwater_tests::faults::matrix::{Cell, Fault, Phase, Side, VmmKind, cells};
-use slackwater_tests::faults::stage::Stage;
-use slackwater_tests::faults::walk;
+use slackwater_lab::faults::matrix::{Cell, Fault, Phase, Side, VmmKind, cells};
+use slackwater_lab::faults::stage::Stage;
+use slackwater_lab::faults::walk;
 
 /// The seed of the walk. Without it always the same: a test that fails must fail again.
 const SEED: &str = "SLACKWATER_WALK_SEED";

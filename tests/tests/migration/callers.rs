@@ -1,3 +1,5 @@
+use slackwater_lab::cluster::Cluster;
+use slackwater_lab::{NodeConfig, Pki};
 use slackwater_proto::channel::connect;
 use slackwater_proto::limits::transfer_client;
 use slackwater_proto::node::node_agent_client::NodeAgentClient;
@@ -5,8 +7,6 @@ use slackwater_proto::node::{DescribeRequest, ReleaseRequest};
 use slackwater_proto::tonic::transport::{Certificate, ClientTlsConfig, Endpoint};
 use slackwater_proto::tonic::{Code, Request};
 use slackwater_proto::transfer::{Attempt, HandoverRequest, Hello, handover_request};
-use slackwater_tests::cluster::Cluster;
-use slackwater_tests::lab::{NodeConfig, Pki};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_agent_serves_only_whom_it_should_and_says_why_not() {

@@ -1,5 +1,5 @@
-use slackwater_tests::cluster::{Cluster, LabVm};
-use slackwater_tests::lab::{LabConfig, NodeConfig};
+use slackwater_lab::cluster::{Cluster, LabVm};
+use slackwater_lab::{LabConfig, NodeConfig};
 
 use crate::assert_failed;
 

@@ -1,6 +1,6 @@
 use slackwater_api::VMMigration;
-use slackwater_tests::cluster::{Cluster, LabVm, has_condition};
-use slackwater_tests::lab::NodeConfig;
+use slackwater_lab::NodeConfig;
+use slackwater_lab::cluster::{Cluster, LabVm, has_condition};
 
 use crate::assert_failed;
 

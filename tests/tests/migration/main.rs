@@ -13,7 +13,7 @@ mod qemu_preflight;
 mod refused;
 
 use slackwater_api::VMMigration;
-use slackwater_tests::cluster::has_condition;
+use slackwater_lab::cluster::has_condition;
 
 /// A condition's status, reason and message.
 fn condition(migration: &VMMigration, type_: &str) -> (String, String, String) {

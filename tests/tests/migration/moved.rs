@@ -1,6 +1,6 @@
-use slackwater_tests::cluster::{Cluster, LabVm, has_condition};
-use slackwater_tests::lab::NodeConfig;
-use slackwater_tests::witness::PeerToPeer;
+use slackwater_lab::NodeConfig;
+use slackwater_lab::cluster::{Cluster, LabVm, has_condition};
+use slackwater_lab::witness::PeerToPeer;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_vm_moves_with_its_devices_and_back_again_and_its_count_goes_on() {

@@ -1,7 +1,7 @@
-use slackwater_tests::cluster::{Cluster, QemuVm, has_condition};
-use slackwater_tests::guests::lines::check_disk;
-use slackwater_tests::lab::{LabConfig, NodeConfig};
-use slackwater_tests::witness::PeerToPeer;
+use slackwater_lab::cluster::{Cluster, QemuVm, has_condition};
+use slackwater_lab::guests::lines::check_disk;
+use slackwater_lab::witness::PeerToPeer;
+use slackwater_lab::{LabConfig, NodeConfig};
 
 /// Two nodes with two devices each, and room for a VM of QEMU's.
 fn nodes(vm: &QemuVm) -> LabConfig {

@@ -2,9 +2,9 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::api::Api;
 use serde_json::{Value, json};
 use slackwater_api::{AssignedVM, MigrationPhase, VMMigration};
-use slackwater_tests::cluster::{Cluster, NAMESPACE, QemuVm, SOON, Watching, has_condition};
-use slackwater_tests::lab::{LabConfig, NodeConfig};
-use slackwater_tests::witness::{PeerToPeer, Waking, quiesced_together, woke_together};
+use slackwater_lab::cluster::{Cluster, NAMESPACE, QemuVm, SOON, Watching, has_condition};
+use slackwater_lab::witness::{PeerToPeer, Waking, quiesced_together, woke_together};
+use slackwater_lab::{LabConfig, NodeConfig};
 
 use crate::assert_failed;
 

@@ -5,16 +5,16 @@ use std::time::Duration;
 use serde_json::json;
 use slackwater_api::AssignedVM;
 use slackwater_api::condition::MIGRATABLE;
-use slackwater_tests::cluster::{Cluster, NAMESPACE, QEMU_PROGRAM, QemuVm, has_condition};
-use slackwater_tests::lab::{LabConfig, Node, NodeConfig};
-use slackwater_tests::witness;
+use slackwater_lab::cluster::{Cluster, NAMESPACE, QEMU_PROGRAM, QemuVm, has_condition};
+use slackwater_lab::witness;
+use slackwater_lab::{LabConfig, Node, NodeConfig};
 
 use crate::{assert_failed, condition};
 
 /// Stands in for another QEMU.
 const OTHER_QEMU: &str = "slackwater-lab-other-qemu";
 const RULES: &str = "/etc/other-qemu";
-const DISK: &str = slackwater_tests::guests::counter::DISK;
+const DISK: &str = slackwater_lab::guests::counter::DISK;
 
 fn nodes(vm: &QemuVm, without: &[&str]) -> LabConfig {
     let one = NodeConfig::new("node-a", ["mtty-1"]);

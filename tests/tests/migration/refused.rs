@@ -1,7 +1,7 @@
 use slackwater_api::VMMigration;
-use slackwater_tests::cluster::{Cluster, LabVm, NAMESPACE};
-use slackwater_tests::lab::NodeConfig;
-use slackwater_tests::witness;
+use slackwater_lab::NodeConfig;
+use slackwater_lab::cluster::{Cluster, LabVm, NAMESPACE};
+use slackwater_lab::witness;
 
 use crate::condition;
 

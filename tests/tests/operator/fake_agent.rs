@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use futures::stream::{self, BoxStream};
 use futures::{Stream, StreamExt};
+use slackwater_lab::Pki;
 use slackwater_proto::node::migration_event::What;
 use slackwater_proto::node::node_agent_server::{NodeAgent, NodeAgentServer};
 use slackwater_proto::node::{
@@ -22,7 +23,6 @@ use slackwater_proto::server::serve;
 use slackwater_proto::tls::Credentials;
 use slackwater_proto::tonic::service::Routes;
 use slackwater_proto::tonic::{Request, Response, Status};
-use slackwater_tests::lab::Pki;
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::watch;
 

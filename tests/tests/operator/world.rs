@@ -19,7 +19,9 @@ use slackwater_api::{
     AssignedVM, MigrationNode, MigrationNodeSpec, PeerToPeer, Target, VMMigration, VMMigrationSpec, VmKind,
     VmReference,
 };
-use slackwater_tests::lab::{Lab, LabConfig, Pki};
+pub(crate) use slackwater_lab::cluster::has_condition as condition;
+use slackwater_lab::host::workspace_program;
+use slackwater_lab::{Lab, LabConfig, Pki};
 use tokio::process::{Child, Command};
 
 use crate::fake_agent::{FakeAgent, device, vm};
@@ -304,18 +306,6 @@ impl<K, F: Fn(&K) -> Option<bool>> Condition<K> for Wanted<F> {
     }
 }
 
-/// A condition has a status (and, where given after a slash, a reason): `True`, `False/TargetIsSource`.
-pub(crate) fn condition(
-    conditions: &[k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition],
-    type_: &str,
-    wanted: &str,
-) -> Option<bool> {
-    let condition = conditions.iter().find(|condition| condition.type_ == type_)?;
-    let (status, reason) =
-        wanted.split_once('/').map_or((wanted, None), |(status, reason)| (status, Some(reason)));
-    Some(condition.status == status && reason.is_none_or(|reason| condition.reason == reason))
-}
-
 /// A condition of a VMMigration.
 pub(crate) fn is(
     type_: &'static str,
@@ -336,7 +326,7 @@ const LEASE: [&str; 6] = ["--lease-duration", "3s", "--lease-renew-deadline", "2
 pub(crate) fn start_operator(folder: &Path, kubeconfig: &Path, name: &str) -> Child {
     let log = folder.join(format!("{name}.log"));
     let log = std::fs::File::options().create(true).append(true).open(log).unwrap();
-    Command::new(operator_program())
+    Command::new(workspace_program("slackwater-operator").unwrap())
         .arg("run")
         .arg("--tls-cert")
         .arg(folder.join("operator.crt"))
@@ -352,12 +342,4 @@ pub(crate) fn start_operator(folder: &Path, kubeconfig: &Path, name: &str) -> Ch
         .kill_on_drop(true)
         .spawn()
         .unwrap()
-}
-
-/// Beside this test's own program.
-fn operator_program() -> PathBuf {
-    let own = std::env::current_exe().unwrap();
-    let program = own.parent().unwrap().parent().unwrap().join("slackwater-operator");
-    assert!(program.is_file(), "{} is not there: cargo build -p slackwater-operator", program.display());
-    program
 }

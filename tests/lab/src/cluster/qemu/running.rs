@@ -1,0 +1,126 @@
+//! Its QEMU in a node: started, told something, and ended.
+
+use anyhow::ensure;
+use serde_json::{Value, json};
+
+use super::{QEMU_PROGRAM, QemuVm};
+use crate::error::LabError;
+use crate::node::Node;
+
+impl QemuVm {
+    /// Starts it in a node, and makes it known when it counts.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub async fn start(&self, node: &Node) -> anyhow::Result<()> {
+        self.forget_words(node).await?;
+        self.spawn(node, &[]).await?;
+        self.until_counted(node, 1).await?;
+        self.publish(node).await
+    }
+
+    /// Makes the VM known that runs in a node: writes its `vm.json`.
+    ///
+    /// # Errors
+    /// When the node cannot be reached.
+    pub async fn publish(&self, node: &Node) -> anyhow::Result<()> {
+        // Whole at once: the agent watches.
+        let directory = self.directory();
+        let text = serde_json::to_vec_pretty(&self.json())?;
+        node.put(&format!("{directory}/.vm.json.new"), 0o600, &text).await?;
+        node.shell(&format!("mv {directory}/.vm.json.new {directory}/vm.json")).await?;
+        Ok(())
+    }
+
+    /// Starts the twin by hand, as the agent would: stopped, and waiting for `migrate-incoming`. It is not made known.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub async fn await_migration(&self, node: &Node) -> anyhow::Result<()> {
+        self.spawn(node, &["-S", "-incoming", "defer"]).await?;
+        self.until_answers(node).await
+    }
+
+    /// The same, but it will run as soon as it is loaded, as a QEMU does that is nobody's twin.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub async fn await_migration_and_run(&self, node: &Node) -> anyhow::Result<()> {
+        self.spawn(node, &["-incoming", "defer"]).await?;
+        self.until_answers(node).await
+    }
+
+    async fn until_answers(&self, node: &Node) -> anyhow::Result<()> {
+        self.until(node, "answer", || async {
+            self.execute(node, "query-status", json!({})).await.ok().map(drop)
+        })
+        .await
+    }
+
+    async fn spawn(&self, node: &Node, more: &[&str]) -> anyhow::Result<()> {
+        node.shell(&format!("mkdir -p -m 700 {} /run/slackwater-lab", self.directory())).await?;
+        let arguments = self.arguments(&self.place_in(node)?);
+        // The socket is for nobody else.
+        let mut list = vec!["sh", "-c", "umask 077; exec \"$0\" \"$@\"", QEMU_PROGRAM];
+        list.extend(arguments.iter().map(String::as_str).chain(more.iter().copied()));
+        node.spawn(&self.group(), &list, &[]).await?;
+        Ok(())
+    }
+
+    /// Makes the folder in a node where its QEMU writes what the guest says: it is not QEMU's to make.
+    ///
+    /// # Errors
+    /// When the node cannot be reached.
+    pub(in crate::cluster) async fn make_room(&self, node: &Node) -> anyhow::Result<()> {
+        node.shell("mkdir -p -m 700 /run/slackwater-lab").await?;
+        Ok(())
+    }
+
+    /// Has its QEMU in a node execute a QMP command, and returns what that returned.
+    ///
+    /// # Errors
+    /// When there is none, or it refuses.
+    pub async fn execute(&self, node: &Node, command: &str, arguments: Value) -> anyhow::Result<Value> {
+        let arguments = arguments.to_string();
+        let list = ["slackwater-lab-node", "qmp", &self.monitor(), command, &arguments];
+        Ok(serde_json::from_str(&node.exec(&list).await?.success()?)?)
+    }
+
+    /// Moves it by hand, without the product, over the link between the nodes; the destination waits ([`QemuVm::await_migration`]),
+    /// and stays stopped.
+    ///
+    /// # Errors
+    /// When QEMU says that it failed.
+    pub async fn migrate(&self, from: &Node, to: &Node) -> anyhow::Result<()> {
+        let uri = format!("tcp:{}:4444", to.link_address().ip());
+        self.execute(to, "migrate-incoming", json!({ "uri": uri })).await?;
+        self.execute(from, "migrate", json!({ "uri": uri })).await?;
+        for node in [from, to] {
+            let status = self
+                .until(node, "end its migration", || async {
+                    let answer = self.execute(node, "query-migrate", json!({})).await.ok()?;
+                    let status = answer.get("status")?.as_str()?.to_owned();
+                    matches!(status.as_str(), "completed" | "failed" | "cancelled").then_some(status)
+                })
+                .await?;
+            ensure!(status == "completed", "the migration {status} at {}", node.name());
+        }
+        Ok(())
+    }
+
+    /// Kills its QEMU in a node.
+    ///
+    /// # Errors
+    /// When the lab has started none there.
+    pub async fn kill(&self, node: &Node) -> Result<(), LabError> {
+        node.kill_group(&self.group()).await
+    }
+
+    /// Removes what a killed one has left in a node.
+    ///
+    /// # Errors
+    /// When the node cannot be asked.
+    pub async fn forget(&self, node: &Node) -> Result<(), LabError> {
+        node.shell(&format!("rm -rf {} {}", self.directory(), self.debug_file())).await.map(drop)
+    }
+}

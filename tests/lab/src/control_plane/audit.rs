@@ -1,0 +1,115 @@
+//! The API server's audit log: who asked for what, and what came of it.
+
+use serde::Deserialize;
+
+/// One request, as the API server recorded it (audit.k8s.io/v1).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AuditEvent {
+    /// `system:serviceaccount:NAMESPACE:NAME` for a service account.
+    pub user: String,
+    /// `get`, `list`, `watch`, `create`, `update`, `patch`, `delete`, ...
+    pub verb: String,
+    /// API group; empty for the core's.
+    pub group: String,
+    /// `RESOURCE`, or `RESOURCE/SUBRESOURCE`; empty for what is no resource (`/readyz`).
+    pub resource: String,
+    /// Namespace, where there is one.
+    pub namespace: Option<String>,
+    /// The object's name, where there is one.
+    pub name: Option<String>,
+    /// HTTP status; 403 is what RBAC refused.
+    pub status: u16,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Line {
+    stage: String,
+    verb: String,
+    user: User,
+    #[serde(default)]
+    object_ref: ObjectRef,
+    #[serde(default)]
+    response_status: Status,
+}
+
+#[derive(Deserialize)]
+struct User {
+    #[serde(default)]
+    username: String,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+struct ObjectRef {
+    resource: String,
+    subresource: Option<String>,
+    api_group: String,
+    namespace: Option<String>,
+    name: Option<String>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Status {
+    code: u16,
+}
+
+/// Reads the log. A request is recorded when its answer begins (a watch) and when it ends: only the last record of each stage
+/// sequence is kept apart by its stage, so a watch that goes on is seen by its beginning. A last line that is still being
+/// written is left out.
+pub(crate) fn parse(log: &str) -> Result<Vec<AuditEvent>, serde_json::Error> {
+    let whole = log.rfind('\n').map_or("", |end| log.get(..end).unwrap_or_default());
+    let mut events = Vec::new();
+    for line in whole.lines() {
+        let line: Line = serde_json::from_str(line)?;
+        // What is not a watch is recorded once, complete; a watch's end repeats its beginning.
+        if (line.verb == "watch") == (line.stage == "ResponseStarted") {
+            events.push(line.into());
+        }
+    }
+    Ok(events)
+}
+
+impl From<Line> for AuditEvent {
+    fn from(line: Line) -> Self {
+        let object = line.object_ref;
+        let resource = match object.subresource {
+            Some(subresource) => format!("{}/{subresource}", object.resource),
+            None => object.resource,
+        };
+        Self {
+            user: line.user.username,
+            verb: line.verb,
+            group: object.api_group,
+            resource,
+            namespace: object.namespace,
+            name: object.name,
+            status: line.response_status.code,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_is_one_event_and_an_unfinished_line_is_none() {
+        let log = concat!(
+            r#"{"stage":"ResponseComplete","verb":"patch","user":{"username":"u"},"objectRef":{"resource":"vmmigrations","#,
+            r#""subresource":"status","apiGroup":"slackwater.dev","namespace":"demo","name":"m"},"responseStatus":{"code":403}}"#,
+            "\n",
+            r#"{"stage":"ResponseStarted","verb":"watch","user":{"username":"u"},"objectRef":{"resource":"pods"},"responseStatus":{"code":200}}"#,
+            "\n",
+            r#"{"stage":"ResponseComplete","verb":"watch","user":{"username":"u"},"objectRef":{"resource":"pods"},"responseStatus":{"code":200}}"#,
+            "\n",
+            r#"{"stage":"Respon"#,
+        );
+        let events = parse(log).unwrap();
+        assert_eq!(events.len(), 2);
+        assert_eq!(events[0].resource, "vmmigrations/status");
+        assert_eq!((events[0].group.as_str(), events[0].status), ("slackwater.dev", 403));
+        assert_eq!(events[1].verb, "watch");
+    }
+}

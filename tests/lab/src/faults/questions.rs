@@ -1,0 +1,383 @@
+//! The three questions after each cell: did it end so, by the kernels' traces; is everything where it belongs, nothing leaked, nothing
+//! reserved; does the status tell the truth.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use anyhow::{Context, bail, ensure};
+use kube::{Api, ResourceExt};
+use slackwater_api::{AssignedVM, MigrationPhase, VMMigration, VMMigrationStatus, VmState};
+use slackwater_proto::node::JournalRecord;
+use tokio::time::{Instant, interval, timeout};
+
+use super::matrix::{Cell, End, Expected, Phase, Side};
+use super::report::Outcome;
+use super::scene::Played;
+use super::stage::{DEVICES, Ends};
+use crate::cluster::{Cluster, NAMESPACE, SOON, Watching, has_condition};
+use crate::witness::{
+    PeerToPeer, State, Trace, Violation, Waking, captured_at_slack_water, never_ran, one_runner,
+    quiesced_together, woke_together,
+};
+use slackwater_reference_vmm::guest::Report;
+
+/// Within so long the guest must be seen to count on, if it does.
+const A_ROUND: Duration = Duration::from_secs(5);
+
+/// Where the VM runs, and what the status says.
+#[derive(Clone, Debug)]
+struct Seen {
+    at: Option<Side>,
+    guest: Option<Report>,
+    succeeded: bool,
+    reason: String,
+    message: String,
+    in_doubt: bool,
+}
+
+/// Asks all three about a migration that has ended.
+///
+/// # Errors
+/// When they cannot be asked. What is wrong is in the outcome.
+pub async fn ask(cluster: &Cluster, cell: &Cell, ends: Ends, played: &Played) -> anyhow::Result<Outcome> {
+    let expected = match cell.expected {
+        Expected::Ends(end) | Expected::InDoubtUntil(_, end) => end,
+        Expected::CannotOccur(why) => bail!("{cell} cannot occur: {why}"),
+    };
+    let seen = look(cluster, ends, played).await?;
+    let mut problems = Vec::new();
+    let mut note = |what: &str, answer: anyhow::Result<()>| {
+        if let Err(error) = answer {
+            problems.push(format!("{what}: {error:#}"));
+        }
+    };
+    note("the end", is_expected(expected, &seen));
+    note("the guest", guest_is_sound(&seen, &played.watching.before));
+    note("the trace", judged_by_trace(cluster, expected, ends, played).await);
+    note("the doubt", doubt_was_told(cell, &seen, played));
+    let home = seen.at.map(|side| ends.at(side));
+    if let Some(home) = home {
+        note("the status of the VM", cluster.until_vm_at(home).await.map(drop));
+        note("what is left", is_clean(cluster, ends, home, &played.migration).await);
+    } else {
+        note("the status of the VM", is_told_lost(cluster).await);
+    }
+    note("the status", tells_the_truth(expected, cluster, played).await);
+    Ok(Outcome {
+        cell: *cell,
+        seen: seen.to_string(),
+        problems,
+        home,
+        took: Duration::ZERO,
+        evidence: String::new(),
+    })
+}
+
+impl std::fmt::Display for Seen {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.in_doubt {
+            f.write_str("in doubt, then ")?;
+        }
+        match (self.at, self.succeeded) {
+            (Some(Side::Source), false) => write!(f, "runs at the source ({})", self.reason),
+            (Some(Side::Destination), true) => f.write_str("runs at the destination"),
+            (None, false) => write!(f, "lost ({})", self.reason),
+            (None, true) => f.write_str("arrived, and died there"),
+            (Some(side), _) => write!(f, "runs at the {}, but the status says {}", side.name(), self.reason),
+        }
+    }
+}
+
+/// Where the guest counts on; none: nowhere.
+///
+/// # Errors
+/// When it does so at both ends.
+pub async fn runner(cluster: &Cluster, ends: Ends) -> anyhow::Result<Option<(Side, Report)>> {
+    let mut running = Vec::new();
+    for side in [Side::Source, Side::Destination] {
+        if let Some(guest) = counts(cluster, ends.at(side)).await {
+            running.push((side, guest));
+        }
+    }
+    ensure!(running.len() < 2, "the VM runs on both nodes: {running:?}");
+    Ok(running.pop())
+}
+
+/// Only the end at which the VM runs now has ever run it since, or the source before the destination: by the kernels' traces.
+///
+/// # Errors
+/// With the first sign that it was not so.
+pub async fn one_ran(cluster: &Cluster, home: Side, watching: &Watching) -> anyhow::Result<()> {
+    let (source, destination) = cluster.traces(watching).await?;
+    match home {
+        Side::Source => never_ran(&destination)?,
+        Side::Destination => drop(one_runner(&source, &destination)?),
+    }
+    Ok(())
+}
+
+async fn look(cluster: &Cluster, ends: Ends, played: &Played) -> anyhow::Result<Seen> {
+    let (at, guest) =
+        runner(cluster, ends).await?.map_or((None, None), |(side, guest)| (Some(side), Some(guest)));
+    let status = status(played)?;
+    let succeeded = status.conditions.iter().find(|condition| condition.type_ == "Succeeded");
+    let succeeded = succeeded.context("no condition Succeeded")?;
+    let doubted =
+        cluster.event_reasons(&played.migration.name_any()).await?.iter().any(|reason| reason == "InDoubt");
+    let in_doubt =
+        |status: &VMMigrationStatus| has_condition(&status.conditions, "InDoubt", "True") == Some(true);
+    Ok(Seen {
+        at,
+        guest,
+        succeeded: succeeded.status == "True",
+        reason: succeeded.reason.clone(),
+        message: succeeded.message.clone(),
+        in_doubt: doubted || played.decided.status.as_ref().is_some_and(in_doubt),
+    })
+}
+
+fn status(played: &Played) -> anyhow::Result<&VMMigrationStatus> {
+    played.migration.status.as_ref().context("no status")
+}
+
+/// The guest of the only VMM of a node, if it counts on.
+async fn counts(cluster: &Cluster, node: &str) -> Option<Report> {
+    let first = cluster.guest(node).await.ok()?;
+    let deadline = Instant::now() + A_ROUND;
+    while Instant::now() < deadline {
+        let now = cluster.guest(node).await.ok()?;
+        if now.count > first.count {
+            return Some(now);
+        }
+    }
+    None
+}
+
+fn is_expected(expected: End, seen: &Seen) -> anyhow::Result<()> {
+    let given = |reasons: &[&str]| reasons.contains(&seen.reason.as_str());
+    let is = match expected {
+        End::AtSource(reasons) => seen.at == Some(Side::Source) && !seen.succeeded && given(reasons),
+        End::AtDestination => seen.at == Some(Side::Destination) && seen.succeeded,
+        End::Lost(reasons) => seen.at.is_none() && !seen.succeeded && given(reasons),
+        End::DiedAtDestination => seen.at.is_none() && seen.succeeded,
+    };
+    ensure!(is, "expected: {expected}; seen: {seen}; the status says {}: {}", seen.reason, seen.message);
+    Ok(())
+}
+
+fn guest_is_sound(seen: &Seen, before: &Report) -> anyhow::Result<()> {
+    let Some(guest) = &seen.guest else { return Ok(()) };
+    ensure!(guest.count > before.count, "it has gone back from {} to {}", before.count, guest.count);
+    ensure!(guest.errors == before.errors, "it found errors: {guest:?}, before {before:?}");
+    Ok(())
+}
+
+/// The kernels' word. What was not kept of the vCPUs' runs while nothing was at stake is no objection; what was seen is.
+async fn judged_by_trace(
+    cluster: &Cluster,
+    expected: End,
+    ends: Ends,
+    played: &Played,
+) -> anyhow::Result<()> {
+    let (source, destination) = cluster.traces(&played.watching).await?;
+    let seen = |judged: Result<usize, Violation>| match judged {
+        Err(violation) if violation.at_ns.is_some() => Err(violation),
+        _ => Ok(()),
+    };
+    let policy = PeerToPeer::Required;
+    match expected {
+        End::AtSource(_) => {
+            never_ran(&destination)?;
+            seen(quiesced_together(&source, policy))?;
+            seen(captured_at_slack_water(&source))?;
+            seen(woke_together(&source, Waking::AfterRollback, policy))?;
+            all_run(&source, ends.source)?;
+        }
+        End::AtDestination | End::DiedAtDestination => {
+            one_runner(&source, &destination)?;
+            seen(quiesced_together(&source, policy))?;
+            seen(captured_at_slack_water(&source))?;
+            seen(woke_together(&destination, Waking::AfterLoad, policy))?;
+        }
+        // If the destination began to run it, the source had ended before.
+        End::Lost(_) => {
+            if never_ran(&destination).is_err() {
+                one_runner(&source, &destination)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Devices that were not touched have no state that the trace could tell.
+fn all_run(trace: &Trace, node: &str) -> anyhow::Result<()> {
+    for device in trace.devices.keys() {
+        let state = trace.final_state(device);
+        ensure!(matches!(state, None | Some(State::Running)), "{device} of {node} stands in {state:?}");
+    }
+    Ok(())
+}
+
+fn doubt_was_told(cell: &Cell, seen: &Seen, played: &Played) -> anyhow::Result<()> {
+    if cell.must_be_in_doubt() {
+        ensure!(seen.in_doubt, "it was never said to be in doubt");
+    } else if cell.phase < Phase::Loaded {
+        ensure!(!seen.in_doubt, "it was said to be in doubt when nobody could have committed");
+    }
+    // Whoever has to mend a journal has to be told which.
+    let decided = played.decided.status.as_ref().context("no status")?;
+    let doubt = decided.conditions.iter().find(|c| c.type_ == "InDoubt" && c.status == "True");
+    if let (Some(doubt), Some(file)) = (doubt, played.damaged.first()) {
+        let name = file.path.rsplit('/').next().unwrap_or_default();
+        ensure!(doubt.message.contains(name), "the doubt does not name {name}: {}", doubt.message);
+    }
+    Ok(())
+}
+
+async fn tells_the_truth(expected: End, cluster: &Cluster, played: &Played) -> anyhow::Result<()> {
+    let name = played.migration.name_any();
+    let now = cluster.migrations().get(&name).await?.status.context("no status")?;
+    ensure!(
+        has_condition(&now.conditions, "InDoubt", "True") != Some(true),
+        "it is still said to be in doubt: {now:#?}"
+    );
+    ensure!(now.completion_time.is_some(), "it has no completionTime");
+    let message = |type_: &str| {
+        now.conditions.iter().find(|c| c.type_ == type_).map(|c| c.message.clone()).unwrap_or_default()
+    };
+    let phases: &[MigrationPhase] = match expected {
+        End::AtSource(_) => &[MigrationPhase::RolledBack, MigrationPhase::Refused],
+        End::AtDestination | End::DiedAtDestination => &[MigrationPhase::Succeeded],
+        End::Lost(_) => {
+            let told = message("Succeeded");
+            ensure!(
+                !told.contains("runs on") && !told.contains("runs at"),
+                "it is lost, and the status says {told}"
+            );
+            &[MigrationPhase::Lost, MigrationPhase::RolledBack, MigrationPhase::Refused]
+        }
+    };
+    ensure!(now.phase.is_some_and(|phase| phases.contains(&phase)), "the phase is {:?}", now.phase);
+    Ok(())
+}
+
+/// A VM that runs nowhere is not said to run.
+async fn is_told_lost(cluster: &Cluster) -> anyhow::Result<()> {
+    let api: Api<AssignedVM> = Api::namespaced(cluster.client.clone(), NAMESPACE);
+    let lost = |vm: Option<&AssignedVM>| {
+        let state = vm.and_then(|vm| vm.status.as_ref()?.state);
+        !matches!(state, Some(VmState::Running))
+    };
+    let waiting = kube::runtime::wait::await_condition(api.clone(), "counter", lost);
+    if timeout(SOON, waiting).await.is_err() {
+        bail!(
+            "the AssignedVM says that it runs: {:#?}",
+            api.get_opt("counter").await?.and_then(|vm| vm.status)
+        );
+    }
+    Ok(())
+}
+
+/// Everything is where it belongs, or comes there soon.
+///
+/// # Errors
+/// With all that is not.
+pub async fn is_clean(
+    cluster: &Cluster,
+    ends: Ends,
+    home: &str,
+    migration: &VMMigration,
+) -> anyhow::Result<()> {
+    let deadline = Instant::now() + SOON;
+    let mut looks = interval(Duration::from_millis(500));
+    loop {
+        looks.tick().await;
+        let mut left = Vec::new();
+        for node in [ends.source, ends.destination] {
+            left.extend(left_at(cluster, node, node == home, migration).await?);
+        }
+        if left.is_empty() {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "{}", left.join("; "));
+    }
+}
+
+/// What is at a node and should not be, or is not and should be.
+async fn left_at(
+    cluster: &Cluster,
+    node: &str,
+    is_home: bool,
+    migration: &VMMigration,
+) -> anyhow::Result<Vec<String>> {
+    let mut left = Vec::new();
+    let mut expect = |what: &str, found: String, wanted: String| {
+        if found != wanted {
+            left.push(format!("{node}: {what}: {found}, expected {wanted}"));
+        }
+    };
+    let number = |is: usize| if is_home { is } else { 0 }.to_string();
+
+    // What the agent says.
+    let described = cluster.described(node).await?;
+    let of_vm = described.devices.iter().filter(|d| d.holder == format!("VM {NAMESPACE}/counter")).count();
+    let free = described.devices.iter().filter(|device| device.free).count();
+    expect("devices of the VM", of_vm.to_string(), number(DEVICES));
+    expect("free devices", free.to_string(), (DEVICES - if is_home { DEVICES } else { 0 }).to_string());
+    expect("VMs that the agent knows", described.vms.len().to_string(), number(1));
+    let held: Vec<&str> =
+        described.vms.iter().map(|vm| vm.migration_id.as_str()).filter(|id| !id.is_empty()).collect();
+    expect("migrations that hold a VM", held.join(" "), String::new());
+    let journal = cluster.journalled(node, migration).await?;
+    let open = !journal.ended && journal.record() != JournalRecord::Unspecified;
+    expect(
+        "the journal",
+        if open { journal.record().as_str_name() } else { "closed" }.to_owned(),
+        "closed".to_owned(),
+    );
+
+    // What the node's kernel says.
+    let counted = counted(cluster, node).await?;
+    let count = |what: &str| counted.get(what).copied().unwrap_or(0);
+    expect("VMMs", count("vmms").to_string(), number(1));
+    expect("cgroups of VMs without a process", count("empty-cgroups").to_string(), "0".to_owned());
+    if !is_home {
+        expect("cgroups of VMs", count("cgroups").to_string(), "0".to_owned());
+    }
+    expect("directories of VMs", count("directories").to_string(), number(1));
+    expect("devices that are open in a VMM", count("open-in-vmm").to_string(), number(DEVICES));
+    expect("devices that are open elsewhere", count("open-elsewhere").to_string(), "0".to_owned());
+    Ok(left)
+}
+
+/// Counts what a node's /proc and /sys show.
+async fn counted(cluster: &Cluster, node: &str) -> anyhow::Result<BTreeMap<String, usize>> {
+    const COUNT: &str = r#"
+        vmms=$(pidof slackwater-reference-vmm qemu-system-x86_64 | wc -w)
+        cgroups=0; empty=0
+        for group in /sys/fs/cgroup/slackwater/*/; do
+            [ -d "$group" ] || continue
+            cgroups=$((cgroups + 1))
+            grep -q 'populated 1' "$group/cgroup.events" || empty=$((empty + 1))
+        done
+        vmm=0; elsewhere=0
+        for process in /proc/[0-9]*; do
+            opened=$(ls -l "$process/fd" 2>/dev/null | grep -c '/dev/vfio/devices/')
+            [ "$opened" -gt 0 ] || continue
+            case $(cat "$process/comm") in
+                # The kernel keeps 15 characters of a program's name.
+                slackwater-refe | qemu-system-*) vmm=$((vmm + opened)) ;;
+                *) elsewhere=$((elsewhere + opened)) ;;
+            esac
+        done
+        echo vmms $vmms; echo cgroups $cgroups; echo empty-cgroups $empty
+        echo directories $(ls /run/slackwater/vms | wc -l)
+        echo open-in-vmm $vmm; echo open-elsewhere $elsewhere
+    "#;
+    let text = cluster.lab.node(node)?.shell(COUNT).await?;
+    let line = |line: &str| {
+        let (what, count) = line.split_once(' ').with_context(|| format!("{line:?}"))?;
+        Ok((what.to_owned(), count.trim().parse()?))
+    };
+    text.lines().map(line).collect()
+}

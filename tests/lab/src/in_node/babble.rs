@@ -1,0 +1,66 @@
+//! A server that is no QEMU, on a socket where one is expected: for tests of who connects.
+
+use std::{
+    io::Write,
+    os::unix::{
+        fs::PermissionsExt,
+        net::{UnixListener, UnixStream},
+    },
+    thread,
+};
+
+use anyhow::Context;
+use strum::EnumString;
+
+/// What it says to everybody who connects.
+#[derive(Clone, Copy, EnumString)]
+#[strum(serialize_all = "kebab-case")]
+enum Babble {
+    /// A line that is no message, again and again.
+    Garbage,
+    /// One line, without an end.
+    Endless,
+    /// A greeting, and then one line without an end: it holds up who has trusted it already.
+    GreetedEndless,
+    /// Nothing: as a monitor that serves somebody else.
+    Silent,
+}
+
+const GREETING: &[u8] = br#"{"QMP": {"version": {"qemu": {"micro": 2, "minor": 0, "major": 10}, "package": ""}, "capabilities": []}}
+"#;
+
+/// Serves the socket, for this user alone, until it is killed.
+pub(super) fn serve(socket: &str, what: &str) -> anyhow::Result<()> {
+    let babble: Babble = what.parse().with_context(|| {
+        format!("cannot serve {what:?}: expected garbage, endless, greeted-endless or silent")
+    })?;
+    // Nobody may connect before the mode is right: it gets its name when it is.
+    let unnamed = format!("{socket}.new");
+    let listener = UnixListener::bind(&unnamed).with_context(|| format!("binding {unnamed}"))?;
+    std::fs::set_permissions(&unnamed, PermissionsExt::from_mode(0o600))?;
+    std::fs::rename(&unnamed, socket).with_context(|| format!("naming {socket}"))?;
+    println!("babbling {what} on {socket}");
+    for stream in listener.incoming() {
+        let stream = stream?;
+        thread::spawn(move || {
+            // It ends when the other side has had enough.
+            let said = say(stream, babble);
+            println!("somebody has listened: {said:?}");
+        });
+    }
+    Ok(())
+}
+
+fn say(mut stream: UnixStream, babble: Babble) -> std::io::Result<()> {
+    let piece: Vec<u8> = match babble {
+        Babble::Garbage => b"\x80\xff{not json]\n".repeat(64),
+        Babble::Endless | Babble::GreetedEndless => vec![b'x'; 64 << 10],
+        Babble::Silent => return std::io::copy(&mut stream, &mut std::io::sink()).map(drop),
+    };
+    if matches!(babble, Babble::GreetedEndless) {
+        stream.write_all(GREETING)?;
+    }
+    loop {
+        stream.write_all(&piece)?;
+    }
+}
