@@ -8,6 +8,7 @@ pub mod faults;
 pub mod handover;
 pub mod host;
 pub mod journal;
+pub mod process;
 pub mod service;
 pub mod transfer;
 pub mod vfio;

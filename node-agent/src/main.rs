@@ -19,7 +19,7 @@ use slackwater_node_agent::service::registry::Registry;
 use slackwater_node_agent::service::transfer::TransferService;
 use slackwater_node_agent::vmm::budget::{DEFAULT_BANDWIDTH, MAX_CHANNELS};
 use slackwater_node_agent::vmm::contract::Deadlines;
-use slackwater_node_agent::vmm::twin_exec::{self, TwinExec};
+use slackwater_node_agent::process::exec::{TWIN_EXEC, TwinExec};
 use slackwater_proto::identity::Role;
 use slackwater_proto::limits::transfer_server;
 use slackwater_proto::node::node_agent_server::NodeAgentServer;
@@ -44,7 +44,7 @@ enum Command {
     /// Serves the node's gRPC services until SIGTERM.
     Serve(Serve),
     /// Becomes a VMM in a cgroup and a session of its own; the agent starts twins by it.
-    #[command(hide = true, name = twin_exec::TWIN_EXEC)]
+    #[command(hide = true, name = TWIN_EXEC)]
     TwinExec(TwinExec),
 }
 

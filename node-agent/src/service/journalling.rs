@@ -10,7 +10,7 @@ use crate::handover::entry::{EndEntry, Entry, Marks, Pair};
 use crate::handover::policy::PeerToPeer;
 use crate::journal::{Key, Role};
 use crate::vfio::borrow::ProcessIdentity;
-use crate::vmm::cgroup::Cgroup;
+use crate::process::cgroup::Cgroup;
 
 /// The name of an attempt's journal.
 pub(super) fn key(migration_id: &str, role: Role) -> Result<Key, Status> {

@@ -38,7 +38,7 @@ use crate::journal::{Journal, JournalError, Role};
 use crate::vfio::state::MigrationState;
 use crate::vfio::worker::DeviceHandle;
 use crate::vmm::budget::Budget;
-use crate::vmm::cgroup::Cgroup;
+use crate::process::cgroup::Cgroup;
 use crate::vmm::{Description, LocalVmm, RunState, Vmm, twin};
 
 /// The service.

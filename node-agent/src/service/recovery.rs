@@ -39,7 +39,7 @@ use crate::vfio::borrow::VmmProcess;
 use crate::vfio::state::MigrationState;
 use crate::vfio::worker::DeviceHandle;
 use crate::vmm::budget::Budget;
-use crate::vmm::cgroup::Cgroup;
+use crate::process::cgroup::Cgroup;
 use crate::vmm::gone::GoneVmm;
 use crate::vmm::{self, Description, LocalVmm, Vmm, VmmError, twin};
 

@@ -16,7 +16,7 @@ use crate::host::vm::VmmKind;
 use crate::vmm::Vmm as _;
 use crate::vmm::contract::ContractVmm;
 use crate::vmm::stub::Stub;
-use crate::vmm::twin_exec::TwinExec;
+use crate::process::exec::TwinExec;
 
 /// Not a test of its own: the part that a child of another test plays, after the first `--` of its command line.
 #[tokio::test]

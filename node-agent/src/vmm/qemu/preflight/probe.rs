@@ -15,9 +15,9 @@ use tokio::time::{sleep, timeout};
 use tracing::warn;
 
 use super::{Accelerator, MachineType, Offer, features};
-use crate::vmm::cgroup::{Cgroup, CgroupError};
-use crate::vmm::file_events::FileEvents;
-use crate::vmm::launch::{Launch, NOT_LISTENING_YET, end_of};
+use crate::process::cgroup::{Cgroup, CgroupError};
+use crate::process::file_events::FileEvents;
+use crate::process::launch::{Launch, NOT_LISTENING_YET, end_of};
 use crate::vmm::qemu::OWNERS_ONLY;
 use crate::vmm::qemu::qmp::commands::{
     CpuModel, CpuModelExpansionType, QomListProperties, QueryCpuModelExpansion, QueryMachines,

@@ -9,14 +9,14 @@ use tokio::sync::Notify;
 
 /// Changes of one file, or of the entries of one directory. What is only opened or read is no change.
 #[derive(Debug)]
-pub(super) struct FileEvents {
+pub(crate) struct FileEvents {
     changed: Arc<Notify>,
     _watcher: RecommendedWatcher,
 }
 
 impl FileEvents {
     /// Begins to watch: whatever happens from now on is seen by [`FileEvents::next`].
-    pub(super) fn watch(path: &Path) -> notify::Result<Self> {
+    pub(crate) fn watch(path: &Path) -> notify::Result<Self> {
         let changed = Arc::new(Notify::new());
         let tell = Arc::clone(&changed);
         let mut watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
@@ -34,7 +34,7 @@ impl FileEvents {
     }
 
     /// Returns when something has changed since the last return, or since the watch began.
-    pub(super) async fn next(&self) {
+    pub(crate) async fn next(&self) {
         self.changed.notified().await;
     }
 }
