@@ -80,6 +80,7 @@ lint: rust rust-components ## format, lints, and what the dependencies may be
 	$(cargo) fmt --all --check
 	$(cargo) clippy --locked --workspace --all-targets -- -D warnings
 	$(cargo) clippy --locked --workspace --all-targets $(faults) -- -D warnings
+	"$(root)/node-agent/check-release"
 	$(cargo) deny --locked check bans licenses sources
 
 .PHONY: generate

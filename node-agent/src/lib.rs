@@ -3,8 +3,7 @@
 
 #![deny(unsafe_code)]
 
-#[cfg(feature = "faults")]
-pub mod faults;
+mod faults;
 pub mod handover;
 pub mod host;
 pub mod journal;

@@ -9,8 +9,8 @@ use crate::handover::Record;
 use crate::handover::entry::{EndEntry, Entry, Marks, Pair};
 use crate::handover::policy::PeerToPeer;
 use crate::journal::{Key, Role};
-use crate::vfio::borrow::ProcessIdentity;
 use crate::process::cgroup::Cgroup;
+use crate::vfio::borrow::ProcessIdentity;
 
 /// The name of an attempt's journal.
 pub(super) fn key(migration_id: &str, role: Role) -> Result<Key, Status> {

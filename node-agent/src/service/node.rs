@@ -35,10 +35,10 @@ use crate::handover::shell::source::{SourceParts, SourceRun};
 use crate::handover::{Failure, Reason};
 use crate::host::identity::{IdentityOf, VfIdentity};
 use crate::journal::{Journal, JournalError, Role};
+use crate::process::cgroup::Cgroup;
 use crate::vfio::state::MigrationState;
 use crate::vfio::worker::DeviceHandle;
 use crate::vmm::budget::Budget;
-use crate::process::cgroup::Cgroup;
 use crate::vmm::{Description, LocalVmm, RunState, Vmm, twin};
 
 /// The service.

@@ -22,6 +22,7 @@ use self::run::AbortWish;
 use super::link::{BlobLink, Decisions, Link};
 use super::pump::DevicePump;
 use super::{Seen, limits, phases, resume};
+use crate::faults;
 use crate::handover::entry::{EndEntry, Ended, Marks};
 use crate::handover::policy::Driver;
 use crate::handover::source::{Effect, End, Event, Phase, Source};
@@ -113,8 +114,7 @@ impl Shell {
             machine = next;
             let phase = machine.phase();
             if phase != before {
-                #[cfg(feature = "faults")]
-                crate::faults::halted("source", &format!("{phase:?}").to_lowercase()).await;
+                faults::halt(faults::End::Source, phase).await;
                 bounded = limits::of(phase).map(|limit| (phase, limit));
                 if let Some((_, limit)) = bounded {
                     phase_limit.as_mut().reset(tokio::time::Instant::now() + limit);
