@@ -23,9 +23,11 @@ use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{Read, Seek, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::SystemTime;
 use std::{fmt, io};
+
+use parking_lot::Mutex;
 
 pub use error::JournalError;
 use file::{Copies, Directory, NEW, SPARE};
@@ -223,7 +225,7 @@ impl Journal {
 
     /// Keeps an operator epoch, durable when this returns. One that is not higher than what is kept changes nothing.
     pub fn set_epoch(&self, epoch: u64) -> Result<(), JournalError> {
-        let mut copies = self.epoch.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut copies = self.epoch.lock();
         if self.epoch()? >= epoch {
             return Ok(());
         }

@@ -21,14 +21,14 @@ use tokio::process::Child;
 use tokio::time::{Instant, sleep, timeout_at};
 use tracing::{info, warn};
 
-use crate::process::cgroup::{Cgroup, CgroupError};
 use super::contract::Deadlines;
-use crate::process::file_events::FileEvents;
-use crate::process::launch::{Launch, LaunchError, NOT_LISTENING_YET, end_of};
-use crate::process::exec::{Descriptor, TWIN_EXEC};
 use super::{Description, LocalVmm, RunState, VmmError};
 use crate::host::vm::VmmEntry;
 use crate::host::vms;
+use crate::process::cgroup::{Cgroup, CgroupError};
+use crate::process::exec::{Descriptor, TWIN_EXEC};
+use crate::process::file_events::FileEvents;
+use crate::process::launch::{Launch, LaunchError, NOT_LISTENING_YET, end_of};
 
 /// The twin's output, in its directory.
 pub const LOG_FILE: &str = "twin.log";

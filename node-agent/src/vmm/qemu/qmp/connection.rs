@@ -4,9 +4,10 @@ use std::collections::HashMap;
 use std::future::pending;
 use std::io;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::{Mutex, MutexGuard};
 use serde_json::{Map, Value, json};
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -154,7 +155,7 @@ struct Table(Arc<Mutex<Waiting>>);
 
 impl Table {
     fn lock(&self) -> MutexGuard<'_, Waiting> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 
     fn take(&self, id: u64) -> Option<oneshot::Sender<Outcome>> {

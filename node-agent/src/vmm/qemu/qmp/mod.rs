@@ -18,7 +18,7 @@
 //! The protocol: docs/interop/qmp-spec.rst and qapi/*.json of QEMU 10.0.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex as Lock, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -71,7 +71,7 @@ struct Shared {
     socket: PathBuf,
     deadlines: Deadlines,
     notices: broadcast::Sender<Notice>,
-    version: Lock<Version>,
+    version: parking_lot::Mutex<Version>,
     peer: UCred,
     connection: Mutex<Connection>,
 }
@@ -92,7 +92,7 @@ impl QmpClient {
     pub async fn connect_with(socket: &Path, deadlines: Deadlines) -> Result<Self, QmpError> {
         let negotiated = negotiate(socket, deadlines.greeting).await?;
         let (notices, _) = broadcast::channel(events::BACKLOG);
-        let version = Lock::new(negotiated.version.clone());
+        let version = parking_lot::Mutex::new(negotiated.version.clone());
         let peer = negotiated.peer;
         let connection = Mutex::new(Connection::start(negotiated, notices.clone()));
         let shared = Shared { socket: socket.to_owned(), deadlines, notices, version, peer, connection };
@@ -101,7 +101,7 @@ impl QmpClient {
 
     /// The version that the last greeting told.
     pub fn version(&self) -> Version {
-        self.shared.version.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.shared.version.lock().clone()
     }
 
     /// Who serves the socket: the same process on every connection.
@@ -193,7 +193,7 @@ impl QmpClient {
             let reason = format!("{} serves it now, and not {} any more", process(now), process(then));
             return Err(QmpError::Connect { path: shared.socket.clone(), reason });
         }
-        *shared.version.lock().unwrap_or_else(PoisonError::into_inner) = negotiated.version.clone();
+        *shared.version.lock() = negotiated.version.clone();
         // Before anything that this connection tells. It fails if nobody listens.
         let _ = shared.notices.send(Notice::Reconnected);
         *connection = Connection::start(negotiated, shared.notices.clone());
