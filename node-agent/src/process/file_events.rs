@@ -7,7 +7,16 @@ use notify::event::{AccessKind, AccessMode};
 use notify::{Event, EventKind, RecommendedWatcher, RecursiveMode, Watcher};
 use tokio::sync::Notify;
 
-/// Changes of one file, or of the entries of one directory. What is only opened or read is no change.
+/// Whether something was changed, and not only opened or read.
+pub(crate) fn is_change(event: &Event) -> bool {
+    match event.kind {
+        EventKind::Access(AccessKind::Close(AccessMode::Write)) => true,
+        EventKind::Access(_) => false,
+        _ => true,
+    }
+}
+
+/// Changes of one file, or of the entries of one directory: see [`is_change`].
 #[derive(Debug)]
 pub(crate) struct FileEvents {
     changed: Arc<Notify>,
@@ -15,18 +24,13 @@ pub(crate) struct FileEvents {
 }
 
 impl FileEvents {
-    /// Begins to watch: whatever happens from now on is seen by [`FileEvents::next`].
+    /// Begins to watch: [`FileEvents::next`] reports every change from now on.
     pub(crate) fn watch(path: &Path) -> notify::Result<Self> {
         let changed = Arc::new(Notify::new());
-        let tell = Arc::clone(&changed);
+        let notify = Arc::clone(&changed);
         let mut watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
-            let only_looked_at = event.as_ref().is_ok_and(|event| match event.kind {
-                EventKind::Access(AccessKind::Close(AccessMode::Write)) => false,
-                EventKind::Access(_) => true,
-                _ => false,
-            });
-            if !only_looked_at {
-                tell.notify_one();
+            if event.as_ref().map_or(true, is_change) {
+                notify.notify_one();
             }
         })?;
         watcher.watch(path, RecursiveMode::NonRecursive)?;

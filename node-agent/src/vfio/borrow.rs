@@ -22,8 +22,8 @@ use super::os_error::OsError;
 use super::sys;
 use crate::host::node::boot_id;
 
-/// What a VFIO descriptor that came by a group reads like in /proc.
-const GROUP_DEVICE: &str = "anon_inode:[vfio-device]";
+/// The target of the link in /proc/PID/fd of a VFIO device that was opened by its group. It does not say which device it is.
+pub(crate) const GROUP_DEVICE: &str = "anon_inode:[vfio-device]";
 
 /// Why a device could not be borrowed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -129,7 +129,7 @@ impl QemuVmm {
         match &info.status {
             Some(status) if there(status) => Ok(info),
             status => {
-                let status = status.as_ref().map_or("none", MigrationStatus::as_str);
+                let status = status.as_ref().map_or("none", MigrationStatus::as_ref);
                 let why = info.error_desc.as_deref().unwrap_or("it does not say why");
                 let message = format!("QEMU's migration is {status}: {why}");
                 Err(VmmError::Refused { call, code: Code::Aborted, message })
@@ -238,11 +238,11 @@ impl Vmm for QemuVmm {
         *self.to_qemu.lock() = None;
         carry::remove(&self.carrier);
         let info = self.qmp.execute(QueryMigrate).await.map_err(|error| of_qmp(call, error))?;
-        if info.status.is_none_or(|status| over(&status)) {
+        if info.status.is_none_or(|status| status.is_over()) {
             return Ok(());
         }
         self.qmp.execute(MigrateCancel).await.map_err(|error| of_qmp(call, error))?;
-        let ended = self.until(call, over);
+        let ended = self.until(call, MigrationStatus::is_over);
         timeout(self.deadlines.save, ended)
             .await
             .map_err(|_| VmmError::Deadline { call, limit: self.deadlines.save })?
@@ -429,12 +429,6 @@ impl LocalVmm for QemuVmm {
 fn has_run(state: &QemuState) -> bool {
     use QemuState::{FinishMigrate, InMigrate, Paused, PostMigrate, Prelaunch};
     !matches!(state, FinishMigrate | InMigrate | Paused | PostMigrate | Prelaunch)
-}
-
-/// Whether a migration has ended, or none was begun.
-fn over(status: &MigrationStatus) -> bool {
-    use MigrationStatus::{Cancelled, Completed, Failed, None};
-    matches!(status, None | Completed | Failed | Cancelled)
 }
 
 fn of_qmp(call: &'static str, error: QmpError) -> VmmError {
