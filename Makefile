@@ -81,6 +81,7 @@ lint: rust rust-components ## check format, clippy, dependencies (cargo-deny) an
 	$(cargo) fmt --all --check
 	$(cargo) clippy --locked --workspace --all-targets -- -D warnings
 	$(cargo) clippy --locked --workspace --all-targets $(faults) -- -D warnings
+	"$(root)/node-agent/check-release"
 	$(cargo) deny --locked check bans licenses sources
 	cd "$(root)" && typos
 

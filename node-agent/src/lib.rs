@@ -4,10 +4,10 @@
 #![deny(unsafe_code)]
 
 pub mod attempt;
-#[cfg(feature = "faults")]
-pub mod faults;
+mod faults;
 pub mod host;
 pub mod journal;
+pub mod process;
 pub mod service;
 pub mod transfer;
 pub mod vfio;

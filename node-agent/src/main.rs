@@ -12,14 +12,15 @@ use clap::{Parser, Subcommand, value_parser};
 use slackwater_node_agent::host::identity::NoIdentity;
 use slackwater_node_agent::host::vms::VmWatch;
 use slackwater_node_agent::journal::Journal;
+use slackwater_node_agent::process::exec::{TWIN_EXEC, TwinExec};
 use slackwater_node_agent::service::NodeConfig;
 use slackwater_node_agent::service::inventory::Inventory;
 use slackwater_node_agent::service::node::NodeService;
 use slackwater_node_agent::service::registry::Registry;
 use slackwater_node_agent::service::transfer::TransferService;
-use slackwater_node_agent::vmm::budget::{DEFAULT_BANDWIDTH, MAX_CHANNELS};
+use slackwater_node_agent::transfer::channel::MAX_CHANNELS;
+use slackwater_node_agent::vmm::budget::DEFAULT_BANDWIDTH;
 use slackwater_node_agent::vmm::contract::Deadlines;
-use slackwater_node_agent::vmm::twin_exec::{self, TwinExec};
 use slackwater_proto::identity::Role;
 use slackwater_proto::limits::transfer_server;
 use slackwater_proto::node::node_agent_server::NodeAgentServer;
@@ -44,7 +45,7 @@ enum Command {
     /// Serves the node's gRPC services until SIGTERM.
     Serve(Serve),
     /// Becomes a VMM in a cgroup and a session of its own; the agent starts twins by it.
-    #[command(hide = true, name = twin_exec::TWIN_EXEC)]
+    #[command(hide = true, name = TWIN_EXEC)]
     TwinExec(TwinExec),
 }
 

@@ -1,12 +1,23 @@
 //! The node's two clocks, read together.
 
-use rustix::time::{ClockId, clock_gettime};
+use rustix::time::{ClockId, Timespec, clock_gettime};
 use slackwater_proto::transfer;
+
+/// CLOCK_MONOTONIC in nanoseconds: the clock of the kernel's own trace. Comparable only on one node, in one boot.
+#[must_use]
+pub fn monotonic_ns() -> u64 {
+    // Never negative: it counts from the boot.
+    u64::try_from(nanoseconds(clock_gettime(ClockId::Monotonic))).unwrap_or_default()
+}
+
+fn nanoseconds(time: Timespec) -> i64 {
+    time.tv_sec.saturating_mul(1_000_000_000).saturating_add(time.tv_nsec)
+}
 
 /// One reading of both clocks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Clock {
-    /// CLOCK_MONOTONIC, in nanoseconds. Comparable only with others of the same node and boot.
+    /// As [`monotonic_ns`] reads it.
     pub monotonic_ns: u64,
     /// The wall clock, in nanoseconds since the Unix epoch.
     pub unix_ns: i64,
@@ -15,15 +26,7 @@ pub struct Clock {
 impl Clock {
     /// Reads both clocks now, the monotonic one first.
     pub fn now() -> Self {
-        let nanoseconds = |clock| {
-            let now = clock_gettime(clock);
-            now.tv_sec.saturating_mul(1_000_000_000).saturating_add(now.tv_nsec)
-        };
-        Self {
-            // Never negative: it counts from the boot.
-            monotonic_ns: u64::try_from(nanoseconds(ClockId::Monotonic)).unwrap_or_default(),
-            unix_ns: nanoseconds(ClockId::Realtime),
-        }
+        Self { monotonic_ns: monotonic_ns(), unix_ns: nanoseconds(clock_gettime(ClockId::Realtime)) }
     }
 }
 

@@ -81,15 +81,29 @@ pub fn vfio_devices(sys: &Path) -> Result<Inventory, ListDevicesError> {
     Ok(inventory)
 }
 
-/// One entry of the class, or what is wrong with it.
-fn read(entry: &Path) -> Result<Device, String> {
+/// Why a device of the class cannot be used.
+#[derive(Debug, thiserror::Error)]
+enum UnusableError {
+    #[error("it has no character device: the kernel lacks CONFIG_VFIO_DEVICE_CDEV")]
+    NoCdev,
+    #[error("no driver is bound to it ({0})")]
+    NoDriver(Box<Self>),
+    #[error("{}: {source}", path.display())]
+    Read { path: PathBuf, source: io::Error },
+    #[error("{} has no name", path.display())]
+    NoName { path: PathBuf },
+    #[error("{}: `{text}` is no PCI id", path.display())]
+    NotAPciId { path: PathBuf, text: String },
+}
+
+/// Reads one entry of the class.
+fn read(entry: &Path) -> Result<Device, UnusableError> {
     let number = last(entry)?;
     if !entry.join("dev").exists() {
-        return Err("it has no character device: the kernel lacks CONFIG_VFIO_DEVICE_CDEV".to_owned());
+        return Err(UnusableError::NoCdev);
     }
     let device = entry.join("device");
-    let driver =
-        link(&device.join("driver")).map_err(|reason| format!("no driver is bound to it ({reason})"))?;
+    let driver = link(&device.join("driver")).map_err(|error| UnusableError::NoDriver(Box::new(error)))?;
     let bus = link(&device.join("subsystem"))?;
     let model = match bus.as_str() {
         "pci" => format!("{}:{}", pci_id(&device.join("vendor"))?, pci_id(&device.join("device"))?),
@@ -108,25 +122,29 @@ fn read(entry: &Path) -> Result<Device, String> {
 }
 
 /// The last component of where a link points to.
-fn link(path: &Path) -> Result<String, String> {
-    let target = fs::read_link(path).map_err(|error| format!("{}: {error}", path.display()))?;
+fn link(path: &Path) -> Result<String, UnusableError> {
+    let target = fs::read_link(path).map_err(|source| cannot_read(path, source))?;
     last(&target)
 }
 
-fn last(path: &Path) -> Result<String, String> {
+fn last(path: &Path) -> Result<String, UnusableError> {
     let name = path.file_name().and_then(|name| name.to_str());
-    name.map(str::to_owned).ok_or_else(|| format!("{} has no name", path.display()))
+    name.map(str::to_owned).ok_or_else(|| UnusableError::NoName { path: path.to_owned() })
+}
+
+fn cannot_read(path: &Path, source: io::Error) -> UnusableError {
+    UnusableError::Read { path: path.to_owned(), source }
 }
 
 /// A PCI id as `lspci -n` writes it: sysfs says 0x15b3.
-fn pci_id(path: &Path) -> Result<String, String> {
-    let text = fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
+fn pci_id(path: &Path) -> Result<String, UnusableError> {
+    let text = fs::read_to_string(path).map_err(|source| cannot_read(path, source))?;
     let hex = text
         .trim()
         .strip_prefix("0x")
         .filter(|hex| hex.len() == 4 && hex.bytes().all(|b| b.is_ascii_hexdigit()));
     hex.map(str::to_ascii_lowercase)
-        .ok_or_else(|| format!("{}: `{}` is no PCI id", path.display(), text.trim()))
+        .ok_or_else(|| UnusableError::NotAPciId { path: path.to_owned(), text: text.trim().to_owned() })
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! What the agent tells of its node.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::{fs, io};
 
 /// The kernel of the node.
@@ -14,10 +14,10 @@ pub struct Kernel {
 
 /// Why the boot id is not known.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot read the boot id from {path}")]
+#[error("cannot read the boot id from {}", path.display())]
 pub struct ReadBootIdError {
-    path: String,
-    source: io::Error,
+    pub(crate) path: PathBuf,
+    pub(crate) source: io::Error,
 }
 
 /// The running kernel. The procfs at `proc` gives the boot id.
@@ -25,11 +25,20 @@ pub struct ReadBootIdError {
 /// # Errors
 /// If the boot id cannot be read.
 pub fn kernel(proc: &Path) -> Result<Kernel, ReadBootIdError> {
-    let path = proc.join("sys/kernel/random/boot_id");
-    let boot_id = fs::read_to_string(&path)
-        .map_err(|source| ReadBootIdError { path: path.display().to_string(), source })?;
     let release = rustix::system::uname().release().to_string_lossy().into_owned();
-    Ok(Kernel { release, boot_id: boot_id.trim().to_owned() })
+    Ok(Kernel { release, boot_id: boot_id(proc)? })
+}
+
+/// The id of the node's current boot, from the procfs at `proc`.
+///
+/// # Errors
+/// If it cannot be read.
+pub fn boot_id(proc: &Path) -> Result<String, ReadBootIdError> {
+    let path = proc.join("sys/kernel/random/boot_id");
+    match fs::read_to_string(&path) {
+        Ok(id) => Ok(id.trim().to_owned()),
+        Err(source) => Err(ReadBootIdError { path, source }),
+    }
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::devices::Device;
 use super::vm::{VmJson, VmJsonError, argument_field, value};
-use crate::vmm::twin_exec::Descriptor;
+use crate::process::exec::Descriptor;
 
 /// The first descriptor that a twin is given: that of [`IOMMU`]; those of the devices follow, in the VM's order.
 const FIRST_DESCRIPTOR: i32 = 64;

@@ -40,6 +40,7 @@ use std::path::{Component, Path, PathBuf};
 
 use serde::Deserialize;
 use slackwater_handover::policy::Driver;
+use strum::IntoStaticStr;
 
 use super::placeholders::pieces;
 
@@ -77,8 +78,9 @@ pub struct VmmEntry {
 }
 
 /// What a VMM speaks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, IntoStaticStr)]
 #[serde(rename_all = "lowercase")]
+#[strum(serialize_all = "lowercase")]
 pub enum VmmKind {
     /// `slackwater.vmm.v1`.
     Contract,
@@ -97,10 +99,7 @@ impl VmmKind {
 
     /// As in `vm.json`.
     pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Contract => "contract",
-            Self::Qemu => "qemu",
-        }
+        self.into()
     }
 }
 

@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 use super::super::devices::Device;
 use super::super::placeholders::{TwinCommand, twin_arguments};
 use super::*;
-use crate::vmm::twin_exec::Descriptor;
+use crate::process::exec::Descriptor;
 
 fn good() -> Value {
     json!({

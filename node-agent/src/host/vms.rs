@@ -10,12 +10,12 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::thread;
 
-use notify::event::{AccessKind, AccessMode};
-use notify::{Event, EventKind, RecommendedWatcher, RecursiveMode, Watcher};
+use notify::{Event, RecommendedWatcher, RecursiveMode, Watcher};
 use tokio::sync::watch;
 use tracing::{info, warn};
 
-use super::vm::{self, VM_JSON_LIMIT_BYTES, VmJson};
+use super::vm::{self, VM_JSON_LIMIT_BYTES, VmJson, VmJsonError};
+use crate::process::file_events::is_change;
 
 /// The file that makes a directory a VM.
 const VM_JSON: &str = "vm.json";
@@ -28,8 +28,30 @@ const TEMPORARY: &str = ".vm.json.new";
 pub struct VmEntry {
     /// Absolute, if the run directory is.
     pub directory: PathBuf,
-    /// The VM, or, for a person, why the file cannot be used.
-    pub vm: Result<KnownVm, String>,
+    /// The VM, or why the file cannot be used.
+    pub vm: Result<KnownVm, UnusableVm>,
+}
+
+/// Why a `vm.json` cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum UnusableVm {
+    /// It cannot be read.
+    #[error("cannot read vm.json: {reason}")]
+    Read {
+        /// What the kernel said, or what it is instead of a file.
+        reason: String,
+    },
+    /// Its content is not valid.
+    #[error(transparent)]
+    Content(#[from] VmJsonError),
+    /// It is the `vm.json` of another directory.
+    #[error("the directory is named `{directory}`, but vm.json says `{vm}` (<namespace>.<name>)")]
+    Directory {
+        /// The directory's name.
+        directory: String,
+        /// The name that the file asks for.
+        vm: String,
+    },
 }
 
 /// A VM whose `vm.json` is good.
@@ -68,14 +90,19 @@ pub enum WatchVmsError {
     StartThread(#[source] io::Error),
 }
 
-/// Where the VM, or the twin, of this namespace and name has its directory.
+/// The directory of the VM, or the twin, of this namespace and name.
 pub fn directory(run_dir: &Path, vm: &VmJson) -> PathBuf {
-    run_dir.join("vms").join(vm.directory_name())
+    directory_of(run_dir, &vm.namespace, &vm.name)
 }
 
-/// Where the VM of this namespace and name has its directory, without its vm.json to ask.
+/// As [`directory`], for a VM without its `vm.json`.
 pub fn directory_of(run_dir: &Path, namespace: &str, name: &str) -> PathBuf {
     run_dir.join("vms").join(format!("{namespace}.{name}"))
+}
+
+/// Whether the directory holds a VM. A twin's does not yet.
+pub fn holds_vm(directory: &Path) -> bool {
+    directory.join(VM_JSON).exists()
 }
 
 /// Makes the VM known whose directory this is: writes its `vm.json` at once or not at all, durably.
@@ -138,7 +165,8 @@ impl VmWatch {
         let (wake, woken) = mpsc::channel();
         let waker = wake.clone();
         let mut watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
-            if event.as_ref().map_or(true, matters) {
+            // An error may stand for any change. Reads are no change: this looks by reading.
+            if event.as_ref().map_or(true, is_change) {
                 // Fails only after the thread has ended.
                 let _ = waker.send(Wake::Look);
             }
@@ -163,15 +191,6 @@ impl Drop for VmWatch {
     fn drop(&mut self) {
         // Fails only if the thread has ended.
         let _ = self.wake.send(Wake::Stop);
-    }
-}
-
-/// Whether an event can change the list. Looking opens files and directories, and must not lead to looking again.
-fn matters(event: &Event) -> bool {
-    match event.kind {
-        EventKind::Access(AccessKind::Close(AccessMode::Write)) => true,
-        EventKind::Access(_) => false,
-        _ => true,
     }
 }
 
@@ -213,7 +232,7 @@ fn tell_changes(before: &[VmEntry], after: &[VmEntry]) {
         let directory = entry.directory.display();
         match &entry.vm {
             Ok(_) => info!(%directory, "VM known"),
-            Err(reason) => warn!(%directory, reason, "VM not usable"),
+            Err(reason) => warn!(%directory, %reason, "VM not usable"),
         }
     }
     for entry in before {
@@ -241,9 +260,9 @@ fn look(vms: &Path, mut watch: impl FnMut(&Path)) -> Vec<VmEntry> {
         let directory = entry.path();
         watch(&directory);
         let vm = match read(&directory.join(VM_JSON)) {
-            Ok(Some(text)) => understand(&directory, text),
+            Ok(Some(text)) => parse(&directory, text),
             Ok(None) => continue,
-            Err(error) => Err(format!("cannot read vm.json: {error}")),
+            Err(error) => Err(UnusableVm::Read { reason: error.to_string() }),
         };
         found.push(VmEntry { directory, vm });
     }
@@ -269,22 +288,22 @@ fn read(path: &Path) -> io::Result<Option<String>> {
     String::from_utf8(text).map(Some).map_err(|_| io::Error::other("it is not UTF-8"))
 }
 
-fn understand(directory: &Path, text: String) -> Result<KnownVm, String> {
-    let json = vm::parse(&text).map_err(|error| error.to_string())?;
+fn parse(directory: &Path, text: String) -> Result<KnownVm, UnusableVm> {
+    let json = vm::parse(&text)?;
     let name = directory.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     if name != json.directory_name() {
-        return Err(format!(
-            "the directory is named `{name}`, but vm.json says `{}` (<namespace>.<name>)",
-            json.directory_name()
-        ));
+        return Err(UnusableVm::Directory { directory: name.to_owned(), vm: json.directory_name() });
     }
-    let socket = json.socket_in(directory).map_err(|error| error.to_string())?;
+    let socket = json.socket_in(directory)?;
     Ok(KnownVm { json, text, socket })
 }
 
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
+
+    use notify::EventKind;
+    use notify::event::{AccessKind, AccessMode};
 
     use super::*;
 
@@ -393,7 +412,7 @@ mod tests {
     #[tokio::test]
     async fn looking_does_not_lead_to_looking_again_and_the_watch_ends_with_its_owner() {
         let run = tempfile::tempdir().unwrap();
-        let looks = |kind| matters(&Event::new(kind));
+        let looks = |kind| is_change(&Event::new(kind));
         assert!(!looks(EventKind::Access(AccessKind::Open(AccessMode::Any))));
         assert!(!looks(EventKind::Access(AccessKind::Close(AccessMode::Read))));
         assert!(looks(EventKind::Access(AccessKind::Close(AccessMode::Write))));

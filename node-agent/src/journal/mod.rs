@@ -23,9 +23,12 @@ use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{Read, Seek, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::SystemTime;
 use std::{fmt, io};
+
+use parking_lot::Mutex;
+use strum::{Display, EnumString, IntoStaticStr};
 
 pub use error::JournalError;
 use file::{Copies, Directory, NEW, SPARE};
@@ -40,7 +43,8 @@ const EPOCH: &str = "epoch";
 const EPOCH_SPACE_BYTES: usize = 4096;
 
 /// Which end of a migration a journal is of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Display, EnumString, IntoStaticStr)]
+#[strum(serialize_all = "lowercase")]
 pub enum Role {
     /// This node had the VM.
     Source,
@@ -50,11 +54,8 @@ pub enum Role {
 
 impl Role {
     /// As in the name of a file.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Role::Source => "source",
-            Role::Destination => "destination",
-        }
+    pub fn as_str(self) -> &'static str {
+        self.into()
     }
 }
 
@@ -89,12 +90,11 @@ impl Key {
 
     fn of_file_name(name: &str) -> Option<Self> {
         let (id, role) = name.split_once('.')?;
-        let role = [Role::Source, Role::Destination].into_iter().find(|known| known.as_str() == role)?;
-        Self::new(id, role).ok()
+        Self::new(id, role.parse().ok()?).ok()
     }
 
     fn file_name(&self) -> String {
-        format!("{}.{}", self.id, self.role.as_str())
+        format!("{}.{}", self.id, self.role)
     }
 }
 
@@ -223,7 +223,7 @@ impl Journal {
 
     /// Keeps an operator epoch, durable when this returns. One that is not higher than what is kept changes nothing.
     pub fn set_epoch(&self, epoch: u64) -> Result<(), JournalError> {
-        let mut copies = self.epoch.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut copies = self.epoch.lock();
         if self.epoch()? >= epoch {
             return Ok(());
         }

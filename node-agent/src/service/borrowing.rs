@@ -2,6 +2,7 @@
 
 use slackwater_handover::{Failure, Reason};
 
+use crate::faults;
 use crate::vfio::kernel::KernelDevice;
 use crate::vfio::worker::DeviceHandle;
 use crate::vmm::{Description, LocalVmm, VmmDevice};
@@ -25,9 +26,7 @@ pub(super) fn devices(vmm: &dyn LocalVmm, description: &Description) -> Result<V
     let mut handles = Vec::with_capacity(description.devices.len());
     for named in &description.devices {
         let borrowed = device(vmm, named).map_err(failed)?;
-        #[cfg(feature = "faults")]
-        let borrowed = crate::vfio::faulty::FaultyDevice::new(borrowed);
-        let handle = DeviceHandle::serve(Box::new(borrowed)).map_err(|error| {
+        let handle = DeviceHandle::serve(Box::new(faults::serve_device(borrowed))).map_err(|error| {
             failed(format!("{}: no thread could be started to serve it: {error}", named.name))
         })?;
         handles.push(handle);

@@ -197,7 +197,7 @@ impl Inventory {
     async fn describe_vm(self: &Arc<Self>, entry: &VmEntry, devices: &[Device]) -> VmDescription {
         let known = match &entry.vm {
             Ok(known) => known,
-            Err(why) => return unreachable(vm_of_directory(&entry.directory), why.clone()),
+            Err(why) => return unreachable(vm_of_directory(&entry.directory), why.to_string()),
         };
         let (namespace, name) = (&known.json.namespace, &known.json.name);
         let mut described = match self.vmm(known).await {

@@ -9,8 +9,8 @@ use slackwater_proto::tonic::Status;
 
 use crate::attempt::entry::{EndEntry, Entry, Marks, Pair};
 use crate::journal::{Key, Role};
+use crate::process::cgroup::Cgroup;
 use crate::vfio::borrow::ProcessIdentity;
-use crate::vmm::cgroup::Cgroup;
 
 /// The name of an attempt's journal.
 pub(super) fn key(migration_id: &str, role: Role) -> Result<Key, Status> {

@@ -35,9 +35,9 @@ use crate::attempt::link::Peer;
 use crate::attempt::source::{SourceParts, SourceRun};
 use crate::host::identity::{IdentityOf, VfIdentity};
 use crate::journal::{Journal, JournalError, Role};
+use crate::process::cgroup::Cgroup;
 use crate::vfio::worker::DeviceHandle;
 use crate::vmm::budget::Budget;
-use crate::vmm::cgroup::Cgroup;
 use crate::vmm::{Description, LocalVmm, RunState, Vmm, twin};
 
 /// The service.

@@ -222,7 +222,7 @@ fn from_wire(qemu: &QemuDescription) -> Facts {
         version: qemu.version.clone(),
         package: qemu.package.clone(),
         machine_type: qemu.machine_type.clone(),
-        accelerator: Accelerator::of_name(&qemu.accelerator),
+        accelerator: qemu.accelerator.parse().ok(),
         cpu_features: qemu.cpu_features.iter().cloned().collect(),
     }
 }

@@ -34,10 +34,10 @@ use crate::host::node::kernel;
 use crate::host::vm::{self, VmmEntry};
 use crate::host::vms::{self, KnownVm};
 use crate::journal::{Journal, JournalError, Key, Role};
+use crate::process::cgroup::Cgroup;
 use crate::vfio::borrow::VmmProcess;
 use crate::vfio::worker::DeviceHandle;
 use crate::vmm::budget::Budget;
-use crate::vmm::cgroup::Cgroup;
 use crate::vmm::gone::GoneVmm;
 use crate::vmm::{self, Description, LocalVmm, Vmm, VmmError, twin};
 

@@ -10,6 +10,7 @@ use tokio::sync::Mutex;
 use super::NodeConfig;
 use super::inventory::Inventory;
 use super::site::NodeSite;
+use crate::faults;
 use crate::host::devices::Device;
 use crate::host::identity::{IdentityOf, VfIdentity};
 use crate::host::placeholders::twin_arguments;
@@ -42,11 +43,8 @@ pub(super) async fn targets(inventory: &Inventory, pairs: &[DevicePair]) -> Resu
 
 /// Whether a device can take over what its source has.
 fn fits(device: &Device, features: Features, pair: &DevicePair) -> Result<(), String> {
-    #[cfg(feature = "faults")]
-    let same_model = crate::faults::is_set("ignore-device-model")
-        || (device.driver == pair.driver && device.model == pair.model);
-    #[cfg(not(feature = "faults"))]
-    let same_model = device.driver == pair.driver && device.model == pair.model;
+    let same_model =
+        faults::ignores_device_model() || (device.driver == pair.driver && device.model == pair.model);
     if !same_model {
         return Err(format!(
             "device {} is a {} under {}, and cannot take over from {}, which is a {} under {}",

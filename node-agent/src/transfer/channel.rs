@@ -3,7 +3,8 @@
 use slackwater_proto::tonic::Status;
 use slackwater_proto::transfer::VmmState;
 
-use crate::vmm::budget::MAX_CHANNELS;
+/// The most streams besides the main one.
+pub const MAX_CHANNELS: u8 = 16;
 
 /// One of several streams, or the only one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]

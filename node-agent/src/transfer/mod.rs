@@ -13,8 +13,6 @@
 
 pub mod channel;
 pub mod check;
-#[cfg(feature = "faults")]
-pub mod faults;
 pub mod flow;
 pub mod incoming;
 pub mod outgoing;

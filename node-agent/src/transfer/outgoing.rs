@@ -18,6 +18,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use super::channel::Channel;
 use super::check::{Summary, Tally};
 use super::flow::Flow;
+use crate::faults::BlobFaults;
 
 /// Chunks that wait for the transport: enough to read the next while one is being sent.
 const CHUNKS_IN_FLIGHT: usize = 2;
@@ -37,8 +38,7 @@ pub struct Outgoing {
     messages: mpsc::Sender<SendBlobRequest>,
     tally: Tally,
     flow: Arc<Flow>,
-    #[cfg(feature = "faults")]
-    faults: super::faults::BlobFaults,
+    faults: BlobFaults,
 }
 
 /// The destination's word on a blob.
@@ -79,13 +79,7 @@ pub fn open(
         let stream = tokio_stream::StreamExt::chain(tokio_stream::once(first), ReceiverStream::new(stream));
         transfer_client(transport).send_blob(Request::new(stream)).await.map(|_| ())
     });
-    let outgoing = Outgoing {
-        messages,
-        tally: Tally::default(),
-        flow,
-        #[cfg(feature = "faults")]
-        faults: super::faults::BlobFaults::for_blob(blob),
-    };
+    let outgoing = Outgoing { messages, tally: Tally::default(), flow, faults: BlobFaults::for_blob(blob) };
     (outgoing, Receipt(receipt))
 }
 
@@ -99,17 +93,12 @@ impl Outgoing {
         if data.is_empty() {
             return Ok(());
         }
-        #[cfg(feature = "faults")]
         self.faults.stall().await;
         let length = data.len() as u64;
         let offset = self.tally.add(&data);
-        let chunk = BlobChunk { offset, data };
-        #[cfg(feature = "faults")]
-        for chunk in self.faults.chunk(chunk) {
+        for chunk in self.faults.chunk(BlobChunk { offset, data }) {
             self.transmit(send_blob_request::Message::Chunk(chunk)).await?;
         }
-        #[cfg(not(feature = "faults"))]
-        self.transmit(send_blob_request::Message::Chunk(chunk)).await?;
         self.flow.took(length);
         Ok(())
     }
@@ -118,9 +107,7 @@ impl Outgoing {
     ///
     /// # Errors
     /// If the stream has ended.
-    #[cfg_attr(not(feature = "faults"), expect(unused_mut, reason = "a fault may send what it held back"))]
     pub async fn finish(mut self) -> Result<Summary, StreamEnded> {
-        #[cfg(feature = "faults")]
         for chunk in self.faults.end(self.tally.length_bytes()) {
             self.transmit(send_blob_request::Message::Chunk(chunk)).await?;
         }

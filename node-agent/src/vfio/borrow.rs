@@ -20,9 +20,10 @@ use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open}
 
 use super::os_error::OsError;
 use super::sys;
+use crate::host::node::boot_id;
 
-/// What a VFIO descriptor that came by a group reads like in /proc.
-const GROUP_DEVICE: &str = "anon_inode:[vfio-device]";
+/// The target of the link in /proc/PID/fd of a VFIO device that was opened by its group. It does not say which device it is.
+pub(crate) const GROUP_DEVICE: &str = "anon_inode:[vfio-device]";
 
 /// Why a device could not be borrowed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -128,7 +129,8 @@ impl VmmProcess {
             Errno::SRCH | Errno::INVAL => BorrowError::NoProcess { pid },
             errno => BorrowError::OpenProcess { pid, errno: OsError(errno) },
         })?;
-        let identity = ProcessIdentity { boot_id: boot_id()?, pid, start_ticks: start_ticks(pid)? };
+        let boot_id = boot_id(Path::new("/proc")).map_err(|error| unreadable(&error.path, &error.source))?;
+        let identity = ProcessIdentity { boot_id, pid, start_ticks: start_ticks(pid)? };
         // What was read belongs to the process behind the pidfd only if that has not ended before.
         if has_exited(&pidfd) {
             return Err(BorrowError::NoProcess { pid });
@@ -221,11 +223,6 @@ fn identify(descriptor: BorrowedFd<'_>, sysfs: &Path) -> Result<Kind, BorrowErro
 
 fn unreadable(path: &Path, why: &dyn ToString) -> BorrowError {
     BorrowError::ReadProc { path: path.to_owned(), why: why.to_string() }
-}
-
-fn boot_id() -> Result<String, BorrowError> {
-    let path = Path::new("/proc/sys/kernel/random/boot_id");
-    fs::read_to_string(path).map(|id| id.trim().to_owned()).map_err(|error| unreadable(path, &error))
 }
 
 fn start_ticks(pid: u32) -> Result<u64, BorrowError> {

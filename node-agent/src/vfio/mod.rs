@@ -9,15 +9,12 @@
 //! | [`borrow`], [`probe`] | how to get at one: from a VMM's process, or a free one for a moment |
 //! | [`worker`] | a thread per device, and the async handle to it |
 //! | `fake` | a device in memory that records and goes wrong (tests, feature `faults`) |
-//! | `faulty` | what goes wrong on demand with a device of the kernel's (feature `faults`) |
 
 pub mod borrow;
 pub mod device;
 pub mod error;
 #[cfg(any(test, feature = "faults"))]
 pub mod fake;
-#[cfg(feature = "faults")]
-pub mod faulty;
 pub mod kernel;
 pub mod os_error;
 pub mod probe;

@@ -5,7 +5,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
-
 use slackwater_handover::state::Features;
 
 use super::os_error::OsError;

@@ -14,17 +14,18 @@
 //!   does not wait for that. A device that hangs keeps its thread.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
 use bytes::Bytes;
-use rustix::time::{ClockId, clock_gettime};
+use parking_lot::Mutex;
 use slackwater_handover::state::{Features, MigrationState, opens_data};
 use tokio::sync::{mpsc, oneshot};
 
 use super::device::{DataRead, Device, PrecopyInfo};
 use super::error::{DeviceError, SetStateError};
+use crate::host::clock::monotonic_ns;
 
 /// A state change that was read back, with its time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,15 +38,6 @@ pub struct Reached {
     pub took: Duration,
     /// When it had been read back: [`monotonic_ns`].
     pub at_ns: u64,
-}
-
-/// CLOCK_MONOTONIC in nanoseconds: the clock of the kernel's own trace. Comparable only on one node, in one boot.
-#[must_use]
-pub fn monotonic_ns() -> u64 {
-    let now = clock_gettime(ClockId::Monotonic);
-    // Neither part of a monotonic time is negative.
-    let (seconds, nanoseconds) = (now.tv_sec.unsigned_abs(), now.tv_nsec.unsigned_abs());
-    seconds.saturating_mul(1_000_000_000).saturating_add(nanoseconds)
 }
 
 /// A device that is served by a thread. Clones are handles to the same device.
@@ -87,13 +79,9 @@ impl Parcel {
 impl Drop for Parcel {
     fn drop(&mut self) {
         if let Some(data) = self.data.take() {
-            lock(&self.unclaimed).push_front(data);
+            self.unclaimed.lock().push_front(data);
         }
     }
-}
-
-fn lock(unclaimed: &Unclaimed) -> MutexGuard<'_, VecDeque<Bytes>> {
-    unclaimed.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// [`DataRead`], on its way.
@@ -284,11 +272,11 @@ impl Served {
     }
 
     fn read_data(&mut self, max_bytes: usize) -> Result<Given, DeviceError> {
-        let unclaimed = lock(&self.unclaimed).pop_front();
+        let unclaimed = self.unclaimed.lock().pop_front();
         let data = match unclaimed {
             Some(mut data) => {
                 if data.len() > max_bytes {
-                    lock(&self.unclaimed).push_front(data.split_off(max_bytes));
+                    self.unclaimed.lock().push_front(data.split_off(max_bytes));
                 }
                 data
             }

@@ -38,9 +38,6 @@ pub struct Budget {
     pub channels: u8,
 }
 
-/// The most connections besides the main one.
-pub const MAX_CHANNELS: u8 = 16;
-
 impl Default for Budget {
     fn default() -> Self {
         Self {

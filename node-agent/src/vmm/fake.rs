@@ -1,10 +1,11 @@
 //! A VMM for tests: it keeps the contract's order, records every call in a log that others may share, and fails on demand.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use futures::{StreamExt, stream};
+use parking_lot::Mutex;
 use slackwater_handover::policy::Driver;
 use slackwater_handover::state::MigrationState;
 use slackwater_proto::tonic::{Code, async_trait};
@@ -22,12 +23,12 @@ pub struct SharedLog(Arc<Mutex<Vec<String>>>);
 impl SharedLog {
     /// Adds a line.
     pub fn add(&self, line: impl Into<String>) {
-        locked(&self.0).push(line.into());
+        self.0.lock().push(line.into());
     }
 
     /// All lines so far.
     pub fn lines(&self) -> Vec<String> {
-        locked(&self.0).clone()
+        self.0.lock().clone()
     }
 }
 
@@ -84,18 +85,18 @@ impl FakeVmm {
             descriptor: 10 + number,
             guest_address: format!("fake {number}"),
         };
-        locked(&self.inner).devices = (0..).zip(names).map(device).collect();
+        self.inner.lock().devices = (0..).zip(names).map(device).collect();
         self
     }
 
     /// Lets it drive these devices by itself, as QEMU does.
     pub fn drive(&self, devices: &[DeviceHandle]) {
-        locked(&self.inner).driven = devices.to_vec();
+        self.inner.lock().driven = devices.to_vec();
     }
 
     /// Takes the devices that it drives to a state, one after the other. What they refuse is seen by whoever looks at them.
     async fn lead(&self, to: MigrationState) {
-        let devices = locked(&self.inner).driven.clone();
+        let devices = self.inner.lock().driven.clone();
         for device in devices {
             let _ = device.set_state(to).await;
         }
@@ -103,35 +104,35 @@ impl FakeVmm {
 
     /// Lets every call of this name fail, until [`FakeVmm::mend`]: `pause`, `finish_save`, ...
     pub fn fail(&self, call: &'static str) {
-        locked(&self.inner).failures.insert(call);
+        self.inner.lock().failures.insert(call);
     }
 
     /// Lets calls of this name succeed again.
     pub fn mend(&self, call: &'static str) {
-        locked(&self.inner).failures.remove(call);
+        self.inner.lock().failures.remove(call);
     }
 
     /// Lets every call of this name wait, after it has been logged, for a notification.
     pub fn hang(&self, call: &'static str) -> Arc<Notify> {
         let release = Arc::new(Notify::new());
-        locked(&self.inner).hangs.insert(call, Arc::clone(&release));
+        self.inner.lock().hangs.insert(call, Arc::clone(&release));
         release
     }
 
     /// Ends its process: every later call is lost, and so is a save under way.
     pub fn kill(&self) {
-        locked(&self.inner).saving = None;
+        self.inner.lock().saving = None;
         self.exit.send_replace(true);
     }
 
     /// Whether the VM runs.
     pub fn run_state(&self) -> RunState {
-        locked(&self.inner).run_state
+        self.inner.lock().run_state
     }
 
     /// What a twin has been given, once its load has ended.
     pub fn loaded(&self) -> Option<Bytes> {
-        locked(&self.inner).loaded.clone()
+        self.inner.lock().loaded.clone()
     }
 
     /// Logs the call; then waits, fails or passes, as the script says.
@@ -141,14 +142,14 @@ impl FakeVmm {
         if *self.exit.borrow() {
             return Err(lost());
         }
-        let hang = locked(&self.inner).hangs.get(call).cloned();
+        let hang = self.inner.lock().hangs.get(call).cloned();
         if let Some(release) = hang {
             tokio::select! {
                 () = release.notified() => {}
                 () = self.exited() => return Err(lost()),
             }
         }
-        if locked(&self.inner).failures.contains(call) {
+        if self.inner.lock().failures.contains(call) {
             return Err(refused(call, Code::Internal, "the test says so"));
         }
         Ok(())
@@ -168,15 +169,11 @@ fn refused(call: &'static str, code: Code, message: &str) -> VmmError {
     VmmError::Refused { call, code, message: message.to_owned() }
 }
 
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 #[async_trait]
 impl Vmm for FakeVmm {
     async fn describe(&self) -> Result<Description, VmmError> {
         self.enter("describe").await?;
-        let inner = locked(&self.inner);
+        let inner = self.inner.lock();
         Ok(Description {
             run_state: inner.run_state,
             devices: inner.devices.clone(),
@@ -193,13 +190,13 @@ impl Vmm for FakeVmm {
             return Err(refused("start_save", Code::FailedPrecondition, "nobody tracks dirty pages"));
         }
         let (pieces, stream) = mpsc::channel(1);
-        locked(&self.inner).saving = Some(pieces);
+        self.inner.lock().saving = Some(pieces);
         Ok(vec![ReceiverStream::new(stream).boxed()])
     }
 
     async fn converged(&self, _copy: Copying) -> Result<(), VmmError> {
         self.enter("converged").await?;
-        locked(&self.inner).run_state = RunState::Paused;
+        self.inner.lock().run_state = RunState::Paused;
         self.lead(MigrationState::StopCopy).await;
         Ok(())
     }
@@ -210,7 +207,7 @@ impl Vmm for FakeVmm {
             return Ok(());
         }
         self.require("pause", RunState::Running)?;
-        locked(&self.inner).run_state = RunState::Paused;
+        self.inner.lock().run_state = RunState::Paused;
         Ok(())
     }
 
@@ -218,7 +215,7 @@ impl Vmm for FakeVmm {
         self.enter("finish_save").await?;
         self.require("finish_save", RunState::Paused)?;
         let (pieces, state) = {
-            let mut inner = locked(&self.inner);
+            let mut inner = self.inner.lock();
             (inner.saving.take(), inner.state.clone())
         };
         let pieces =
@@ -233,13 +230,13 @@ impl Vmm for FakeVmm {
 
     async fn abort_save(&self) -> Result<(), VmmError> {
         self.enter("abort_save").await?;
-        let saving = locked(&self.inner).saving.take();
+        let saving = self.inner.lock().saving.take();
         if let Some(pieces) = saving {
             // Nobody may be reading any more.
             let _ = pieces.try_send(Err(refused("start_save", Code::Aborted, "the save was aborted")));
             if self.driver() == Driver::Vmm {
                 self.lead(MigrationState::Running).await;
-                locked(&self.inner).run_state = RunState::Running;
+                self.inner.lock().run_state = RunState::Running;
             }
         }
         Ok(())
@@ -263,7 +260,7 @@ impl Vmm for FakeVmm {
                 }
             }
         }
-        locked(&self.inner).loaded = Some(all.freeze());
+        self.inner.lock().loaded = Some(all.freeze());
         self.log.add(format!("{} loaded", self.name));
         Ok(())
     }
@@ -271,7 +268,7 @@ impl Vmm for FakeVmm {
     async fn finish_load(&self) -> Result<(), VmmError> {
         self.enter("finish_load").await?;
         self.require("finish_load", RunState::Incoming)?;
-        let mut inner = locked(&self.inner);
+        let mut inner = self.inner.lock();
         if inner.loaded.is_none() {
             return Err(refused("finish_load", Code::FailedPrecondition, "nothing has been loaded"));
         }
@@ -286,7 +283,7 @@ impl Vmm for FakeVmm {
         }
         self.require("resume", RunState::Paused)?;
         self.lead(MigrationState::Running).await;
-        locked(&self.inner).run_state = RunState::Running;
+        self.inner.lock().run_state = RunState::Running;
         Ok(())
     }
 
@@ -297,7 +294,7 @@ impl Vmm for FakeVmm {
     }
 
     fn driver(&self) -> Driver {
-        if locked(&self.inner).driven.is_empty() { Driver::Agent } else { Driver::Vmm }
+        if self.inner.lock().driven.is_empty() { Driver::Agent } else { Driver::Vmm }
     }
 
     fn pid(&self) -> u32 {

@@ -26,19 +26,15 @@ use crate::host::vm::{VmmEntry, VmmKind};
 use crate::vfio::borrow::VmmProcess;
 
 pub mod budget;
-pub mod cgroup;
 pub mod contract;
 #[cfg(any(test, feature = "faults"))]
 pub mod fake;
-mod file_events;
 pub mod gone;
-mod launch;
 pub mod qemu;
 pub mod server;
 #[cfg(test)]
 mod stub;
 pub mod twin;
-pub mod twin_exec;
 
 /// RAM and machine state as the VMM gives them, in pieces of at most 1 MiB. Ends after the last piece; an error ends it, too.
 pub type SaveStream = BoxStream<'static, Result<Bytes, VmmError>>;

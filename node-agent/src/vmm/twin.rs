@@ -21,14 +21,14 @@ use tokio::process::Child;
 use tokio::time::{Instant, sleep, timeout_at};
 use tracing::{info, warn};
 
-use super::cgroup::{Cgroup, CgroupError};
 use super::contract::Deadlines;
-use super::file_events::FileEvents;
-use super::launch::{Launch, LaunchError, NOT_LISTENING_YET, end_of};
-use super::twin_exec::{Descriptor, TWIN_EXEC};
 use super::{Description, LocalVmm, RunState, VmmError};
 use crate::host::vm::VmmEntry;
 use crate::host::vms;
+use crate::process::cgroup::{Cgroup, CgroupError, error_chain};
+use crate::process::exec::{Descriptor, TWIN_EXEC};
+use crate::process::file_events::FileEvents;
+use crate::process::launch::{Launch, LaunchError, NOT_LISTENING_YET, end_of};
 
 /// The twin's output, in its directory.
 pub const LOG_FILE: &str = "twin.log";
@@ -92,7 +92,7 @@ pub enum TwinError {
         source: notify::Error,
     },
     /// No cgroup.
-    #[error("no cgroup for the twin: {}", with_source(.0))]
+    #[error("no cgroup for the twin: {}", error_chain(.0))]
     Cgroup(CgroupError),
     /// The launcher could not be started.
     #[error("cannot start {program}: {source}")]
@@ -135,13 +135,6 @@ pub enum TwinError {
         /// How that was seen.
         reason: String,
     },
-}
-
-fn with_source(error: &CgroupError) -> String {
-    match std::error::Error::source(error) {
-        Some(source) => format!("{error}: {source}"),
-        None => error.to_string(),
-    }
 }
 
 impl TwinPlan {
@@ -211,7 +204,7 @@ impl Remains {
 /// # Errors
 /// What is left, if something is.
 pub async fn clear(plan: &TwinPlan, limit: Duration) -> Result<(), TwinError> {
-    if plan.directory.join("vm.json").exists() {
+    if vms::holds_vm(&plan.directory) {
         return Err(TwinError::AlreadyHere { directory: plan.directory.clone() });
     }
     let cgroup = Cgroup::named(&plan.cgroup_root, &plan.cgroup_name).map_err(TwinError::Cgroup)?;
@@ -262,7 +255,7 @@ fn retire(directory: &Path, socket: &Path) -> Result<(), TwinError> {
 /// # Errors
 /// [`TwinError`]. What was made by then has been cleared away; where that failed, it is logged.
 pub async fn start(plan: TwinPlan) -> Result<Twin, TwinError> {
-    if plan.directory.join("vm.json").exists() {
+    if vms::holds_vm(&plan.directory) {
         return Err(TwinError::AlreadyHere { directory: plan.directory });
     }
     let cgroup = Cgroup::make(&plan.cgroup_root, &plan.cgroup_name).map_err(TwinError::Cgroup)?;

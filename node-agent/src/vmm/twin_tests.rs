@@ -13,10 +13,10 @@ use tokio::process::Command;
 
 use super::*;
 use crate::host::vm::VmmKind;
+use crate::process::exec::TwinExec;
 use crate::vmm::Vmm as _;
 use crate::vmm::contract::ContractVmm;
 use crate::vmm::stub::Stub;
-use crate::vmm::twin_exec::TwinExec;
 
 /// Not a test of its own: the part that a child of another test plays, after the first `--` of its command line.
 #[tokio::test]

@@ -27,6 +27,7 @@ use self::run::OpenBlob;
 use super::receiving::{Receiver, TwinLoad};
 use super::{Seen, confirm, resume};
 use crate::attempt::entry::Ended;
+use crate::faults;
 use crate::host::clock::Clock;
 use crate::transfer::channel::Channel;
 use crate::vfio::worker::DeviceHandle;
@@ -80,13 +81,11 @@ impl Shell {
         let mut silent = false;
         let mut event = Event::Start;
         loop {
-            #[cfg(feature = "faults")]
             let before = machine.phase();
             let (next, effects) = machine.step(event);
             machine = next;
-            #[cfg(feature = "faults")]
             if machine.phase() != before {
-                crate::faults::halted("destination", &format!("{:?}", machine.phase()).to_lowercase()).await;
+                faults::halt(faults::End::Destination, machine.phase()).await;
             }
             self.failure = machine.failure().cloned();
             if effects.contains(&Effect::ConfirmReserved) {

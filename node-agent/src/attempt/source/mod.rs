@@ -26,6 +26,7 @@ use super::link::{BlobLink, Decisions, Link};
 use super::pump::DevicePump;
 use super::{Seen, limits, phases, resume};
 use crate::attempt::entry::{EndEntry, Ended, Marks};
+use crate::faults;
 use crate::host::clock::Clock;
 use crate::transfer::flow::Flow;
 use crate::vmm::DeviceSeen;
@@ -113,8 +114,7 @@ impl Shell {
             machine = next;
             let phase = machine.phase();
             if phase != before {
-                #[cfg(feature = "faults")]
-                crate::faults::halted("source", &format!("{phase:?}").to_lowercase()).await;
+                faults::halt(faults::End::Source, phase).await;
                 bounded = limits::of(phase).map(|limit| (phase, limit));
                 if let Some((_, limit)) = bounded {
                     phase_limit.as_mut().reset(tokio::time::Instant::now() + limit);

@@ -1,14 +1,15 @@
 //! How a fake device is made, and told what to do wrong.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use rustix::io::Errno;
 use slackwater_handover::state::{Features, MigrationState};
 use tokio::sync::watch;
 
 use super::script::{Refusal, Script};
-use super::{CallLog, FakeDevice, FakeWatch, Gate, Inner, lock};
+use super::{CallLog, FakeDevice, FakeWatch, Gate, Inner};
 use crate::vfio::device::MAX_READ_BYTES;
 
 impl FakeDevice {
@@ -47,7 +48,7 @@ impl FakeDevice {
     /// Where it stands at first.
     #[must_use]
     pub fn in_state(self, state: MigrationState) -> Self {
-        let mut inner = lock(&self.inner);
+        let mut inner = self.inner.lock();
         inner.state = state;
         inner.stream_open = state.has_data();
         drop(inner);

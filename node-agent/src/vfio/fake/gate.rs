@@ -1,7 +1,8 @@
 //! A place at which a fake device hangs until a test lets it go on.
 
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::Arc;
 
+use parking_lot::{Condvar, Mutex};
 use tokio::sync::watch;
 
 /// Shut when new. Clones are the same gate.
@@ -25,7 +26,7 @@ impl Gate {
 
     /// Lets everything pass, now and from now on.
     pub fn open(&self) {
-        *self.0.open.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        *self.0.open.lock() = true;
         self.0.opened.notify_all();
     }
 
@@ -38,8 +39,7 @@ impl Gate {
     /// Blocks the thread until the gate is open.
     pub(super) fn pass(&self) {
         self.0.reached.send_replace(true);
-        let open = self.0.open.lock().unwrap_or_else(PoisonError::into_inner);
-        drop(self.0.opened.wait_while(open, |open| !*open).unwrap_or_else(PoisonError::into_inner));
+        self.0.opened.wait_while(&mut self.0.open.lock(), |open| !*open);
     }
 }
 

@@ -1,7 +1,8 @@
 //! What fake devices were asked, in one order for all that share a log.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
+use parking_lot::Mutex;
 use rustix::io::Errno;
 use slackwater_handover::state::MigrationState;
 
@@ -59,7 +60,7 @@ impl CallLog {
     /// Everything so far.
     #[must_use]
     pub fn entries(&self) -> Vec<Entry> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.0.lock().clone()
     }
 
     /// Only the state changes so far: `vf0 asked RUNNING_P2P`, `vf0 reached RUNNING_P2P`, `vf1 refused STOP_COPY in STOP`.
@@ -86,6 +87,6 @@ impl CallLog {
 
     pub(super) fn add(&self, device: &str, call: Call, state: MigrationState) {
         let entry = Entry { device: device.to_owned(), call, state };
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(entry);
+        self.0.lock().push(entry);
     }
 }

@@ -14,9 +14,10 @@ mod gate;
 mod log;
 mod script;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use rustix::io::Errno;
 use slackwater_handover::state::{Features, MigrationState, opens_data, path};
 use tokio::sync::watch;
@@ -68,19 +69,19 @@ impl FakeWatch {
     /// Where the device stands. Not recorded.
     #[must_use]
     pub fn state(&self) -> MigrationState {
-        lock(&self.inner).state
+        self.inner.lock().state
     }
 
     /// What has been written in the RESUMING session so far.
     #[must_use]
     pub fn written(&self) -> Bytes {
-        Bytes::copy_from_slice(&lock(&self.inner).written)
+        Bytes::copy_from_slice(&self.inner.lock().written)
     }
 
     /// What the device had been given when it last left RESUMING for STOP.
     #[must_use]
     pub fn loaded(&self) -> Option<Bytes> {
-        lock(&self.inner).loaded.clone()
+        self.inner.lock().loaded.clone()
     }
 
     /// Returns when the device has been dropped.
@@ -92,24 +93,20 @@ impl FakeWatch {
     /// How many bytes of the saving session have been read.
     #[must_use]
     pub fn read_bytes(&self) -> usize {
-        lock(&self.inner).read
+        self.inner.lock().read
     }
-}
-
-fn lock(inner: &Mutex<Inner>) -> MutexGuard<'_, Inner> {
-    inner.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// How it behaves.
 impl FakeDevice {
     fn record(&self, call: Call) {
-        let state = lock(&self.inner).state;
+        let state = self.inner.lock().state;
         self.log.add(&self.name, call, state);
     }
 
     /// Goes the way to `to`, arc by arc, and stops where it goes wrong.
     fn walk(&self, to: MigrationState) -> Result<(), Errno> {
-        let mut inner = lock(&self.inner);
+        let mut inner = self.inner.lock();
         let count = match inner.asked.get_mut(to.number() as usize) {
             Some(count) => {
                 *count += 1;
@@ -158,7 +155,7 @@ impl FakeDevice {
     }
 
     fn read(&self, max_bytes: usize) -> Result<DataRead, DeviceError> {
-        let mut inner = lock(&self.inner);
+        let mut inner = self.inner.lock();
         let device = || self.name.clone();
         if !inner.stream_open {
             return Err(DeviceError::NoDataStream { device: device() });
@@ -183,7 +180,7 @@ impl FakeDevice {
     }
 
     fn write(&self, data: &[u8]) -> Result<(), DeviceError> {
-        let mut inner = lock(&self.inner);
+        let mut inner = self.inner.lock();
         if !inner.stream_open {
             return Err(DeviceError::NoDataStream { device: self.name.clone() });
         }
@@ -226,7 +223,7 @@ impl Device for FakeDevice {
         if let Some(errno) = self.script.refuse_state {
             return Err(DeviceError::ReadState { device: self.name.clone(), errno: OsError(errno) });
         }
-        let mut inner = lock(&self.inner);
+        let mut inner = self.inner.lock();
         inner.stream_open &= inner.state.has_data();
         Ok(inner.state)
     }
@@ -249,7 +246,7 @@ impl Device for FakeDevice {
     }
 
     fn load_failed(&self) -> bool {
-        lock(&self.inner).load_failed
+        self.inner.lock().load_failed
     }
 
     fn read_data(&mut self, max_bytes: usize) -> Result<DataRead, DeviceError> {
@@ -277,7 +274,7 @@ impl Device for FakeDevice {
     }
 
     fn close_data(&mut self) {
-        lock(&self.inner).stream_open = false;
+        self.inner.lock().stream_open = false;
         self.record(Call::CloseData);
     }
 
@@ -288,7 +285,7 @@ impl Device for FakeDevice {
 
     fn precopy_info(&mut self) -> Result<PrecopyInfo, DeviceError> {
         self.record(Call::PrecopyInfo);
-        let inner = lock(&self.inner);
+        let inner = self.inner.lock();
         let device = self.name.clone();
         if !inner.stream_open {
             return Err(DeviceError::NoDataStream { device });
@@ -309,7 +306,7 @@ impl Device for FakeDevice {
         if let Some(errno) = self.script.refuse_reset {
             return Err(DeviceError::Reset { device: self.name.clone(), errno: OsError(errno) });
         }
-        let mut inner = lock(&self.inner);
+        let mut inner = self.inner.lock();
         inner.state = MigrationState::Running;
         inner.stream_open = false;
         inner.load_failed = false;

@@ -1,18 +1,16 @@
 //! A VM's VFIO devices in QEMU's process: which descriptor is which device.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::{Path, PathBuf};
+use std::{fs, io};
 
 use slackwater_handover::state::MigrationState;
 
 use super::super::{VmmDevice, VmmError};
 use super::qmp::commands::QomGet;
 use super::qmp::{QmpClient, VfioState};
-use crate::host::devices::vfio_devices;
-
-/// What a VFIO device that came by a group reads like in /proc. They cannot be told apart.
-const GROUP_DEVICE: &str = "anon_inode:[vfio-device]";
+use crate::host::devices::{ListDevicesError, vfio_devices};
+use crate::vfio::borrow::GROUP_DEVICE;
 
 /// The devices with these ids, in this order, and the descriptors by which QEMU holds them.
 pub(super) async fn of(qmp: &QmpClient, pid: u32, ids: &[String]) -> Result<Vec<VmmDevice>, VmmError> {
@@ -21,12 +19,34 @@ pub(super) async fn of(qmp: &QmpClient, pid: u32, ids: &[String]) -> Result<Vec<
         named.push((id.clone(), name(qmp, id).await?));
     }
     let open = tokio::task::spawn_blocking(move || open_devices(pid)).await;
-    let open = open.map_err(|error| wrong(error.to_string()))?.map_err(wrong)?;
-    assign(&named, open).map_err(wrong)
+    let open = open.map_err(|error| not_valid(&error))?.map_err(|error| not_valid(&error))?;
+    assign(&named, open).map_err(|error| not_valid(&error))
 }
 
-fn wrong(reason: String) -> VmmError {
-    VmmError::Answer { call: "describe", reason }
+fn not_valid(reason: &dyn ToString) -> VmmError {
+    VmmError::Answer { call: "describe", reason: reason.to_string() }
+}
+
+/// Why QEMU's descriptors could not be listed.
+#[derive(Debug, thiserror::Error)]
+enum ListError {
+    #[error("{}: {source}", folder.display())]
+    Descriptors { folder: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Devices(#[from] ListDevicesError),
+}
+
+/// Why a device of the VM has no descriptor.
+#[derive(Debug, thiserror::Error)]
+enum AssignError {
+    #[error(
+        "QEMU was given the devices `{}` by their descriptors alone, and does not tell which is which: each needs sysfsdev= or host= \
+         beside fd=",
+        ids.join("`, `")
+    )]
+    Ambiguous { ids: Vec<String> },
+    #[error("QEMU has the device `{id}`, {}, but its process has no VFIO descriptor for it", name.as_deref().unwrap_or("a device that it was given by its descriptor"))]
+    NoDescriptor { id: String, name: Option<String> },
 }
 
 /// The device's name on the host: by `sysfsdev` or `host`, whichever QEMU was given. None if it was given a descriptor.
@@ -35,9 +55,9 @@ async fn name(qmp: &QmpClient, id: &str) -> Result<Option<String>, VmmError> {
         let path = format!("/machine/peripheral/{id}");
         let asked = qmp.execute(QomGet { path, property: property.to_owned() }).await;
         let value = asked.map_err(|error| match error {
-            super::QmpError::Refused { class, desc, .. } => {
-                wrong(format!("vmm.devices names `{id}`, and QEMU has no such VFIO device ({class}: {desc})"))
-            }
+            super::QmpError::Refused { class, desc, .. } => not_valid(&format!(
+                "vmm.devices names `{id}`, and QEMU has no such VFIO device ({class}: {desc})"
+            )),
             other => super::of_qmp("describe", other),
         })?;
         let value = value.as_str().unwrap_or_default();
@@ -59,9 +79,9 @@ struct Open {
     nameless: Vec<i32>,
 }
 
-fn open_devices(pid: u32) -> Result<Open, String> {
+fn open_devices(pid: u32) -> Result<Open, ListError> {
     let folder = PathBuf::from(format!("/proc/{pid}/fd"));
-    let unreadable = |error: std::io::Error| format!("{}: {error}", folder.display());
+    let unreadable = |source| ListError::Descriptors { folder: folder.clone(), source };
     let mut links = Vec::new();
     for entry in fs::read_dir(&folder).map_err(unreadable)? {
         let entry = entry.map_err(unreadable)?;
@@ -71,7 +91,7 @@ fn open_devices(pid: u32) -> Result<Open, String> {
         links.push((number, target));
     }
     links.sort();
-    let devices = vfio_devices(Path::new("/sys")).map_err(|error| error.to_string())?.devices;
+    let devices = vfio_devices(Path::new("/sys"))?.devices;
     let cdev =
         |target: &Path| devices.iter().find(|device| device.cdev == target).map(|device| device.name.clone());
     Ok(sort(&links, cdev))
@@ -91,15 +111,10 @@ fn sort(links: &[(i32, PathBuf)], device_of: impl Fn(&Path) -> Option<String>) -
 
 /// A device that came by a group gets any of those: only all of them together mean something. One that QEMU was given by its
 /// descriptor alone gets what nobody else has; there may be one.
-fn assign(wanted: &[(String, Option<String>)], mut open: Open) -> Result<Vec<VmmDevice>, String> {
-    if wanted.iter().filter(|(_, name)| name.is_none()).count() > 1 {
-        let ids: Vec<&str> =
-            wanted.iter().filter(|(_, name)| name.is_none()).map(|(id, _)| id.as_str()).collect();
-        return Err(format!(
-            "QEMU was given the devices `{}` by their descriptors alone, and does not tell which is which: each needs sysfsdev= or host= \
-             beside fd=",
-            ids.join("`, `")
-        ));
+fn assign(wanted: &[(String, Option<String>)], mut open: Open) -> Result<Vec<VmmDevice>, AssignError> {
+    let nameless = wanted.iter().filter(|(_, name)| name.is_none());
+    if nameless.clone().count() > 1 {
+        return Err(AssignError::Ambiguous { ids: nameless.map(|(id, _)| id.clone()).collect() });
     }
     let known: Vec<&str> = wanted.iter().filter_map(|(_, name)| name.as_deref()).collect();
     let mut unclaimed: Vec<(i32, String)> = open
@@ -122,10 +137,8 @@ fn assign(wanted: &[(String, Option<String>)], mut open: Open) -> Result<Vec<Vmm
                 .map(|descriptor| (descriptor, name.clone())),
             None => unclaimed.next(),
         };
-        let (descriptor, name) = found.ok_or_else(|| {
-            let what = name.as_deref().unwrap_or("a device that it was given by its descriptor");
-            format!("QEMU has the device `{id}`, {what}, but its process has no VFIO descriptor for it")
-        })?;
+        let (descriptor, name) =
+            found.ok_or_else(|| AssignError::NoDescriptor { id: id.clone(), name: name.clone() })?;
         devices.push(VmmDevice { name, descriptor, guest_address: id.clone() });
     }
     Ok(devices)
@@ -175,13 +188,13 @@ mod tests {
         assert_eq!(numbers(found), [("c".to_owned(), 9), ("d".to_owned(), 10)]);
         let found = assign(&wanted(&[None, Some("b")]), open()).unwrap();
         assert_eq!(numbers(found), [("a".to_owned(), 7), ("b".to_owned(), 6)]);
-        let error = assign(&wanted(&[None, None]), open()).unwrap_err();
+        let error = assign(&wanted(&[None, None]), open()).unwrap_err().to_string();
         assert!(error.contains("`v0`, `v1` by their descriptors alone"), "{error}");
     }
 
     #[test]
     fn a_device_without_a_descriptor_is_named() {
-        let error = assign(&wanted(&[Some("a")]), Open::default()).unwrap_err();
+        let error = assign(&wanted(&[Some("a")]), Open::default()).unwrap_err().to_string();
         assert_eq!(error, "QEMU has the device `v0`, a, but its process has no VFIO descriptor for it");
     }
 }

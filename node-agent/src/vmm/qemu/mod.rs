@@ -29,10 +29,11 @@ mod tests;
 mod throughput;
 
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use slackwater_handover::policy::Driver;
 use slackwater_proto::channel::ConnectError;
 use slackwater_proto::tonic::{Code, async_trait};
@@ -128,7 +129,7 @@ impl QemuVmm {
         match &info.status {
             Some(status) if there(status) => Ok(info),
             status => {
-                let status = status.as_ref().map_or("none", MigrationStatus::as_str);
+                let status = status.as_ref().map_or("none", MigrationStatus::as_ref);
                 let why = info.error_desc.as_deref().unwrap_or("it does not say why");
                 let message = format!("QEMU's migration is {status}: {why}");
                 Err(VmmError::Refused { call, code: Code::Aborted, message })
@@ -198,7 +199,7 @@ impl Vmm for QemuVmm {
             Err(_) => return Err(VmmError::Deadline { call: "migrate", limit: self.deadlines.save }),
         };
         let Carried { pieces, replies } = carry::save(main);
-        *locked(&self.to_qemu) = Some(replies);
+        *self.to_qemu.lock() = Some(replies);
         Ok(std::iter::once(pieces).chain(more.into_iter().map(carry::save_channel)).collect())
     }
 
@@ -234,14 +235,14 @@ impl Vmm for QemuVmm {
 
     async fn abort_save(&self) -> Result<(), VmmError> {
         let call = "abort_save";
-        *locked(&self.to_qemu) = None;
+        *self.to_qemu.lock() = None;
         carry::remove(&self.carrier);
         let info = self.qmp.execute(QueryMigrate).await.map_err(|error| of_qmp(call, error))?;
-        if info.status.is_none_or(|status| over(&status)) {
+        if info.status.is_none_or(|status| status.is_over()) {
             return Ok(());
         }
         self.qmp.execute(MigrateCancel).await.map_err(|error| of_qmp(call, error))?;
-        let ended = self.until(call, over);
+        let ended = self.until(call, MigrationStatus::is_over);
         timeout(self.deadlines.save, ended)
             .await
             .map_err(|_| VmmError::Deadline { call, limit: self.deadlines.save })?
@@ -359,11 +360,11 @@ impl Vmm for QemuVmm {
     }
 
     fn take_replies(&self) -> Option<mpsc::Receiver<Bytes>> {
-        locked(&self.from_qemu.1).take()
+        self.from_qemu.1.lock().take()
     }
 
     fn reply(&self, said: Bytes) -> Result<(), VmmError> {
-        let to_qemu = locked(&self.to_qemu).clone();
+        let to_qemu = self.to_qemu.lock().clone();
         match to_qemu.map(|to_qemu| to_qemu.try_send(said)) {
             None | Some(Ok(())) => Ok(()),
             // Its migration has ended, which is told elsewhere.
@@ -430,12 +431,6 @@ fn has_run(state: &QemuState) -> bool {
     !matches!(state, FinishMigrate | InMigrate | Paused | PostMigrate | Prelaunch)
 }
 
-/// Whether a migration has ended, or none was begun.
-fn over(status: &MigrationStatus) -> bool {
-    use MigrationStatus::{Cancelled, Completed, Failed, None};
-    matches!(status, None | Completed | Failed | Cancelled)
-}
-
 fn of_qmp(call: &'static str, error: QmpError) -> VmmError {
     match error {
         QmpError::Lost { reason, .. } => VmmError::Lost { call, message: reason },
@@ -446,8 +441,4 @@ fn of_qmp(call: &'static str, error: QmpError) -> VmmError {
         }
         other => VmmError::Refused { call, code: Code::FailedPrecondition, message: other.to_string() },
     }
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -25,9 +25,8 @@ pub async fn collect(qmp: &QmpClient) -> Result<Facts, QmpError> {
     let machine = get(qmp, "/machine", "type").await?;
     let machine = machine.as_str().unwrap_or_default();
     let kvm = qmp.execute(QueryKvm).await?.enabled;
-    let triple = version.qemu;
     Ok(Facts {
-        version: format!("{}.{}.{}", triple.major, triple.minor, triple.micro),
+        version: version.qemu.to_string(),
         package: version.package,
         machine_type: machine.strip_suffix("-machine").unwrap_or(machine).to_owned(),
         accelerator: Some(if kvm { Accelerator::Kvm } else { Accelerator::Tcg }),

@@ -19,6 +19,8 @@ mod version;
 
 use std::collections::BTreeSet;
 
+use strum::{Display, EnumString, IntoStaticStr};
+
 pub use self::compare::compare;
 
 /// What the QEMU of a VM is, as far as another one must be able to take its state over.
@@ -36,8 +38,9 @@ pub struct Facts {
     pub cpu_features: BTreeSet<String>,
 }
 
-/// What runs a guest's code.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+/// What runs a guest's code. Named as in QEMU's `-accel`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EnumString, IntoStaticStr)]
+#[strum(serialize_all = "lowercase")]
 pub enum Accelerator {
     /// The kernel's KVM.
     Kvm,
@@ -46,17 +49,9 @@ pub enum Accelerator {
 }
 
 impl Accelerator {
-    /// As QEMU's `-accel` has it.
+    /// As in `-accel`.
     pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Kvm => "kvm",
-            Self::Tcg => "tcg",
-        }
-    }
-
-    /// The one of this name.
-    pub fn of_name(name: &str) -> Option<Self> {
-        [Self::Kvm, Self::Tcg].into_iter().find(|accelerator| accelerator.as_str() == name)
+        self.into()
     }
 }
 
@@ -82,10 +77,11 @@ pub struct MachineType {
     pub is_default: bool,
 }
 
-/// The kind of what was found: the condition's reason.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+/// The kind of a finding: the condition's reason. In CamelCase, as Kubernetes writes reasons.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Display, IntoStaticStr)]
 pub enum Kind {
     /// The destination's QEMU is older.
+    #[strum(serialize = "QEMUOlder")]
     QemuOlder,
     /// It does not know the machine type.
     MachineTypeUnknown,
@@ -94,22 +90,16 @@ pub enum Kind {
     /// No KVM.
     AcceleratorMissing,
     /// The guest has seen CPU features that it would not have there.
+    #[strum(serialize = "CPUFeaturesMissing")]
     CpuFeaturesMissing,
     /// A file that the twin's arguments name.
     FileMissing,
 }
 
 impl Kind {
-    /// In CamelCase, as Kubernetes writes reasons.
+    /// As a condition has it.
     pub fn as_str(self) -> &'static str {
-        match self {
-            Self::QemuOlder => "QEMUOlder",
-            Self::MachineTypeUnknown => "MachineTypeUnknown",
-            Self::MachineTypeDiffers => "MachineTypeDiffers",
-            Self::AcceleratorMissing => "AcceleratorMissing",
-            Self::CpuFeaturesMissing => "CPUFeaturesMissing",
-            Self::FileMissing => "FileMissing",
-        }
+        self.into()
     }
 }
 
@@ -142,10 +132,10 @@ impl Verdict {
     pub fn refusal(&self) -> Option<(Kind, String)> {
         let first = self.findings.first()?;
         let all = match self.findings.as_slice() {
-            [only] => format!("{}: {}", only.kind.as_str(), only.message),
+            [only] => format!("{}: {}", only.kind, only.message),
             several => {
                 let numbered = several.iter().zip(1..);
-                let numbered = numbered.map(|(f, n)| format!("({n}) {}: {}", f.kind.as_str(), f.message));
+                let numbered = numbered.map(|(f, n)| format!("({n}) {}: {}", f.kind, f.message));
                 format!(
                     "{} things are in the way: {}",
                     several.len(),

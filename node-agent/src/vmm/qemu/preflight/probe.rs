@@ -4,10 +4,11 @@
 //! when it has answered, or has not in time. Under KVM a program without a machine makes an empty VM and no vCPU.
 
 use std::ffi::OsString;
-use std::fs;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
 use std::time::Duration;
+use std::{fs, io};
 
 use serde_json::{Value, json};
 use tokio::process::Child;
@@ -15,9 +16,10 @@ use tokio::time::{sleep, timeout};
 use tracing::warn;
 
 use super::{Accelerator, MachineType, Offer, features};
-use crate::vmm::cgroup::{Cgroup, CgroupError};
-use crate::vmm::file_events::FileEvents;
-use crate::vmm::launch::{Launch, NOT_LISTENING_YET, end_of};
+use crate::process::cgroup::{Cgroup, CgroupError, error_chain};
+use crate::process::file_events::FileEvents;
+use crate::process::launch::{Launch, LaunchError, NOT_LISTENING_YET, end_of};
+use crate::vmm::VmmError;
 use crate::vmm::qemu::OWNERS_ONLY;
 use crate::vmm::qemu::qmp::commands::{
     CpuModel, CpuModelExpansionType, QomListProperties, QueryCpuModelExpansion, QueryMachines,
@@ -49,15 +51,40 @@ pub struct Prober {
 
 /// Why a program could not be asked.
 #[derive(Debug, thiserror::Error)]
-#[error("{program}, run without a machine, could not be asked: {reason}{}", log_words(log))]
+#[error("{program}, run without a machine, could not be asked: {cause}{}", quote_log(log))]
 pub struct ProbeError {
     program: PathBuf,
-    reason: String,
-    /// The end of what it said.
+    cause: ProbeCause,
+    /// The end of its log.
     log: String,
 }
 
-fn log_words(log: &str) -> String {
+/// What failed.
+#[derive(Debug, thiserror::Error)]
+enum ProbeCause {
+    #[error("{}", error_chain(.0))]
+    Cgroup(#[from] CgroupError),
+    #[error("{}: {source}", folder.display())]
+    MakeFolder { folder: PathBuf, source: io::Error },
+    #[error("{}: {source}", folder.display())]
+    Watch { folder: PathBuf, source: notify::Error },
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+    #[error("it ended before it had answered: {0}")]
+    Ended(ExitStatus),
+    #[error(transparent)]
+    Wait(io::Error),
+    #[error("it did not answer within {} ms", .0.as_millis())]
+    Silent(Duration),
+    #[error(transparent)]
+    Trust(#[from] VmmError),
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
+    #[error("{} is served by process {pid:?}, which is not the one that was started", socket.display())]
+    OtherProcess { socket: PathBuf, pid: Option<u32> },
+}
+
+fn quote_log(log: &str) -> String {
     if log.is_empty() { String::new() } else { format!("; it said: {}", log.replace('\n', " / ")) }
 }
 
@@ -67,17 +94,18 @@ impl Prober {
     /// # Errors
     /// [`ProbeError`]
     pub async fn ask(&self, program: &Path, accelerator: Accelerator) -> Result<Offer, ProbeError> {
-        let failed = |reason: String, log| ProbeError { program: program.to_owned(), reason, log };
-        self.clear().await.map_err(|error| failed(words(&error), String::new()))?;
-        let asked = match timeout(self.limit, self.run(program, accelerator)).await {
-            Ok(asked) => asked,
-            Err(_) => Err(format!("it did not answer within {} ms", self.limit.as_millis())),
-        };
+        let error = |cause, log| ProbeError { program: program.to_owned(), cause, log };
+        self.clear().await.map_err(|cause| error(cause.into(), String::new()))?;
+        let asked = timeout(self.limit, self.run(program, accelerator)).await;
+        let asked = asked.unwrap_or(Err(ProbeCause::Silent(self.limit)));
         let log = if asked.is_err() { end_of(&self.log()) } else { String::new() };
         if let Err(error) = self.clear().await {
-            warn!(error = words(&error), "something is left of a QEMU that was only asked what it can do");
+            warn!(
+                error = error_chain(&error),
+                "something is left of a QEMU that was only asked what it can do"
+            );
         }
-        asked.map_err(|reason| failed(reason, log))
+        asked.map_err(|cause| error(cause, log))
     }
 
     /// Ends what an agent that died meanwhile may have left.
@@ -99,14 +127,18 @@ impl Prober {
         self.folder().join("log")
     }
 
-    async fn run(&self, program: &Path, accelerator: Accelerator) -> Result<Offer, String> {
+    async fn run(&self, program: &Path, accelerator: Accelerator) -> Result<Offer, ProbeCause> {
         let (folder, log) = (self.folder(), self.log());
-        let at = |what: &Path, error: &dyn std::fmt::Display| format!("{}: {error}", what.display());
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder).map_err(|e| at(&folder, &e))?;
-        let cgroup = Cgroup::make(&self.cgroup_root, &self.cgroup_name).map_err(|error| words(&error))?;
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&folder)
+            .map_err(|source| ProbeCause::MakeFolder { folder: folder.clone(), source })?;
+        let cgroup = Cgroup::make(&self.cgroup_root, &self.cgroup_name)?;
         let socket = folder.join("qmp.sock");
         // Watched before the start: the socket may be there before anybody looks.
-        let changes = FileEvents::watch(&folder).map_err(|error| at(&folder, &error))?;
+        let changes = FileEvents::watch(&folder)
+            .map_err(|source| ProbeCause::Watch { folder: folder.clone(), source })?;
         let launch = Launch {
             launcher: &self.launcher,
             cgroup: &cgroup,
@@ -116,12 +148,12 @@ impl Prober {
             program,
             arguments: &arguments(&socket, accelerator),
         };
-        let mut child = launch.spawn().map_err(|error| error.to_string())?;
+        let mut child = launch.spawn()?;
         let asked = tokio::select! {
             asked = ask_on(&socket, &changes, &cgroup) => asked,
             ended = child.wait() => Err(match ended {
-                Ok(status) => format!("it ended before it had answered: {status}"),
-                Err(error) => error.to_string(),
+                Ok(status) => ProbeCause::Ended(status),
+                Err(error) => ProbeCause::Wait(error),
             }),
         };
         end(child).await;
@@ -133,13 +165,6 @@ impl Prober {
 async fn end(mut child: Child) {
     // It fails if the process has ended.
     let _ = child.kill().await;
-}
-
-fn words(error: &CgroupError) -> String {
-    match std::error::Error::source(error) {
-        Some(source) => format!("{error}: {source}"),
-        None => error.to_string(),
-    }
 }
 
 fn arguments(socket: &Path, accelerator: Accelerator) -> Vec<String> {
@@ -154,28 +179,25 @@ fn arguments(socket: &Path, accelerator: Accelerator) -> Vec<String> {
     list
 }
 
-async fn ask_on(socket: &Path, changes: &FileEvents, cgroup: &Cgroup) -> Result<Offer, String> {
+async fn ask_on(socket: &Path, changes: &FileEvents, cgroup: &Cgroup) -> Result<Offer, ProbeCause> {
     let qmp = loop {
         if !socket.exists() {
             changes.next().await;
             continue;
         }
-        trust(socket, OWNERS_ONLY).map_err(|error| error.to_string())?;
+        trust(socket, OWNERS_ONLY)?;
         match QmpClient::connect(socket).await {
             Ok(qmp) => break qmp,
             Err(QmpError::Connect { .. }) => sleep(NOT_LISTENING_YET).await,
-            Err(error) => return Err(error.to_string()),
+            Err(error) => return Err(error.into()),
         }
     };
-    let processes = cgroup.processes().map_err(|error| words(&error))?;
-    let server = qmp.peer().pid().and_then(|pid| u32::try_from(pid).ok());
-    if !server.is_some_and(|pid| processes.contains(&pid)) {
-        return Err(format!(
-            "{} is served by process {server:?}, which is not the one that was started",
-            socket.display()
-        ));
+    let pid = qmp.peer().pid().and_then(|pid| u32::try_from(pid).ok());
+    let processes = cgroup.processes()?;
+    if !pid.is_some_and(|pid| processes.contains(&pid)) {
+        return Err(ProbeCause::OtherProcess { socket: socket.to_owned(), pid });
     }
-    ask(&qmp).await.map_err(|error| error.to_string())
+    Ok(ask(&qmp).await?)
 }
 
 /// Asks a QEMU without a machine.
@@ -203,7 +225,7 @@ pub(super) async fn ask(qmp: &QmpClient) -> Result<Offer, QmpError> {
         is_default: machine.is_default,
     };
     Ok(Offer {
-        version: format!("{}.{}.{}", version.major, version.minor, version.micro),
+        version: version.to_string(),
         machines: machines.into_iter().map(machine).collect(),
         cpu_features: Some(cpu_features),
     })

@@ -13,7 +13,7 @@ use tokio::time::{sleep, timeout};
 
 use super::probe::Prober;
 use super::{Accelerator, Facts, Kind, Verdict, compare, facts};
-use crate::vmm::cgroup::Cgroup;
+use crate::process::cgroup::Cgroup;
 use crate::vmm::qemu::qmp::QmpClient;
 
 const PROGRAM: &str = "/usr/bin/qemu-system-x86_64";

@@ -48,10 +48,15 @@ impl VersionTriple {
     }
 }
 
+impl fmt::Display for VersionTriple {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}.{}", self.major, self.minor, self.micro)
+    }
+}
+
 impl fmt::Display for Version {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let VersionTriple { major, minor, micro } = self.qemu;
-        write!(f, "{major}.{minor}.{micro}")?;
+        write!(f, "{}", self.qemu)?;
         match self.package.as_str() {
             "" => Ok(()),
             package => write!(f, " ({package})"),
@@ -131,15 +136,6 @@ pub struct TypeProperty {
 pub struct CpuInfo {
     /// Its object.
     pub qom_path: String,
-}
-
-/// A device that was given an id.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Peripheral {
-    /// Its id; its path is `/machine/peripheral/ID`.
-    pub id: String,
-    /// Its type, such as `vfio-pci`.
-    pub kind: String,
 }
 
 /// Of `query-cpu-model-expansion`.
@@ -257,11 +253,11 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::vmm::qemu::qmp::message::understand;
+    use crate::vmm::qemu::qmp::message::parse;
 
     #[test]
     fn with_no_migration_there_is_nothing_to_say() {
-        assert_eq!(understand::<MigrationInfo>(&json!({})), Ok(MigrationInfo::default()));
+        assert_eq!(parse::<MigrationInfo>(&json!({})), Ok(MigrationInfo::default()));
     }
 
     #[test]
@@ -271,7 +267,7 @@ mod tests {
             "ram": {"transferred": 67_108_924, "remaining": 4096, "total": 34_078_720, "mbps": 268.4, "dirty-pages-rate": 7},
             "vfio": {"transferred": 65_536}, "blocked-reasons": ["no P2P"], "daydreams": [1, 2],
         });
-        let info: MigrationInfo = understand(&answer).unwrap();
+        let info: MigrationInfo = parse(&answer).unwrap();
         assert_eq!(info.status, Some(MigrationStatus::Active));
         assert_eq!((info.total_time_ms, info.setup_time_ms, info.downtime_ms), (Some(812), Some(3), None));
         assert_eq!(info.expected_downtime_ms, Some(0));

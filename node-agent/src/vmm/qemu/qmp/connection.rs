@@ -4,9 +4,11 @@ use std::collections::HashMap;
 use std::future::pending;
 use std::io;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use backon::{ConstantBuilder, Retryable};
+use parking_lot::{Mutex, MutexGuard};
 use serde_json::{Map, Value, json};
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -19,8 +21,8 @@ use tracing::{debug, warn};
 use super::commands::Version;
 use super::error::QmpError;
 use super::events::Notice;
-use super::lines::Lines;
-use super::message::{Failure, Message, Outcome};
+use super::lines::{LineError, Lines};
+use super::message::{Failure, Message, NotAnObject, Outcome};
 
 /// How many commands may wait to be written. QEMU itself takes eight at a time and then stops to read.
 const QUEUE: usize = 64;
@@ -28,8 +30,8 @@ const QUEUE: usize = 64;
 /// How long, when writing has failed, what QEMU wrote before may take to be read.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
-/// How often to knock when the socket's queue is full: there is no event for it.
-const KNOCK: Duration = Duration::from_millis(50);
+/// Pause between two attempts to connect while the socket's queue is full: there is no event for it.
+const CONNECT_EVERY: Duration = Duration::from_millis(50);
 
 const HELD: &str = "another client may hold the monitor, which serves one at a time (libvirt occupies its own monitor: give the \
                     agent a socket of its own)";
@@ -76,7 +78,7 @@ enum Stage {
 
 async fn talk(socket: &Path, stage: &mut Stage) -> Result<Negotiated, QmpError> {
     let no_greeting = |reason: String| QmpError::NoGreeting { path: socket.to_owned(), reason };
-    let stream = knock(socket).await?;
+    let stream = connect(socket).await?;
     let peer = stream.peer_cred().map_err(|error| QmpError::Connect {
         path: socket.to_owned(),
         reason: format!("who serves it is not known: {error}"),
@@ -85,48 +87,59 @@ async fn talk(socket: &Path, stage: &mut Stage) -> Result<Negotiated, QmpError> 
     let mut from = Lines::new(from);
 
     *stage = Stage::Greeting;
-    let line = from.next().await.map_err(&no_greeting)?;
-    let version = match Message::of(&line).map_err(&no_greeting)? {
-        Message::Greeting(version) => version.map_err(&no_greeting)?,
+    let version = match next(&mut from).await.map_err(|error| no_greeting(error.to_string()))? {
+        Message::Greeting(version) => version.map_err(|error| no_greeting(format!("in `QMP`, {error}")))?,
         _ => return Err(no_greeting("the first line is not a greeting: it is not a QMP socket".to_owned())),
     };
 
     *stage = Stage::Capabilities;
     let command = "qmp_capabilities";
-    let lost = |reason: String| Failure::Lost { reason }.of(command);
+    let lost = |error: EndError| Failure::Lost { reason: error.to_string() }.into_error(command);
     let line = request(command, Value::Null, 0);
-    to.write_all(&line).await.map_err(|error| lost(format!("writing failed: {error}")))?;
+    to.write_all(&line).await.map_err(|error| lost(EndError::Write(error)))?;
     loop {
-        let line = from.next().await.map_err(&lost)?;
-        match Message::of(&line).map_err(&lost)? {
+        match next(&mut from).await.map_err(lost)? {
             Message::Answer { id: Some(0), outcome: Ok(_) } => {
                 return Ok(Negotiated { from, to, version, peer });
             }
-            Message::Answer { outcome: Err(failure), .. } => return Err(failure.of(command)),
+            Message::Answer { outcome: Err(failure), .. } => return Err(failure.into_error(command)),
             other => debug!(?other, "ignored during QMP's negotiation"),
         }
     }
 }
 
 /// Connects. A full queue is waited for: two dead connections of an agent that was killed suffice to fill QEMU's.
-async fn knock(socket: &Path) -> Result<UnixStream, QmpError> {
-    loop {
-        match UnixStream::connect(socket).await {
-            Ok(stream) => return Ok(stream),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => sleep(KNOCK).await,
-            Err(error) => {
-                let reason = match error.kind() {
-                    io::ErrorKind::NotFound => {
-                        "it does not exist: was QEMU started with it (-qmp unix:PATH,server=on,wait=off)?"
-                            .to_owned()
-                    }
-                    io::ErrorKind::ConnectionRefused => "nobody listens on it: its QEMU has ended".to_owned(),
-                    _ => error.to_string(),
-                };
-                return Err(QmpError::Connect { path: socket.to_owned(), reason });
+async fn connect(socket: &Path) -> Result<UnixStream, QmpError> {
+    let pauses = ConstantBuilder::new().with_delay(CONNECT_EVERY).without_max_times();
+    let connected = (|| UnixStream::connect(socket))
+        .retry(pauses)
+        .when(|error| error.kind() == io::ErrorKind::WouldBlock)
+        .await;
+    connected.map_err(|error| {
+        let reason = match error.kind() {
+            io::ErrorKind::NotFound => {
+                "it does not exist: was QEMU started with it (-qmp unix:PATH,server=on,wait=off)?".to_owned()
             }
-        }
-    }
+            io::ErrorKind::ConnectionRefused => "nobody listens on it: its QEMU has ended".to_owned(),
+            _ => error.to_string(),
+        };
+        QmpError::Connect { path: socket.to_owned(), reason }
+    })
+}
+
+/// Why a connection cannot be used any more.
+#[derive(Debug, thiserror::Error)]
+enum EndError {
+    #[error(transparent)]
+    Line(#[from] LineError),
+    #[error(transparent)]
+    Message(#[from] NotAnObject),
+    #[error("writing failed: {0}")]
+    Write(io::Error),
+}
+
+async fn next(from: &mut Lines<OwnedReadHalf>) -> Result<Message, EndError> {
+    Ok(Message::parse(&from.next().await?)?)
 }
 
 /// A command as QEMU reads it.
@@ -145,8 +158,14 @@ fn request(command: &str, arguments: Value, id: u64) -> Vec<u8> {
 struct Waiting {
     last_id: u64,
     answers: HashMap<u64, oneshot::Sender<Outcome>>,
-    /// Why the connection has broken.
-    ended: Option<String>,
+    ended: Option<Ended>,
+}
+
+/// The connection has broken.
+#[derive(Clone, Debug)]
+pub(super) struct Ended {
+    /// Why.
+    pub(super) reason: String,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -154,7 +173,7 @@ struct Table(Arc<Mutex<Waiting>>);
 
 impl Table {
     fn lock(&self) -> MutexGuard<'_, Waiting> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 
     fn take(&self, id: u64) -> Option<oneshot::Sender<Outcome>> {
@@ -163,7 +182,7 @@ impl Table {
 
     fn end(&self, reason: &str) {
         let mut waiting = self.lock();
-        waiting.ended = Some(reason.to_owned());
+        waiting.ended = Some(Ended { reason: reason.to_owned() });
         for (_, answer) in waiting.answers.drain() {
             // It fails if nobody waits any more.
             let _ = answer.send(Err(Failure::Lost { reason: reason.to_owned() }));
@@ -191,11 +210,11 @@ impl Connection {
     /// A place for a command's answer.
     ///
     /// # Errors
-    /// Why the connection has broken, if it has: the command can be given to another one.
-    pub(super) fn place(&self) -> Result<Place, String> {
+    /// If the connection has broken: the command can be given to another one.
+    pub(super) fn place(&self) -> Result<Place, Ended> {
         let mut waiting = self.table.lock();
-        if let Some(reason) = &waiting.ended {
-            return Err(reason.clone());
+        if let Some(ended) = &waiting.ended {
+            return Err(ended.clone());
         }
         waiting.last_id = waiting.last_id.wrapping_add(1);
         let id = waiting.last_id;
@@ -244,10 +263,11 @@ async fn serve(
     notices: broadcast::Sender<Notice>,
 ) {
     let Negotiated { mut from, mut to, .. } = negotiated;
-    let reason = tokio::select! {
-        reason = read(&mut from, &table, &notices) => reason,
-        reason = write(&mut to, queue, &table) => reason,
+    let error = tokio::select! {
+        error = read(&mut from, &table, &notices) => error,
+        error = write(&mut to, queue, &table) => error,
     };
+    let reason = error.to_string();
     debug!(%reason, "a QMP connection has ended");
     // The monitor is free again, and subscribers know, before anyone can connect anew.
     drop((from, to));
@@ -257,11 +277,15 @@ async fn serve(
 }
 
 /// Reads until it cannot go on, and returns why.
-async fn read(from: &mut Lines<OwnedReadHalf>, table: &Table, notices: &broadcast::Sender<Notice>) -> String {
+async fn read(
+    from: &mut Lines<OwnedReadHalf>,
+    table: &Table,
+    notices: &broadcast::Sender<Notice>,
+) -> EndError {
     loop {
-        let message = match from.next().await.and_then(|line| Message::of(&line)) {
+        let message = match next(from).await {
             Ok(message) => message,
-            Err(reason) => return reason,
+            Err(error) => return error,
         };
         match message {
             Message::Event(event) => {
@@ -287,7 +311,7 @@ async fn write(
     to: &mut (impl AsyncWrite + Unpin),
     mut queue: mpsc::Receiver<(u64, Vec<u8>)>,
     table: &Table,
-) -> String {
+) -> EndError {
     while let Some((id, line)) = queue.recv().await {
         if !table.lock().answers.contains_key(&id) {
             continue;
@@ -295,7 +319,7 @@ async fn write(
         if let Err(error) = to.write_all(&line).await {
             // The reader ends, too, when it has read what QEMU wrote before.
             sleep(LAST_WORDS).await;
-            return format!("writing failed: {error}");
+            return EndError::Write(error);
         }
     }
     pending().await

@@ -8,7 +8,7 @@ use tokio::sync::broadcast;
 use tokio::sync::broadcast::error::{RecvError, TryRecvError};
 use tracing::warn;
 
-use super::message::understand;
+use super::message::parse;
 use super::states::{MigrationStatus, VfioState};
 
 /// How many notices a subscriber may be behind.
@@ -151,26 +151,24 @@ struct VfioMigration {
 }
 
 impl Event {
-    /// Makes sense of an event, out of a line of so many bytes.
-    pub(super) fn of(name: String, data: Value, timestamp: Value, line_bytes: usize) -> Self {
+    /// Parses an event, from a line of this length.
+    pub(super) fn parse(name: String, data: Value, timestamp: Value, line_bytes: usize) -> Self {
         let timestamp = Clock::deserialize(timestamp).ok().and_then(|clock| clock.time());
         if line_bytes > EVENT_LIMIT_BYTES {
             warn!(event = name, line_bytes, "the data of an event are too long and are not passed on");
             return Self { timestamp, kind: EventKind::Other { name, data: Value::Null } };
         }
         let known = match name.as_str() {
-            "MIGRATION" => understand(&data).map(|Migration { status }| EventKind::Migration { status }),
-            "MIGRATION_PASS" => understand(&data).map(|Pass { pass }| EventKind::MigrationPass { pass }),
+            "MIGRATION" => parse(&data).map(|Migration { status }| EventKind::Migration { status }),
+            "MIGRATION_PASS" => parse(&data).map(|Pass { pass }| EventKind::MigrationPass { pass }),
             "STOP" => Ok(EventKind::Stop),
             "RESUME" => Ok(EventKind::Resume),
             "SHUTDOWN" => {
-                understand(&data).map(|Shutdown { guest, reason }| EventKind::Shutdown { guest, reason })
+                parse(&data).map(|Shutdown { guest, reason }| EventKind::Shutdown { guest, reason })
             }
-            "VFIO_MIGRATION" => {
-                understand(&data).map(|VfioMigration { device_id, qom_path, device_state }| {
-                    EventKind::VfioMigration { device_id, qom_path, state: device_state }
-                })
-            }
+            "VFIO_MIGRATION" => parse(&data).map(|VfioMigration { device_id, qom_path, device_state }| {
+                EventKind::VfioMigration { device_id, qom_path, state: device_state }
+            }),
             _ => return Self { timestamp, kind: EventKind::Other { name, data } },
         };
         let kind = known.unwrap_or_else(|reason| {

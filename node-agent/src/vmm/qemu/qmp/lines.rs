@@ -1,52 +1,83 @@
 //! Lines of bounded length.
 
-use std::mem;
+use std::io;
 
-use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
+use bytes::BytesMut;
+use futures::StreamExt;
+use tokio::io::AsyncRead;
+use tokio_util::codec::{Decoder, FramedRead, LinesCodec, LinesCodecError};
 
 /// The longest line that is read. The longest that QEMU 10.0 writes (its own schema) has about 230 KiB.
-pub(super) const LINE_LIMIT_BYTES: usize = 4 << 20;
+const LINE_LIMIT_BYTES: usize = 4 << 20;
+
+/// Bytes that are read at once.
+const READ_BYTES: usize = 64 << 10;
+
+/// Why there is no further line.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum LineError {
+    #[error("reading failed: {0}")]
+    Read(#[from] io::Error),
+    #[error("the connection was closed")]
+    Closed,
+    #[error("the connection was closed within a line, after {bytes} bytes of it")]
+    ClosedWithinLine { bytes: usize },
+    #[error("a line has more than {LINE_LIMIT_BYTES} bytes, which is no QMP message")]
+    TooLong,
+}
+
+impl From<LinesCodecError> for LineError {
+    fn from(error: LinesCodecError) -> Self {
+        match error {
+            LinesCodecError::MaxLineLengthExceeded => Self::TooLong,
+            LinesCodecError::Io(error) => Self::Read(error),
+        }
+    }
+}
+
+/// [`LinesCodec`] takes the rest of a closed connection for a line. Here it is an error: an answer may have been cut.
+#[derive(Debug)]
+struct WholeLines(LinesCodec);
+
+impl Decoder for WholeLines {
+    type Item = String;
+    type Error = LineError;
+
+    fn decode(&mut self, buffer: &mut BytesMut) -> Result<Option<String>, LineError> {
+        self.0.decode(buffer).map_err(|error| {
+            // Nothing of the line is of use.
+            buffer.clear();
+            error.into()
+        })
+    }
+
+    fn decode_eof(&mut self, buffer: &mut BytesMut) -> Result<Option<String>, LineError> {
+        match self.decode(buffer)? {
+            None if !buffer.is_empty() => Err(LineError::ClosedWithinLine { bytes: buffer.len() }),
+            line => Ok(line),
+        }
+    }
+}
 
 /// Reads line after line.
 #[derive(Debug)]
-pub(super) struct Lines<R> {
-    from: BufReader<R>,
-    line: Vec<u8>,
-}
+pub(super) struct Lines<R>(FramedRead<R, WholeLines>);
 
 impl<R: AsyncRead + Unpin> Lines<R> {
     pub(super) fn new(from: R) -> Self {
-        Self { from: BufReader::with_capacity(64 << 10, from), line: Vec::new() }
+        let codec = WholeLines(LinesCodec::new_with_max_length(LINE_LIMIT_BYTES));
+        Self(FramedRead::with_capacity(from, codec, READ_BYTES))
     }
 
     /// The next line that is not blank, without its end.
     ///
     /// # Errors
-    /// Why there is none, in words: the stream has ended, or the line has no end.
-    pub(super) async fn next(&mut self) -> Result<Vec<u8>, String> {
+    /// If the stream has ended or the line is too long. There are no more lines then.
+    pub(super) async fn next(&mut self) -> Result<String, LineError> {
         loop {
-            let piece = self.from.fill_buf().await.map_err(|error| format!("reading failed: {error}"))?;
-            if piece.is_empty() {
-                return Err(match self.line.len() {
-                    0 => "the connection was closed".to_owned(),
-                    bytes => format!("the connection was closed within a line, after {bytes} bytes of it"),
-                });
-            }
-            let end = piece.iter().position(|byte| *byte == b'\n');
-            let text = end.and_then(|end| piece.get(..end)).unwrap_or(piece);
-            if self.line.len().saturating_add(text.len()) > LINE_LIMIT_BYTES {
-                return Err(format!(
-                    "a line has more than {LINE_LIMIT_BYTES} bytes, which is no QMP message"
-                ));
-            }
-            self.line.extend_from_slice(text);
-            let taken = end.map_or(piece.len(), |end| end.saturating_add(1));
-            self.from.consume(taken);
-            if end.is_some() {
-                let line = mem::take(&mut self.line);
-                if !line.trim_ascii().is_empty() {
-                    return Ok(line);
-                }
+            let line = self.0.next().await.unwrap_or(Err(LineError::Closed))?;
+            if !line.trim_ascii().is_empty() {
+                return Ok(line);
             }
         }
     }
@@ -57,12 +88,12 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn blank_lines_are_skipped_and_a_torn_line_is_told() {
+    async fn blank_lines_are_skipped_and_a_torn_line_is_an_error() {
         let mut lines = Lines::new(&b"\r\n\n{}\r\n  \nab\ncd"[..]);
-        assert_eq!(lines.next().await.unwrap(), b"{}\r");
-        assert_eq!(lines.next().await.unwrap(), b"ab");
+        assert_eq!(lines.next().await.unwrap(), "{}");
+        assert_eq!(lines.next().await.unwrap(), "ab");
         assert_eq!(
-            lines.next().await.unwrap_err(),
+            lines.next().await.unwrap_err().to_string(),
             "the connection was closed within a line, after 2 bytes of it"
         );
     }
@@ -77,7 +108,7 @@ mod tests {
         text.insert(0, b'x');
         let mut lines = Lines::new(&text[..]);
         assert_eq!(
-            lines.next().await.unwrap_err(),
+            lines.next().await.unwrap_err().to_string(),
             "a line has more than 4194304 bytes, which is no QMP message"
         );
     }
@@ -86,7 +117,7 @@ mod tests {
     async fn a_line_without_an_end_is_not_kept() {
         let mut lines = Lines::new(tokio::io::repeat(b'x'));
         lines.next().await.unwrap_err();
-        assert!(lines.line.len() <= LINE_LIMIT_BYTES);
-        assert!(lines.line.capacity() <= 2 * LINE_LIMIT_BYTES);
+        assert!(lines.0.read_buffer().len() <= LINE_LIMIT_BYTES);
+        assert!(lines.0.read_buffer().capacity() <= 2 * LINE_LIMIT_BYTES);
     }
 }

@@ -7,30 +7,47 @@ use super::commands::Version;
 use super::error::QmpError;
 use super::events::Event;
 
-/// How much of a line that means nothing is quoted.
+/// How much of a line that is not JSON is quoted.
 const QUOTED_CHARS: usize = 80;
 
-/// What became of a command, before it is known which one it was.
+/// A line is not a JSON object: its writer does not speak QMP.
+#[derive(Debug, thiserror::Error)]
+#[error("a line is not a JSON object: `{quoted}`")]
+pub(super) struct NotAnObject {
+    /// Its beginning.
+    quoted: String,
+}
+
+/// A value has another shape than the protocol says.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum ShapeError {
+    #[error("{reason}")]
+    Value { reason: String },
+    #[error("field `{field}`: {reason}")]
+    Field { field: String, reason: String },
+}
+
+/// The result of a command, without its name.
 pub(super) type Outcome = Result<Value, Failure>;
 
-/// Why a command brought nothing.
+/// Why a command has no result.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Failure {
     /// QEMU refused it.
     Refused { class: String, desc: String },
-    /// The error that QEMU answered cannot be understood.
-    Unintelligible { reason: String },
+    /// The error that QEMU answered cannot be parsed.
+    Unparsable { reason: String },
     /// The connection broke.
     Lost { reason: String },
 }
 
 impl Failure {
-    /// The same, with the command's name.
-    pub(super) fn of(self, command: &str) -> QmpError {
+    /// The error of the command with this name.
+    pub(super) fn into_error(self, command: &str) -> QmpError {
         let command = command.to_owned();
         match self {
             Self::Refused { class, desc } => QmpError::Refused { command, class, desc },
-            Self::Unintelligible { reason } => QmpError::Answer { command, reason },
+            Self::Unparsable { reason } => QmpError::Answer { command, reason },
             Self::Lost { reason } => QmpError::Lost { command, reason },
         }
     }
@@ -40,7 +57,7 @@ impl Failure {
 #[derive(Debug)]
 pub(super) enum Message {
     /// The first one.
-    Greeting(Result<Version, String>),
+    Greeting(Result<Version, ShapeError>),
     /// An answer. Without an id it is one to something that QEMU could not read.
     Answer { id: Option<u64>, outcome: Outcome },
     /// An event.
@@ -61,23 +78,23 @@ struct Refusal {
 }
 
 impl Message {
-    /// Makes sense of a line.
+    /// Parses a line.
     ///
     /// # Errors
-    /// In words, if it is not a JSON object: whoever wrote it does not speak QMP.
-    pub(super) fn of(line: &[u8]) -> Result<Self, String> {
-        let mut object: Map<String, Value> = serde_json::from_slice(line)
-            .map_err(|_| format!("a line is not a JSON object: `{}`", quote(line)))?;
+    /// If it is not a JSON object.
+    pub(super) fn parse(line: &str) -> Result<Self, NotAnObject> {
+        let mut object: Map<String, Value> =
+            serde_json::from_str(line).map_err(|_| NotAnObject { quoted: quote(line) })?;
         if let Some(Value::String(name)) = object.remove("event") {
             let mut take = |field| object.remove(field).unwrap_or_default();
             let (data, timestamp) = (take("data"), take("timestamp"));
-            return Ok(Self::Event(Event::of(name, data, timestamp, line.len())));
+            return Ok(Self::Event(Event::parse(name, data, timestamp, line.len())));
         }
         let id = object.get("id").and_then(Value::as_u64);
         if let Some(error) = object.get("error") {
-            let failure = match understand(error) {
+            let failure = match parse(error) {
                 Ok(Refusal { class, desc }) => Failure::Refused { class, desc },
-                Err(reason) => Failure::Unintelligible { reason: format!("in `error`, {reason}") },
+                Err(error) => Failure::Unparsable { reason: format!("in `error`, {error}") },
             };
             return Ok(Self::Answer { id, outcome: Err(failure) });
         }
@@ -85,31 +102,27 @@ impl Message {
             return Ok(Self::Answer { id, outcome: Ok(value) });
         }
         Ok(match object.get("QMP") {
-            Some(greeting) => {
-                let version = understand(greeting).map(|Greeting { version }| version);
-                Self::Greeting(version.map_err(|reason| format!("in `QMP`, {reason}")))
-            }
+            Some(greeting) => Self::Greeting(parse(greeting).map(|Greeting { version }| version)),
             None => Self::Unknown,
         })
     }
 }
 
-/// Reads a value as what it should be, or says which field is wrong.
-pub(super) fn understand<'de, T: Deserialize<'de>>(value: &'de Value) -> Result<T, String> {
+/// Parses a value.
+///
+/// # Errors
+/// The first field that has another shape.
+pub(super) fn parse<'de, T: Deserialize<'de>>(value: &'de Value) -> Result<T, ShapeError> {
     serde_path_to_error::deserialize(value).map_err(|error| {
-        let path = error.path().to_string();
-        match path.as_str() {
-            "." => error.into_inner().to_string(),
-            _ => format!("field `{path}`: {}", error.into_inner()),
-        }
+        let field = error.path().to_string();
+        let reason = error.into_inner().to_string();
+        if field == "." { ShapeError::Value { reason } } else { ShapeError::Field { field, reason } }
     })
 }
 
-/// The beginning of a line, for people.
-fn quote(line: &[u8]) -> String {
-    let beginning = line.get(..QUOTED_CHARS * 4).unwrap_or(line);
-    let text = String::from_utf8_lossy(beginning);
-    text.trim_end().chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).take(QUOTED_CHARS).collect()
+/// The beginning of a line, printable.
+fn quote(line: &str) -> String {
+    line.trim_end().chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).take(QUOTED_CHARS).collect()
 }
 
 #[cfg(test)]
@@ -118,32 +131,35 @@ mod tests {
 
     #[test]
     fn at_most_eighty_characters_of_garbage_are_quoted() {
-        let quoted = |line: &[u8]| Message::of(line).unwrap_err();
-        assert_eq!(quoted(b"SSH-2.0\r"), "a line is not a JSON object: `SSH-2.0`");
-        assert_eq!(quoted(b"[1]"), "a line is not a JSON object: `[1]`");
-        assert_eq!(quoted("ü".repeat(500).as_bytes()).matches('ü').count(), 80);
-        assert_eq!(quoted(b"\x1b[2J"), "a line is not a JSON object: `\u{fffd}[2J`");
-        assert!(quoted(&[0xff; 500]).chars().count() < 120);
+        let quoted = |line: &str| Message::parse(line).unwrap_err().to_string();
+        assert_eq!(quoted("SSH-2.0\r"), "a line is not a JSON object: `SSH-2.0`");
+        assert_eq!(quoted("[1]"), "a line is not a JSON object: `[1]`");
+        assert_eq!(quoted(&"ü".repeat(500)).matches('ü').count(), 80);
+        assert_eq!(quoted("\x1b[2J"), "a line is not a JSON object: `\u{fffd}[2J`");
+        assert!(quoted(&"\u{fffd}".repeat(500)).chars().count() < 120);
     }
 
     #[test]
-    fn an_error_without_its_words_names_what_is_missing() {
+    fn an_error_without_a_message_names_the_missing_field() {
         let Ok(Message::Answer { id: Some(3), outcome: Err(failure) }) =
-            Message::of(br#"{"id": 3, "error": {"class": "GenericError"}}"#)
+            Message::parse(r#"{"id": 3, "error": {"class": "GenericError"}}"#)
         else {
             panic!("not an answer");
         };
         assert_eq!(
-            failure.of("stop").to_string(),
+            failure.into_error("stop").to_string(),
             "QEMU's answer to stop cannot be understood: in `error`, missing field `desc`"
         );
     }
 
     #[test]
-    fn an_answer_deep_within_names_its_field() {
+    fn a_nested_field_of_an_answer_is_named_by_its_path() {
         let value =
             serde_json::json!({"version": {"qemu": {"major": "ten", "minor": 0, "micro": 2}, "package": ""}});
-        let reason = understand::<Greeting>(&value).map(|_| ()).unwrap_err();
-        assert_eq!(reason, "field `version.qemu.major`: invalid type: string \"ten\", expected u32");
+        let error = parse::<Greeting>(&value).map(|_| ()).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "field `version.qemu.major`: invalid type: string \"ten\", expected u32"
+        );
     }
 }

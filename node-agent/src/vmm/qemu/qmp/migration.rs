@@ -2,15 +2,16 @@
 
 use std::time::Duration;
 
+use backon::{BackoffBuilder, ExponentialBuilder};
 use tokio::time::timeout;
 
 use super::commands::{MigrationInfo, QueryMigrate};
 use super::events::{EventKind, Events, Notice};
 use super::{QmpClient, QmpError};
 
-/// Pauses between two queries: they double from the one to the other while nothing is told.
-const SHORTEST: Duration = Duration::from_millis(20);
-const LONGEST: Duration = Duration::from_millis(200);
+/// The pause between two queries doubles from the shortest to the longest while there is no event.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(20);
+const LONGEST_PAUSE: Duration = Duration::from_millis(200);
 
 impl QmpClient {
     /// Returns the first state of the migration that is wanted. It goes by events and, as they may be missing, by queries every
@@ -25,10 +26,14 @@ impl QmpClient {
         mut want: impl FnMut(&MigrationInfo) -> bool,
     ) -> Result<MigrationInfo, QmpError> {
         let mut events = self.events();
-        let mut pause = SHORTEST;
+        let pauses = ExponentialBuilder::new()
+            .with_min_delay(SHORTEST_PAUSE)
+            .with_max_delay(LONGEST_PAUSE)
+            .without_max_times();
+        let mut pause = pauses.build();
         let mut lost = false;
         loop {
-            // What has been told so far is older than what is asked now.
+            // The events so far are older than the answer to this query.
             events.skip();
             match self.execute_within(QueryMigrate, Duration::MAX).await {
                 Ok(info) if want(&info) => return Ok(info),
@@ -40,16 +45,16 @@ impl QmpClient {
                 }
                 Err(error) => return Err(error),
             }
-            pause = match timeout(pause, told(&mut events)).await {
-                Ok(()) => SHORTEST,
-                Err(_) => pause.saturating_mul(2).min(LONGEST),
-            };
+            let within = pause.next().unwrap_or(LONGEST_PAUSE);
+            if timeout(within, migration_event(&mut events)).await.is_ok() {
+                pause = pauses.build();
+            }
         }
     }
 }
 
-/// Returns when something was told that may be about a migration.
-async fn told(events: &mut Events) {
+/// Returns after an event that may be about a migration.
+async fn migration_event(events: &mut Events) {
     while let Some(Notice::Event(event)) = events.next().await {
         match event.kind {
             EventKind::Migration { .. }

@@ -18,7 +18,7 @@
 //! The protocol: docs/interop/qmp-spec.rst and qapi/*.json of QEMU 10.0.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex as Lock, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -41,9 +41,9 @@ pub use self::error::QmpError;
 pub use self::events::{Event, EventKind, Events, Notice};
 pub use self::states::{MigrationStatus, RunState, VfioState};
 
-use self::commands::{Peripheral, QomList, Version};
-use self::connection::{Connection, Place, negotiate};
-use self::message::{Failure, understand};
+use self::commands::Version;
+use self::connection::{Connection, Ended, Place, negotiate};
+use self::message::{Failure, parse};
 
 /// How long things may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,7 +71,7 @@ struct Shared {
     socket: PathBuf,
     deadlines: Deadlines,
     notices: broadcast::Sender<Notice>,
-    version: Lock<Version>,
+    version: parking_lot::Mutex<Version>,
     peer: UCred,
     connection: Mutex<Connection>,
 }
@@ -92,7 +92,7 @@ impl QmpClient {
     pub async fn connect_with(socket: &Path, deadlines: Deadlines) -> Result<Self, QmpError> {
         let negotiated = negotiate(socket, deadlines.greeting).await?;
         let (notices, _) = broadcast::channel(events::BACKLOG);
-        let version = Lock::new(negotiated.version.clone());
+        let version = parking_lot::Mutex::new(negotiated.version.clone());
         let peer = negotiated.peer;
         let connection = Mutex::new(Connection::start(negotiated, notices.clone()));
         let shared = Shared { socket: socket.to_owned(), deadlines, notices, version, peer, connection };
@@ -101,7 +101,7 @@ impl QmpClient {
 
     /// The version that the last greeting told.
     pub fn version(&self) -> Version {
-        self.shared.version.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.shared.version.lock().clone()
     }
 
     /// Who serves the socket: the same process on every connection.
@@ -141,7 +141,8 @@ impl QmpClient {
             reason: error.to_string(),
         })?;
         let answer = self.raw_within(C::NAME, arguments, limit).await?;
-        understand(&answer).map_err(|reason| QmpError::Answer { command: C::NAME.to_owned(), reason })
+        parse(&answer)
+            .map_err(|error| QmpError::Answer { command: C::NAME.to_owned(), reason: error.to_string() })
     }
 
     /// Gives any command to QEMU. Its arguments are an object, or null if there are none.
@@ -159,22 +160,9 @@ impl QmpClient {
     pub async fn raw_within(&self, name: &str, arguments: Value, limit: Duration) -> Result<Value, QmpError> {
         let execute = async {
             let place = self.place(name).await?;
-            place.execute(name, arguments).await.map_err(|failure| failure.of(name))
+            place.execute(name, arguments).await.map_err(|failure| failure.into_error(name))
         };
         timeout(limit, execute).await.map_err(|_| QmpError::Deadline { command: name.to_owned(), limit })?
-    }
-
-    /// The devices that were given an id, in QEMU's order. Those without one are below `/machine/peripheral-anon`.
-    ///
-    /// # Errors
-    /// Any [`QmpError`].
-    pub async fn peripherals(&self) -> Result<Vec<Peripheral>, QmpError> {
-        let properties = self.execute(QomList { path: "/machine/peripheral".to_owned() }).await?;
-        let device = |property: &commands::ObjectProperty| {
-            let kind = property.child_type()?.to_owned();
-            Some(Peripheral { id: property.name.clone(), kind })
-        };
-        Ok(properties.iter().filter_map(device).collect())
     }
 
     /// A place for a command, in the connection or, if it has broken, in a new one.
@@ -193,11 +181,11 @@ impl QmpClient {
             let reason = format!("{} serves it now, and not {} any more", process(now), process(then));
             return Err(QmpError::Connect { path: shared.socket.clone(), reason });
         }
-        *shared.version.lock().unwrap_or_else(PoisonError::into_inner) = negotiated.version.clone();
+        *shared.version.lock() = negotiated.version.clone();
         // Before anything that this connection tells. It fails if nobody listens.
         let _ = shared.notices.send(Notice::Reconnected);
         *connection = Connection::start(negotiated, shared.notices.clone());
-        connection.place().map_err(|reason| Failure::Lost { reason }.of(command))
+        connection.place().map_err(|Ended { reason }| Failure::Lost { reason }.into_error(command))
     }
 }
 

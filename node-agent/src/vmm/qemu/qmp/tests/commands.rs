@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::server::{Server, soon};
 use crate::vmm::qemu::qmp::commands::{
     Done, Migrate, MigrateContinue, MigrateSetCapabilities, MigrateSetParameters, MigrationCapability,
-    Peripheral, QueryMigrateParameters, QueryStatus, StatusInfo, Stop, VersionTriple,
+    QomList, QueryMigrateParameters, QueryStatus, StatusInfo, Stop, VersionTriple,
 };
 use crate::vmm::qemu::qmp::{Command, QmpError, RunState};
 
@@ -118,8 +118,11 @@ async fn devices_are_the_children_that_have_an_id() {
         "qom-list",
         json!([{"name": "type", "type": "string"}, {"name": "v0", "type": "child<vfio-pci>"}]),
     );
-    let (devices, ()) = soon(async { tokio::join!(client.peripherals(), script) }).await;
-    assert_eq!(devices, Ok(vec![Peripheral { id: "v0".to_owned(), kind: "vfio-pci".to_owned() }]));
+    let list = QomList { path: "/machine/peripheral".to_owned() };
+    let (properties, ()) = soon(async { tokio::join!(client.execute(list), script) }).await;
+    let properties = properties.unwrap();
+    let devices = properties.iter().filter_map(|property| Some((&*property.name, property.child_type()?)));
+    assert_eq!(devices.collect::<Vec<_>>(), [("v0", "vfio-pci")]);
 }
 
 #[tokio::test]

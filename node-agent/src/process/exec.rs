@@ -41,6 +41,11 @@ pub struct Descriptor {
     pub path: PathBuf,
 }
 
+/// A text is not a [`Descriptor`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("it must be NUMBER=PATH, with a number above 2 and an absolute path")]
+pub struct ParseDescriptorError;
+
 impl fmt::Display for Descriptor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}={}", self.number, self.path.display())
@@ -48,15 +53,15 @@ impl fmt::Display for Descriptor {
 }
 
 impl FromStr for Descriptor {
-    type Err = String;
+    type Err = ParseDescriptorError;
 
-    fn from_str(text: &str) -> Result<Self, String> {
+    fn from_str(text: &str) -> Result<Self, ParseDescriptorError> {
         let parts = text.split_once('=').and_then(|(number, path)| Some((number.parse().ok()?, path)));
         match parts {
             Some((number, path)) if number > 2 && path.starts_with('/') => {
                 Ok(Self { number, path: path.into() })
             }
-            _ => Err("it must be NUMBER=PATH, with a number above 2 and an absolute path".to_owned()),
+            _ => Err(ParseDescriptorError),
         }
     }
 }

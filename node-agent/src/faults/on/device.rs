@@ -1,11 +1,11 @@
-//! A device that goes wrong on demand, around one that does not: for tests, never part of a release.
+//! A device that fails or hangs on demand, around one that does not.
 //!
-//! | fault (see [`crate::faults`]) | what it does |
+//! | fault | what it does |
 //! |---|---|
-//! | `device.error=<STATE>[@<device>]` | asking for STATE fails with EIO and is not carried out: the device stays where it stands |
-//! | `device.hang=<STATE>:<seconds>[@<device>]` | asking for STATE takes so much longer, or until the fault is cleared, and is carried out |
+//! | `device.error=<STATE>[@<device>]` | a request for STATE fails with EIO and is not carried out: the device stays in its state |
+//! | `device.hang=<STATE>:<seconds>[@<device>]` | a request for STATE takes that much longer, or until the fault is cleared, and is carried out |
 //!
-//! In place of STATE: `read` (of final data, in STOP_COPY), `write`, `reset`. Without `@<device>` every device of the node does so.
+//! In place of STATE: `read` (of final data, in STOP_COPY), `write`, `reset`. Without `@<device>` it applies to every device of the node.
 
 use std::time::Duration;
 
@@ -13,31 +13,27 @@ use rustix::io::Errno;
 use slackwater_handover::state::{Features, MigrationState};
 use tracing::warn;
 
-use super::device::{DataRead, Device, PrecopyInfo};
-use super::error::DeviceError;
-use super::os_error::OsError;
-use crate::faults;
+use super::names::{DEVICE_ERROR, DEVICE_HANG};
+use crate::vfio::device::{DataRead, Device, PrecopyInfo};
+use crate::vfio::error::DeviceError;
+use crate::vfio::os_error::OsError;
 
-const ERROR: &str = "device.error";
-const HANG: &str = "device.hang";
-
-/// Where faults are set: by name, as of now.
+/// The current value of a fault, by its name.
 type Faults = Box<dyn Fn(&str) -> Option<String> + Send>;
 
-/// A device, and what goes wrong with it.
-pub struct FaultyDevice {
+/// A device with faults.
+pub(crate) struct FaultyDevice {
     device: Box<dyn Device>,
     faults: Faults,
 }
 
 impl FaultyDevice {
-    /// Goes wrong as [`crate::faults`] says.
-    pub fn new(device: impl Device + 'static) -> Self {
-        Self { device: Box::new(device), faults: Box::new(faults::value) }
+    pub(super) fn new(device: impl Device + 'static) -> Self {
+        Self { device: Box::new(device), faults: Box::new(super::value) }
     }
 
-    /// The value of a fault, if it concerns this call to this device; and what stands between the call and the device.
-    fn concerning(&self, fault: &str, call: &str) -> Option<(String, String)> {
+    /// The value of a fault if it is set for this call to this device, and the part of it between the call and the device.
+    fn fault_for(&self, fault: &str, call: &str) -> Option<(String, String)> {
         let value = (self.faults)(fault)?;
         let (what, device) = value.split_once('@').map_or((value.as_str(), None), |(w, d)| (w, Some(d)));
         if device.is_some_and(|device| device != self.device.name()) {
@@ -48,13 +44,13 @@ impl FaultyDevice {
         Some((value, rest))
     }
 
-    /// Hangs before a call, or refuses it, if it is to.
-    fn go_wrong(&self, call: &str) -> Result<(), OsError> {
-        if let Some((value, seconds)) = self.concerning(HANG, call) {
+    /// Hangs before a call, or fails it, as the faults say.
+    fn apply_faults(&self, call: &str) -> Result<(), OsError> {
+        if let Some((value, seconds)) = self.fault_for(DEVICE_HANG, call) {
             warn!(device = self.name(), "a fault: the device hangs at {call}, {seconds} s at most");
-            faults::hang(HANG, &value, Duration::from_secs(seconds.parse().unwrap_or(0)));
+            super::hang(DEVICE_HANG, &value, Duration::from_secs(seconds.parse().unwrap_or(0)));
         }
-        if self.concerning(ERROR, call).is_some() {
+        if self.fault_for(DEVICE_ERROR, call).is_some() {
             warn!(device = self.name(), "a fault: the device refuses {call}");
             return Err(OsError(Errno::IO));
         }
@@ -76,7 +72,7 @@ impl Device for FaultyDevice {
     }
 
     fn request(&mut self, to: MigrationState) -> Result<(), OsError> {
-        self.go_wrong(to.name())?;
+        self.apply_faults(to.name())?;
         self.device.request(to)
     }
 
@@ -85,17 +81,22 @@ impl Device for FaultyDevice {
     }
 
     fn read_data(&mut self, max_bytes: usize) -> Result<DataRead, DeviceError> {
-        let is_set = (self.faults)(ERROR).is_some() || (self.faults)(HANG).is_some();
+        let is_set = (self.faults)(DEVICE_ERROR).is_some() || (self.faults)(DEVICE_HANG).is_some();
         if is_set && self.device.state()? == MigrationState::StopCopy {
             let failed = |errno| DeviceError::ReadData { device: self.name().to_owned(), errno };
-            self.go_wrong("read").map_err(failed)?;
+            self.apply_faults("read").map_err(failed)?;
         }
         self.device.read_data(max_bytes)
     }
 
     fn write_data(&mut self, data: &[u8]) -> Result<(), DeviceError> {
         let (device, bytes) = (self.name().to_owned(), data.len());
-        self.go_wrong("write").map_err(|errno| DeviceError::WriteData { device, taken: 0, bytes, errno })?;
+        self.apply_faults("write").map_err(|errno| DeviceError::WriteData {
+            device,
+            taken: 0,
+            bytes,
+            errno,
+        })?;
         self.device.write_data(data)
     }
 
@@ -117,7 +118,7 @@ impl Device for FaultyDevice {
 
     fn reset(&mut self) -> Result<(), DeviceError> {
         let failed = |errno| DeviceError::Reset { device: self.name().to_owned(), errno };
-        self.go_wrong("reset").map_err(failed)?;
+        self.apply_faults("reset").map_err(failed)?;
         self.device.reset()
     }
 }
@@ -140,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn a_change_that_is_to_fail_is_not_carried_out_and_others_are() {
+    fn a_change_with_an_error_is_not_carried_out_and_others_are() {
         let (mut device, log) = faulty("vf0", "device.error=STOP_COPY");
         device.set_state(RunningP2p).unwrap();
         let error = device.set_state(StopCopy).unwrap_err();
@@ -151,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fault_of_another_device_or_of_a_state_that_only_begins_alike_is_not_this_ones() {
+    fn a_fault_of_another_device_or_of_a_state_with_the_same_prefix_does_not_apply() {
         for set in ["device.error=PRE_COPY@vf1", "device.error=PRE_COPY_P2P", "device.error="] {
             let (mut device, _) = faulty("vf0", set);
             assert!(device.set_state(PreCopy).is_ok(), "{set}");
@@ -160,15 +161,15 @@ mod tests {
     }
 
     #[test]
-    fn a_device_that_hangs_gets_there_all_the_same() {
-        // The file of faults is not there, so the hang is cleared as soon as it has begun.
+    fn a_device_that_hangs_still_reaches_the_state() {
+        // There is no file of faults, so the hang ends as soon as it has begun.
         let (mut device, log) = faulty("vf0", "device.hang=STOP:3600@vf0");
         assert_eq!(device.set_state(Stop).unwrap().to, Stop);
         assert_eq!(log.changes(), ["vf0 asked STOP", "vf0 reached STOP"]);
     }
 
     #[test]
-    fn a_reset_leads_out_of_an_error_but_not_of_its_own() {
+    fn a_reset_ends_an_error_but_fails_by_its_own_fault() {
         let (mut device, _) = faulty("vf0", "device.error=RUNNING");
         device.set_state(Stop).unwrap();
         assert!(device.set_state(Running).is_err());
@@ -178,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn reading_fails_when_the_final_data_are_read() {
+    fn reading_fails_only_for_the_final_data() {
         let (mut device, _) = faulty("vf0", "device.error=read");
         device.set_state(PreCopy).unwrap();
         device.read_data(1).unwrap();

@@ -1,16 +1,11 @@
-//! Faults on the way, for tests: never part of a release. `blob.<index>` or `blob.vmm` is set to `corrupt`, `truncate`, `reorder`,
-//! `extend` or `stall` (see [`crate::faults`]).
-
-use std::time::Duration;
+//! Blobs that are damaged on the way, or stall: `blob.<index>` or `blob.vmm` is set to `corrupt`, `truncate`, `reorder`, `extend`
+//! or `stall`.
 
 use bytes::{Bytes, BytesMut};
 use slackwater_handover::Blob;
 use slackwater_proto::transfer::BlobChunk;
 
-use crate::faults;
-
-/// Between two looks at the file.
-const LOOK_AGAIN: Duration = Duration::from_millis(50);
+use super::{REREAD_AFTER, names, value};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum BlobFault {
@@ -20,22 +15,22 @@ enum BlobFault {
     Extend,
 }
 
-/// What is to go wrong with one blob.
+/// The faults of one blob.
 #[derive(Debug, Default)]
-pub(super) struct BlobFaults {
+pub(crate) struct BlobFaults {
     name: String,
     fault: Option<BlobFault>,
     held_back: Option<BlobChunk>,
 }
 
 impl BlobFaults {
-    /// As the file says now.
-    pub(super) fn for_blob(blob: Blob) -> Self {
+    /// The faults that are set now.
+    pub(crate) fn for_blob(blob: Blob) -> Self {
         let name = match blob {
-            Blob::Device(index) => format!("blob.{index}"),
-            Blob::Vmm => "blob.vmm".to_owned(),
+            Blob::Device(index) => format!("{}{index}", names::BLOB),
+            Blob::Vmm => names::BLOB_VMM.to_owned(),
         };
-        let fault = faults::value(&name).and_then(|value| match value.as_str() {
+        let fault = value(&name).and_then(|value| match value.as_str() {
             "corrupt" => Some(BlobFault::Corrupt),
             "truncate" => Some(BlobFault::Truncate),
             "reorder" => Some(BlobFault::Reorder),
@@ -45,17 +40,17 @@ impl BlobFaults {
         Self { name, fault, held_back: None }
     }
 
-    /// Waits for as long as the blob is to stall.
-    pub(super) async fn stall(&self) {
-        while faults::value(&self.name).as_deref() == Some("stall") {
-            tokio::time::sleep(LOOK_AGAIN).await;
+    /// Waits while the blob stalls.
+    pub(crate) async fn stall(&self) {
+        while value(&self.name).as_deref() == Some("stall") {
+            tokio::time::sleep(REREAD_AFTER).await;
         }
     }
 
-    /// What is sent in place of a chunk.
-    pub(super) fn chunk(&mut self, chunk: BlobChunk) -> Vec<BlobChunk> {
+    /// The chunks to send in place of this one.
+    pub(crate) fn chunk(&mut self, chunk: BlobChunk) -> Vec<BlobChunk> {
         match self.fault {
-            // Only the last chunk is touched, when it is known to be the last: a driver may refuse a header by itself.
+            // Only the last chunk is touched, once it is known to be the last: a driver may refuse a damaged header itself.
             Some(BlobFault::Corrupt | BlobFault::Truncate) => {
                 self.held_back.replace(chunk).into_iter().collect()
             }
@@ -70,8 +65,8 @@ impl BlobFaults {
         }
     }
 
-    /// What is sent before the trailer of a blob of this length.
-    pub(super) fn end(&mut self, length_bytes: u64) -> Vec<BlobChunk> {
+    /// The chunks to send before the trailer of a blob of this length.
+    pub(crate) fn end(&mut self, length_bytes: u64) -> Vec<BlobChunk> {
         let extra = (self.fault == Some(BlobFault::Extend))
             .then(|| BlobChunk { offset: length_bytes, data: Bytes::from_static(b"!") });
         let mut last = self.held_back.take();

@@ -12,35 +12,35 @@ use std::time::Duration;
 use tokio::process::{Child, Command};
 
 use super::cgroup::Cgroup;
-use super::twin_exec::Descriptor;
+use super::exec::Descriptor;
 
 /// How much of its log is told when it fails to start.
 const TOLD_LOG_LINES: usize = 8;
 const TOLD_LOG_BYTES: u64 = 2048;
 
 /// Between bind(2), which can be seen, and listen(2), which cannot.
-pub(super) const NOT_LISTENING_YET: Duration = Duration::from_millis(10);
+pub(crate) const NOT_LISTENING_YET: Duration = Duration::from_millis(10);
 
 /// What to start.
-pub(super) struct Launch<'a> {
+pub(crate) struct Launch<'a> {
     /// The command that becomes the program: [`launcher`](super::twin::launcher).
-    pub(super) launcher: &'a [OsString],
+    pub(crate) launcher: &'a [OsString],
     /// It is there.
-    pub(super) cgroup: &'a Cgroup,
+    pub(crate) cgroup: &'a Cgroup,
     /// The program's working directory; it is there.
-    pub(super) directory: &'a Path,
+    pub(crate) directory: &'a Path,
     /// Takes what the program says; made if it is not there.
-    pub(super) log: &'a Path,
+    pub(crate) log: &'a Path,
     /// What it is given open.
-    pub(super) descriptors: &'a [Descriptor],
+    pub(crate) descriptors: &'a [Descriptor],
     /// Absolute; the caller has checked that it is allowed.
-    pub(super) program: &'a Path,
-    pub(super) arguments: &'a [String],
+    pub(crate) program: &'a Path,
+    pub(crate) arguments: &'a [String],
 }
 
 /// Why nothing was started.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum LaunchError {
+pub(crate) enum LaunchError {
     #[error("cannot write {path}: {source}")]
     Log { path: PathBuf, source: io::Error },
     #[error("cannot start {program}: {source}")]
@@ -48,7 +48,7 @@ pub(super) enum LaunchError {
 }
 
 impl Launch<'_> {
-    pub(super) fn spawn(&self) -> Result<Child, LaunchError> {
+    pub(crate) fn spawn(&self) -> Result<Child, LaunchError> {
         let open = || OpenOptions::new().create(true).append(true).mode(0o600).open(self.log);
         let output = open().and_then(|file| Ok((file.try_clone()?, file)));
         let (stdout, stderr) =
@@ -73,7 +73,7 @@ impl Launch<'_> {
 }
 
 /// The last lines of a log, as far as they can be read.
-pub(super) fn end_of(log: &Path) -> String {
+pub(crate) fn end_of(log: &Path) -> String {
     let read = || -> io::Result<Vec<u8>> {
         let mut file = fs::File::open(log)?;
         let length = file.metadata()?.len();

@@ -7,26 +7,30 @@ use notify::event::{AccessKind, AccessMode};
 use notify::{Event, EventKind, RecommendedWatcher, RecursiveMode, Watcher};
 use tokio::sync::Notify;
 
-/// Changes of one file, or of the entries of one directory. What is only opened or read is no change.
+/// Whether something was changed, and not only opened or read.
+pub(crate) fn is_change(event: &Event) -> bool {
+    match event.kind {
+        EventKind::Access(AccessKind::Close(AccessMode::Write)) => true,
+        EventKind::Access(_) => false,
+        _ => true,
+    }
+}
+
+/// Changes of one file, or of the entries of one directory: see [`is_change`].
 #[derive(Debug)]
-pub(super) struct FileEvents {
+pub(crate) struct FileEvents {
     changed: Arc<Notify>,
     _watcher: RecommendedWatcher,
 }
 
 impl FileEvents {
-    /// Begins to watch: whatever happens from now on is seen by [`FileEvents::next`].
-    pub(super) fn watch(path: &Path) -> notify::Result<Self> {
+    /// Begins to watch: [`FileEvents::next`] reports every change from now on.
+    pub(crate) fn watch(path: &Path) -> notify::Result<Self> {
         let changed = Arc::new(Notify::new());
-        let tell = Arc::clone(&changed);
+        let notify = Arc::clone(&changed);
         let mut watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
-            let only_looked_at = event.as_ref().is_ok_and(|event| match event.kind {
-                EventKind::Access(AccessKind::Close(AccessMode::Write)) => false,
-                EventKind::Access(_) => true,
-                _ => false,
-            });
-            if !only_looked_at {
-                tell.notify_one();
+            if event.as_ref().map_or(true, is_change) {
+                notify.notify_one();
             }
         })?;
         watcher.watch(path, RecursiveMode::NonRecursive)?;
@@ -34,7 +38,7 @@ impl FileEvents {
     }
 
     /// Returns when something has changed since the last return, or since the watch began.
-    pub(super) async fn next(&self) {
+    pub(crate) async fn next(&self) {
         self.changed.notified().await;
     }
 }

@@ -86,6 +86,14 @@ pub enum CgroupError {
     },
 }
 
+/// The error and what caused it, in one line.
+pub(crate) fn error_chain(error: &CgroupError) -> String {
+    match std::error::Error::source(error) {
+        Some(source) => format!("{error}: {source}"),
+        None => error.to_string(),
+    }
+}
+
 /// A twin's control group. Dropping it changes nothing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Cgroup {
