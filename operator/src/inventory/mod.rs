@@ -9,7 +9,6 @@ use slackwater_api::MigrationFeature;
 use slackwater_proto::node::QemuDescription;
 
 pub use from_proto::ReportError;
-pub(crate) use from_proto::camel_case_or;
 
 /// Names a VM: namespace and name.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]

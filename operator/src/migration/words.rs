@@ -3,7 +3,7 @@
 use slackwater_proto::node::{JournalRecord, JournalState};
 
 use super::resolver::{Failure, Record, Word};
-use crate::inventory::camel_case_or;
+use crate::reason::camel_case_or;
 
 /// What an agent has said. `None`: a record that is not known here, from a newer agent. That says nothing, which is not the
 /// same as that nothing is journalled.
