@@ -5,7 +5,7 @@ use slackwater_api::{AssignedVMStatus, MigrationReference, PeerToPeer, VmDevice,
 
 use super::count;
 use crate::conditions::{self, Finding, Stamp, Status};
-use crate::inventory::{self, Inventory, Node, Vm, VmKey, Whereabouts, whereabouts};
+use crate::inventory::{self, Inventory, Node, Vm, VmKey, VmReport, Whereabouts, whereabouts};
 use crate::plan::{OtherMigration, Refusal, check_movable};
 use crate::reason;
 
@@ -18,8 +18,8 @@ pub(super) fn vm_status(
     stamp: Stamp,
 ) -> AssignedVMStatus {
     let mut status = match whereabouts(inventory, key) {
-        Whereabouts::At { name, node, vm } => described(name, node, vm),
-        // Nobody can say which report is right, or there is none: what was known last stays.
+        Whereabouts::At(report) => described(report),
+        // There is no report, or no way to say which one is right: what was known last stays.
         Whereabouts::Several(_) | Whereabouts::Nowhere => previous.clone(),
     };
     status.conditions.clone_from(&previous.conditions);
@@ -38,9 +38,9 @@ pub(super) fn vm_status(
 
 fn ready(key: &VmKey, inventory: &Inventory, previous: &AssignedVMStatus) -> Finding {
     match whereabouts(inventory, key) {
-        Whereabouts::At { name, node, vm } => match node.not_ready_reason() {
-            Some(error) => node_not_ready(name, &error),
-            None => ready_at(name, vm),
+        Whereabouts::At(report) => match report.node.not_ready_reason() {
+            Some(error) => node_not_ready(report.name, &error),
+            None => ready_at(report.name, report.vm),
         },
         Whereabouts::Several(nodes) => {
             let nodes = nodes.into_iter().map(str::to_owned).collect();
@@ -114,7 +114,8 @@ fn migration_of(
     Some(MigrationReference { name: None, id })
 }
 
-fn described(name: &str, node: &Node, vm: &Vm) -> AssignedVMStatus {
+/// A status without conditions, as the node of the VM describes it.
+fn described(VmReport { name, node, vm }: VmReport<'_>) -> AssignedVMStatus {
     let device = |device_name: &String| {
         let known = node.report.as_ref().and_then(|report| report.devices.get(device_name));
         VmDevice {

@@ -146,8 +146,8 @@ async fn tell_no_namespace(
         "VM {vm} cannot be shown, nor migrated: there is no namespace {:?}. Create it; this is tried again until then.",
         vm.namespace
     );
-    for (node, _, _) in reports {
-        if let Some(object) = nodes.get(None, node) {
+    for report in reports {
+        if let Some(object) = nodes.get(None, report.name) {
             let notice = Notice { warning: true, reason: "NamespaceMissing", note: note.clone() };
             cluster.report(object.as_ref(), "ShowVM", &notice).await;
         }

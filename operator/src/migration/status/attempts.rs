@@ -15,7 +15,7 @@ use crate::plan::Refusal;
 use crate::reason;
 
 /// Between two attempts.
-const PAUSES: Pauses = Pauses::new(Duration::from_secs(5), Duration::from_secs(60));
+const ATTEMPT_PAUSES: Pauses = Pauses::new(Duration::from_secs(5), Duration::from_secs(60));
 /// An attempt's message in the list of those that have ended.
 const MESSAGE_LIMIT_BYTES: usize = 1024;
 
@@ -46,7 +46,7 @@ impl Draft {
     /// Nothing is held for the last attempt any more: the next one is planned after a pause.
     pub(super) fn schedule_next_attempt(&mut self) {
         let ended = u32::try_from(self.status.attempt.unwrap_or_default()).unwrap_or_default();
-        let pause = PAUSES.after(ended);
+        let pause = ATTEMPT_PAUSES.after(ended);
         let signed = SignedDuration::try_from(pause).unwrap_or(SignedDuration::ZERO);
         self.status.next_attempt_time = self.stamp.now.checked_add(signed).ok().map(Time);
         self.status.phase = Some(MigrationPhase::Retrying);
