@@ -2,11 +2,12 @@
 
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use strum::IntoStaticStr;
 
-/// Longer messages are cut: a status must stay readable, and an agent's words are input.
+/// Longer messages are cut: a status must stay readable, and an agent's message is input.
 const MESSAGE_LIMIT_BYTES: usize = 4096;
 
-/// When, and about which generation of the spec, something is said.
+/// When something became known, and about which generation of the spec.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stamp {
     /// The generation of the spec.
@@ -16,47 +17,55 @@ pub struct Stamp {
 }
 
 /// The status of a condition.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, IntoStaticStr)]
 pub enum Status {
     /// It is so.
     True,
     /// It is not so.
     False,
-    /// Nobody can tell, or it is not decided yet.
+    /// It is not known, or not decided yet.
     Unknown,
 }
 
 impl Status {
     /// As the API writes it.
     pub fn as_str(self) -> &'static str {
-        match self {
-            Self::True => "True",
-            Self::False => "False",
-            Self::Unknown => "Unknown",
-        }
+        self.into()
     }
 }
 
-/// Sets a condition. The answer is whether its status has changed (a new one counts as changed).
-pub fn set(
-    conditions: &mut Vec<Condition>,
-    type_: &str,
-    status: Status,
-    reason: &str,
-    message: &str,
-    stamp: Stamp,
-) -> bool {
+/// What a condition says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finding {
+    /// Whether it is so.
+    pub status: Status,
+    /// Why, in CamelCase, for programs.
+    pub reason: String,
+    /// Why, for a person.
+    pub message: String,
+}
+
+impl Finding {
+    /// A finding with its reason and message.
+    pub fn new(status: Status, reason: impl Into<String>, message: impl Into<String>) -> Self {
+        Self { status, reason: reason.into(), message: message.into() }
+    }
+}
+
+/// Sets a condition. `true`: its status has changed (a new condition counts as changed).
+pub fn set(conditions: &mut Vec<Condition>, type_: &str, finding: &Finding, stamp: Stamp) -> bool {
+    let status = finding.status.as_str();
     let previous = conditions.iter_mut().find(|condition| condition.type_ == type_);
-    let changed = previous.as_ref().is_none_or(|previous| previous.status != status.as_str());
+    let changed = previous.as_ref().is_none_or(|previous| previous.status != status);
     let time = match &previous {
         Some(previous) if !changed => previous.last_transition_time.clone(),
         _ => Time(stamp.now),
     };
     let condition = Condition {
         type_: type_.to_owned(),
-        status: status.as_str().to_owned(),
-        reason: reason.to_owned(),
-        message: cut(message, MESSAGE_LIMIT_BYTES),
+        status: status.to_owned(),
+        reason: finding.reason.clone(),
+        message: cut(&finding.message, MESSAGE_LIMIT_BYTES),
         observed_generation: stamp.generation,
         last_transition_time: time,
     };
@@ -72,9 +81,14 @@ pub fn find<'a>(conditions: &'a [Condition], type_: &str) -> Option<&'a Conditio
     conditions.iter().find(|condition| condition.type_ == type_)
 }
 
-/// The status of a condition is `status`.
+/// Whether the condition of a type is there and has that status.
 pub fn is(conditions: &[Condition], type_: &str, status: Status) -> bool {
     find(conditions, type_).is_some_and(|condition| condition.status == status.as_str())
+}
+
+/// Whether the condition of a type is there and has that reason.
+pub fn has_reason(conditions: &[Condition], type_: &str, reason: &str) -> bool {
+    find(conditions, type_).is_some_and(|condition| condition.reason == reason)
 }
 
 /// Cuts a text to at most `limit` bytes, between characters, and shows that it did.
@@ -100,11 +114,17 @@ mod tests {
     #[test]
     fn the_time_is_that_of_the_last_change_of_status() {
         let mut conditions = Vec::new();
-        assert!(set(&mut conditions, "Ready", Status::False, "A", "a", at(1)));
-        assert!(!set(&mut conditions, "Ready", Status::False, "B", "b", at(2)));
+        let mut ready = |status, reason, second| {
+            let changed = set(&mut conditions, "Ready", &Finding::new(status, reason, "x"), at(second));
+            (changed, conditions.clone())
+        };
+        assert!(ready(Status::False, "A", 1).0);
+        let (changed, conditions) = ready(Status::False, "B", 2);
+        assert!(!changed);
         assert_eq!(conditions[0].last_transition_time, Time(at(1).now));
         assert_eq!((conditions[0].reason.as_str(), conditions[0].observed_generation), ("B", Some(2)));
-        assert!(set(&mut conditions, "Ready", Status::True, "B", "b", at(3)));
+        let (changed, conditions) = ready(Status::True, "B", 3);
+        assert!(changed);
         assert_eq!(conditions[0].last_transition_time, Time(at(3).now));
         assert_eq!(conditions.len(), 1);
     }

@@ -6,7 +6,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 
 /// How long raising the epoch may take: as long as the API server may.
-const PATIENCE: Duration = Duration::from_secs(20);
+const RAISE_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// The epoch of this operator's leadership, `leaseTransitions` of the Lease plus 1. It goes into every call that an agent acts
 /// by, so that an agent that has heard a newer leader refuses an older one.
@@ -45,6 +45,6 @@ impl Epoch {
             self.raises.try_send(known).ok();
             now.wait_for(|now| *now > known).await.is_ok()
         };
-        timeout(PATIENCE, raised).await.unwrap_or(false)
+        timeout(RAISE_TIMEOUT, raised).await.unwrap_or(false)
     }
 }

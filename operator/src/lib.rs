@@ -12,6 +12,7 @@
 
 #![forbid(unsafe_code)]
 
+mod backoff;
 pub mod cluster;
 pub mod conditions;
 pub mod crds;
@@ -19,7 +20,11 @@ pub mod epoch;
 pub mod fleet;
 pub mod inventory;
 pub mod leadership;
+mod lifecycle;
 pub mod migration;
-pub mod operator;
+pub mod notice;
 pub mod plan;
 pub mod publish;
+mod reason;
+
+pub use lifecycle::{Ended, run};

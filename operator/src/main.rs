@@ -6,9 +6,9 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::{Parser, Subcommand};
 use slackwater_api::parse_duration;
+use slackwater_operator::crds;
 use slackwater_operator::leadership::Terms;
 use slackwater_operator::plan::Checks;
-use slackwater_operator::{crds, operator};
 use slackwater_proto::tls::Credentials;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -107,7 +107,7 @@ async fn run_operator(run: Run) -> anyhow::Result<()> {
         stopping.cancel();
     });
     tracing::info!(version = env!("CARGO_PKG_VERSION"), "the operator starts");
-    operator::run(client, credentials, terms, checks(), stop).await?;
+    slackwater_operator::run(client, credentials, terms, checks(), stop).await?;
     Ok(())
 }
 

@@ -129,6 +129,24 @@ pub struct VMMigrationSpec {
     pub resolve: Option<Resolve>,
 }
 
+impl VMMigrationSpec {
+    /// A migration of the AssignedVM of that name, with the API's default for everything else.
+    #[must_use]
+    pub fn new(vm: &str) -> Self {
+        Self {
+            vm_ref: VmReference { kind: VmKind::default(), name: vm.to_owned() },
+            target: None,
+            peer_to_peer: PeerToPeer::default(),
+            pre_commit_timeout: default_pre_commit_timeout(),
+            downtime_budget: default_downtime_budget(),
+            on_budget_exceeded: OnBudgetExceeded::default(),
+            attempts: default_attempts(),
+            cancel: false,
+            resolve: None,
+        }
+    }
+}
+
 /// Everything but `cancel` and `resolve` is as it was.
 const MOVE_STAYS: &str = "self.vmRef == oldSelf.vmRef && self.peerToPeer == oldSelf.peerToPeer && self.preCommitTimeout == \
      oldSelf.preCommitTimeout && self.downtimeBudget == oldSelf.downtimeBudget && self.onBudgetExceeded == \
@@ -236,4 +254,18 @@ pub enum PeerToPeer {
     Required,
     /// The administrator states that these devices never talk to each other, so that they may be stopped one by one.
     AssumeIsolated,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_new_spec_has_the_defaults_that_the_api_server_fills_in() {
+        let filled_in = serde_json::json!({"vmRef": {"name": "counter"}});
+        assert_eq!(
+            serde_json::from_value::<VMMigrationSpec>(filled_in).unwrap(),
+            VMMigrationSpec::new("counter")
+        );
+    }
 }

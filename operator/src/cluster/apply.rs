@@ -16,8 +16,8 @@ use slackwater_api::{AssignedVM, AssignedVMStatus, MIGRATION_FINALIZER, Migratio
 use slackwater_api::{VMMigration, VMMigrationStatus};
 use tokio::time::timeout;
 
-/// How long the API server may take to answer: whoever waits for it has agents to listen to.
-const PATIENCE: Duration = Duration::from_secs(15);
+/// How long the API server may take to answer: the caller has agents to listen to meanwhile.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
 /// Who owns metadata that the operator writes.
 pub(super) const MANAGER: &str = "slackwater-operator";
 /// Who owns statuses.
@@ -42,7 +42,7 @@ pub enum WriteError {
         namespace: String,
     },
     /// It did not answer.
-    #[error("the API server has not answered within {} s", PATIENCE.as_secs())]
+    #[error("the API server has not answered within {} s", REQUEST_TIMEOUT.as_secs())]
     TooLate,
     /// Anything else. Trying again may help.
     #[error("the API server did not take it: {0}")]
@@ -66,7 +66,7 @@ impl Cluster {
     /// [`WriteError`]
     pub async fn migration(&self, migration: &VMMigration) -> Result<VMMigration, WriteError> {
         let api = self.namespaced::<VMMigration>(migration);
-        let now = asked(api.get(&migration.name_any())).await?;
+        let now = request(api.get(&migration.name_any())).await?;
         if now.uid() == migration.uid() { Ok(now) } else { Err(WriteError::Gone) }
     }
 
@@ -92,7 +92,7 @@ impl Cluster {
         merge(&mut body, json!({"metadata": {"finalizers": finalizers}}));
         let api = self.namespaced::<VMMigration>(migration);
         let params = PatchParams::apply(MANAGER).force();
-        asked(api.patch(&migration.name_any(), &params, &Patch::Apply(&body))).await.map(drop)
+        request(api.patch(&migration.name_any(), &params, &Patch::Apply(&body))).await.map(drop)
     }
 
     /// Writes the whole status of a MigrationNode.
@@ -119,7 +119,7 @@ impl Cluster {
             "metadata": {"name": name, "namespace": namespace},
         });
         let params = PatchParams::apply(MANAGER).force();
-        asked(api.patch(name, &params, &Patch::Apply(&body))).await.map_err(|error| match error {
+        request(api.patch(name, &params, &Patch::Apply(&body))).await.map_err(|error| match error {
             WriteError::Gone => WriteError::NoNamespace { namespace: namespace.to_owned() },
             other => other,
         })
@@ -144,7 +144,7 @@ impl Cluster {
     pub async fn remove_vm(&self, vm: &AssignedVM) -> Result<(), WriteError> {
         let preconditions = Preconditions { uid: vm.uid(), resource_version: None };
         let params = DeleteParams { preconditions: Some(preconditions), ..Default::default() };
-        match asked(self.namespaced::<AssignedVM>(vm).delete(&vm.name_any(), &params)).await {
+        match request(self.namespaced::<AssignedVM>(vm).delete(&vm.name_any(), &params)).await {
             Ok(_) | Err(WriteError::Gone) => Ok(()),
             Err(error) => Err(error),
         }
@@ -165,7 +165,7 @@ impl Cluster {
         let mut body = identity(object);
         merge(&mut body, json!({"status": status}));
         let params = PatchParams::apply(STATUS_MANAGER).force();
-        asked(api.patch_status(&object.name_any(), &params, &Patch::Apply(&body))).await.map(drop)
+        request(api.patch_status(&object.name_any(), &params, &Patch::Apply(&body))).await.map(drop)
     }
 }
 
@@ -189,9 +189,9 @@ fn merge(into: &mut Value, from: Value) {
     }
 }
 
-/// A request to the API server, with its failures told apart.
-pub(super) async fn asked<T>(request: impl Future<Output = kube::Result<T>>) -> Result<T, WriteError> {
-    match timeout(PATIENCE, request).await {
+/// Makes a call to the API server, and classifies how it failed.
+pub(super) async fn request<T>(call: impl Future<Output = kube::Result<T>>) -> Result<T, WriteError> {
+    match timeout(REQUEST_TIMEOUT, call).await {
         Ok(answer) => answer.map_err(classify),
         Err(_) => Err(WriteError::TooLate),
     }

@@ -1,7 +1,7 @@
 //! All that knows the Kubernetes API: watching, writing, and events.
 
 mod apply;
-mod notice;
+mod events;
 mod observe;
 
 pub use apply::{Cluster, WriteError};

@@ -12,7 +12,7 @@ use slackwater_proto::node::{
 use slackwater_proto::tonic::{Code, Status};
 
 use super::Fleet;
-use crate::inventory::camel_case_or;
+use crate::reason::{RESERVE_REFUSED, camel_case_or};
 
 /// Reserving starts a VMM and takes devices through the kernel; who needs longer than this is stuck.
 const RESERVE_TIMEOUT: Duration = Duration::from_secs(120);
@@ -125,9 +125,6 @@ impl CallError {
         }
     }
 }
-
-/// The reason of a refusal that does not name one.
-const RESERVE_REFUSED: &str = "ReserveRefused";
 
 /// An agent's word is input: it goes into a condition only if it can be a reason.
 fn reason_of(status: &Status) -> Option<String> {

@@ -8,6 +8,7 @@ use slackwater_api::MigrationFeature;
 use slackwater_proto::node as proto;
 
 use super::{Blocker, Device, DeviceFeatures, NodeReport, Vm, VmKey, VmState};
+use crate::reason::camel_case_or;
 
 /// A description that cannot be used.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -108,14 +109,6 @@ fn features_from_proto(features: &proto::MigrationFeatures) -> Vec<MigrationFeat
     .collect()
 }
 
-/// A reason that an agent gave, if the API server will take it as a condition's reason; otherwise `fallback`.
-pub(crate) fn camel_case_or(reason: &str, fallback: &str) -> String {
-    let fits = reason.len() <= 128
-        && reason.starts_with(|c: char| c.is_ascii_alphabetic())
-        && reason.chars().all(|c| c.is_ascii_alphanumeric());
-    if fits { reason.to_owned() } else { fallback.to_owned() }
-}
-
 fn is_dns_label(text: &str) -> bool {
     let inner = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
     (1..=63).contains(&text.len())
@@ -152,14 +145,6 @@ mod tests {
             let report = NodeReport::read("n", Some(description)).unwrap();
             assert_eq!(report.vms.keys().map(|k| k.name.as_str()).collect::<Vec<_>>(), ["ok"], "{bad}");
             assert_eq!(report.ignored.len(), 1, "{bad}");
-        }
-    }
-
-    #[test]
-    fn an_agents_reason_that_no_condition_could_carry_is_replaced() {
-        assert_eq!(camel_case_or("DeviceNotMigratable", "X"), "DeviceNotMigratable");
-        for bad in ["", "device not migratable", "1st", "Ä"] {
-            assert_eq!(camel_case_or(bad, "NotMigratable"), "NotMigratable", "{bad}");
         }
     }
 }

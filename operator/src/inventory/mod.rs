@@ -9,7 +9,6 @@ use slackwater_api::MigrationFeature;
 use slackwater_proto::node::QemuDescription;
 
 pub use from_proto::ReportError;
-pub(crate) use from_proto::camel_case_or;
 
 /// Names a VM: namespace and name.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -45,7 +44,7 @@ pub struct Node {
 /// Whether an agent answers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Link {
-    /// Nobody has tried to the end yet.
+    /// The first try is still under way.
     Connecting,
     /// It answers, and `report` is what it says now.
     Ready,
@@ -56,7 +55,7 @@ pub enum Link {
     },
 }
 
-/// What an agent says of its node.
+/// What an agent says about its node.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct NodeReport {
     /// The agent's version.
@@ -106,7 +105,7 @@ pub struct Vm {
     pub migration_id: String,
     /// Bytes of guest RAM.
     pub ram_bytes: u64,
-    /// What its QEMU is, if it is one, in its agent's words: nobody but the target's agent reads them.
+    /// What its QEMU is, if it is a QEMU VM, in its agent's words: only the target's agent reads them.
     pub qemu: Option<Box<QemuDescription>>,
 }
 
@@ -130,9 +129,9 @@ pub struct Device {
     pub model: String,
     /// What the driver has advertised, or why that is not known.
     pub features: DeviceFeatures,
-    /// Nobody uses it.
+    /// Not in use.
     pub free: bool,
-    /// Who uses it, for a person; empty if nobody does.
+    /// What uses it, for a person; empty if it is free.
     pub holder: String,
 }
 
@@ -180,13 +179,24 @@ impl Node {
     }
 }
 
+/// One node's report of a VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VmReport<'a> {
+    /// The node's name.
+    pub name: &'a str,
+    /// The node.
+    pub node: &'a Node,
+    /// What it says about the VM.
+    pub vm: &'a Vm,
+}
+
 /// The reports of one VM, by node.
-pub fn reports_of<'a>(inventory: &'a Inventory, vm: &VmKey) -> Vec<(&'a str, &'a Node, &'a Vm)> {
+pub fn reports_of<'a>(inventory: &'a Inventory, vm: &VmKey) -> Vec<VmReport<'a>> {
     inventory
         .iter()
         .filter_map(|(name, node)| {
             let vm = node.report.as_ref()?.vms.get(vm)?;
-            Some((name.as_str(), node, vm))
+            Some(VmReport { name, node, vm })
         })
         .collect()
 }
@@ -197,15 +207,8 @@ pub enum Whereabouts<'a> {
     /// No node reports it.
     Nowhere,
     /// One node has it; or two do, because it is being handed over between them, and it runs at this one.
-    At {
-        /// The node's name.
-        name: &'a str,
-        /// The node.
-        node: &'a Node,
-        /// What it says of the VM.
-        vm: &'a Vm,
-    },
-    /// Several nodes claim to have it. Nobody can tell which copy is the VM.
+    At(VmReport<'a>),
+    /// Several nodes claim to have it. The operator cannot tell which copy is the VM.
     Several(Vec<&'a str>),
 }
 
@@ -217,13 +220,13 @@ pub fn whereabouts<'a>(inventory: &'a Inventory, vm: &VmKey) -> Whereabouts<'a> 
     let reports = reports_of(inventory, vm);
     match reports.as_slice() {
         [] => Whereabouts::Nowhere,
-        [(name, node, vm)] => Whereabouts::At { name, node, vm },
+        [report] => Whereabouts::At(*report),
         several => {
-            let handed_over = |vm: &Vm| vm.state != VmState::Running && !vm.migration_id.is_empty();
-            let mut remaining = several.iter().filter(|(_, _, vm)| !handed_over(vm));
+            let is_handed_over = |vm: &Vm| vm.state != VmState::Running && !vm.migration_id.is_empty();
+            let mut remaining = several.iter().filter(|report| !is_handed_over(report.vm));
             match (remaining.next(), remaining.next()) {
-                (Some((name, node, vm)), None) => Whereabouts::At { name, node, vm },
-                _ => Whereabouts::Several(several.iter().map(|(name, _, _)| *name).collect()),
+                (Some(report), None) => Whereabouts::At(*report),
+                _ => Whereabouts::Several(several.iter().map(|report| report.name).collect()),
             }
         }
     }

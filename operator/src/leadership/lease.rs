@@ -13,8 +13,8 @@ use super::election::{Candidate, Seen};
 
 pub(super) use k8s_openapi::api::coordination::v1::Lease;
 
-/// How long the API server may take for one answer: less than any deadline that makes sense.
-const PATIENCE: Duration = Duration::from_secs(4);
+/// How long the API server may take for one answer: less than any renew deadline that makes sense.
+const LEASE_REQUEST_TIMEOUT: Duration = Duration::from_secs(4);
 
 /// What came in the way of a Lease.
 #[derive(Debug, thiserror::Error)]
@@ -23,7 +23,7 @@ pub(super) enum LeaseError {
     #[error("{holder} holds it")]
     Taken { holder: String },
     /// The API server does not answer.
-    #[error("the API server has not answered within {} s", PATIENCE.as_secs())]
+    #[error("the API server has not answered within {} s", LEASE_REQUEST_TIMEOUT.as_secs())]
     TooLate,
     /// Anything else.
     #[error("the API server says: {0}")]
@@ -78,7 +78,7 @@ fn transitions_of(lease: &Lease) -> i32 {
 }
 
 pub(super) async fn read(api: &Api<Lease>, name: &str) -> Result<Option<Lease>, LeaseError> {
-    asked(api.get_opt(name)).await
+    request(api.get_opt(name)).await
 }
 
 /// Writes us in as the holder. If somebody else was faster, the API server refuses it by the resource version.
@@ -100,10 +100,10 @@ pub(super) async fn take(
     };
     let metadata = ObjectMeta { name: Some(name.to_owned()), ..ObjectMeta::default() };
     let lease = match found {
-        None => asked(api.create(&PostParams::default(), &Lease { metadata, spec: Some(spec) })).await?,
+        None => request(api.create(&PostParams::default(), &Lease { metadata, spec: Some(spec) })).await?,
         Some(found) => {
             let taken = Lease { spec: Some(spec), ..found };
-            asked(api.replace(name, &PostParams::default(), &taken)).await?
+            request(api.replace(name, &PostParams::default(), &taken)).await?
         }
     };
     Ok(Held { lease })
@@ -121,7 +121,7 @@ pub(super) async fn renew(
         spec.lease_transitions = transitions.or(spec.lease_transitions);
     }
     let name = lease.metadata.name.clone().unwrap_or_default();
-    match asked(api.replace(&name, &PostParams::default(), &lease)).await {
+    match request(api.replace(&name, &PostParams::default(), &lease)).await {
         Ok(lease) => return Ok(Held { lease }),
         Err(LeaseError::Ask(error)) if is(&error, 409) || is(&error, 404) => {}
         Err(error) => return Err(error),
@@ -134,7 +134,7 @@ pub(super) async fn renew(
                 spec.lease_transitions = spec.lease_transitions.max(Some(transitions_of(&now)));
             }
             lease.metadata.resource_version = now.metadata.resource_version;
-            asked(api.replace(&name, &PostParams::default(), &lease)).await?
+            request(api.replace(&name, &PostParams::default(), &lease)).await?
         }
         Some(now) => {
             let holder = holder(&now);
@@ -144,7 +144,7 @@ pub(super) async fn renew(
         None => {
             // Without it the count would begin anew.
             lease.metadata = ObjectMeta { name: Some(name), ..ObjectMeta::default() };
-            asked(api.create(&PostParams::default(), &lease)).await?
+            request(api.create(&PostParams::default(), &lease)).await?
         }
     };
     Ok(Held { lease })
@@ -158,15 +158,15 @@ pub(super) async fn release(api: &Api<Lease>, held: &Held) -> Result<(), LeaseEr
         spec.renew_time = Some(MicroTime(Timestamp::now()));
     }
     let name = lease.metadata.name.clone().unwrap_or_default();
-    asked(api.replace(&name, &PostParams::default(), &lease)).await.map(drop)
+    request(api.replace(&name, &PostParams::default(), &lease)).await.map(drop)
 }
 
 fn is(error: &kube::Error, code: u16) -> bool {
     matches!(error, kube::Error::Api(status) if status.code == code)
 }
 
-async fn asked<T>(request: impl Future<Output = kube::Result<T>>) -> Result<T, LeaseError> {
-    match timeout(PATIENCE, request).await {
+async fn request<T>(call: impl Future<Output = kube::Result<T>>) -> Result<T, LeaseError> {
+    match timeout(LEASE_REQUEST_TIMEOUT, call).await {
         Ok(answer) => answer.map_err(|error| LeaseError::Ask(Box::new(error))),
         Err(_) => Err(LeaseError::TooLate),
     }

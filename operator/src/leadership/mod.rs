@@ -113,12 +113,14 @@ impl Leadership {
         loop {
             let asked = Instant::now();
             let state = match try_to_lead(&api, &terms, &mut candidate, began).await {
-                Ok(Ok(held)) => {
+                Ok(Bid::Won(held)) => {
                     let (epoch, source) = Epoch::new(held.epoch());
                     tracing::info!(lease = terms.name, identity, epoch = epoch.now(), "this operator leads");
-                    return Some((Self { terms, api, held, renewed: asked, epoch: source }, epoch));
+                    return Some((Self { terms, api, held: *held, renewed: asked, epoch: source }, epoch));
                 }
-                Ok(Err(holder)) => format!("{holder} leads; waiting for the Lease {}", terms.name),
+                Ok(Bid::Waiting { holder }) => {
+                    format!("{holder} leads; waiting for the Lease {}", terms.name)
+                }
                 Err(error) => {
                     format!("the Lease {} could not be asked for; trying again: {error}", terms.name)
                 }
@@ -194,19 +196,30 @@ impl Leadership {
     }
 }
 
+/// What came of one look at the Lease.
+enum Bid {
+    /// This operator has it.
+    Won(Box<Held>),
+    /// Another operator has it.
+    Waiting {
+        /// Which one.
+        holder: String,
+    },
+}
+
 /// Takes the Lease if it may be taken; otherwise says who has it.
 async fn try_to_lead(
     api: &Api<lease::Lease>,
     terms: &Terms,
     candidate: &mut Candidate,
     began: Instant,
-) -> Result<Result<Held, String>, LeaseError> {
+) -> Result<Bid, LeaseError> {
     let found = lease::read(api, &terms.name).await?;
     let seen = found.as_ref().map(lease::seen);
     match candidate.consider(seen, began.elapsed()) {
-        Move::Take { transitions } => {
-            lease::take(api, &terms.name, found, candidate, transitions).await.map(Ok)
-        }
-        Move::Wait { holder } => Ok(Err(holder)),
+        Move::Take { transitions } => lease::take(api, &terms.name, found, candidate, transitions)
+            .await
+            .map(|held| Bid::Won(Box::new(held))),
+        Move::Wait { holder } => Ok(Bid::Waiting { holder }),
     }
 }

@@ -1,11 +1,12 @@
-//! Which VMs and devices are spoken for by accepted migrations: what keeps a VM from being migrated twice at once.
+//! Which VMs and devices belong to accepted migrations: what keeps a VM from being migrated twice at once.
 //!
 //! In the operator's memory, and rebuilt from the statuses when it starts. It is ahead of everything else: of the API
-//! server's watch, which tells late of what was just written, and of the agents' reports, which tell late of what was just
+//! server's watch, which reports late what was just written, and of the agents, which report late what was just
 //! reserved.
 
 use std::collections::BTreeMap;
 
+use parking_lot::Mutex;
 use slackwater_api::{VMMigration, VMMigrationStatus};
 use tokio::sync::watch;
 
@@ -16,19 +17,20 @@ use crate::plan::{OtherMigration, Plan, Refusal};
 /// All claims, by the UID of the migration.
 #[derive(Default)]
 pub struct Claims {
-    claims: watch::Sender<BTreeMap<String, OtherMigration>>,
+    claims: Mutex<BTreeMap<String, OtherMigration>>,
+    changed: watch::Sender<()>,
 }
 
 impl Claims {
     /// All claims.
     pub fn all(&self) -> Vec<OtherMigration> {
-        self.claims.borrow().values().cloned().collect()
+        self.claims.lock().values().cloned().collect()
     }
 
     /// Takes the claims of migrations that an earlier operator has accepted.
     pub fn restore<'a>(&self, migrations: impl Iterator<Item = &'a VMMigration>) {
-        let restored: Vec<(String, OtherMigration)> = migrations.filter_map(claim_of).collect();
-        self.claims.send_modify(|claims| claims.extend(restored));
+        self.claims.lock().extend(migrations.filter_map(claim_of));
+        self.changed.send_replace(());
     }
 
     /// Plans against all other claims and, if there is a plan, claims its VM and devices, with nothing in between.
@@ -42,37 +44,33 @@ impl Claims {
         vm: &VmKey,
         plan: impl FnOnce(&[OtherMigration]) -> Result<Plan, Refusal>,
     ) -> Result<Plan, Refusal> {
-        let mut result = None;
-        self.claims.send_if_modified(|claims| {
-            let others: Vec<OtherMigration> =
-                claims.iter().filter(|(id, _)| *id != uid).map(|(_, claim)| claim.clone()).collect();
-            let planned = plan(&others);
-            if let Ok(plan) = &planned {
-                let devices = plan.devices.iter().map(|pair| pair.target.clone()).collect();
-                claims.insert(uid.to_owned(), claim(uid, name, vm.clone(), plan.target.clone(), devices));
-            }
-            let modified = planned.is_ok();
-            result = Some(planned);
-            modified
-        });
-        result
-            .unwrap_or_else(|| Err(Refusal::InvalidSpec { message: "The planner was not asked.".to_owned() }))
+        let mut claims = self.claims.lock();
+        let others: Vec<OtherMigration> =
+            claims.iter().filter(|(id, _)| *id != uid).map(|(_, claim)| claim.clone()).collect();
+        let plan = plan(&others)?;
+        let devices = plan.devices.iter().map(|pair| pair.target.clone()).collect();
+        claims.insert(uid.to_owned(), claim(uid, name, vm.clone(), plan.target.clone(), devices));
+        drop(claims);
+        self.changed.send_replace(());
+        Ok(plan)
     }
 
     /// Gives up the claim of a migration, if it has one.
     pub fn release(&self, uid: &str) {
-        self.claims.send_if_modified(|claims| claims.remove(uid).is_some());
+        if self.claims.lock().remove(uid).is_some() {
+            self.changed.send_replace(());
+        }
     }
 
-    /// Tells when the claims have changed since it was asked last.
+    /// Reports when the claims have changed since the last look.
     pub fn changes(&self) -> ClaimChanges {
-        ClaimChanges { receiver: self.claims.subscribe() }
+        ClaimChanges { receiver: self.changed.subscribe() }
     }
 }
 
-/// Tells when the claims have changed.
+/// Reports when the claims have changed.
 pub struct ClaimChanges {
-    receiver: watch::Receiver<BTreeMap<String, OtherMigration>>,
+    receiver: watch::Receiver<()>,
 }
 
 impl ClaimChanges {
@@ -110,7 +108,7 @@ fn claim_of(migration: &VMMigration) -> Option<(String, OtherMigration)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use slackwater_api::{PeerToPeer, Reservation, VMMigrationSpec, VmKind, VmReference};
+    use slackwater_api::{Reservation, VMMigrationSpec};
 
     fn vm() -> VmKey {
         VmKey { namespace: "demo".into(), name: "counter".into() }
@@ -137,17 +135,7 @@ mod tests {
 
     #[test]
     fn only_accepted_migrations_that_have_not_ended_are_restored() {
-        let spec = VMMigrationSpec {
-            vm_ref: VmReference { kind: VmKind::AssignedVM, name: "counter".into() },
-            target: None,
-            peer_to_peer: PeerToPeer::Required,
-            pre_commit_timeout: "5m".into(),
-            downtime_budget: "300ms".into(),
-            on_budget_exceeded: Default::default(),
-            attempts: 1,
-            cancel: false,
-            resolve: None,
-        };
+        let spec = VMMigrationSpec::new("counter");
         let object = |uid: &str, reservation| {
             let mut object = VMMigration::new(uid, spec.clone());
             object.metadata.uid = Some(uid.into());

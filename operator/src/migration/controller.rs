@@ -1,50 +1,33 @@
 //! Which VMMigrations need attention: one task for each at a time.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use kube::ResourceExt;
 use slackwater_api::VMMigration;
 use tokio::task::JoinSet;
 
-use super::claims::Claims;
-use super::fact::{self, Draft};
-use super::run::{Run, has_finalizer};
+use super::context::Context;
+use super::drive::drive;
+use super::status::Draft;
 use super::step::{Step, next};
-use crate::cluster::{Cluster, Observed};
+use super::tracked::has_finalizer;
 use crate::conditions::Stamp;
-use crate::fleet::Fleet;
-use crate::plan::Checks;
 
-/// What a migration needs around it.
-#[derive(Clone)]
-pub struct Surroundings {
-    /// The API server.
-    pub cluster: Cluster,
-    /// All VMMigrations.
-    pub migrations: Observed<VMMigration>,
-    /// All agents.
-    pub fleet: Arc<Fleet>,
-    /// What is spoken for.
-    pub claims: Arc<Claims>,
-    /// The planner's checks.
-    pub checks: Checks,
-}
-
-/// Brings every VMMigration as far as it goes. Ends when the watch does. Dropping the future leaves the migrations to the
-/// agents: the next operator joins them.
-pub async fn run(surroundings: Surroundings) {
-    let mut migrations = surroundings.migrations.clone();
+/// Brings every VMMigration as far as it goes. Ends when the watch does. Dropping the future leaves the migrations to
+/// the agents: the next operator joins them.
+pub async fn run(context: Context) {
+    let mut migrations = context.migrations.clone();
     if !migrations.ready().await {
         return;
     }
-    // Before anything is planned: what an earlier operator has accepted is spoken for.
-    surroundings.claims.restore(migrations.all().iter().map(Arc::as_ref));
+    // Before anything is planned: what an earlier operator has accepted keeps its VM and devices.
+    context.claims.restore(migrations.all().iter().map(Arc::as_ref));
 
     let mut tasks = JoinSet::new();
-    // UIDs with a task, and the version of the object for which the last task of each was started. A task's own writes come
-    // back through the watch: its end is no reason to start another before something has changed.
-    let mut busy: BTreeMap<String, ()> = BTreeMap::new();
+    // UIDs with a task, and the version of the object for which the last task of each was started. A task's own writes
+    // come back through the watch: its end is no reason to start another before something has changed.
+    let mut busy: BTreeSet<String> = BTreeSet::new();
     let mut started: BTreeMap<String, Option<String>> = BTreeMap::new();
     loop {
         let objects = migrations.all();
@@ -52,14 +35,14 @@ pub async fn run(surroundings: Surroundings) {
         for object in objects {
             let Some(uid) = object.uid() else { continue };
             let version = object.resource_version();
-            if busy.contains_key(&uid) || started.get(&uid) == Some(&version) || !needs_attention(&object) {
+            if busy.contains(&uid) || started.get(&uid) == Some(&version) || !needs_attention(&object) {
                 continue;
             }
-            busy.insert(uid.clone(), ());
+            busy.insert(uid.clone());
             started.insert(uid.clone(), version);
-            let run = Run::new(surroundings.clone(), object);
+            let context = context.clone();
             tasks.spawn(async move {
-                run.bring_to_its_end().await;
+                drive(context, object).await;
                 uid
             });
         }
@@ -79,9 +62,9 @@ fn needs_attention(migration: &VMMigration) -> bool {
     if migration.metadata.deletion_timestamp.is_some() {
         return has_finalizer(migration);
     }
-    let mut draft = Draft::new(migration);
     let stamp = Stamp { generation: None, now: jiff::Timestamp::UNIX_EPOCH };
+    let mut draft = Draft::new(migration, stamp);
     next(&draft.status, draft.wish) != Step::Done
-        || fact::spec_changed(&mut draft, &migration.spec, stamp)
-        || fact::unjudged(&draft, &migration.spec).is_some()
+        || draft.note_spec(&migration.spec)
+        || draft.unjudged_resolve(&migration.spec).is_some()
 }

@@ -1,273 +1,322 @@
 //! The part of a migration that the source's agent runs: asking it, following its events, joining again when the stream
-//! breaks, asking both ends when it does not go on, and giving up when that is wanted.
+//! breaks, asking both ends when it does not go on, and giving up when the user wants that.
 
-use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::future::{BoxFuture, Either, pending};
+use futures::future::{BoxFuture, pending};
+use futures::stream::ReadyChunks;
 use futures::{FutureExt, StreamExt};
-use slackwater_handover::{Record, Word};
+use slackwater_handover::resolver::Settlement;
 use slackwater_proto::node::migration_event::What;
-use slackwater_proto::node::{AbortRequest, MigrationEvent, Outcome, Phase};
+use slackwater_proto::node::{MigrationEvent, Outcome, Phase};
 
-use super::fact;
-use super::inquiry::{self, Round};
+use super::abort::{AbortAnswer, abort, abort_once};
+use super::inquiry::{Round, run_round};
 use super::request::Accepted;
-use super::resolver::{Event, Settlement};
 use super::run::Run;
 use super::step::Wish;
-use crate::fleet::{CallError, Events, Fleet};
+use crate::fleet::{CallError, Events};
 
 /// How long the last event may take after the source has said that it gave the migration up.
-const LAST_WORD: Duration = Duration::from_secs(10);
-/// The pause before an abort that did not come through is tried again.
-const ABORT_AGAIN: Duration = Duration::from_secs(1);
-/// The same, if the source has refused it.
-const ABORT_REFUSED: Duration = Duration::from_secs(5);
+const LAST_EVENT_TIMEOUT: Duration = Duration::from_secs(10);
+/// The pause before the source is asked again to give up, after it has refused.
+const REFUSED_ABORT_PAUSE: Duration = Duration::from_secs(5);
 /// At most this many events are taken in before the status is written.
 const BATCH: usize = 256;
-/// So often the source is asked for more than its journal says, before what that says is all there is.
+/// How often the source is joined again after its journal says that the migration is settled. After that, what its
+/// journal says is all there is.
 const JOINS_AFTER_THE_END: u32 = 3;
 
-/// How following a stream of events came to an end.
+/// How following a stream of events ended.
 enum Followed {
     /// The migration has ended, and the draft says how.
     Finished,
-    /// The stream is over, and has not told how it ended.
-    Untold(String),
+    /// The stream is over, and has not said how the migration ended.
+    NoOutcome(String),
     /// The source refuses, before the first event.
     Refused(CallError),
     /// The stream broke; the migration may go on.
     Broken(CallError),
 }
 
-/// What the source says to an abort.
-enum AbortAnswer {
-    /// It has ended.
-    Ended,
-    /// The point of no return has passed.
-    TooLate(CallError),
-    /// No, for another reason.
-    Refused(CallError),
+/// The source cannot be followed, for now or for good.
+struct NotFollowed {
+    /// Why, for a person.
+    error: String,
+    /// The source answers, and does not report more.
+    refused: bool,
+}
+
+/// A batch of events, as far as they have arrived.
+type Batch = Vec<Result<MigrationEvent, CallError>>;
+
+/// What runs beside a stream of events.
+#[derive(Default)]
+struct Beside {
+    /// Asking the source to give up.
+    abort: Option<BoxFuture<'static, AbortAnswer>>,
+    /// Asking both ends what they have journalled.
+    round: Option<BoxFuture<'static, Round>>,
+    /// Waiting for the last event of a migration that was given up.
+    last_event: Option<BoxFuture<'static, ()>>,
+}
+
+/// What happens next while a stream is followed.
+enum Next {
+    /// Events have arrived. `None`: the stream has ended.
+    Events(Option<Batch>),
+    /// A VMMigration has changed.
+    ObjectChanged,
+    /// The source has answered an abort.
+    AbortAnswered(AbortAnswer),
+    /// Both ends have been asked.
+    RoundEnded(Round),
+    /// The source has given up, and its last event does not come.
+    NoLastEvent,
 }
 
 impl Run {
     pub(super) async fn migrate(&mut self) {
-        let Some(accepted) = self.accepted() else { return self.unreadable().await };
-        let mut never_asked = std::mem::take(&mut self.source_never_asked);
+        let Some(accepted) = self.tracked.accepted() else { return self.tracked.give_up_unreadable().await };
+        let mut never_asked = std::mem::take(&mut self.attempt.source_never_asked);
         let mut joins_left = JOINS_AFTER_THE_END;
         self.recall();
-        while !self.is_forgotten() {
+        while !self.tracked.is_forgotten() {
             if self.wants_abort() {
                 if self.give_up(&accepted).await {
                     return;
                 }
                 continue;
             }
-            let followed = match self.around.fleet.migrate(&accepted.source, accepted.migrate()).await {
-                Ok(events) => self.follow(&accepted, events).await,
-                Err(error) if error.is_refusal() => Followed::Refused(error),
-                Err(error) => Followed::Broken(error),
-            };
-            let (error, refused) = match followed {
-                Followed::Finished => return,
-                Followed::Refused(error) if never_asked => {
-                    self.learn(|draft, stamp| fact::source_refused(draft, &error.to_string(), stamp));
-                    return self.write().await;
-                }
-                Followed::Broken(error) if never_asked && error.was_not_asked() => {
-                    self.learn(|draft, stamp| fact::source_unreachable(draft, &error.to_string(), stamp));
-                    return self.write().await;
-                }
-                Followed::Refused(error) => (error.to_string(), true),
-                Followed::Untold(error) => (error, true),
-                Followed::Broken(error) => (error.to_string(), false),
+            let followed = self.join(&accepted).await;
+            let Some(NotFollowed { error, refused }) = self.handle_end(followed, never_asked).await else {
+                return;
             };
             never_asked = false;
-            self.say_unreachable(&accepted, &error, refused).await;
+            self.show_unreachable(&accepted, &error, refused).await;
             match self.inquire(&accepted).await {
-                // It may begin, when it can be asked again.
+                // The migration may begin, when the source can be asked again.
                 Some(Settlement::NeverBegan) if !refused => {}
                 Some(how) if refused || joins_left == 0 => return self.conclude(&how, Some(&error)).await,
-                // It has more to tell than its journal's last word, and can be asked now.
+                // The source has more to report than its journal says, and can be asked now.
                 Some(_) => {
                     joins_left -= 1;
-                    self.inquiry.hurry();
+                    self.attempt.inquiry.hurry();
                 }
                 None => {}
             }
         }
     }
 
-    fn wants_abort(&self) -> bool {
-        self.draft.wish != Wish::Migrate && !self.abort_too_late && !self.given_up
-    }
-
-    /// What the source is told when it is to give up.
-    fn why_abort(&self) -> &'static str {
-        match self.draft.wish {
-            Wish::Delete => "the VMMigration was deleted",
-            _ => "spec.cancel was set to true",
+    /// Asks the source to migrate, or joins the migration there, and follows its events.
+    async fn join(&mut self, accepted: &Accepted) -> Followed {
+        match self.context.fleet.migrate(&accepted.source, accepted.migrate()).await {
+            Ok(events) => self.follow(accepted, events).await,
+            Err(error) if error.is_refusal() => Followed::Refused(error),
+            Err(error) => Followed::Broken(error),
         }
     }
 
-    async fn conclude(&mut self, how: &Settlement, error: Option<&str>) {
-        self.learn(|draft, stamp| fact::settled(draft, how, error, stamp));
-        self.write().await;
+    /// Ends the migration if it is over. `None`: it is, and the status is written.
+    async fn handle_end(&mut self, followed: Followed, never_asked: bool) -> Option<NotFollowed> {
+        match followed {
+            Followed::Finished => None,
+            Followed::Refused(error) if never_asked => {
+                self.tracked.draft_now().source_refused(&error.to_string());
+                self.tracked.write().await;
+                None
+            }
+            Followed::Broken(error) if never_asked && error.was_not_asked() => {
+                self.tracked.draft_now().source_unreachable(&error.to_string());
+                self.tracked.write().await;
+                None
+            }
+            Followed::Refused(error) => Some(NotFollowed { error: error.to_string(), refused: true }),
+            Followed::NoOutcome(error) => Some(NotFollowed { error, refused: true }),
+            Followed::Broken(error) => Some(NotFollowed { error: error.to_string(), refused: false }),
+        }
     }
 
-    async fn say_unreachable(&mut self, accepted: &Accepted, error: &str, refused: bool) {
+    fn wants_abort(&self) -> bool {
+        let wish = self.tracked.draft().wish;
+        wish != Wish::Migrate && !self.attempt.abort_too_late && !self.attempt.given_up
+    }
+
+    async fn conclude(&mut self, how: &Settlement, error: Option<&str>) {
+        self.tracked.draft_now().settle(how, error);
+        self.tracked.write().await;
+    }
+
+    async fn show_unreachable(&mut self, accepted: &Accepted, error: &str, refused: bool) {
+        let source = &accepted.source;
         tracing::warn!(
-            migration = self.name(),
-            source = accepted.source,
+            migration = self.tracked.name(),
+            source,
             error,
             "the stream of events broke; joining again"
         );
         let error = error.trim_end_matches('.');
         let message = match refused {
-            true => {
-                format!("{} does not tell of the migration: {error}. Both ends are asked.", accepted.source)
-            }
+            true => format!("{source} does not report on the migration: {error}. Both ends are asked."),
             false => format!(
-                "{} does not answer: {error}. Its agent goes on by itself; the operator joins again when it can.",
-                accepted.source
+                "{source} does not answer: {error}. Its agent goes on by itself; the operator joins again when it can."
             ),
         };
-        self.learn(|draft, stamp| fact::unreachable(draft, &message, stamp));
-        self.write_progress().await;
+        self.tracked.draft_now().agent_unreachable(&message);
+        self.tracked.write_progress().await;
     }
 
     /// Gives up a migration whose stream is not open. `true`: it is over.
     async fn give_up(&mut self, accepted: &Accepted) -> bool {
-        self.learn(fact::aborting);
-        self.write_progress().await;
-        let request = accepted.abort(self.why_abort());
-        let answer = match self.around.fleet.abort(&accepted.source, request).await {
-            Ok(()) => AbortAnswer::Ended,
-            Err(error) if error.is_refusal() => {
-                refused_or_too_late(&self.around.fleet, accepted, error).await
-            }
-            Err(error) => {
-                tracing::warn!(migration = self.name(), source = accepted.source, %error, "aborting failed; trying again");
-                self.inquire(accepted).await;
-                return false;
-            }
-        };
-        match answer {
+        self.tracked.draft_now().abort_requested();
+        self.tracked.write_progress().await;
+        let request = accepted.abort(self.tracked.draft().wish.why_given_up());
+        match abort_once(&self.context.fleet, accepted, request).await {
             // An agent answers so for a migration that it does not know, too: what it has journalled decides.
-            AbortAnswer::Ended => match self.inquire(accepted).await {
+            Ok(AbortAnswer::Ended) => match self.inquire(accepted).await {
                 Some(Settlement::NeverBegan) => {
                     self.conclude(&Settlement::NeverBegan, None).await;
                     return true;
                 }
-                // Its stream tells the rest.
-                Some(_) => self.given_up = true,
+                // Its stream reports the rest.
+                Some(_) => self.attempt.given_up = true,
                 None => {}
             },
-            AbortAnswer::TooLate(error) => self.too_late(&error).await,
-            AbortAnswer::Refused(error) => {
+            Ok(AbortAnswer::TooLate(error)) => self.abort_too_late(&error).await,
+            Ok(AbortAnswer::Refused(error)) => {
                 self.abort_refused(&error).await;
+                self.inquire(accepted).await;
+            }
+            Err(error) => {
+                let source = &accepted.source;
+                tracing::warn!(
+                    migration = self.tracked.name(),
+                    source,
+                    %error,
+                    "aborting failed; trying again"
+                );
                 self.inquire(accepted).await;
             }
         }
         false
     }
 
-    async fn too_late(&mut self, error: &CallError) {
-        self.abort_too_late = true;
-        self.learn(|draft, stamp| fact::abort_too_late(draft, &error.to_string(), stamp));
-        self.write_progress().await;
+    async fn abort_too_late(&mut self, error: &CallError) {
+        self.attempt.abort_too_late = true;
+        self.tracked.draft_now().abort_too_late(&error.to_string());
+        self.tracked.write_progress().await;
     }
 
     async fn abort_refused(&mut self, error: &CallError) {
-        tracing::warn!(migration = self.name(), %error, "the source cannot give the migration up; asking again");
-        self.learn(|draft, stamp| fact::abort_refused(draft, &error.to_string(), stamp));
-        self.write_progress().await;
+        tracing::warn!(
+            migration = self.tracked.name(),
+            %error,
+            "the source cannot give the migration up; asking again"
+        );
+        self.tracked.draft_now().abort_refused(&error.to_string());
+        self.tracked.write_progress().await;
     }
 
     async fn follow(&mut self, accepted: &Accepted, events: Events) -> Followed {
-        self.trace.begin_again();
+        self.attempt.trace.begin_again();
         let mut batches = events.ready_chunks(BATCH);
-        let mut abort: Option<BoxFuture<'static, AbortAnswer>> = None;
-        let mut round: Option<BoxFuture<'static, Round>> = None;
-        let mut last_word = pin!(Either::Left(pending::<()>()));
+        let mut beside = Beside::default();
         loop {
-            if self.wants_abort() && abort.is_none() {
-                self.learn(fact::aborting);
-                self.write_progress().await;
-                abort = Some(self.abort_after(accepted, Duration::ZERO));
-            }
-            if round.is_none() && self.does_not_go_on() {
-                let next = self.inquiry.next_round();
-                round = Some(inquiry::round(Arc::clone(&self.around.fleet), accepted.clone(), next).boxed());
-            }
-            tokio::select! {
-                batch = batches.next() => {
-                    let Some(batch) = batch else {
-                        let message = "the stream of events ended before the migration did".to_owned();
-                        return Followed::Broken(CallError::Broken { message });
-                    };
+            self.begin_beside(accepted, &mut beside).await;
+            match self.next(&mut batches, &mut beside).await {
+                Next::Events(Some(batch)) => {
                     if let Some(end) = self.take_in(batch).await {
                         return end;
                     }
                 }
-                _ = self.around.migrations.changed() => {
-                    self.look();
-                    if self.is_forgotten() {
+                Next::Events(None) => {
+                    let message = "the stream of events ended before the migration did".to_owned();
+                    return Followed::Broken(CallError::Broken { message });
+                }
+                Next::ObjectChanged => {
+                    self.tracked.look();
+                    if self.tracked.is_forgotten() {
                         return Followed::Finished;
                     }
-                    self.note_spec_change().await;
+                    self.note_spec().await;
                 }
-                answer = outcome(&mut abort) => match answer {
-                    AbortAnswer::Ended => {
-                        self.given_up = true;
-                        last_word.set(Either::Right(tokio::time::sleep(LAST_WORD)));
-                    }
-                    AbortAnswer::TooLate(error) => self.too_late(&error).await,
-                    AbortAnswer::Refused(error) => {
-                        self.abort_refused(&error).await;
-                        abort = Some(self.abort_after(accepted, ABORT_REFUSED));
-                    }
-                },
-                heard = outcome(&mut round) => {
-                    // How it has ended, the stream tells.
-                    self.take_in_round(heard).await;
+                Next::AbortAnswered(AbortAnswer::Ended) => {
+                    self.attempt.given_up = true;
+                    beside.last_event = Some(tokio::time::sleep(LAST_EVENT_TIMEOUT).boxed());
                 }
-                () = &mut last_word => {
-                    return Followed::Untold("it was given up, and has not told more".to_owned());
+                Next::AbortAnswered(AbortAnswer::TooLate(error)) => self.abort_too_late(&error).await,
+                Next::AbortAnswered(AbortAnswer::Refused(error)) => {
+                    self.abort_refused(&error).await;
+                    beside.abort = Some(self.abort_after(accepted, REFUSED_ABORT_PAUSE));
+                }
+                Next::RoundEnded(round) => {
+                    // The stream reports how the migration ended.
+                    self.take_in_round(round).await;
+                }
+                Next::NoLastEvent => {
+                    return Followed::NoOutcome("it was given up, and has reported no more".to_owned());
                 }
             }
         }
     }
 
+    /// Begins what is wanted and not under way yet.
+    async fn begin_beside(&mut self, accepted: &Accepted, beside: &mut Beside) {
+        if self.wants_abort() && beside.abort.is_none() {
+            self.tracked.draft_now().abort_requested();
+            self.tracked.write_progress().await;
+            beside.abort = Some(self.abort_after(accepted, Duration::ZERO));
+        }
+        if self.is_stuck() && beside.round.is_none() {
+            let next = self.attempt.inquiry.next_round();
+            let fleet = Arc::clone(&self.context.fleet);
+            beside.round = Some(run_round(fleet, accepted.clone(), next).boxed());
+        }
+    }
+
+    /// Waits for what happens next. Nothing is lost of what is under way.
+    async fn next(&mut self, batches: &mut ReadyChunks<Events>, beside: &mut Beside) -> Next {
+        tokio::select! {
+            batch = batches.next() => Next::Events(batch),
+            () = self.tracked.changed() => Next::ObjectChanged,
+            answer = finished(&mut beside.abort) => Next::AbortAnswered(answer),
+            round = finished(&mut beside.round) => Next::RoundEnded(round),
+            () = finished(&mut beside.last_event) => Next::NoLastEvent,
+        }
+    }
+
     /// Both ends have to be asked, although the source's stream is open.
-    fn does_not_go_on(&self) -> bool {
-        self.inquiry.told.is_some() || self.inquiry.resolver.doubt().is_some() || self.draft.is_in_doubt()
+    fn is_stuck(&self) -> bool {
+        let inquiry = &self.attempt.inquiry;
+        inquiry.has_source_doubt()
+            || inquiry.resolver().doubt().is_some()
+            || self.tracked.draft().is_in_doubt()
     }
 
     fn abort_after(&self, accepted: &Accepted, pause: Duration) -> BoxFuture<'static, AbortAnswer> {
-        let (fleet, accepted) = (Arc::clone(&self.around.fleet), accepted.clone());
-        let request = accepted.abort(self.why_abort());
+        let (fleet, accepted) = (Arc::clone(&self.context.fleet), accepted.clone());
+        let request = accepted.abort(self.tracked.draft().wish.why_given_up());
         async move {
             tokio::time::sleep(pause).await;
-            abort_at(&fleet, &accepted, request).await
+            abort(&fleet, &accepted, request).await
         }
         .boxed()
     }
 
-    async fn take_in(&mut self, batch: Vec<Result<MigrationEvent, CallError>>) -> Option<Followed> {
+    /// Takes in events. Returns how the stream ended, if it has.
+    async fn take_in(&mut self, batch: Batch) -> Option<Followed> {
         let mut worth_writing = false;
         for item in batch {
             let event = match item {
                 Ok(event) => event,
-                Err(error) if error.is_refusal() && self.trace.is_silent() => {
+                Err(error) if error.is_refusal() && self.attempt.trace.is_silent() => {
                     return Some(Followed::Refused(error));
                 }
                 Err(error) => return Some(Followed::Broken(error)),
             };
             let (node, unix_ns, what) = (event.node.clone(), event.unix_ns, event.what.clone());
-            if !self.trace.push(event) {
+            if !self.attempt.trace.push(event) {
                 continue;
             }
             match what {
@@ -276,86 +325,55 @@ impl Run {
                     worth_writing |= self.reach(phase, &node);
                 }
                 Some(What::Doubt(doubt)) => {
-                    self.inquiry.hear_doubt(doubt.reason, doubt.message);
+                    self.attempt.inquiry.source_doubts(doubt.reason, doubt.message);
                     worth_writing = true;
                 }
                 Some(What::Estimate(estimate)) => {
-                    worth_writing |=
-                        self.learn(|draft, stamp| fact::estimated(draft, &estimate, unix_ns, stamp));
+                    worth_writing |= self.tracked.draft_now().update_estimate(&estimate, unix_ns);
                 }
                 Some(What::Finished(finished)) => {
-                    let trace = std::mem::take(&mut self.trace);
-                    self.learn(|draft, stamp| fact::finished(draft, &trace, &finished, stamp));
-                    self.trace = trace;
+                    self.tracked.draft_now().finish(&self.attempt.trace, &finished);
                     if finished.outcome() == Outcome::Unspecified {
-                        let message = format!("it ended without telling how ({})", finished.message);
-                        return Some(Followed::Untold(message));
+                        let message = format!("it ended without an outcome ({})", finished.message);
+                        return Some(Followed::NoOutcome(message));
                     }
-                    self.write().await;
+                    self.tracked.write().await;
                     return Some(Followed::Finished);
                 }
                 Some(What::DeviceState(_) | What::Progress(_)) | None => {}
             }
         }
-        if self.inquiry.told.is_some() {
+        if self.attempt.inquiry.has_source_doubt() {
             self.show_doubt();
         }
         if worth_writing {
-            self.write_progress().await;
+            self.tracked.write_progress().await;
         }
         None
     }
 
-    /// The migration has come to a phase. `true`: that is worth writing.
+    /// The migration has come to a phase. `true`: the status is worth writing now.
     fn reach(&mut self, phase: Phase, node: &str) -> bool {
-        // A phase ends what the source was in doubt about, whether it has been shown or not.
-        self.inquiry.told = None;
         let committed =
             matches!(phase, Phase::Committed | Phase::Starting | Phase::Started | Phase::Released);
-        self.inquiry.hear(Event::SourceTold { committed });
-        if !fact::is_news(&self.draft, phase, node) {
+        self.attempt.inquiry.source_goes_on(committed);
+        if !self.tracked.draft().is_new(phase, node) {
             return false;
         }
-        self.inquiry.hurry();
-        let doubtful = self.draft.is_in_doubt();
-        self.learn(fact::doubt_cleared);
-        let trace = std::mem::take(&mut self.trace);
-        let worth_writing = self.learn(|draft, stamp| fact::phase(draft, &trace, phase, stamp));
-        self.trace = trace;
-        worth_writing || doubtful
+        self.attempt.inquiry.hurry();
+        let doubtful = self.tracked.draft().is_in_doubt();
+        let draft = self.tracked.draft_now();
+        draft.clear_doubt();
+        draft.reach(phase, &self.attempt.trace) || doubtful
     }
 }
 
 /// The result of what is under way; never, if nothing is. Afterwards nothing is.
-async fn outcome<T>(under_way: &mut Option<BoxFuture<'static, T>>) -> T {
+async fn finished<T>(under_way: &mut Option<BoxFuture<'static, T>>) -> T {
     let result = match under_way {
         Some(future) => future.await,
         None => pending().await,
     };
     *under_way = None;
     result
-}
-
-/// Asks the source to give the migration up until it has answered.
-async fn abort_at(fleet: &Fleet, accepted: &Accepted, request: AbortRequest) -> AbortAnswer {
-    loop {
-        match fleet.abort(&accepted.source, request.clone()).await {
-            Ok(()) => return AbortAnswer::Ended,
-            Err(error) if error.is_refusal() => return refused_or_too_late(fleet, accepted, error).await,
-            Err(error) => {
-                tracing::warn!(source = accepted.source, %error, "aborting failed; trying again");
-                tokio::time::sleep(ABORT_AGAIN).await;
-            }
-        }
-    }
-}
-
-/// Whether the point of no return has passed, or the source cannot give up for another reason: its journal says which.
-async fn refused_or_too_late(fleet: &Fleet, accepted: &Accepted, error: CallError) -> AbortAnswer {
-    let word = fleet.resolve(&accepted.source, accepted.resolve(None)).await;
-    let record = word.ok().and_then(|state| Word::try_from(&state).ok()).and_then(|word| word.record);
-    match record {
-        Some(Record::Committed | Record::Released) => AbortAnswer::TooLate(error),
-        _ => AbortAnswer::Refused(error),
-    }
 }

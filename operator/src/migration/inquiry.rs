@@ -1,90 +1,129 @@
 //! Asking both ends what they have journalled, as long as a migration does not go on by itself, and doing what the
-//! [resolver](super::resolver) says.
+//! [resolver](super::resolver) says: in rounds. A round relays what the last one found, pauses, and asks both ends at once.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::future::join_all;
 use slackwater_handover::Word;
-use slackwater_proto::node::JournalState;
+use slackwater_handover::resolver::{Decision, DoubtReason, Effect, End, Event, Heard, Resolver, Settlement};
 use tokio::time::Instant;
 
-use super::fact::{self, Doubtful};
+use super::journals::{ask, node_of, relay};
 use super::request::Accepted;
-use super::resolver::{Decision, DoubtReason, Effect, End, Event, Heard, Resolver, Settlement, Unfit};
-use super::run::Run;
+use super::status::Doubtful;
+use crate::backoff::{Backoff, Pauses};
 use crate::fleet::Fleet;
 
-/// The first and the longest pause between two rounds.
-const PAUSES: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(5));
+/// Between two rounds.
+const ROUND_PAUSES: Pauses = Pauses::new(Duration::from_millis(500), Duration::from_secs(5));
 
-/// For so long an end may be unreachable before that is shown as a doubt: an agent that is being restarted, or a broken stream,
-/// is none.
-const PATIENCE: Duration = Duration::from_secs(15);
+/// How long an end may be unreachable before the status shows that as a doubt: an agent that is being restarted, or a
+/// broken stream, is no doubt.
+const SHOW_UNREACHABLE_AFTER: Duration = Duration::from_secs(15);
 
-/// What both ends were heard to say.
+/// What both ends answered.
+#[derive(Debug)]
 pub(super) struct Round {
     source: Heard,
     target: Heard,
 }
 
-/// A word that is to be relayed.
-pub(super) type Relay = (End, Word);
+/// One end's record, on its way to the other end.
+pub(super) struct Relay {
+    to: End,
+    word: Word,
+}
 
-/// What is known about where a migration stands, between rounds.
+/// A round that is to begin.
+pub(super) struct NextRound {
+    /// What to relay first.
+    relays: Vec<Relay>,
+    /// How long to wait then, before both ends are asked.
+    pause: Duration,
+}
+
+/// What is known about both ends, between rounds.
 pub(super) struct Inquiry {
-    pub(super) resolver: Resolver,
-    /// What keeps the source from going on, by its own word on the stream of events.
-    pub(super) told: Option<Doubtful>,
-    /// It has said so after the last round.
-    told_since_asked: bool,
-    /// Since when an end that is waited for has been unreachable in every round.
+    resolver: Resolver,
+    /// What keeps the source from going on, as it says on the stream of events.
+    source_doubt: Option<Doubtful>,
+    /// The source has said so after the last round.
+    source_doubt_is_newer: bool,
+    /// Since when an end that the other one waits for has been unreachable in every round.
     unreachable_since: Option<Instant>,
     /// Why an end could not be asked in the last round.
     why: String,
-    pause: Duration,
+    backoff: Backoff,
     /// To be relayed in the next round.
     relays: Vec<Relay>,
 }
 
-impl Inquiry {
-    pub(super) fn new() -> Self {
-        let (resolver, why) = (Resolver::default(), String::new());
+impl Default for Inquiry {
+    fn default() -> Self {
         Self {
-            resolver,
-            told: None,
-            told_since_asked: false,
+            resolver: Resolver::default(),
+            source_doubt: None,
+            source_doubt_is_newer: false,
             unreachable_since: None,
-            why,
-            pause: PAUSES.0,
+            why: String::new(),
+            backoff: ROUND_PAUSES.begin(),
             relays: Vec::new(),
         }
     }
+}
+
+impl Inquiry {
+    pub(super) fn resolver(&self) -> &Resolver {
+        &self.resolver
+    }
 
     /// Takes in what is known without asking. Nothing is relayed by that alone.
-    pub(super) fn hear(&mut self, event: Event) {
+    fn take_in(&mut self, event: Event) {
         self.resolver = std::mem::take(&mut self.resolver).step(event).0;
     }
 
+    /// The source is known to have begun, and perhaps to have committed.
+    pub(super) fn source_began(&mut self, committed: bool) {
+        self.take_in(Event::SourceTold { committed });
+    }
+
+    /// An administrator has decided.
     pub(super) fn decide(&mut self, decision: Decision) {
-        self.hear(Event::Decided(decision));
-        self.pause = PAUSES.0;
+        self.take_in(Event::Decided(decision));
+        self.hurry();
     }
 
-    /// What is to be relayed in the next round, and how long to wait before both are asked.
-    pub(super) fn next_round(&mut self) -> (Vec<Relay>, Duration) {
-        let pause = self.pause;
-        self.pause = (self.pause * 2).min(PAUSES.1);
-        (std::mem::take(&mut self.relays), pause)
+    /// The source has reported what keeps it from going on.
+    pub(super) fn source_doubts(&mut self, reason: String, message: String) {
+        self.source_doubt = Some(Doubtful::SourceSays { reason, message });
+        self.source_doubt_is_newer = true;
+        self.hurry();
     }
 
-    /// Asks quickly again.
+    /// The source has come to another phase, which ends its own doubt, whether the status has shown it or not.
+    pub(super) fn source_goes_on(&mut self, committed: bool) {
+        self.source_doubt = None;
+        self.source_began(committed);
+    }
+
+    /// The source has a doubt of its own.
+    pub(super) fn has_source_doubt(&self) -> bool {
+        self.source_doubt.is_some()
+    }
+
+    /// Asks again soon.
     pub(super) fn hurry(&mut self) {
-        self.pause = PAUSES.0;
+        self.backoff.reset();
     }
 
-    /// Judges a round. How it is settled, if it is.
-    fn judge(&mut self, round: Round) -> Option<Settlement> {
+    /// What to relay in the next round, and how long to wait before both ends are asked. Each pause is longer than the
+    /// last.
+    pub(super) fn next_round(&mut self) -> NextRound {
+        NextRound { relays: std::mem::take(&mut self.relays), pause: self.backoff.next_pause() }
+    }
+
+    /// Judges a round. Returns how the migration is settled, if it is.
+    pub(super) fn judge(&mut self, round: Round) -> Option<Settlement> {
         let mut settled = None;
         let source = match round.source {
             Heard::Says(word) => Event::SourceSays(word),
@@ -96,16 +135,16 @@ impl Inquiry {
             Heard::Silent(why) => Event::TargetSilent(why),
             Heard::Unreadable(why) => Event::TargetUnreadable(why),
         };
-        self.told_since_asked = false;
+        self.source_doubt_is_newer = false;
         for event in [source, target] {
             let (resolver, effects) = std::mem::take(&mut self.resolver).step(event);
             self.resolver = resolver;
             for effect in effects {
                 match effect {
-                    Effect::TellSource(word) => self.relays.push((End::Source, word)),
-                    Effect::TellTarget(word) => self.relays.push((End::Destination, word)),
+                    Effect::TellSource(word) => self.relays.push(Relay { to: End::Source, word }),
+                    Effect::TellTarget(word) => self.relays.push(Relay { to: End::Destination, word }),
                     Effect::Doubt { why, .. } => self.why = why,
-                    Effect::NoDoubt => self.pause = PAUSES.0,
+                    Effect::NoDoubt => self.hurry(),
                     Effect::Settled(how) => settled = Some(how),
                 }
             }
@@ -115,29 +154,22 @@ impl Inquiry {
         settled
     }
 
-    /// The source has told what keeps it from going on.
-    pub(super) fn hear_doubt(&mut self, reason: String, message: String) {
-        self.told = Some(Doubtful::Told { reason, message });
-        self.told_since_asked = true;
-        self.pause = PAUSES.0;
-    }
-
-    /// An end that is waited for has not been unreachable for long.
-    fn is_patient(&self) -> bool {
+    /// An end that the other one waits for is unreachable, and has not been for long.
+    pub(super) fn is_patient(&self) -> bool {
         self.resolver.doubt().is_some_and(is_unreachable)
-            && self.unreachable_since.is_none_or(|since| since.elapsed() < PATIENCE)
+            && self.unreachable_since.is_none_or(|since| since.elapsed() < SHOW_UNREACHABLE_AFTER)
     }
 
-    /// What is to be shown.
-    fn doubt(&self) -> Option<Doubtful> {
-        let known_better = |told: &Doubtful| told.is_about_the_target() && !self.told_since_asked;
+    /// What the status is to show.
+    pub(super) fn doubt(&self) -> Option<Doubtful> {
+        let known_better = |doubt: &Doubtful| doubt.is_about_the_target() && !self.source_doubt_is_newer;
         let reason = match self.resolver.doubt() {
-            None => return self.told.clone().filter(|told| !known_better(told)),
-            Some(_) if self.is_patient() => return self.told.clone(),
+            None => return self.source_doubt.clone().filter(|doubt| !known_better(doubt)),
+            Some(_) if self.is_patient() => return self.source_doubt.clone(),
             Some(reason) => reason,
         };
         let remedy = [End::Source, End::Destination].into_iter().find(|end| self.resolver.fits(*end).is_ok());
-        Some(Doubtful::Asked { reason, why: self.why.clone(), remedy })
+        Some(Doubtful::AskedBoth { reason, why: self.why.clone(), remedy })
     }
 }
 
@@ -155,113 +187,22 @@ fn is_unreachable(reason: DoubtReason) -> bool {
 }
 
 /// One round: relays, waits, and asks both ends at once.
-pub(super) async fn round(
-    fleet: Arc<Fleet>,
-    accepted: Accepted,
-    (relays, pause): (Vec<Relay>, Duration),
-) -> Round {
-    for (to, word) in relays {
+pub(super) async fn run_round(fleet: Arc<Fleet>, accepted: Accepted, next: NextRound) -> Round {
+    for Relay { to, word } in next.relays {
         let node = node_of(&accepted, to);
-        tracing::info!(migration = accepted.id, node, record = ?word.record, stated = ?word.stated_because, "relaying the other end's word");
-        if let Err(error) = fleet.resolve(node, accepted.resolve(Some(JournalState::from(&word)))).await {
-            tracing::warn!(migration = accepted.id, node, %error, "relaying failed; both are asked again");
+        tracing::info!(
+            migration = accepted.id,
+            node,
+            record = ?word.record,
+            stated = ?word.stated_because,
+            "relaying the other end's record"
+        );
+        if let Err(error) = relay(&fleet, &accepted, to, &word).await {
+            tracing::warn!(migration = accepted.id, node, %error, "relaying failed; both ends are asked again");
         }
     }
-    tokio::time::sleep(pause).await;
-    let asked = join_all([End::Source, End::Destination].map(|end| ask(&fleet, &accepted, end))).await;
-    let mut heard = asked.into_iter();
-    let nothing = || Heard::Silent("it was not asked".to_owned());
-    Round { source: heard.next().unwrap_or_else(nothing), target: heard.next().unwrap_or_else(nothing) }
-}
-
-async fn ask(fleet: &Fleet, accepted: &Accepted, end: End) -> Heard {
-    match fleet.resolve(node_of(accepted, end), accepted.resolve(None)).await {
-        Ok(state) => {
-            Word::try_from(&state).map_or_else(|unknown| Heard::Silent(unknown.to_string()), Heard::Says)
-        }
-        // The one state that forbids an answer.
-        Err(error) if error.is_precondition() => Heard::Unreadable(error.to_string()),
-        Err(error) => Heard::Silent(error.to_string()),
-    }
-}
-
-fn node_of(accepted: &Accepted, end: End) -> &str {
-    match end {
-        End::Source => &accepted.source,
-        End::Destination => &accepted.target,
-    }
-}
-
-impl Run {
-    /// Asks both ends once, now or after a pause that grows. How it is settled, if it is.
-    pub(super) async fn inquire(&mut self, accepted: &Accepted) -> Option<Settlement> {
-        let next = self.inquiry.next_round();
-        let round = round(Arc::clone(&self.around.fleet), accepted.clone(), next).await;
-        self.look();
-        self.take_in_round(round).await
-    }
-
-    /// Judges a round and shows what came of it.
-    pub(super) async fn take_in_round(&mut self, round: Round) -> Option<Settlement> {
-        let (source, target) = (round.source.clone(), round.target.clone());
-        tracing::debug!(migration = self.name(), ?source, ?target, "both ends were asked");
-        let settled = self.inquiry.judge(round);
-        self.show_doubt();
-        self.note_spec_change().await;
-        self.write_progress().await;
-        settled
-    }
-
-    /// Shows whether the migration is in doubt, by all that is known.
-    pub(super) fn show_doubt(&mut self) {
-        // What an earlier operator has found out stands until this one has asked, too.
-        if self.draft.is_in_doubt() && !self.inquiry.resolver.has_judged() {
-            return;
-        }
-        // The same goes for what this one shows, while an end may just be restarting.
-        if self.draft.is_in_doubt() && self.inquiry.is_patient() {
-            return;
-        }
-        match self.inquiry.doubt() {
-            Some(doubt) => self.learn(|draft, stamp| fact::in_doubt(draft, &doubt, stamp)),
-            None => self.learn(fact::doubt_cleared),
-        }
-    }
-
-    /// What stands in the status, and an inquiry is to begin with.
-    pub(super) fn recall(&mut self) {
-        let status = &self.draft.status;
-        if !status.timeline.is_empty() || self.draft.is_committed() {
-            self.inquiry.hear(Event::SourceTold { committed: self.draft.is_committed() });
-        }
-        let observed = self.draft.status.observed_spec.as_ref();
-        let resolve = observed.and_then(|spec| spec.resolve.as_ref()).filter(|_| self.draft.is_resolved());
-        if let Some(resolve) = resolve {
-            let run_on = fact::end(resolve.run_on);
-            self.inquiry.decide(Decision { run_on, justification: resolve.justification.trim().to_owned() });
-        }
-    }
-
-    /// Judges `spec.resolve`, if there is one that has not been judged. `true`: the status has been changed.
-    pub(super) fn judge_resolve(&mut self) -> bool {
-        let spec = self.spec();
-        let Some(resolve) = fact::unjudged(&self.draft, &spec) else { return false };
-        let resolver = &self.inquiry.resolver;
-        let fits = match self.draft.is_in_doubt() {
-            // A restarted operator has to ask first.
-            true if !resolver.has_judged() => return false,
-            true => resolver.fits(fact::end(resolve.run_on)),
-            false => Err(Unfit::NotInDoubt),
-        };
-        match fact::judge(&self.draft, resolve, fits) {
-            Ok(decision) => {
-                self.learn(|draft, stamp| fact::resolve_accepted(draft, resolve, stamp));
-                self.decided = Some(decision);
-            }
-            Err(refused) => {
-                self.learn(|draft, stamp| fact::resolve_refused(draft, resolve, &refused, stamp));
-            }
-        }
-        true
-    }
+    tokio::time::sleep(next.pause).await;
+    let (source, target) =
+        tokio::join!(ask(&fleet, &accepted, End::Source), ask(&fleet, &accepted, End::Destination));
+    Round { source, target }
 }

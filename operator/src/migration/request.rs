@@ -178,19 +178,13 @@ pub fn silence_timeout() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use slackwater_api::{Target, VmKind, VmReference};
+    use slackwater_api::Target;
 
     fn spec(timeout: &str) -> VMMigrationSpec {
         VMMigrationSpec {
-            vm_ref: VmReference { kind: VmKind::AssignedVM, name: "counter".into() },
             target: Some(Target { node_name: "node-b".into() }),
-            peer_to_peer: PeerToPeer::Required,
             pre_commit_timeout: timeout.into(),
-            downtime_budget: "300ms".into(),
-            on_budget_exceeded: OnBudgetExceeded::Abort,
-            attempts: 1,
-            cancel: false,
-            resolve: None,
+            ..VMMigrationSpec::new("counter")
         }
     }
 

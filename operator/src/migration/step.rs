@@ -46,6 +46,16 @@ pub enum Wish {
     Delete,
 }
 
+impl Wish {
+    /// Why a migration is given up, for a sentence.
+    pub fn why_given_up(self) -> &'static str {
+        match self {
+            Self::Delete => "the VMMigration was deleted",
+            Self::Cancel | Self::Migrate => "spec.cancel was set to true",
+        }
+    }
+}
+
 /// Decides what comes next.
 pub fn next(status: &VMMigrationStatus, wish: Wish) -> Step {
     let ended = status.completion_time.is_some();

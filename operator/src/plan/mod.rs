@@ -1,12 +1,13 @@
 //! The planner: which device takes over from which, on which node; or why there can be no migration.
 //!
-//! A pure function of what the operator knows. It refuses everything that can be seen to fail **before** any device is
+//! A pure function of what the operator knows. It refuses everything that is known to fail **before** any device is
 //! touched, and says what is wrong, which value, and what would help. The agents check the same again for themselves.
 //!
 //! ```text
 //!  where is the VM? ─▶ is it free to move? ─▶ can it be migrated at all? ─▶ where to? ─▶ do the devices match?
 //! ```
 
+mod lack;
 mod matching;
 mod refusal;
 #[cfg(test)]
@@ -15,13 +16,14 @@ mod tests;
 use slackwater_api::{MigrationFeature, PeerToPeer};
 
 use crate::inventory::{
-    Blocker, Device, DeviceFeatures, Inventory, Link, Node, Vm, VmKey, Whereabouts, reports_of, whereabouts,
+    Blocker, DeviceFeatures, Inventory, Link, Node, Vm, VmKey, VmReport, Whereabouts, reports_of, whereabouts,
 };
 
-use matching::Taken;
+pub use lack::Lack;
+use matching::{Taken, Wanted};
 pub use refusal::Refusal;
 
-/// What somebody asks for.
+/// What a user asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Request {
     /// The VM.
@@ -37,7 +39,7 @@ pub struct Request {
 pub struct OtherMigration {
     /// namespace/name, for messages.
     pub name: String,
-    /// By which id the agents know it.
+    /// The id by which the agents know it.
     pub id: String,
     /// The VM that it moves.
     pub vm: VmKey,
@@ -60,7 +62,7 @@ impl Default for Checks {
     }
 }
 
-/// What is to be done.
+/// What a migration is to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
     /// Where the VM is.
@@ -88,9 +90,6 @@ pub struct Pair {
     pub features: Vec<MigrationFeature>,
 }
 
-/// A device of the VM, with its name.
-type Wanted<'a> = (&'a str, &'a Device, &'a [MigrationFeature]);
-
 /// Plans a migration.
 ///
 /// Without a target in the request, the first node by name whose free devices match is taken: the same input always
@@ -116,7 +115,7 @@ pub fn plan(
     Ok(Plan { source: source.to_owned(), target: target.to_owned(), target_address, devices })
 }
 
-/// Whether a VM could be migrated at all, wherever to.
+/// Whether a VM could be migrated at all, to any node.
 ///
 /// # Errors
 /// [`Refusal`]: why not.
@@ -139,7 +138,7 @@ fn movable<'a>(
     if let Some(other) = others.iter().find(|other| other.vm == *key) {
         return Err(Refusal::MigrationInProgress { vm: key.clone(), by: other.name.clone() });
     }
-    let (source, node, vm) = locate(key, inventory)?;
+    let VmReport { name: source, node, vm } = locate(key, inventory)?;
     if let Some(error) = node.not_ready_reason() {
         return Err(Refusal::SourceNotReady { vm: key.clone(), node: source.to_owned(), error });
     }
@@ -154,9 +153,9 @@ fn movable<'a>(
     Ok((source, wanted))
 }
 
-fn locate<'a>(vm: &VmKey, inventory: &'a Inventory) -> Result<(&'a str, &'a Node, &'a Vm), Refusal> {
+fn locate<'a>(vm: &VmKey, inventory: &'a Inventory) -> Result<VmReport<'a>, Refusal> {
     match whereabouts(inventory, vm) {
-        Whereabouts::At { name, node, vm } => Ok((name, node, vm)),
+        Whereabouts::At(report) => Ok(report),
         Whereabouts::Several(nodes) => Err(Refusal::ReportedTwice {
             vm: vm.clone(),
             nodes: nodes.into_iter().map(str::to_owned).collect(),
@@ -186,7 +185,7 @@ fn known_vms(vm: &VmKey, inventory: &Inventory) -> Vec<VmKey> {
 /// The id of the migration that holds a VM, as its agents report it.
 pub(crate) fn held_by(vm: &VmKey, inventory: &Inventory) -> Option<String> {
     let holds = |vm: &Vm| (!vm.migration_id.is_empty()).then(|| vm.migration_id.clone());
-    reports_of(inventory, vm).into_iter().find_map(|(_, _, vm)| holds(vm))
+    reports_of(inventory, vm).into_iter().find_map(|report| holds(report.vm))
 }
 
 fn check_blockers(key: &VmKey, peer_to_peer: PeerToPeer, source: &str, vm: &Vm) -> Result<(), Refusal> {
@@ -226,7 +225,7 @@ fn devices_of<'a>(key: &VmKey, source: &str, node: &'a Node, vm: &'a Vm) -> Resu
             );
             return Err(refused("DeviceNotMigratable", message));
         }
-        wanted.push((name.as_str(), device, features));
+        wanted.push(Wanted { name, device, features });
     }
     Ok(wanted)
 }
@@ -237,8 +236,8 @@ fn check_peer_to_peer(key: &VmKey, peer_to_peer: PeerToPeer, wanted: &[Wanted<'_
     }
     let lacking: Vec<String> = wanted
         .iter()
-        .filter(|(_, _, features)| !features.contains(&MigrationFeature::P2p))
-        .map(|(name, device, _)| format!("{name} ({})", device.driver))
+        .filter(|want| !want.features.contains(&MigrationFeature::P2p))
+        .map(|want| format!("{} ({})", want.name, want.device.driver))
         .collect();
     if lacking.is_empty() {
         return Ok(());
@@ -292,7 +291,7 @@ fn choose_target<'a>(
         match &node.link {
             Link::Ready => match matching::pairs(name, node, wanted, taken, checks) {
                 Ok(pairs) => return Ok((name, pairs)),
-                Err(lack) => lacks.push(lack),
+                Err(lack) => lacks.push(lack.to_string()),
             },
             Link::Connecting | Link::Down { .. } => {
                 let error = node.not_ready_reason().unwrap_or_default();

@@ -1,14 +1,19 @@
-//! Why a migration cannot be: for a condition's reason, and in words that a person can act on.
+//! Why a migration cannot be: for a condition's reason, and with a message that a person can act on.
 
 use std::fmt;
 
+use strum::IntoStaticStr;
+
+use super::Lack;
 use crate::inventory::{Blocker, VmKey};
 
 /// How many names a message lists before it only counts them.
 const LISTED: usize = 5;
 
 /// A request that cannot work. Nothing has been touched.
-#[derive(Debug, Clone, PartialEq, Eq)]
+///
+/// The name of a variant is its reason in a condition, unless it says otherwise. Troubleshooting is listed by it.
+#[derive(Debug, Clone, PartialEq, Eq, IntoStaticStr)]
 pub enum Refusal {
     /// A value of the spec makes no sense.
     InvalidSpec {
@@ -16,6 +21,7 @@ pub enum Refusal {
         message: String,
     },
     /// No node reports the VM.
+    #[strum(serialize = "VMNotFound")]
     VmNotFound {
         /// The VM.
         vm: VmKey,
@@ -27,6 +33,7 @@ pub enum Refusal {
         no_nodes: bool,
     },
     /// Several nodes report the VM.
+    #[strum(serialize = "VMReportedTwice")]
     ReportedTwice {
         /// The VM.
         vm: VmKey,
@@ -49,7 +56,7 @@ pub enum Refusal {
         /// The other migration.
         by: String,
     },
-    /// The VM's agent names reasons against any migration.
+    /// The VM's agent names reasons against any migration. The first of them is the condition's reason.
     NotMigratable {
         /// The VM.
         vm: VmKey,
@@ -86,12 +93,12 @@ pub enum Refusal {
         /// Why it does not answer.
         error: String,
     },
-    /// The node asked for has not the devices.
+    /// The node asked for does not have the devices.
     NoMatchingDevices {
         /// The VM.
         vm: VmKey,
         /// What it lacks.
-        lack: String,
+        lack: Lack,
     },
     /// No node has the devices.
     NoSuitableNode {
@@ -105,23 +112,13 @@ pub enum Refusal {
 }
 
 impl Refusal {
-    /// CamelCase, for a condition's reason. Troubleshooting is listed by it.
+    /// CamelCase, for a condition's reason.
     pub fn reason(&self) -> &str {
         match self {
-            Self::InvalidSpec { .. } => "InvalidSpec",
-            Self::VmNotFound { .. } => "VMNotFound",
-            Self::ReportedTwice { .. } => "VMReportedTwice",
-            Self::SourceNotReady { .. } => "SourceNotReady",
-            Self::MigrationInProgress { .. } => "MigrationInProgress",
             Self::NotMigratable { blockers, .. } => {
-                blockers.first().map_or("NotMigratable", |b| b.reason.as_str())
+                blockers.first().map_or_else(|| self.into(), |blocker| blocker.reason.as_str())
             }
-            Self::PeerToPeerUnsupported { .. } => "PeerToPeerUnsupported",
-            Self::TargetNotFound { .. } => "TargetNotFound",
-            Self::TargetIsSource { .. } => "TargetIsSource",
-            Self::TargetNotReady { .. } => "TargetNotReady",
-            Self::NoMatchingDevices { .. } => "NoMatchingDevices",
-            Self::NoSuitableNode { .. } => "NoSuitableNode",
+            _ => self.into(),
         }
     }
 }

@@ -5,7 +5,7 @@ use slackwater_api::{MigrationFeature, PeerToPeer};
 
 use super::matching::assign;
 use super::*;
-use crate::inventory::{NodeReport, VmState};
+use crate::inventory::{Device, NodeReport, VmState};
 
 const ALL: &[MigrationFeature] =
     &[MigrationFeature::StopCopy, MigrationFeature::P2p, MigrationFeature::PreCopy];

@@ -5,7 +5,7 @@ use slackwater_api::condition::READY;
 use slackwater_api::{MigrationNodeStatus, NodeDevice};
 
 use super::count;
-use crate::conditions::{self, Stamp, Status};
+use crate::conditions::{self, Finding, Stamp, Status};
 use crate::inventory::{Device, DeviceFeatures, Link, Node};
 
 /// What the status should be. Of a node that does not answer, the last report stays.
@@ -16,41 +16,46 @@ pub(super) fn node_status(node: &Node, previous: &[Condition], stamp: Stamp) -> 
         ..Default::default()
     };
     if let Some(report) = &node.report {
-        status.agent_version = said(&report.agent_version);
-        status.kernel_release = said(&report.kernel_release);
-        status.boot_id = said(&report.boot_id);
+        status.agent_version = unless_empty(&report.agent_version);
+        status.kernel_release = unless_empty(&report.kernel_release);
+        status.boot_id = unless_empty(&report.boot_id);
         status.vm_count = Some(count(report.vms.len()));
         status.device_count = Some(count(report.devices.len()));
         status.free_device_count = Some(count(report.devices.values().filter(|device| device.free).count()));
-        status.devices = report.devices.iter().map(|(name, device)| shown(name, device)).collect();
+        status.devices = report.devices.iter().map(|(name, device)| node_device(name, device)).collect();
     }
-    let (ready, reason, message) = match &node.link {
+    conditions::set(&mut status.conditions, READY, &ready(node), stamp);
+    status
+}
+
+fn ready(node: &Node) -> Finding {
+    match &node.link {
         Link::Connecting => {
-            (Status::Unknown, "Connecting", format!("The agent at {} has not answered yet.", node.address))
+            let message = format!("The agent at {} has not answered yet.", node.address);
+            Finding::new(Status::Unknown, "Connecting", message)
         }
         Link::Down { error } => {
             let error = error.trim_end_matches('.');
-            let last = if node.report.is_some() { " What stands below is what it said last." } else { "" };
-            (Status::False, "AgentUnreachable", format!("The agent does not answer: {error}.{last}"))
+            let last = if node.report.is_some() { " What is shown here is its last report." } else { "" };
+            let message = format!("The agent does not answer: {error}.{last}");
+            Finding::new(Status::False, "AgentUnreachable", message)
         }
         Link::Ready => {
-            let ignored = node.report.iter().flat_map(|report| &report.ignored).cloned().collect::<Vec<_>>();
+            let ignored: Vec<_> = node.report.iter().flat_map(|report| report.ignored.clone()).collect();
             let mut message = format!("The agent at {} answers.", node.address);
             if !ignored.is_empty() {
                 message.push_str(&format!(" {}.", ignored.join("; ")));
             }
-            (Status::True, "AgentAnswers", message)
+            Finding::new(Status::True, "AgentAnswers", message)
         }
-    };
-    conditions::set(&mut status.conditions, READY, ready, reason, &message, stamp);
-    status
+    }
 }
 
-fn said(text: &str) -> Option<String> {
+fn unless_empty(text: &str) -> Option<String> {
     (!text.is_empty()).then(|| text.to_owned())
 }
 
-fn shown(name: &str, device: &Device) -> NodeDevice {
+fn node_device(name: &str, device: &Device) -> NodeDevice {
     NodeDevice {
         name: name.to_owned(),
         driver: device.driver.clone(),
@@ -61,7 +66,7 @@ fn shown(name: &str, device: &Device) -> NodeDevice {
             DeviceFeatures::Unknown { reason } => Some(reason.clone()),
         },
         free: device.free,
-        holder: said(&device.holder),
+        holder: unless_empty(&device.holder),
     }
 }
 
@@ -104,7 +109,7 @@ mod tests {
         assert_eq!((ready.status.as_str(), ready.reason.as_str()), ("False", "AgentUnreachable"));
         assert_eq!(
             ready.message,
-            "The agent does not answer: connection refused. What stands below is what it said last."
+            "The agent does not answer: connection refused. What is shown here is its last report."
         );
         assert_eq!(status.device_count, Some(2));
     }

@@ -1,13 +1,13 @@
 //! The status of an AssignedVM: where the VM is, and whether it can be migrated, before anyone tries.
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use slackwater_api::condition::{MIGRATABLE, READY};
 use slackwater_api::{AssignedVMStatus, MigrationReference, PeerToPeer, VmDevice, VmState};
 
 use super::count;
-use crate::conditions::{self, Stamp, Status};
-use crate::inventory::{self, Inventory, Node, Vm, VmKey, Whereabouts, whereabouts};
+use crate::conditions::{self, Finding, Stamp, Status};
+use crate::inventory::{self, Inventory, Node, Vm, VmKey, VmReport, Whereabouts, whereabouts};
 use crate::plan::{OtherMigration, Refusal, check_movable};
+use crate::reason;
 
 /// What the status should be.
 pub(super) fn vm_status(
@@ -18,108 +18,86 @@ pub(super) fn vm_status(
     stamp: Stamp,
 ) -> AssignedVMStatus {
     let mut status = match whereabouts(inventory, key) {
-        Whereabouts::At { name, node, vm } => described(name, node, vm),
-        // Nobody can say which report is right, or there is none: what was known last stays.
+        Whereabouts::At(report) => described(report),
+        // There is no report, or no way to say which one is right: what was known last stays.
         Whereabouts::Several(_) | Whereabouts::Nowhere => previous.clone(),
     };
     status.conditions.clone_from(&previous.conditions);
     status.migration = migration_of(key, inventory, migrations);
 
-    let (ready, reason, message) = ready(key, inventory, previous);
-    set(&mut status.conditions, READY, ready, &reason, &message, stamp);
-    // Of a VM that cannot be seen nobody knows more than that.
-    let (migratable, reason, message) = match ready {
-        Status::Unknown => (Status::Unknown, reason, message),
+    let ready = ready(key, inventory, previous);
+    // About a VM that cannot be seen nothing more is known than that.
+    let migratable = match ready.status {
+        Status::Unknown => ready.clone(),
         Status::True | Status::False => migratable(key, inventory, migrations),
     };
-    set(&mut status.conditions, MIGRATABLE, migratable, &reason, &message, stamp);
+    conditions::set(&mut status.conditions, READY, &ready, stamp);
+    conditions::set(&mut status.conditions, MIGRATABLE, &migratable, stamp);
     status
 }
 
-fn set(
-    conditions: &mut Vec<Condition>,
-    type_: &str,
-    status: Status,
-    reason: &str,
-    message: &str,
-    stamp: Stamp,
-) {
-    conditions::set(conditions, type_, status, reason, message, stamp);
-}
-
-fn ready(key: &VmKey, inventory: &Inventory, previous: &AssignedVMStatus) -> (Status, String, String) {
-    let said = |status, reason: &str, message| (status, reason.to_owned(), message);
+fn ready(key: &VmKey, inventory: &Inventory, previous: &AssignedVMStatus) -> Finding {
     match whereabouts(inventory, key) {
-        Whereabouts::At { name, node, vm } => match node.not_ready_reason() {
-            Some(error) => {
-                let message = format!(
-                    "{name}, where the VM was last, does not answer: {}.",
-                    error.trim_end_matches('.')
-                );
-                said(Status::Unknown, "NodeNotReady", message)
-            }
-            None => match vm.state {
-                inventory::VmState::Running => {
-                    said(Status::True, "Running", format!("The VM runs on {name}."))
-                }
-                inventory::VmState::Paused => {
-                    said(Status::True, "Paused", format!("The VM is paused on {name}."))
-                }
-                inventory::VmState::Unreachable => {
-                    let message = format!(
-                        "Its VMM on {name} does not answer: {}.",
-                        vm.unreachable_reason.trim_end_matches('.')
-                    );
-                    said(Status::False, "VMMUnreachable", message)
-                }
-                inventory::VmState::Unknown => said(
-                    Status::Unknown,
-                    "StateUnknown",
-                    format!("The agent of {name} does not say what the VM does."),
-                ),
-            },
+        Whereabouts::At(report) => match report.node.not_ready_reason() {
+            Some(error) => node_not_ready(report.name, &error),
+            None => ready_at(report.name, report.vm),
         },
         Whereabouts::Several(nodes) => {
             let nodes = nodes.into_iter().map(str::to_owned).collect();
             let refusal = Refusal::ReportedTwice { vm: key.clone(), nodes };
-            said(Status::False, refusal.reason(), refusal.to_string())
+            Finding::new(Status::False, refusal.reason(), refusal.to_string())
         }
         Whereabouts::Nowhere => {
             let node = previous.node_name.as_deref().unwrap_or("no node");
             match inventory.get(node).map(Node::not_ready_reason) {
-                Some(Some(error)) => {
-                    let message = format!(
-                        "{node}, where the VM was last, does not answer: {}.",
-                        error.trim_end_matches('.')
-                    );
-                    said(Status::Unknown, "NodeNotReady", message)
+                Some(Some(error)) => node_not_ready(node, &error),
+                Some(None) => {
+                    let message = format!("{node}, where the VM was last, does not have it any more.");
+                    Finding::new(Status::False, reason::NOT_REPORTED, message)
                 }
-                Some(None) => said(
-                    Status::False,
-                    NOT_REPORTED,
-                    format!("{node}, where the VM was last, has it no more."),
-                ),
                 None => {
                     let message =
                         format!("The VM was last on {node}, and there is no such MigrationNode any more.");
-                    said(Status::Unknown, "NodeGone", message)
+                    Finding::new(Status::Unknown, "NodeGone", message)
                 }
             }
         }
     }
 }
 
-/// The reason of Ready=False for a VM that its node does not have any more.
-pub(super) const NOT_REPORTED: &str = "NotReported";
+/// Of a VM that one reachable node has.
+fn ready_at(node: &str, vm: &Vm) -> Finding {
+    match vm.state {
+        inventory::VmState::Running => {
+            Finding::new(Status::True, "Running", format!("The VM runs on {node}."))
+        }
+        inventory::VmState::Paused => {
+            Finding::new(Status::True, "Paused", format!("The VM is paused on {node}."))
+        }
+        inventory::VmState::Unreachable => {
+            let why = vm.unreachable_reason.trim_end_matches('.');
+            let message = format!("Its VMM on {node} does not answer: {why}.");
+            Finding::new(Status::False, "VMMUnreachable", message)
+        }
+        inventory::VmState::Unknown => {
+            let message = format!("The agent of {node} does not say what the VM does.");
+            Finding::new(Status::Unknown, "StateUnknown", message)
+        }
+    }
+}
 
-fn migratable(key: &VmKey, inventory: &Inventory, migrations: &[OtherMigration]) -> (Status, String, String) {
+fn node_not_ready(node: &str, error: &str) -> Finding {
+    let error = error.trim_end_matches('.');
+    let message = format!("{node}, where the VM was last, does not answer: {error}.");
+    Finding::new(Status::Unknown, reason::NODE_NOT_READY, message)
+}
+
+fn migratable(key: &VmKey, inventory: &Inventory, migrations: &[OtherMigration]) -> Finding {
     match check_movable(key, PeerToPeer::Required, inventory, migrations) {
-        Ok(()) => (
-            Status::True,
-            "NothingInTheWay".to_owned(),
-            "Nothing that is known stands in the way.".to_owned(),
-        ),
-        Err(refusal) => (Status::False, refusal.reason().to_owned(), refusal.to_string()),
+        Ok(()) => {
+            Finding::new(Status::True, "NothingInTheWay", "Nothing that is known prevents a migration.")
+        }
+        Err(refusal) => Finding::new(Status::False, refusal.reason(), refusal.to_string()),
     }
 }
 
@@ -136,7 +114,8 @@ fn migration_of(
     Some(MigrationReference { name: None, id })
 }
 
-fn described(name: &str, node: &Node, vm: &Vm) -> AssignedVMStatus {
+/// A status without conditions, as the node of the VM describes it.
+fn described(VmReport { name, node, vm }: VmReport<'_>) -> AssignedVMStatus {
     let device = |device_name: &String| {
         let known = node.report.as_ref().and_then(|report| report.devices.get(device_name));
         VmDevice {
@@ -250,7 +229,7 @@ mod tests {
         assert_eq!(seen(&status, MIGRATABLE).0, "Unknown");
 
         let status = vm_status(&key(), &at(vec![("node-a", node(None))]), &[], &before, STAMP);
-        assert_eq!(seen(&status, READY), ("False".into(), NOT_REPORTED.into()));
+        assert_eq!(seen(&status, READY), ("False".into(), reason::NOT_REPORTED.into()));
         let status = vm_status(&key(), &at(vec![]), &[], &before, STAMP);
         assert_eq!(seen(&status, READY), ("Unknown".into(), "NodeGone".into()));
     }

@@ -10,14 +10,15 @@ use slackwater_api::condition::READY;
 use slackwater_api::{AssignedVM, AssignedVMStatus, MigrationNode};
 
 use super::RETRY;
-use super::vm_status::{NOT_REPORTED, vm_status};
+use super::vm_status::vm_status;
 use crate::cluster::{Cluster, Observed, WriteError};
 use crate::conditions::{self, Stamp};
 use crate::fleet::Fleet;
 use crate::inventory::{Inventory, VmKey};
 use crate::migration::claims::Claims;
-use crate::migration::fact::Notice;
+use crate::notice::Notice;
 use crate::plan::OtherMigration;
+use crate::reason::NOT_REPORTED;
 
 /// For how long a VM that its node does not have any more is shown as such: in a hand-over the word of the one node can
 /// come after that of the other.
@@ -124,7 +125,7 @@ async fn sync(
 }
 
 fn is_unreported(status: &AssignedVMStatus) -> bool {
-    conditions::find(&status.conditions, READY).is_some_and(|ready| ready.reason == NOT_REPORTED)
+    conditions::has_reason(&status.conditions, READY, NOT_REPORTED)
 }
 
 /// How long an object has said that its VM is not reported.
@@ -145,10 +146,10 @@ async fn tell_no_namespace(
         "VM {vm} cannot be shown, nor migrated: there is no namespace {:?}. Create it; this is tried again until then.",
         vm.namespace
     );
-    for (node, _, _) in reports {
-        if let Some(object) = nodes.get(None, node) {
+    for report in reports {
+        if let Some(object) = nodes.get(None, report.name) {
             let notice = Notice { warning: true, reason: "NamespaceMissing", note: note.clone() };
-            cluster.tell(object.as_ref(), "ShowVM", &notice).await;
+            cluster.report(object.as_ref(), "ShowVM", &notice).await;
         }
     }
 }

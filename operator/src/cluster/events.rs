@@ -8,9 +8,9 @@ use kube::api::PostParams;
 use kube::{Api, Resource};
 
 use super::Cluster;
-use super::apply::{MANAGER, asked};
+use super::apply::{MANAGER, request};
 use crate::conditions::cut;
-use crate::migration::fact::Notice;
+use crate::notice::Notice;
 
 /// What the API server takes as a note, as a name before the suffix, and as a reporter.
 const NOTE_LIMIT_BYTES: usize = 1024;
@@ -20,13 +20,13 @@ const REPORTER_LIMIT_BYTES: usize = 128;
 const CLUSTER_NAMESPACE: &str = "kube-system";
 
 impl Cluster {
-    /// Tells the user. An event that cannot be written is logged: it is news, and nothing depends on it.
-    pub async fn tell<K: Resource<DynamicType = ()>>(&self, about: &K, action: &str, notice: &Notice) {
+    /// Reports something to the user. An event that cannot be written is logged: nothing depends on it.
+    pub async fn report<K: Resource<DynamicType = ()>>(&self, about: &K, action: &str, notice: &Notice) {
         let about = about.object_ref(&());
         let namespace = about.namespace.clone().unwrap_or_else(|| CLUSTER_NAMESPACE.to_owned());
         let event = event(about, &namespace, action, notice, Timestamp::now());
         let events: Api<Event> = Api::namespaced(self.client.clone(), &namespace);
-        if let Err(error) = asked(events.create(&PostParams::default(), &event)).await {
+        if let Err(error) = request(events.create(&PostParams::default(), &event)).await {
             tracing::warn!(reason = notice.reason, note = notice.note, %error, "an event could not be written");
         }
     }

@@ -13,7 +13,8 @@ use crate::epoch::Epoch;
 use crate::fleet::Fleet;
 use crate::leadership::{Leadership, Lost, Terms};
 use crate::migration::claims::Claims;
-use crate::migration::controller::{self, Surroundings};
+use crate::migration::context::Context;
+use crate::migration::controller;
 use crate::plan::Checks;
 use crate::publish::{nodes, vms};
 
@@ -53,7 +54,7 @@ async fn act(client: Client, credentials: Credentials, epoch: Epoch, checks: Che
     let fleet = Fleet::new(credentials, epoch, tasks.clone());
     let claims = Arc::new(Claims::default());
 
-    let surroundings = Surroundings {
+    let context = Context {
         cluster: cluster.clone(),
         migrations: observed_migrations,
         fleet: Arc::clone(&fleet),
@@ -63,7 +64,7 @@ async fn act(client: Client, credentials: Credentials, epoch: Epoch, checks: Che
     tokio::select! {
         () = nodes::run(cluster.clone(), observed_nodes.clone(), Arc::clone(&fleet)) => "MigrationNode",
         () = vms::run(cluster, observed_vms, observed_nodes, fleet, claims) => "AssignedVM",
-        () = controller::run(surroundings) => "VMMigration",
+        () = controller::run(context) => "VMMigration",
     }
 }
 

@@ -1,0 +1,148 @@
+//! Planning an attempt and reserving at the target: all that happens before the source is asked for anything.
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+
+use super::attempt::Attempt;
+use super::request::{Accepted, read_spec};
+use super::run::Run;
+use super::step::Wish;
+use crate::inventory::{Link, Node, Vm, VmState};
+use crate::plan::plan;
+
+/// The longest pause before the object is looked at again while an attempt waits for its time: the clock may be set.
+const LONGEST_WAIT: Duration = Duration::from_secs(60);
+
+impl Run {
+    /// Plans the next attempt when it is time; returns earlier if something about the object has changed.
+    pub(super) async fn retry(&mut self) {
+        let time = self.tracked.draft().status.next_attempt_time.as_ref();
+        let time = time.map_or(Timestamp::UNIX_EPOCH, |time| time.0);
+        let wait = Duration::try_from(time.duration_since(Timestamp::now())).unwrap_or(Duration::ZERO);
+        if wait.is_zero() {
+            return self.plan().await;
+        }
+        tokio::select! {
+            () = tokio::time::sleep(wait.min(LONGEST_WAIT)) => {}
+            () = self.tracked.changed() => {}
+        }
+    }
+
+    /// Plans the migration, or refuses it.
+    pub(super) async fn plan(&mut self) {
+        if !self.agents_have_been_asked().await {
+            return;
+        }
+        // What was accepted once counts for every attempt.
+        let again = self.tracked.draft().status.attempt.is_some();
+        let accepted = self.tracked.draft().status.observed_spec.clone().filter(|_| again);
+        let spec = accepted.unwrap_or_else(|| self.tracked.spec().clone());
+        let inventory = self.context.fleet.inventory();
+        let checks = self.context.checks;
+        let planned = read_spec(&self.tracked.namespace(), &spec).and_then(|request| {
+            let name = self.tracked.object_name();
+            self.context.claims.plan(&self.tracked.uid, &name, &request.vm, |others| {
+                plan(&request, &inventory, others, checks)
+            })
+        });
+        match planned {
+            Err(refusal) => {
+                tracing::info!(
+                    migration = self.tracked.name(),
+                    reason = refusal.reason(),
+                    %refusal,
+                    "refused"
+                );
+                let draft = self.tracked.draft_now();
+                match again {
+                    true => draft.next_plan_failed(&spec, &refusal),
+                    false => draft.refuse(&spec, &refusal),
+                }
+            }
+            Ok(plan) => {
+                let (source, target) = (&plan.source, &plan.target);
+                tracing::info!(migration = self.tracked.name(), source, target, "accepted");
+                // First, so that the object cannot vanish while agents hold something for it.
+                if !self.tracked.write_finalizer(true).await {
+                    return;
+                }
+                self.tracked.draft_now().begin_attempt(&spec, &plan);
+                self.attempt = Attempt::default();
+            }
+        }
+        self.tracked.write().await;
+    }
+
+    /// Waits until every agent has answered or failed once. `false`: the migration was deleted or cancelled meanwhile.
+    async fn agents_have_been_asked(&mut self) -> bool {
+        let mut changes = self.context.fleet.changes();
+        loop {
+            let message = match self.context.fleet.undecided() {
+                Some(nodes) if nodes.is_empty() => return true,
+                Some(nodes) => format!("Waiting for the first answer of {}.", nodes.join(", ")),
+                None => "The MigrationNodes are not known yet.".to_owned(),
+            };
+            // Between two attempts the status has more to say.
+            if self.tracked.draft().status.attempt.is_none() {
+                self.tracked.draft_now().wait_for_agents(&message);
+            }
+            self.tracked.write_progress().await;
+            tokio::select! {
+                () = changes.next() => {}
+                () = self.tracked.changed() => self.tracked.look(),
+            }
+            if self.tracked.draft().wish != Wish::Migrate {
+                return false;
+            }
+        }
+    }
+
+    /// Asks the target to reserve.
+    pub(super) async fn reserve(&mut self) {
+        let Some(accepted) = self.tracked.accepted() else { return self.tracked.give_up_unreadable().await };
+        let Some(vm) = self.vm_at_source(&accepted).await else { return };
+        match self.context.fleet.reserve(&accepted.target, accepted.reserve(&vm)).await {
+            Ok(()) => {
+                self.attempt.source_never_asked = true;
+                self.tracked.draft_now().target_reserved();
+            }
+            Err(error) => {
+                let target = &accepted.target;
+                tracing::warn!(migration = self.tracked.name(), target, %error, "reserving failed");
+                self.tracked.draft_now().reserve_failed(error.target_reason(), &error.to_string());
+            }
+        }
+        self.tracked.write().await;
+    }
+
+    /// The VM as the source reports it, when both agents have been asked. `None`: something else has to be done first.
+    async fn vm_at_source(&mut self, accepted: &Accepted) -> Option<Vm> {
+        let mut changes = self.context.fleet.changes();
+        loop {
+            let inventory = self.context.fleet.inventory();
+            let connecting = [&accepted.source, &accepted.target]
+                .into_iter()
+                .any(|node| inventory.get(node).is_some_and(|node| node.link == Link::Connecting));
+            let source = inventory.get(&accepted.source);
+            let vm = source.and_then(|node| node.report.as_ref()?.vms.get(&accepted.vm));
+            match (source.and_then(Node::not_ready_reason), vm) {
+                _ if connecting => {}
+                (None, Some(vm)) if vm.state != VmState::Unreachable => return Some(vm.clone()),
+                (error, _) => {
+                    let error = error.unwrap_or_else(|| "it is not there any more".to_owned());
+                    self.tracked.draft_now().source_not_ready(&error);
+                    self.tracked.write().await;
+                    return None;
+                }
+            }
+            tokio::select! {
+                () = changes.next() => {}
+                () = self.tracked.changed() => self.tracked.look(),
+            }
+            if self.tracked.draft().wish != Wish::Migrate {
+                return None;
+            }
+        }
+    }
+}

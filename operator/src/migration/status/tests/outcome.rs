@@ -1,0 +1,76 @@
+use super::*;
+
+#[test]
+fn a_rollback_carries_the_agents_reason_and_message_and_frees_the_target() {
+    let mut draft = reserved();
+    let end = finished(Outcome::RolledBack, "BlobRejected", "device b2 did not take its state (EIO).");
+    play(&mut draft, &FORWARD[..6], end);
+    assert_conditions(
+        &draft,
+        [
+            (ACCEPTED, "True", "Planned"),
+            (PREPARED, "True", "TargetReserved"),
+            (STOPPED, "False", "GuestRuns"),
+            (COMMITTED, "False", "GivenUp"),
+            (SUCCEEDED, "False", "BlobRejected"),
+        ],
+    );
+    assert_eq!(
+        message(&draft, SUCCEEDED),
+        "VM demo/counter runs on node-a again, with its devices. The migration was given up: device b2 did not take its state \
+         (EIO)."
+    );
+    assert_eq!(draft.status.reservation, Some(Reservation::ReleasingAbortedAtSource));
+    assert!(draft.status.completion_time.is_some());
+    assert!(draft.notices.last().unwrap().warning);
+
+    draft.at(stamp(31)).release_failed("connection refused");
+    assert_eq!(condition(&draft, PREPARED), ("Unknown".into(), "Releasing".into()));
+    draft.at(stamp(32)).target_released("node-b has given back what it reserved.");
+    assert_eq!(condition(&draft, PREPARED), ("False".into(), "Released".into()));
+    assert_eq!(draft.status.reservation, Some(Reservation::Released));
+    assert_eq!(condition(&draft, SUCCEEDED), ("False".into(), "BlobRejected".into()));
+}
+
+#[test]
+fn an_agents_reason_that_is_no_reason_is_replaced() {
+    let mut draft = reserved();
+    play(&mut draft, &[], finished(Outcome::RolledBack, "device failed!", "x"));
+    assert_eq!(condition(&draft, SUCCEEDED).1, "RolledBack");
+}
+
+#[test]
+fn an_end_that_only_the_journals_show_is_reported_with_no_more_than_they_say() {
+    let failure = || Some(Failure::new(Reason::Other("TwinExited".into()), "the twin has exited."));
+    let after = |how: &Settlement| {
+        let mut draft = reserved();
+        draft.at(stamp(20)).settle(how, Some("its stream is gone."));
+        draft
+    };
+    let began = after(&Settlement::NeverBegan);
+    assert_eq!(condition(&began, SUCCEEDED), ("False".into(), "SourceRefused".into()));
+    assert!(message(&began, SUCCEEDED).contains("its stream is gone. Nothing was touched there"));
+    let given_up = after(&Settlement::GivenUp(failure()));
+    assert_eq!(condition(&given_up, SUCCEEDED), ("False".into(), "TwinExited".into()));
+    assert!(message(&given_up, SUCCEEDED).contains("look whether it runs"));
+    let there = after(&Settlement::RunsAtDestination);
+    assert_eq!(message(&there, SUCCEEDED), "VM demo/counter runs on node-b.");
+    assert_eq!(
+        (condition(&there, COMMITTED).0.as_str(), there.status.reservation),
+        ("True", Some(Reservation::Used))
+    );
+    let lost = after(&Settlement::Lost(failure()));
+    assert_eq!(
+        (lost.status.phase, lost.status.reservation),
+        (Some(MigrationPhase::Lost), Some(Reservation::Kept))
+    );
+}
+
+#[test]
+fn a_lost_vm_has_failed_and_nothing_is_given_back() {
+    let mut draft = reserved();
+    play(&mut draft, &[], finished(Outcome::Lost, "VmmGone", "its VMM has exited"));
+    assert_eq!(condition(&draft, SUCCEEDED), ("False".into(), "VmmGone".into()));
+    assert_eq!(draft.status.reservation, Some(Reservation::Kept));
+    assert_eq!(message(&draft, SUCCEEDED), "VM demo/counter runs nowhere: its VMM has exited.");
+}

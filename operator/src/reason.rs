@@ -1,0 +1,72 @@
+//! Reasons of conditions that more than one place of the operator writes or compares, and how an agent's reason becomes
+//! one. A reason that only one place writes stays there.
+
+/// VMMigration, Succeeded: the attempt goes on.
+pub(crate) const IN_PROGRESS: &str = "InProgress";
+/// VMMigration, Succeeded: the source is asked to give the migration up.
+pub(crate) const ABORTING: &str = "Aborting";
+/// VMMigration, Succeeded: the migration was given up because the user asked for it.
+pub(crate) const ABORTED: &str = "Aborted";
+/// VMMigration, Succeeded: the user asked for that after the point of no return.
+pub(crate) const ABORT_TOO_LATE: &str = "AbortTooLate";
+/// VMMigration, Succeeded: an attempt has failed, and another one follows.
+pub(crate) const ATTEMPT_FAILED: &str = "AttemptFailed";
+/// VMMigration, Succeeded: the source refused to begin.
+pub(crate) const SOURCE_REFUSED: &str = "SourceRefused";
+/// VMMigration, Accepted and Succeeded: the source does not answer, or does not have the VM any more.
+pub(crate) const SOURCE_NOT_READY: &str = "SourceNotReady";
+/// VMMigration, Succeeded: the VM runs at the source again, and the agent names no reason.
+pub(crate) const ROLLED_BACK: &str = "RolledBack";
+/// VMMigration, Succeeded: the VM runs nowhere, and the agent names no reason.
+pub(crate) const LOST: &str = "Lost";
+/// VMMigration, Succeeded: the VM runs at the target.
+pub(crate) const VM_RUNS_AT_TARGET: &str = "VMRunsAtTarget";
+/// VMMigration, Accepted: the spec was changed afterwards.
+pub(crate) const SPEC_CHANGE_IGNORED: &str = "SpecChangeIgnored";
+/// VMMigration, Stopped: the guest runs at the source.
+pub(crate) const GUEST_RUNS: &str = "GuestRuns";
+/// VMMigration, Accepted and Succeeded: not every agent has answered or failed once.
+pub(crate) const WAITING_FOR_AGENTS: &str = "WaitingForAgents";
+/// VMMigration, Prepared: the target refused, and its agent names no reason.
+pub(crate) const RESERVE_REFUSED: &str = "ReserveRefused";
+
+/// AssignedVM, Ready: the node where the VM was last does not answer.
+pub(crate) const NODE_NOT_READY: &str = "NodeNotReady";
+/// AssignedVM, Ready: the node where the VM was last does not have it any more.
+pub(crate) const NOT_REPORTED: &str = "NotReported";
+
+/// Reasons that an agent gives for its doubt, and that the operator acts upon.
+pub(crate) mod agent {
+    /// The source's agent cannot reach the target's.
+    pub(crate) const PEER_LOST: &str = "PeerLost";
+    /// The target's agent has no record of the migration.
+    pub(crate) const TARGET_FORGOT: &str = "TargetForgot";
+    /// The target's agent answers and has not finished.
+    pub(crate) const TARGET_SLOW: &str = "TargetSlow";
+    /// The source's agent cannot write its journal.
+    pub(crate) const JOURNAL_FAILED: &str = "JournalFailed";
+}
+
+/// The longest reason that the API server takes in a condition.
+const LONGEST_BYTES: usize = 128;
+
+/// A reason that an agent gave, if the API server takes it as a condition's reason; otherwise `fallback`.
+pub(crate) fn camel_case_or(reason: &str, fallback: &str) -> String {
+    let fits = reason.len() <= LONGEST_BYTES
+        && reason.starts_with(|c: char| c.is_ascii_alphabetic())
+        && reason.chars().all(|c| c.is_ascii_alphanumeric());
+    if fits { reason.to_owned() } else { fallback.to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_agents_reason_that_no_condition_could_carry_is_replaced() {
+        assert_eq!(camel_case_or("DeviceNotMigratable", "X"), "DeviceNotMigratable");
+        for bad in ["", "device not migratable", "1st", "Ä"] {
+            assert_eq!(camel_case_or(bad, "NotMigratable"), "NotMigratable", "{bad}");
+        }
+    }
+}
