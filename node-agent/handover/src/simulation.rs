@@ -85,8 +85,8 @@ impl World {
             refused_to_wake: false,
         };
         Self {
-            source: Source::new(&features, plan).driven_by(driver),
-            destination: Destination::new(&features).driven_by(driver),
+            source: Source::new(&features, plan, driver),
+            destination: Destination::new(&features, driver),
             source_devices: vec![real; features.len()],
             destination_devices: vec![real; features.len()],
             pending: Vec::new(),

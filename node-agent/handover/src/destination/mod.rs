@@ -19,6 +19,8 @@ mod recovery;
 
 use std::collections::BTreeSet;
 
+pub use recovery::Found;
+
 use crate::devices::{Devices, Track};
 use crate::policy::Driver;
 use crate::state::{Features, MigrationState};
@@ -187,11 +189,11 @@ pub struct Destination {
 }
 
 impl Destination {
-    /// A destination for devices with these features, which stand in RUNNING when the twin has opened them.
-    pub fn new(features: &[Features]) -> Self {
+    /// A destination for devices with these features, driven by `driver`, which are in RUNNING when the twin has opened them.
+    pub fn new(features: &[Features], driver: Driver) -> Self {
         Self {
             phase: Phase::New,
-            driver: Driver::Agent,
+            driver,
             devices: Devices::new(features, MigrationState::Running),
             verified: BTreeSet::new(),
             recorded: BTreeSet::new(),
@@ -206,12 +208,6 @@ impl Destination {
             recovered: None,
             failure: None,
         }
-    }
-
-    /// The same, whose devices are driven by `driver`.
-    #[must_use]
-    pub fn driven_by(self, driver: Driver) -> Self {
-        Self { driver, ..self }
     }
 
     /// Where it stands.

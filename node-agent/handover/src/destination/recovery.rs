@@ -1,21 +1,29 @@
 //! The destination of an agent that has begun again, from what the one before it had recorded.
 
 use super::{Destination, Effect, End, Phase};
+use crate::policy::Driver;
 use crate::state::{Features, MigrationState};
 use crate::{Failure, Reason, Record};
 
+/// What an agent that has restarted finds of a destination.
+#[derive(Clone, Debug)]
+pub struct Found {
+    /// The last record of the agent before.
+    pub record: Record,
+    /// Where each device was read back; `None` if it could not be read. Empty if the twin's process is gone.
+    pub devices: Vec<Option<MigrationState>>,
+    /// The twin's process is there, and is the one that was started.
+    pub twin_there: bool,
+    /// Why the reservation is given up, if it is.
+    pub failure: Failure,
+}
+
 impl Destination {
-    /// A destination at `record`, whose devices have been read back in `found` (None: they could not be read). `twin_there`:
-    /// the twin's process is the one that was started. `failure` is why it is given up, if it is.
-    pub fn recover(
-        features: &[Features],
-        found: &[Option<MigrationState>],
-        record: Record,
-        failure: Failure,
-        twin_there: bool,
-    ) -> Self {
-        let mut destination = Self::new(features);
-        for (index, found) in found.iter().enumerate() {
+    /// A destination whose agent has restarted.
+    pub fn recover(features: &[Features], driver: Driver, found: Found) -> Self {
+        let Found { record, devices, twin_there, failure } = found;
+        let mut destination = Self::new(features, driver);
+        for (index, found) in devices.iter().enumerate() {
             match found {
                 Some(state) => destination.devices.read_back(index, *state),
                 None => destination.devices.mark_broken(index),

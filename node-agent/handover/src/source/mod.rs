@@ -20,6 +20,8 @@ mod tests;
 
 use std::collections::BTreeSet;
 
+pub use recovery::Found;
+
 use crate::devices::{Devices, Track};
 use crate::policy::{Driver, StopPlan};
 use crate::state::{Features, MigrationState};
@@ -219,12 +221,12 @@ pub struct Source {
 }
 
 impl Source {
-    /// A source whose devices, with these features, have all been read back in RUNNING.
-    pub fn new(features: &[Features], plan: StopPlan) -> Self {
+    /// A source whose devices, with these features and driven by `driver`, have all been read back in RUNNING.
+    pub fn new(features: &[Features], plan: StopPlan, driver: Driver) -> Self {
         Self {
             phase: Phase::New,
             plan,
-            driver: Driver::Agent,
+            driver,
             devices: Devices::new(features, MigrationState::Running),
             vcpus: Vcpus::Running,
             peer_ready: false,
@@ -245,12 +247,6 @@ impl Source {
             recovered: None,
             failure: None,
         }
-    }
-
-    /// The same, whose devices are driven by `driver`.
-    #[must_use]
-    pub fn driven_by(self, driver: Driver) -> Self {
-        Self { driver, ..self }
     }
 
     /// Where it stands.

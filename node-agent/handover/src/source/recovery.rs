@@ -1,25 +1,30 @@
 //! The source of an agent that has begun again, from what the one before it had recorded.
 
 use super::{Effect, Phase, Source, Vcpus};
-use crate::policy::StopPlan;
+use crate::policy::{Driver, StopPlan};
 use crate::state::{Features, MigrationState};
 use crate::{Failure, Record};
 
+/// What an agent that has restarted finds of a source.
+#[derive(Clone, Debug)]
+pub struct Found {
+    /// The last record of the agent before.
+    pub record: Record,
+    /// Where each device was read back; `None` if it could not be read. Empty if the VMM's process is gone.
+    pub devices: Vec<Option<MigrationState>>,
+    /// The VMM's process has ended.
+    pub vmm_gone: bool,
+    /// Why the migration is given up, if it is.
+    pub failure: Failure,
+}
+
 impl Source {
-    /// A source at `record`, whose devices have been read back in `found` (None: they could not be read). `failure` is why
-    /// the migration is given up, if it is; `vmm_gone` tells that the VMM's process has ended, and there are no devices.
-    ///
-    /// The streams of the agent before have died with it, so before the commit there is only the way back.
-    pub fn recover(
-        features: &[Features],
-        found: &[Option<MigrationState>],
-        plan: StopPlan,
-        record: Record,
-        failure: Failure,
-        vmm_gone: bool,
-    ) -> Self {
-        let mut source = Self::new(features, plan);
-        for (index, found) in found.iter().enumerate() {
+    /// A source whose agent has restarted. The streams of the agent before have died with it, so before the commit there is
+    /// only the way back.
+    pub fn recover(features: &[Features], plan: StopPlan, driver: Driver, found: Found) -> Self {
+        let Found { record, devices, vmm_gone, failure } = found;
+        let mut source = Self::new(features, plan, driver);
+        for (index, found) in devices.iter().enumerate() {
             match found {
                 Some(state) => source.devices.read_back(index, *state),
                 None => source.devices.mark_broken(index),

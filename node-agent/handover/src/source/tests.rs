@@ -13,7 +13,7 @@ struct AllSent {
 
 impl AllSent {
     fn new(driver: Driver) -> Self {
-        let machine = Source::new(&[Features::ALL], StopPlan::QuiesceFirst).driven_by(driver);
+        let machine = Source::new(&[Features::ALL], StopPlan::QuiesceFirst, driver);
         let mut all = Self { machine, records: Vec::new(), end: None };
         all.hear(Event::Start);
         assert_eq!(all.machine.phase(), super::Phase::Capturing);

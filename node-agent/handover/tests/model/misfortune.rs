@@ -2,6 +2,7 @@
 
 use slackwater_handover::Reason;
 use slackwater_handover::destination::{self, Destination};
+use slackwater_handover::policy::Driver;
 use slackwater_handover::source::{self, Source};
 use slackwater_handover::state::MigrationState;
 
@@ -28,14 +29,10 @@ impl World {
                 let gone = self.source.vmm != Process::Alive;
                 let found = if gone { Vec::new() } else { found(&self.source.devices) };
                 self.source.attempt = line.attempt;
-                self.source.machine = Some(Source::recover(
-                    &config.features(),
-                    &found,
-                    Config::plan(),
-                    line.record,
-                    restarted,
-                    gone,
-                ));
+                let found =
+                    source::Found { record: line.record, devices: found, vmm_gone: gone, failure: restarted };
+                let machine = Source::recover(&config.features(), Config::plan(), Driver::Agent, found);
+                self.source.machine = Some(machine);
                 self.tell_source(config, source::Event::Start);
             }
             Side::Destination => {
@@ -44,8 +41,14 @@ impl World {
                 let there = self.destination.vmm == Process::Alive;
                 let found = if there { found(&self.destination.devices) } else { Vec::new() };
                 self.destination.attempt = line.attempt;
+                let found = destination::Found {
+                    record: line.record,
+                    devices: found,
+                    twin_there: there,
+                    failure: restarted,
+                };
                 self.destination.machine =
-                    Some(Destination::recover(&config.features(), &found, line.record, restarted, there));
+                    Some(Destination::recover(&config.features(), Driver::Agent, found));
                 self.tell_destination(config, destination::Event::Start);
             }
         }

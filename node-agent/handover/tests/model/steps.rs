@@ -3,6 +3,7 @@
 use std::fmt;
 
 use slackwater_handover::destination::{self, Destination};
+use slackwater_handover::policy::Driver;
 use slackwater_handover::source::{self, Source};
 use slackwater_handover::{Reason, Record};
 use stateright::{Model, Property};
@@ -216,7 +217,7 @@ impl Handover {
                 world.hang_up(Side::Destination);
                 world.destination.todo.clear();
                 world.destination.attempt = world.attempt;
-                world.destination.machine = Some(Destination::new(&config.features()));
+                world.destination.machine = Some(Destination::new(&config.features(), Driver::Agent));
                 world.verified.clear();
                 world.loaded = false;
                 world.tell_destination(config, destination::Event::Start);
@@ -229,7 +230,7 @@ impl Handover {
                 world.hang_up(Side::Source);
                 world.source.todo.clear();
                 world.source.attempt = world.attempt;
-                world.source.machine = Some(Source::new(&config.features(), Config::plan()));
+                world.source.machine = Some(Source::new(&config.features(), Config::plan(), Driver::Agent));
                 world.tell_source(config, source::Event::Start);
             }
             Step::TryAgain => {

@@ -4,7 +4,7 @@ mod run;
 mod twin;
 
 pub use run::{DestinationParts, DestinationRun, MayHaveRun, Recovered, Site, Twin};
-use slackwater_handover::destination::{Destination, Effect, End, Event, Phase};
+use slackwater_handover::destination::{Destination, Effect, End, Event, Found, Phase};
 use slackwater_handover::policy::Driver;
 use slackwater_handover::{Blob, Failure, Reason, Record};
 
@@ -120,7 +120,7 @@ impl Shell {
     fn machine(&mut self) -> Destination {
         let driver = self.parts.driver;
         let Some(found) = self.parts.recovered.take() else {
-            return Destination::new(&self.parts.features).driven_by(driver);
+            return Destination::new(&self.parts.features, driver);
         };
         let twin_there = found.twin.is_some();
         let features = found
@@ -132,8 +132,8 @@ impl Shell {
         }
         self.twin = found.twin;
         let features = features.unwrap_or_default();
-        Destination::recover(&features, &found.found, found.record, found.failure, twin_there)
-            .driven_by(driver)
+        let found = Found { record: found.record, devices: found.found, twin_there, failure: found.failure };
+        Destination::recover(&features, driver, found)
     }
 
     fn accept(&mut self, signal: Signal, machine: &Destination) -> Option<Event> {

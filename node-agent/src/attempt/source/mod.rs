@@ -9,7 +9,7 @@ mod vm;
 
 pub use run::{PastTheCommit, Recovered, SourceParts, SourceRun};
 use slackwater_handover::policy::Driver;
-use slackwater_handover::source::{Effect, End, Event, Phase, Source};
+use slackwater_handover::source::{Effect, End, Event, Found, Phase, Source};
 use slackwater_handover::{Failure, Reason, Record};
 
 use std::sync::Arc;
@@ -164,26 +164,24 @@ impl Shell {
 
     fn machine(&mut self) -> Source {
         let driver = self.parts.vmm.driver();
-        let machine = match self.parts.recovered.take() {
+        match self.parts.recovered.take() {
             None => {
                 self.marks.begin(Clock::now().monotonic_ns);
-                Source::new(&self.parts.features, self.parts.plan)
+                Source::new(&self.parts.features, self.parts.plan, driver)
             }
             Some(found) => {
                 self.marks = found.marks;
                 // Whether the agent before had begun a save is not known; a VMM without one refuses to abort it.
                 self.save_started = true;
-                Source::recover(
-                    &self.parts.features,
-                    &found.found,
-                    self.parts.plan,
-                    found.record,
-                    found.failure,
-                    found.vmm_gone,
-                )
+                let found = Found {
+                    record: found.record,
+                    devices: found.found,
+                    vmm_gone: found.vmm_gone,
+                    failure: found.failure,
+                };
+                Source::recover(&self.parts.features, self.parts.plan, driver, found)
             }
-        };
-        machine.driven_by(driver)
+        }
     }
 
     fn accept(&mut self, signal: Signal) -> Option<Event> {
