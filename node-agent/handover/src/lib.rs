@@ -39,8 +39,6 @@ pub mod failure;
 pub mod policy;
 pub mod record;
 pub mod resolver;
-#[cfg(test)]
-mod simulation;
 pub mod source;
 pub mod state;
 

@@ -141,7 +141,7 @@ impl Handover {
     }
 
     fn may_be_stated(&self, world: &World, run_on: Side) -> bool {
-        let destination_off = world.destination.off && !world.has_started;
+        let destination_off = world.destination.off && world.started.is_empty();
         let source_off = world.source.off && world.woken < world.attempt;
         match (self.0.statements, run_on) {
             (Statements::None, _) => false,
@@ -216,8 +216,8 @@ impl World {
                     ..Word::at(relay.record)
                 };
                 match relay.to {
-                    Side::Source => self.tell_source(config, source::Event::Relayed(word)),
-                    Side::Destination => self.tell_destination(config, destination::Event::PeerSays(word)),
+                    Side::Source => self.source_event(config, source::Event::Relayed(word)),
+                    Side::Destination => self.destination_event(config, destination::Event::PeerSays(word)),
                 }
             }
             Deed::BeginsAgain => self.operator.recall(attempt),
