@@ -148,7 +148,7 @@ fn the_protocol_holds_for_a_vmm_that_drives_its_devices_whatever_fails() {
 fn the_protocol_holds_with_two_devices_without_p2p_that_are_isolated() {
     let config =
         Config { features: vec![Features::STOP_COPY; 2], plan: StopPlan::StopFirst, faults: 0, ..SMALL };
-    holds("two devices without P2P", config, None);
+    holds("two devices without P2P", config, Some(200_000));
 }
 
 #[test]

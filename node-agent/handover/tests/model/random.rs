@@ -58,8 +58,8 @@ pub(crate) fn walk(model: &Handover, mut choose: impl FnMut(&World, &[Step]) -> 
 }
 
 /// Chooses by `numbers`, faults rarely.
-pub(crate) fn by_numbers(numbers: &[u64]) -> impl FnMut(&World, &[Step]) -> Option<Step> {
-    let mut numbers = numbers.to_vec().into_iter();
+pub(crate) fn by_numbers(numbers: &[u64]) -> impl FnMut(&World, &[Step]) -> Option<Step> + use<'_> {
+    let mut numbers = numbers.iter().copied();
     move |_, steps| {
         let number = numbers.next()?;
         let bad = number.is_multiple_of(RARELY);
