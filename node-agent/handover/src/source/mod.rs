@@ -13,6 +13,7 @@
 //!
 //! A peer that is lost after the commit settles nothing: the source asks what it has journalled until that is known.
 
+mod progress;
 mod recovery;
 mod rollback;
 #[cfg(test)]
@@ -20,7 +21,8 @@ mod tests;
 
 use std::collections::BTreeSet;
 
-pub use recovery::Found;
+use self::progress::{PeerProgress, SaveProgress, Streams, Vcpus, VmmProgress};
+pub use self::recovery::Found;
 
 use crate::devices::{Devices, Track};
 use crate::policy::{Driver, StopPlan};
@@ -185,13 +187,6 @@ pub enum End {
     Lost(Failure),
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Vcpus {
-    Running,
-    Pausing,
-    Paused,
-}
-
 /// The source of one attempt.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Source {
@@ -199,23 +194,14 @@ pub struct Source {
     plan: StopPlan,
     driver: Driver,
     devices: Devices,
-    vcpus: Vcpus,
-    peer_ready: bool,
-    save_started: bool,
-    converging: bool,
-    converged: bool,
-    pre_copied: BTreeSet<usize>,
-    sent: BTreeSet<Blob>,
-    save_finished: bool,
-    loaded: bool,
+    vmm: VmmProgress,
+    save: SaveProgress,
+    streams: Streams,
+    peer: PeerProgress,
     recorded: BTreeSet<Record>,
-    streams_closed: bool,
+    /// Devices that had to be reset on the way back.
     reset: BTreeSet<usize>,
-    touched: bool,
-    vmm_gone: bool,
-    asking: bool,
-    doubt: Option<Reason>,
-    /// What had been recorded before the agent began again.
+    /// The last record of the agent before, if this one has restarted.
     recovered: Option<Record>,
     failure: Option<Failure>,
 }
@@ -228,22 +214,12 @@ impl Source {
             plan,
             driver,
             devices: Devices::new(features, MigrationState::Running),
-            vcpus: Vcpus::Running,
-            peer_ready: false,
-            save_started: false,
-            converging: false,
-            converged: false,
-            pre_copied: BTreeSet::new(),
-            sent: BTreeSet::new(),
-            save_finished: false,
-            loaded: false,
+            vmm: VmmProgress::default(),
+            save: SaveProgress::default(),
+            streams: Streams::default(),
+            peer: PeerProgress::default(),
             recorded: BTreeSet::new(),
-            streams_closed: false,
             reset: BTreeSet::new(),
-            touched: false,
-            vmm_gone: false,
-            asking: false,
-            doubt: None,
             recovered: None,
             failure: None,
         }
@@ -288,9 +264,9 @@ impl Source {
                 }
             },
             Event::Start => {}
-            Event::PeerReady => self.peer_ready = true,
-            Event::SaveStarted => self.save_started = true,
-            Event::Converged => self.converged = true,
+            Event::PeerReady => self.peer.ready = true,
+            Event::SaveStarted => self.save.started = true,
+            Event::Converged => self.save.converged = true,
             Event::DeviceReached(index, state) => {
                 self.devices.read_back(index, state);
                 if self.phase == Phase::PreCopying && state == MigrationState::PreCopy {
@@ -302,14 +278,14 @@ impl Source {
             }
             Event::DeviceFailed(index, found, failure) => self.device_failed(index, found, failure, effects),
             Event::PreCopied(index) => {
-                self.pre_copied.insert(index);
+                self.streams.pre_copied.insert(index);
             }
-            Event::Paused => self.vcpus = Vcpus::Paused,
+            Event::Paused => self.vmm.vcpus = Vcpus::Paused,
             Event::BlobSent(blob) => {
-                self.sent.insert(blob);
+                self.streams.sent.insert(blob);
             }
-            Event::SaveFinished => self.save_finished = true,
-            Event::Loaded => self.loaded = true,
+            Event::SaveFinished => self.save.finished = true,
+            Event::Loaded => self.peer.loaded = true,
             Event::Recorded(record) => {
                 self.recorded.insert(record);
                 if (record, self.phase) == (Record::Aborted, Phase::Settling) {
@@ -333,7 +309,7 @@ impl Source {
                 }
             }
             Event::StartOverdue(failure) => {
-                if self.phase == Phase::AwaitingStarted && self.doubt.is_none() {
+                if self.phase == Phase::AwaitingStarted && self.peer.doubt.is_none() {
                     self.doubt(failure, effects);
                 }
             }
@@ -343,37 +319,35 @@ impl Source {
                     self.finish(End::Succeeded, effects);
                 }
             }
-            Event::StreamsClosed => self.streams_closed = true,
+            Event::StreamsClosed => self.streams.closed = true,
             Event::Resumed => {
-                self.vcpus = Vcpus::Running;
+                self.vmm.vcpus = Vcpus::Running;
                 if self.phase == Phase::Resuming {
                     self.finish_rollback(effects);
                 }
             }
             Event::Failed(failure) => self.fail(failure, effects),
             Event::PauseFailed(failure) => {
-                self.vcpus = Vcpus::Paused;
+                self.vmm.vcpus = Vcpus::Paused;
                 self.fail(failure, effects);
             }
             // It was never paused, so it runs, as long as its process lives. A VMM that drives its devices stops its vCPUs by itself.
             Event::ResumeFailed(_)
-                if self.driver == Driver::Agent && self.vcpus == Vcpus::Running && !self.vmm_gone =>
+                if self.driver == Driver::Agent && self.vmm.vcpus == Vcpus::Running && !self.vmm.gone =>
             {
                 self.finish_rollback(effects);
             }
             Event::ResumeFailed(failure) => self.rollback_failed(failure, effects),
             Event::VmmExited => {
-                self.vmm_gone = true;
-                if self.vcpus == Vcpus::Pausing {
-                    self.vcpus = Vcpus::Paused;
+                self.vmm.gone = true;
+                if self.vmm.vcpus == Vcpus::Pausing {
+                    self.vmm.vcpus = Vcpus::Paused;
                 }
                 // A call that broke off may have been heard of first: this is why it did.
                 self.failure.take_if(|failure| failure.reason == Reason::VmmFailed);
                 // Once the destination has all of it, the VM is better served by going on.
                 if !(self.phase == Phase::Capturing && self.all_sent() && self.vmm_has_let_go()) {
-                    let message =
-                        "the VMM's process ended while its VM was being migrated, and the VM with it";
-                    self.fail(Failure::new(Reason::VmmExited, message), effects);
+                    self.fail(rollback::vmm_exited(), effects);
                 }
             }
         }
@@ -393,9 +367,9 @@ impl Source {
             Phase::AwaitingStarted => match failure.reason {
                 // What happens to this end is of no matter any more.
                 Reason::TimedOut | Reason::Aborted | Reason::VmmFailed | Reason::VmmExited => {}
-                _ if self.asking => {}
+                _ if self.peer.asking => {}
                 _ => {
-                    self.asking = true;
+                    self.peer.asking = true;
                     if failure.reason == Reason::PeerLost {
                         self.doubt(failure, effects);
                     }
@@ -455,7 +429,7 @@ impl Source {
                         (Reason::TargetSlow, "the destination answers, and has not started the VM yet")
                     }
                 };
-                if self.doubt.is_some() || reason == Reason::TargetForgot {
+                if self.peer.doubt.is_some() || reason == Reason::TargetForgot {
                     self.doubt(Failure::new(reason, message), effects);
                 }
                 return true;
@@ -479,8 +453,8 @@ impl Source {
 
     /// Tells what keeps the migration from its end, once.
     fn doubt(&mut self, failure: Failure, effects: &mut Vec<Effect>) {
-        if self.doubt.as_ref() != Some(&failure.reason) {
-            self.doubt = Some(failure.reason.clone());
+        if self.peer.doubt.as_ref() != Some(&failure.reason) {
+            self.peer.doubt = Some(failure.reason.clone());
             effects.push(Effect::Doubt(failure));
         }
     }
@@ -517,8 +491,8 @@ impl Source {
                 self.phase = Phase::Connecting;
                 effects.push(Effect::Connect);
             }
-            Phase::Connecting if self.peer_ready => {
-                self.touched = true;
+            Phase::Connecting if self.peer.ready => {
+                self.vmm.touched = true;
                 self.enter(Phase::PreCopying, effects);
                 effects.push(Effect::StartSave);
                 let uses = self.plan != StopPlan::StopFirst && self.driver == Driver::Agent;
@@ -526,16 +500,16 @@ impl Source {
                     (uses && track.features.pre_copy).then_some(MigrationState::PreCopy)
                 });
             }
-            Phase::PreCopying if self.save_started && self.driver == Driver::Vmm && !self.converging => {
-                self.converging = true;
+            Phase::PreCopying if self.save.started && self.driver == Driver::Vmm && !self.save.converging => {
+                self.save.converging = true;
                 effects.push(Effect::Converge);
             }
-            Phase::PreCopying if self.save_started && self.devices.settled() && self.all_pre_copied() => {
-                self.vcpus = Vcpus::Pausing;
+            Phase::PreCopying if self.save.started && self.devices.settled() && self.all_pre_copied() => {
+                self.vmm.vcpus = Vcpus::Pausing;
                 self.enter(Phase::Pausing, effects);
                 effects.push(Effect::Pause);
             }
-            Phase::Pausing if self.vcpus == Vcpus::Paused => {
+            Phase::Pausing if self.vmm.vcpus == Vcpus::Paused => {
                 self.enter(Phase::Quiescing, effects);
                 let plan = self.plan;
                 if self.driver == Driver::Agent {
@@ -551,7 +525,7 @@ impl Source {
                 effects.push(Effect::FinishSave);
                 effects.extend((0..self.device_blobs()).map(Effect::Capture));
             }
-            Phase::Capturing if self.loaded && self.all_sent() && self.vmm_has_let_go() => {
+            Phase::Capturing if self.peer.loaded && self.all_sent() && self.vmm_has_let_go() => {
                 self.phase = Phase::Committing;
                 effects.push(Effect::Record(Record::Committed));
             }
@@ -576,11 +550,11 @@ impl Source {
 
     fn all_pre_copied(&self) -> bool {
         let device = |(index, track): (usize, &Track)| {
-            track.at != MigrationState::PreCopy || self.pre_copied.contains(&index)
+            track.at != MigrationState::PreCopy || self.streams.pre_copied.contains(&index)
         };
         match self.driver {
             Driver::Agent => self.devices.iter().all(device),
-            Driver::Vmm => self.converged,
+            Driver::Vmm => self.save.converged,
         }
     }
 
@@ -594,13 +568,13 @@ impl Source {
     }
 
     fn all_sent(&self) -> bool {
-        blobs(self.device_blobs()).all(|blob| self.sent.contains(&blob))
+        blobs(self.device_blobs()).all(|blob| self.streams.sent.contains(&blob))
     }
 
     /// The VM cannot come to life here any more but by a rollback. A VMM that drives its devices may have taken it back, and let its
     /// guest run, before it ended: only its own word excludes that.
     fn vmm_has_let_go(&self) -> bool {
-        self.save_finished || (self.vmm_gone && self.driver == Driver::Agent)
+        self.save.finished || (self.vmm.gone && self.driver == Driver::Agent)
     }
 
     /// Starts a step of all devices. One that its VMM drives is only looked at: it should be there, or be on its way by itself.

@@ -1,6 +1,7 @@
 //! The way back: from whatever has been done so far to a VM that runs here with all its devices.
 
-use super::{Effect, End, Phase, Source, Vcpus};
+use super::progress::Vcpus;
+use super::{Effect, End, Phase, Source};
 use crate::policy::Driver;
 use crate::state::MigrationState;
 use crate::{Failure, Reason, Record};
@@ -43,7 +44,7 @@ impl Source {
                 self.order(effects, |_| Some(MigrationState::Running));
             }
             Phase::Waking if self.devices.all_at(|state| state == MigrationState::Running) => {
-                if self.touched {
+                if self.vmm.touched {
                     self.resume(effects);
                 } else {
                     self.finish_rollback(effects);
@@ -62,7 +63,7 @@ impl Source {
     }
 
     fn begin_rollback(&mut self, effects: &mut Vec<Effect>) -> bool {
-        if self.vmm_gone {
+        if self.vmm.gone {
             let failure = self.take_failure();
             self.finish(End::Lost(failure), effects);
             return false;
@@ -78,8 +79,8 @@ impl Source {
 
     fn nothing_in_flight(&self) -> bool {
         self.devices.settled()
-            && self.vcpus != Vcpus::Pausing
-            && self.streams_closed
+            && self.vmm.vcpus != Vcpus::Pausing
+            && self.streams.closed
             && self.recorded.contains(&Record::Aborted)
     }
 
@@ -105,12 +106,12 @@ impl Source {
                 failure.message.push_str(&told);
             }
         }
-        self.finish(if self.touched { End::RolledBack(failure) } else { End::Refused(failure) }, effects);
+        self.finish(if self.vmm.touched { End::RolledBack(failure) } else { End::Refused(failure) }, effects);
     }
 
     pub(super) fn rollback_failed(&mut self, why: Failure, effects: &mut Vec<Effect>) {
         let first = self.take_failure();
-        if self.vmm_gone {
+        if self.vmm.gone {
             self.finish(End::Lost(vmm_exited()), effects);
             return;
         }
@@ -126,7 +127,7 @@ impl Source {
     pub(super) fn take_failure(&mut self) -> Failure {
         match self.failure.take() {
             Some(failure) => failure,
-            None if self.vmm_gone => vmm_exited(),
+            None if self.vmm.gone => vmm_exited(),
             None => Failure::new(Reason::Aborted, "the migration was given up"),
         }
     }
