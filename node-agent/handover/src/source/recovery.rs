@@ -1,4 +1,4 @@
-//! The source of an agent that has begun again, from what the one before it had recorded.
+//! The source of an agent that has restarted, from what the one before it had recorded.
 
 use super::progress::Vcpus;
 use super::{Effect, Phase, Source};
@@ -20,8 +20,8 @@ pub struct Found {
 }
 
 impl Source {
-    /// A source whose agent has restarted. The streams of the agent before have died with it, so before the commit there is
-    /// only the way back.
+    /// A source whose agent has restarted. The streams of the agent before have died with it, so before the
+    /// commit there is only the way back.
     pub fn recover(features: &[Features], plan: StopPlan, driver: Driver, found: Found) -> Self {
         let Found { record, devices, vmm_gone, failure } = found;
         let mut source = Self::new(features, plan, driver);

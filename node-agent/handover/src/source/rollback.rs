@@ -7,7 +7,8 @@ use crate::state::MigrationState;
 use crate::{Failure, Reason, Record};
 
 impl Source {
-    /// The migration is given up. Nothing goes back before everything in flight has ended and ABORTED is recorded.
+    /// The migration is given up. Nothing goes back before everything in flight has ended and ABORTED is
+    /// recorded.
     pub(super) fn settle(&mut self, failure: Failure, effects: &mut Vec<Effect>) {
         effects.extend([
             Effect::Report(Phase::Settling),
@@ -55,8 +56,8 @@ impl Source {
         true
     }
 
-    /// Asked even if the vCPUs were never paused: a VMM that has died since is not known of yet. One that drives its devices wakes
-    /// them first.
+    /// Asked even if the vCPUs were never paused: a VMM that has died since is not known of yet. One that
+    /// drives its devices wakes them first.
     fn resume(&mut self, effects: &mut Vec<Effect>) {
         self.phase = Phase::Resuming;
         effects.push(Effect::Resume);

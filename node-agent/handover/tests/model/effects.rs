@@ -1,5 +1,6 @@
-//! What the agents do: they perform the effects of the two machines, and turn what happens into events. Effects without an answer are
-//! performed at once, every other one at a time of the explorer's choosing; records of one journal keep their order.
+//! What the agents do: they perform the effects of the two machines, and turn what happens into events.
+//! Effects without an answer are performed at once, every other one at a time of the explorer's choosing;
+//! records of one journal keep their order.
 
 use slackwater_handover::policy::{Driver, StopPlan};
 use slackwater_handover::state::{MigrationState, path};
@@ -16,7 +17,8 @@ use crate::world::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum How {
     Well,
-    /// A device step fails: the device is found where it was, in ERROR (true), or cannot be read (None). Or the twin does not start.
+    /// A device step fails: the device is found where it was, in ERROR (true), or cannot be read (None). Or
+    /// the twin does not start.
     DeviceFails(Option<bool>),
     /// A write fails; whether the disk holds the new record all the same.
     WriteFails {
@@ -515,8 +517,8 @@ impl World {
         }
     }
 
-    /// The VM is migrated once more, by another VMMigration, although one end of the first migration is still open. The new one
-    /// uses a node that the first did not.
+    /// The VM is migrated once more, by another VMMigration, although one end of the first migration is still
+    /// open. The new one uses a node that the first did not.
     pub(crate) fn begin_another_migration(&mut self, config: &Config) {
         let devices = config.features.len();
         self.attempt += 1;
@@ -558,7 +560,8 @@ fn quiesced_together(config: &Config, devices: &[Device], way: &[MigrationState]
         })
 }
 
-/// I4: no device leaves STOP before all hold their state, and none enters RUNNING before all are in RUNNING_P2P, where they have it.
+/// I4: no device leaves STOP before all hold their state, and none enters RUNNING before all are in
+/// RUNNING_P2P, where they have it.
 fn woken_together(config: &Config, devices: &[Device], at: MigrationState, way: &[MigrationState]) -> bool {
     let all = |holds: fn(MigrationState) -> bool| {
         devices.iter().filter(|device| !device.refused).all(|device| holds(device.at))

@@ -1,4 +1,5 @@
-//! The exhaustive explorer: every order of everything that may happen, in small worlds, and the broken protocols that it must find.
+//! The exhaustive explorer: every order of everything that may happen, in small worlds, and the broken
+//! protocols that it must find.
 
 use std::collections::BTreeSet;
 use std::time::Instant;
@@ -33,7 +34,8 @@ fn relayed() -> Config {
     Config { faults: 0, relayed: true, ..SMALL }
 }
 
-/// Every property holds, and every situation that matters is reached; or no more than so many `states` are looked at, the near ones first.
+/// Every property holds, and every situation that matters is reached; or no more than so many `states` are
+/// looked at, the near ones first.
 fn holds(name: &str, config: Config, states: Option<usize>) {
     let begun = Instant::now();
     let mut builder = Handover(config.clone()).checker().threads(2);

@@ -10,9 +10,10 @@ use crate::world::{Again, Config, LeftOver, Save, Side, World};
 const REST: usize = 500;
 
 impl Handover {
-    /// Whether `holds` once nothing goes wrong any more: both agents are up, everything that was begun ends well, and the operator does
-    /// what there is to do. Both hear what the other has journalled, or hear it by the operator's resolver alone. Asked only of worlds in
-    /// which nothing but asking goes on: every other world leads to one of these by itself.
+    /// Whether `holds` once nothing goes wrong any more: both agents are up, everything that was begun ends
+    /// well, and the operator does what there is to do. Both hear what the other has journalled, or hear it
+    /// by the operator's resolver alone. Asked only of worlds in which nothing but asking goes on: every
+    /// other world leads to one of these by itself.
     pub(crate) fn when_healed(&self, world: &World, holds: fn(&World) -> bool) -> bool {
         !waits(world) || holds(&self.healed(world, true))
     }

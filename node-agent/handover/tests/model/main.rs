@@ -1,8 +1,10 @@
-//! The hand-over in a model of the world: the product's own machines of both ends and the operator's resolver, where every message
-//! outside the stream may be lost, late or repeated, the stream may break anywhere, and agents, VMMs, devices and disks fail at any
-//! step. There is one world and two explorers: an exhaustive search for small worlds, and random walks for large ones.
+//! The hand-over in a model of the world: the product's own machines of both ends and the operator's
+//! resolver, where every message outside the stream may be lost, late or repeated, the stream may break
+//! anywhere, and agents, VMMs, devices and disks fail at any step. There is one world and two explorers: an
+//! exhaustive search for small worlds, and random walks for large ones.
 //!
-//! `SLACKWATER_MODEL_FAULTS=4 cargo test -p slackwater-handover --test model -- --ignored --nocapture` goes deeper than every build does.
+//! `SLACKWATER_MODEL_FAULTS=4 cargo test -p slackwater-handover --test model -- --ignored --nocapture` goes
+//! deeper than every build does.
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a test fails by panicking")]
 

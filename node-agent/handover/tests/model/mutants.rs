@@ -1,5 +1,5 @@
-//! The protocol, broken in nine ways. Each is made outside the two machines, in what performs their effects or brings them their
-//! events, so that the machines of the product have no switch for it.
+//! The protocol, broken in nine ways. Each is made outside the two machines, in what performs their effects
+//! or brings them their events, so that the machines of the product have no switch for it.
 
 use slackwater_handover::state::MigrationState;
 use slackwater_handover::{Failure, Reason, Record, Word, destination, source};

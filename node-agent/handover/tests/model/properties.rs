@@ -55,7 +55,8 @@ pub(crate) const DECISION_HELPS: &str =
 pub(crate) const NOTHING_HELD: &str =
     "in the end both ends have ended, and D holds nothing unless it runs the VM";
 
-/// Situations that the model must reach, or it would show nothing, in the order of the faults that they take: 0, 1, 1, 1, 2.
+/// Situations that the model must reach, or it would show nothing, in the order of the faults that they take:
+/// 0, 1, 1, 1, 2.
 pub(crate) const REACHED: [&str; 5] = [
     "the VM arrives",
     "S takes the VM back after COMMITTED",
@@ -73,7 +74,8 @@ pub(crate) fn reachable(faults: u8) -> &'static [&'static str] {
     }
 }
 
-/// What a world with another migration must reach: the VM arrives by it, although one end of the first is still open.
+/// What a world with another migration must reach: the VM arrives by it, although one end of the first is
+/// still open.
 pub(crate) const AGAIN: [&str; 2] = [
     "the VM arrives by another migration while the first one's destination is still open",
     "the VM moves on while the first migration's source is still open",
@@ -155,8 +157,8 @@ fn ended(world: &World) -> Option<Ended> {
     world.source.journal.and_then(|line| line.ended)
 }
 
-/// A broken device or a failed call can keep the VM from starting at the destination, or from resuming at the source. Then it runs
-/// nowhere, the status says so, and the protocol is not at fault.
+/// A broken device or a failed call can keep the VM from starting at the destination, or from resuming at the
+/// source. Then it runs nowhere, the status says so, and the protocol is not at fault.
 fn could_not_run(world: &World) -> bool {
     let lost = |line: Option<Line>| line.and_then(|line| line.ended) == Some(Ended::Lost);
     let failed_at = |side| world.device_fault == Some(side) || world.call_fault == Some(side);

@@ -1,5 +1,5 @@
-//! The random explorer: walks through worlds that are too large to be searched through. Mostly it goes well, so that a walk comes far.
-//! The same properties are checked after every step as in the exhaustive search.
+//! The random explorer: walks through worlds that are too large to be searched through. Mostly it goes well,
+//! so that a walk comes far. The same properties are checked after every step as in the exhaustive search.
 
 use stateright::{Expectation, Model};
 
@@ -33,8 +33,8 @@ impl Walk {
     }
 }
 
-/// Walks as `choose` says, among the steps that may be taken, until `choose` ends the walk or a property is broken. Some of the
-/// properties ask what the world comes to once nothing goes wrong any more.
+/// Walks as `choose` says, among the steps that may be taken, until `choose` ends the walk or a property is
+/// broken. Some of the properties ask what the world comes to once nothing goes wrong any more.
 pub(crate) fn walk(model: &Handover, mut choose: impl FnMut(&World, &[Step]) -> Option<Step>) -> Walk {
     let mut walk = Walk { world: World::new(&model.0), steps: Vec::new(), broken: None };
     let always: Vec<_> = properties::all()

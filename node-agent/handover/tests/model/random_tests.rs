@@ -94,8 +94,8 @@ proptest! {
     }
 }
 
-/// The first step each time, but the effect of this number ends in its `way` to fail, if it has so many. A late save ends when nothing
-/// else can happen. `None` if the effect was not reached, or cannot fail so.
+/// The first step each time, but the effect of this number ends in its `way` to fail, if it has so many. A
+/// late save ends when nothing else can happen. `None` if the effect was not reached, or cannot fail so.
 fn with_one_failure(driver: Driver, number: usize, way: usize, late_save: bool) -> Option<World> {
     let vm = Config { faults: 1, ..config(vec![Features::ALL; 2], StopPlan::QuiesceFirst, driver) };
     let mut ended = 0;

@@ -38,7 +38,8 @@ pub(crate) enum Step {
     Deliver(Side),
     /// This side notices that the stream is broken.
     Notice(Side),
-    /// What is said outside the stream arrives, as the operator relays it; or at the destination by the source's question.
+    /// What is said outside the stream arrives, as the operator relays it; or at the destination by the
+    /// source's question.
     Hear(Said),
     /// The source's question is answered by this.
     Answer(Said),
@@ -151,7 +152,8 @@ impl Handover {
         }
     }
 
-    /// What may happen at the end that an earlier migration has left open; `faults`: agents may crash there, too.
+    /// What may happen at the end that an earlier migration has left open; `faults`: agents may crash there,
+    /// too.
     pub(crate) fn left_over(&self, world: &World, faults: bool, steps: &mut Vec<Step>) {
         let Some(side) = world.left_over.as_ref().map(LeftOver::side) else { return };
         let mut here = world.clone();
@@ -286,8 +288,8 @@ impl Handover {
         }
     }
 
-    /// The VM runs, and one end of the migration is still open in its journal: the destination's, which has not heard that the
-    /// source keeps the VM; or the source's, which has not heard that the VM has arrived.
+    /// The VM runs, and one end of the migration is still open in its journal: the destination's, which has
+    /// not heard that the source keeps the VM; or the source's, which has not heard that the VM has arrived.
     fn may_migrate_again(&self, world: &World) -> bool {
         let (source, destination) = (&world.source, &world.destination);
         let stays = |ended| matches!(ended, Some(Ended::RolledBack | Ended::Refused));
@@ -345,7 +347,8 @@ impl Handover {
                 world.loaded = false;
                 world.destination_event(config, destination::Event::Start);
             }
-            // The source refuses a VM that does not run, and the operator has the destination give back what it holds.
+            // The source refuses a VM that does not run, and the operator has the destination give back what
+            // it holds.
             Step::Migrate if !world.source.runs => {
                 world.said.insert(Said::Release { attempt: world.attempt });
             }

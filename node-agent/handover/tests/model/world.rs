@@ -1,5 +1,5 @@
-//! What the model knows: two nodes with their agents, journals, VMMs and devices, one stream between the agents, all that was ever
-//! said outside it, and what an earlier migration of the same VM has left open.
+//! What the model knows: two nodes with their agents, journals, VMMs and devices, one stream between the
+//! agents, all that was ever said outside it, and what an earlier migration of the same VM has left open.
 
 use std::collections::BTreeSet;
 
@@ -27,14 +27,16 @@ pub(crate) struct Config {
     pub features: Vec<Features>,
     pub plan: StopPlan,
     pub driver: Driver,
-    /// Crashes, processes that end, steps and writes that fail, together. Broken streams, deadlines and silence come on top.
+    /// Crashes, processes that end, steps and writes that fail, together. Broken streams, deadlines and
+    /// silence come on top.
     pub faults: u8,
     /// Calls to a VMM, the connection, reads and a saved VMM's last byte may fail, too. They count as faults.
     pub calls_fail: bool,
     pub attempts: u32,
     /// Whether the VM is migrated once more while the first migration is still open in one of its journals.
     pub again: Again,
-    /// Words that settle nothing are delivered, too, as are silence and delay of the peer: they change only what is shown.
+    /// Words that settle nothing are delivered, too, as are silence and delay of the peer: they change only
+    /// what is shown.
     pub doubts: bool,
     /// The ends have one stream, and nothing else: what settles it comes by the operator's resolver.
     pub relayed: bool,
@@ -160,9 +162,11 @@ pub(crate) struct End<Machine, Effect> {
     pub machine: Option<Machine>,
     /// Effects that have begun and not ended.
     pub todo: Vec<Effect>,
-    /// What is on the disk. The agent shows this, or what it knew before a write that failed: see [`Self::word`].
+    /// What is on the disk. The agent shows this, or what it knew before a write that failed: see
+    /// [`Self::word`].
     pub journal: Option<Line>,
-    /// A write has failed although the disk holds what it wrote: until the agent restarts it shows this instead.
+    /// A write has failed although the disk holds what it wrote: until the agent restarts it shows this
+    /// instead.
     pub shown: Option<Line>,
     pub vmm: Process,
     /// vCPUs run.
@@ -299,15 +303,17 @@ pub(crate) struct Stream {
     pub back: Option<Vec<Back>>,
 }
 
-/// Something said outside the stream: a question of the source, the destination's answer, or either relayed by the operator. Once it
-/// could have been said it may arrive at any time, late, again, or never. The attempt stands for the migration and its attempt.
+/// Something said outside the stream: a question of the source, the destination's answer, or either relayed
+/// by the operator. Once it could have been said it may arrive at any time, late, again, or never. The
+/// attempt stands for the migration and its attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum Said {
     /// To the source: what the destination has journalled.
     ToSource { attempt: u32, record: Record, ended: bool },
     /// To the destination: what the source has journalled.
     ToDestination { attempt: u32, record: Record },
-    /// To the destination, by the operator: the source has reported that the attempt is over and the VM stays there.
+    /// To the destination, by the operator: the source has reported that the attempt is over and the VM stays
+    /// there.
     Release { attempt: u32 },
 }
 
@@ -386,7 +392,8 @@ impl World {
             .count()
     }
 
-    /// The destination has started the VM in the attempt of the source, or in a later one: the source's copy is dead.
+    /// The destination has started the VM in the attempt of the source, or in a later one: the source's copy
+    /// is dead.
     pub(crate) fn source_is_dead(&self) -> bool {
         self.started.last().is_some_and(|started| *started >= self.source.attempt)
     }
