@@ -22,7 +22,7 @@ use slackwater_lab::{
     witness::{self, PeerToPeer, State, Waking},
 };
 
-const SOON: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What a node may take to come up, times the load of the machine that it has to share.
 fn boot_limit() -> Duration {
@@ -78,7 +78,7 @@ async fn programs_in_a_node_are_run_followed_and_killed() {
     let lab = Lab::start(LabConfig::nodes([NodeConfig::new("node-a", ["mtty-1"])])).await.unwrap();
     let node = lab.node("node-a").unwrap();
 
-    let executed = node.exec_for(&["sh", "-c", "cat; echo wrong >&2; exit 3"], b"in", SOON).await.unwrap();
+    let executed = node.exec_for(&["sh", "-c", "cat; echo wrong >&2; exit 3"], b"in", TIMEOUT).await.unwrap();
     assert_eq!((executed.stdout.as_slice(), executed.stderr.as_slice()), (&b"in"[..], &b"wrong\n"[..]));
     assert_eq!(executed.ending, Some(Ending::Status(3)));
     assert!(executed.success().unwrap_err().to_string().contains("wrong"));
@@ -93,20 +93,20 @@ async fn programs_in_a_node_are_run_followed_and_killed() {
     assert_eq!(node.shell("stat -c %a /var/lib/some/where").await.unwrap(), "640\n");
 
     let pid = node.spawn("short", &["sh", "-c", "echo $WORD; exit 5"], &[("WORD", "spoken")]).await.unwrap();
-    assert_eq!(node.wait(pid, SOON).await.unwrap(), Some(Ending::Status(5)));
-    node.wait_line("short", "spoken", SOON).await.unwrap();
-    assert!(node.wait_line("short", "unspoken", SOON).await.is_err());
+    assert_eq!(node.wait(pid, TIMEOUT).await.unwrap(), Some(Ending::Status(5)));
+    node.wait_line("short", "spoken", TIMEOUT).await.unwrap();
+    assert!(node.wait_line("short", "unspoken", TIMEOUT).await.is_err());
     assert_eq!(node.get_text("/var/log/short.log").await.unwrap(), "spoken\n");
 
     let script = "setsid sleep 1000 & echo child=$!; sleep 1000";
     let pid = node.spawn("long", &["sh", "-c", script], &[]).await.unwrap();
-    let line = node.wait_line("long", "child=", SOON).await.unwrap();
+    let line = node.wait_line("long", "child=", TIMEOUT).await.unwrap();
     let child: u32 = line.split_once('=').unwrap().1.trim().parse().unwrap();
     assert_eq!(node.get_text(&format!("/proc/{child}/cgroup")).await.unwrap(), "0::/lab/long\n");
     assert_eq!(node.wait(child, Duration::from_millis(100)).await.unwrap(), None);
     node.kill_group("long").await.unwrap();
-    assert_eq!(node.wait(pid, SOON).await.unwrap(), Some(Ending::Signal(9)));
-    assert_eq!(node.wait(child, SOON).await.unwrap(), Some(Ending::Unknown), "its child is dead, too");
+    assert_eq!(node.wait(pid, TIMEOUT).await.unwrap(), Some(Ending::Signal(9)));
+    assert_eq!(node.wait(child, TIMEOUT).await.unwrap(), Some(Ending::Unknown), "its child is dead, too");
 
     let console = std::fs::read_to_string(node.console()).unwrap();
     assert!(console.contains("short: spoken"), "{console}");

@@ -1,4 +1,4 @@
-//! Slackwater's way of moving a VM of QEMU's, measured against QEMU's own on the same two nodes, in turns.
+//! Slackwater's route of moving a VM of QEMU's, measured against QEMU's own on the same two nodes, in turns.
 //!
 //! *Plain* is QEMU's `migrate` over TCP between the nodes, told by QMP alone, on a monitor of the lab's own, to a QEMU that runs as
 //! soon as it has loaded; the agents have no part in it. *Product* is `kubectl apply`, operator and agents. Both have the same `downtime-limit`, `max-bandwidth`
@@ -10,9 +10,9 @@
 
 pub mod figures;
 pub mod marks;
-mod moved;
+mod measurement;
 pub mod report;
 mod run;
 
-pub use moved::{Moved, Mover};
+pub use measurement::{Measurement, Mover};
 pub use run::{Bench, Plan};

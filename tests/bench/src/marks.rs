@@ -25,7 +25,7 @@ pub enum BlackoutPart {
     Carry,
     /// The devices have all of their data; the rest of the VM is loaded, and that is noticed.
     Load,
-    /// The devices are led from RESUMING to STOP. QEMU alone does so on the way to RUNNING: for it, this is its first device's way.
+    /// The devices are led from RESUMING to STOP. QEMU alone does so on the route to RUNNING: for it, this is its first device's route.
     Check,
     /// All devices stand in STOP; the two ends agree on who runs the VM.
     HandOver,
@@ -87,7 +87,7 @@ pub struct Blackout {
     pub blackout_ms: f64,
     /// From the first device that stood at the source to the last that ran at the destination, milliseconds.
     pub devices_ms: f64,
-    /// By how much these, and the part that goes from one clock to the other, may be wrong, milliseconds either way.
+    /// By how much these, and the part that goes from one clock to the other, may be wrong, milliseconds either route.
     pub clock_error_ms: f64,
     /// The parts, milliseconds, in the order of [`BlackoutPart`].
     pub parts_ms: Vec<(BlackoutPart, f64)>,
@@ -151,7 +151,7 @@ impl DestinationMarks {
         let written_ns = found(trace, accesses(trace, AccessKind::Write).max(), "write of device data")?;
         let leaving_ns = leaving(State::Resuming).map(|arc| arc.began_ns).min();
         let leaving_ns = found(trace, leaving_ns, "device that leaves RESUMING")?;
-        // Before its data came, a device may have passed through STOP on its way to RESUMING.
+        // Before its data came, a device may have passed through STOP on its route to RESUMING.
         let loaded = |arc: &&Change| arc.began_ns >= leaving_ns && arc.to != Some(State::Resuming);
         let waking_ns = leaving(State::Stop).filter(loaded).map(|arc| arc.began_ns).min();
         let waking_ns = found(trace, waking_ns, "device that leaves STOP")?;

@@ -7,7 +7,7 @@ use strum::VariantArray;
 
 use super::figures::Spread;
 use super::marks::BlackoutPart;
-use super::moved::{Moved, Mover};
+use super::measurement::{Measurement, Mover};
 
 /// The aim: so much of QEMU's own downtime may the product's own steps cost.
 pub const AIM: f64 = 0.10;
@@ -41,7 +41,11 @@ pub struct Summary {
 }
 
 impl Row {
-    fn of(what: impl Into<String>, moved: &[&Moved], figure: impl Fn(&Moved) -> Option<f64>) -> Self {
+    fn of(
+        what: impl Into<String>,
+        moved: &[&Measurement],
+        figure: impl Fn(&Measurement) -> Option<f64>,
+    ) -> Self {
         let of =
             |mover| Spread::of(moved.iter().filter(|one| one.mover == mover).filter_map(|one| figure(one)));
         Self { what: what.into(), plain: of(Mover::Plain), product: of(Mover::Product) }
@@ -69,8 +73,8 @@ fn whole(ms: u64) -> f64 {
 impl Summary {
     /// Of the migrations with so many devices.
     #[must_use]
-    pub fn of(devices: usize, moved: &[Moved]) -> Self {
-        let moved: Vec<&Moved> = moved.iter().filter(|one| one.devices == devices).collect();
+    pub fn of(devices: usize, moved: &[Measurement]) -> Self {
+        let moved: Vec<&Measurement> = moved.iter().filter(|one| one.devices == devices).collect();
         let blackout =
             Row::of("blackout: last vCPU run -> first vCPU run", &moved, |one| Some(one.kernels.blackout_ms));
         let downtime = Row::of("QEMU's own downtime", &moved, |one| Some(whole(one.qemu.downtime_ms)));
@@ -88,13 +92,14 @@ impl Summary {
         ];
         let part = |part: BlackoutPart| {
             let (name, from_to) = part.told();
-            let figure =
-                |one: &Moved| one.kernels.parts_ms.iter().find(|(own, _)| *own == part).map(|(_, ms)| *ms);
+            let figure = |one: &Measurement| {
+                one.kernels.parts_ms.iter().find(|(own, _)| *own == part).map(|(_, ms)| *ms)
+            };
             Row::of(format!("{name:<9} {from_to}"), &moved, figure)
         };
         let names = moved.iter().find_map(|one| Some(&one.told.as_ref()?.steps_ms)).into_iter().flatten();
         let step = |(name, _): &(&'static str, f64)| {
-            let figure = |one: &Moved| {
+            let figure = |one: &Measurement| {
                 let found = one.told.as_ref()?.steps_ms.iter().find(|(own, _)| own == name);
                 found.map(|(_, ms)| *ms)
             };
@@ -151,12 +156,16 @@ fn spread(figures: Option<Spread>) -> String {
 #[cfg(test)]
 mod tests {
     use super::super::marks::Blackout;
-    use super::super::moved::{QemuTimes, Told};
+    use super::super::measurement::{QemuTimes, ReportedTimes};
     use super::*;
 
-    fn moved(mover: Mover, blackout_ms: f64, downtime_ms: u64) -> Moved {
-        let told = Told { blackout_ms: blackout_ms + 5.0, total_ms: 900.0, steps_ms: vec![("gate: x", 7.0)] };
-        Moved {
+    fn moved(mover: Mover, blackout_ms: f64, downtime_ms: u64) -> Measurement {
+        let told = ReportedTimes {
+            blackout_ms: blackout_ms + 5.0,
+            total_ms: 900.0,
+            steps_ms: vec![("gate: x", 7.0)],
+        };
+        Measurement {
             mover,
             devices: 2,
             round: 1,
@@ -180,7 +189,7 @@ mod tests {
             moved(Mover::Product, 120.0, 110),
             moved(Mover::Plain, 104.0, 80),
             moved(Mover::Product, 116.0, 110),
-            Moved { devices: 4, ..moved(Mover::Product, 9000.0, 9000) },
+            Measurement { devices: 4, ..moved(Mover::Product, 9000.0, 9000) },
         ];
         let summary = Summary::of(2, &all);
         assert_eq!(summary.cost_ms, Some(16.0));

@@ -8,8 +8,8 @@ use slackwater_api::VMMigration;
 use slackwater_node_agent::vmm::budget::DEFAULT_BANDWIDTH;
 
 use super::marks::{Blackout, DestinationMarks, SourceMarks};
-use super::moved::{Moved, Mover, QemuTimes, Told, steps};
-use slackwater_lab::cluster::{Cluster, QemuVm, SOON, has_condition};
+use super::measurement::{Measurement, Mover, QemuTimes, ReportedTimes, steps};
+use slackwater_lab::cluster::{Cluster, QemuVm, TIMEOUT, has_condition};
 use slackwater_lab::witness::Trace;
 use slackwater_lab::{LabConfig, Node, NodeConfig};
 
@@ -44,26 +44,26 @@ pub struct Bench {
 
 /// From where to where.
 #[derive(Clone, Copy)]
-struct Way {
+struct Route {
     from: &'static str,
     to: &'static str,
 }
 
 /// What is known of a migration by what it did.
-struct Measured {
+struct Times {
     kernels: Blackout,
     qemu: QemuTimes,
     total_ms: f64,
-    told: Option<Told>,
+    told: Option<ReportedTimes>,
 }
 
-impl Way {
+impl Route {
     fn back(self) -> Self {
         Self { from: self.to, to: self.from }
     }
 }
 
-/// The order of the movers in a round: the first of one is the last of the next, so that neither has always the same way, nor
+/// The order of the movers in a round: the first of one is the last of the next, so that neither has always the same route, nor
 /// always comes first.
 fn order(round: usize) -> [Mover; 2] {
     if round.is_multiple_of(2) { [Mover::Product, Mover::Plain] } else { [Mover::Plain, Mover::Product] }
@@ -85,25 +85,25 @@ impl Bench {
     ///
     /// # Errors
     /// When a migration fails, or cannot be measured.
-    pub async fn measure(&mut self, devices: usize, mut tell: impl FnMut(Moved)) -> anyhow::Result<()> {
-        let mut way = Way { from: NODES[0], to: NODES[1] };
+    pub async fn measure(&mut self, devices: usize, mut tell: impl FnMut(Measurement)) -> anyhow::Result<()> {
+        let mut route = Route { from: NODES[0], to: NODES[1] };
         let vm = QemuVm { devices, ..self.plan.vm.clone() }.with_second_monitor();
-        self.cluster.start_qemu(vm, way.from).await?;
+        self.cluster.start_qemu(vm, route.from).await?;
         for round in 1..=self.plan.rounds {
             for mover in order(round) {
                 let measured = match mover {
-                    Mover::Plain => self.plain(way, devices).await,
-                    Mover::Product => self.product(way, devices).await,
+                    Mover::Plain => self.plain(route, devices).await,
+                    Mover::Product => self.product(route, devices).await,
                 };
-                let Measured { kernels, qemu, total_ms, told } =
+                let Times { kernels, qemu, total_ms, told } =
                     measured.with_context(|| format!("{devices} devices, round {round}, {mover:?}"))?;
-                let from = way.from.to_owned();
-                tell(Moved { mover, devices, round, from, kernels, qemu, total_ms, told });
-                way = way.back();
+                let from = route.from.to_owned();
+                tell(Measurement { mover, devices, round, from, kernels, qemu, total_ms, told });
+                route = route.back();
             }
         }
-        self.cluster.kill_vmm(way.from).await?;
-        Ok(self.cluster.qemu()?.forget(self.node(way.from)?).await?)
+        self.cluster.kill_vmm(route.from).await?;
+        Ok(self.cluster.qemu()?.forget(self.node(route.from)?).await?)
     }
 
     fn node(&self, name: &str) -> anyhow::Result<&Node> {
@@ -114,20 +114,20 @@ impl Bench {
     async fn traces(
         &self,
         watching: &slackwater_lab::cluster::Watching,
-        way: Way,
+        route: Route,
         devices: usize,
     ) -> anyhow::Result<[Trace; 2]> {
         let (source, destination) = self.cluster.traces(watching).await?;
         let names =
             |node: &str| anyhow::Ok(self.node(node)?.devices().get(..devices).context("too few devices")?);
-        Ok([source.of_devices(names(way.from)?)?, destination.of_devices(names(way.to)?)?])
+        Ok([source.of_devices(names(route.from)?)?, destination.of_devices(names(route.to)?)?])
     }
 
-    async fn plain(&self, way: Way, devices: usize) -> anyhow::Result<Measured> {
-        let (vm, from, to) = (self.cluster.qemu()?, self.node(way.from)?, self.node(way.to)?);
+    async fn plain(&self, route: Route, devices: usize) -> anyhow::Result<Times> {
+        let (vm, from, to) = (self.cluster.qemu()?, self.node(route.from)?, self.node(route.to)?);
         // Its agent has seen the VM: by the end of the VM's process it will see that the devices are free.
-        self.cluster.until_vm_at(way.from).await?;
-        let watching = self.cluster.watch(way.from, way.to).await?;
+        self.cluster.until_vm_at(route.from).await?;
+        let watching = self.cluster.watch(route.from, route.to).await?;
         let begin = Instant::now();
         vm.await_migration_and_run(to).await?;
         let switched = |names: &[&str], state: bool| -> Vec<Value> {
@@ -147,7 +147,7 @@ impl Bench {
         vm.execute(to, "migrate-incoming", json!({ "uri": uri })).await?;
         // Nobody asks anything while it lasts: an emulated processor has no time for that.
         let command = ["slackwater-lab-node", "qmp-migrate", &vm.monitor(), &uri];
-        let answer = from.exec_for(&command, b"", SOON).await?.success()?;
+        let answer = from.exec_for(&command, b"", TIMEOUT).await?.success()?;
         let qemu = QemuTimes::of_answer(&serde_json::from_str(&answer)?)?;
         let status = vm.execute(to, "query-status", json!({})).await?;
         ensure!(
@@ -155,22 +155,22 @@ impl Bench {
             "the destination's QEMU does not run: {status}"
         );
         let total_ms = milliseconds(begin.elapsed());
-        let [source, destination] = self.traces(&watching, way, devices).await?;
+        let [source, destination] = self.traces(&watching, route, devices).await?;
         let kernels = Blackout::of(&source, &destination)?;
         vm.execute(from, "quit", json!({})).await?;
         vm.forget(from).await?;
-        self.cluster.goes_on_at(way.to, &watching.before).await?;
+        self.cluster.goes_on_at(route.to, &watching.before).await?;
         vm.publish(to).await?;
-        Ok(Measured { kernels, qemu, total_ms, told: None })
+        Ok(Times { kernels, qemu, total_ms, told: None })
     }
 
-    async fn product(&mut self, way: Way, devices: usize) -> anyhow::Result<Measured> {
+    async fn product(&mut self, route: Route, devices: usize) -> anyhow::Result<Times> {
         self.migrations += 1;
         let name = format!("bench-{}", self.migrations);
-        self.cluster.until_vm_at(way.from).await?;
-        self.cluster.until_free(way.to, i32::try_from(self.most)?).await?;
-        let watching = self.cluster.watch(way.from, way.to).await?;
-        let (to, limit) = (way.to, self.plan.downtime_limit_ms);
+        self.cluster.until_vm_at(route.from).await?;
+        self.cluster.until_free(route.to, i32::try_from(self.most)?).await?;
+        let watching = self.cluster.watch(route.from, route.to).await?;
+        let (to, limit) = (route.to, self.plan.downtime_limit_ms);
         let begin = Instant::now();
         self.cluster
             .migrate(&name, &format!("target: {{nodeName: {to}}}, downtimeBudget: {limit}ms"))
@@ -181,12 +181,12 @@ impl Bench {
             migration.status.as_ref().map(|status| status.conditions.clone()).unwrap_or_default();
         let succeeded = has_condition(&conditions, "Succeeded", "True") == Some(true);
         ensure!(succeeded, "the migration did not succeed: {conditions:#?}");
-        let [source, destination] = self.traces(&watching, way, devices).await?;
+        let [source, destination] = self.traces(&watching, route, devices).await?;
         let kernels = Blackout::of(&source, &destination)?;
-        let qemu = QemuTimes::of_log(&self.cluster.agent_log(way.from).await)?;
+        let qemu = QemuTimes::of_log(&self.cluster.agent_log(route.from).await)?;
         let told = self.told(&migration, &source, &destination).await?;
-        self.cluster.goes_on_at(way.to, &watching.before).await?;
-        Ok(Measured { kernels, qemu, total_ms, told: Some(told) })
+        self.cluster.goes_on_at(route.to, &watching.before).await?;
+        Ok(Times { kernels, qemu, total_ms, told: Some(told) })
     }
 
     async fn told(
@@ -194,12 +194,12 @@ impl Bench {
         migration: &VMMigration,
         source: &Trace,
         destination: &Trace,
-    ) -> anyhow::Result<Told> {
+    ) -> anyhow::Result<ReportedTimes> {
         let status = migration.status.as_ref().context("no status")?;
         let timings = status.timings.as_ref().context("the status has no timings")?;
         let events = self.cluster.events(migration).await?;
         let (source, destination) = (SourceMarks::of(source)?, DestinationMarks::of(destination)?);
-        Ok(Told {
+        Ok(ReportedTimes {
             blackout_ms: duration_ms(&timings.blackout)?,
             total_ms: duration_ms(&timings.total)?,
             steps_ms: steps(&events, &source, &destination)?,

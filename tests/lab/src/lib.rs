@@ -17,7 +17,7 @@
 //! # }
 //! ```
 //!
-//! What a lab starts ends with it: when it is dropped, and when its process ends in whatever way. Its folder is removed, too,
+//! Everything that a lab starts ends with it: when it is dropped, and when its process ends for any reason. Its folder is removed, too,
 //! unless [`KEEP_VARIABLE`] is set.
 //!
 //! | room | what it has |

@@ -34,7 +34,7 @@ pub struct AccessError {
 
 /// What a write to a port was.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Written {
+pub enum PortWrite {
     /// A device's register, or a port where there is nothing.
     Register,
     /// The guest's round has ended.
@@ -90,9 +90,9 @@ impl PortBus {
     ///
     /// # Errors
     /// If the device does not carry it out.
-    pub fn write(&self, port: u16, data: &[u8]) -> Result<Written, AccessError> {
+    pub fn write(&self, port: u16, data: &[u8]) -> Result<PortWrite, AccessError> {
         if port == PACE_PORT {
-            return Ok(Written::Pace);
+            return Ok(PortWrite::Pace);
         }
         let bytes = data.len();
         if let Some((device, registers, offset)) = self.find(port, bytes) {
@@ -104,7 +104,7 @@ impl PortBus {
                 source,
             })?;
         }
-        Ok(Written::Register)
+        Ok(PortWrite::Register)
     }
 }
 
@@ -147,8 +147,8 @@ pub(super) mod tests {
     fn every_device_has_its_own_ports() {
         let devices = [Arc::new(FakeUart::default()), Arc::new(FakeUart::default())];
         let bus = PortBus::new(devices.iter().map(|device| device.clone() as Arc<dyn Registers>).collect());
-        assert_eq!(bus.write(0x1007, &[1]).unwrap(), Written::Register);
-        assert_eq!(bus.write(0x1010, &[2, 3]).unwrap(), Written::Register);
+        assert_eq!(bus.write(0x1007, &[1]).unwrap(), PortWrite::Register);
+        assert_eq!(bus.write(0x1010, &[2, 3]).unwrap(), PortWrite::Register);
         assert_eq!(devices[0].0.lock().unwrap().registers, [0, 0, 0, 0, 0, 0, 0, 1]);
         assert_eq!(devices[1].0.lock().unwrap().registers, [2, 3, 0, 0, 0, 0, 0, 0]);
         let mut byte = [0];
@@ -171,7 +171,7 @@ pub(super) mod tests {
 
     #[test]
     fn the_pace_port_belongs_to_no_device() {
-        assert_eq!(PortBus::new(vec![]).write(PACE_PORT, &[0]).unwrap(), Written::Pace);
+        assert_eq!(PortBus::new(vec![]).write(PACE_PORT, &[0]).unwrap(), PortWrite::Pace);
     }
 
     #[test]

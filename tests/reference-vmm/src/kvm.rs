@@ -5,7 +5,7 @@ use std::sync::Arc;
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, Msrs, kvm_clock_data};
 use kvm_ioctls::{Cap, Kvm, VcpuExit};
 
-use super::bus::{PortBus, Written};
+use super::bus::{PortBus, PortWrite};
 use super::guest;
 use super::machine_state::{MSRS, MachineState, StatePart};
 use super::ram::GuestRam;
@@ -90,8 +90,8 @@ impl KvmMachine {
             }
             Ok(VcpuExit::IoOut(port, data)) => {
                 match self.bus.write(port, data).map_err(MachineError::Access)? {
-                    Written::Register => Ok(Some(Step::Next)),
-                    Written::Pace => Ok(Some(Step::Idle)),
+                    PortWrite::Register => Ok(Some(Step::Next)),
+                    PortWrite::Pace => Ok(Some(Step::Idle)),
                 }
             }
             Ok(VcpuExit::Intr) => Ok(None),

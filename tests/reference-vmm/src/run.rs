@@ -24,7 +24,7 @@ use super::guest::{MAX_DEVICES, MIN_RAM_BYTES};
 use super::kvm::{KvmMachine, SetUpError};
 use super::lifecycle::State;
 use super::ram::GuestRam;
-use super::service::{LabVmm, Vm};
+use super::service::{ReferenceVmm, Vm};
 use super::vcpu::{Vcpu, VcpuError};
 
 /// How to run a VMM.
@@ -133,7 +133,7 @@ pub async fn run(options: Options) -> Result<(), RunError> {
         State::Running
     };
     let quit = CancellationToken::new();
-    let service = LabVmm::new(Vm { vcpu, ram, devices: describe(&assigned) }, state, quit.clone());
+    let service = ReferenceVmm::new(Vm { vcpu, ram, devices: describe(&assigned) }, state, quit.clone());
     info!(socket = %options.socket.display(), ?state, devices, "serving");
 
     let until = async {

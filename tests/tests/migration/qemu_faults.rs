@@ -2,7 +2,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::api::Api;
 use serde_json::{Value, json};
 use slackwater_api::{AssignedVM, MigrationPhase, VMMigration};
-use slackwater_lab::cluster::{Cluster, NAMESPACE, QemuVm, SOON, Watching, has_condition};
+use slackwater_lab::cluster::{Cluster, NAMESPACE, QemuVm, TIMEOUT, Watching, has_condition};
 use slackwater_lab::witness::{PeerToPeer, Waking, quiesced_together, woke_together};
 use slackwater_lab::{LabConfig, NodeConfig};
 
@@ -74,7 +74,7 @@ async fn a_cancelled_migration_of_qemus_leaves_the_vm_running_whether_its_guest_
         let watching = cluster.watch("node-a", "node-b").await.unwrap();
         cluster.set_faults("node-a", &format!("halt.source={phase} {name}\n")).await.unwrap();
         cluster.migrate(&name, TO_B).await.unwrap();
-        cluster.until_agent_says("node-a", &format!("halted at {phase} {name}"), SOON).await.unwrap();
+        cluster.until_agent_says("node-a", &format!("halted at {phase} {name}"), TIMEOUT).await.unwrap();
         let answer = cluster.qemu().unwrap().report(cluster.lab.node("node-a").unwrap()).await.unwrap();
         cancel(&cluster, &name).await;
         // Nothing tells when the call has come in at an agent that stands still.
@@ -196,7 +196,7 @@ async fn what_babbles_on_a_monitors_socket_is_told_and_disturbs_no_other_vm() {
         node.shell(&format!("mkdir -p -m 700 {}", odd.directory())).await.unwrap();
         let command = ["slackwater-lab-node", "babble", &odd.socket(), what];
         let pid = node.spawn(&format!("babble-{what}"), &command, &[]).await.unwrap();
-        node.wait_line(&format!("babble-{what}"), "babbling", SOON).await.unwrap();
+        node.wait_line(&format!("babble-{what}"), "babbling", TIMEOUT).await.unwrap();
         odd.publish(node).await.unwrap();
         let told = move |vm: &AssignedVM| {
             let conditions = &vm.status.as_ref()?.conditions;

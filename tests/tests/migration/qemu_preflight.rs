@@ -61,7 +61,7 @@ async fn refused(cluster: &Cluster, name: &str, reason: &str, words: &[&str]) ->
 async fn until_described(cluster: &Cluster) {
     let deadline = tokio::time::Instant::now() + Duration::from_secs(60);
     loop {
-        let described = cluster.described("node-a").await.unwrap();
+        let described = cluster.describe("node-a").await.unwrap();
         if described.vms.iter().any(|vm| vm.qemu.is_some()) {
             return;
         }

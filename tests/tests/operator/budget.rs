@@ -16,10 +16,10 @@ async fn the_source_gets_the_budget_and_what_it_expects_and_allows_is_shown_and_
         .await;
     let asked = world
         .a
-        .called("migrate", |call| if let Call::Migrate(m) = call { Some(m.clone()) } else { None })
+        .until_called("migrate", |call| if let Call::Migrate(m) = call { Some(m.clone()) } else { None })
         .await;
     assert_eq!((asked.downtime_budget_ms, asked.on_budget_exceeded()), (250, OnBudgetExceeded::Proceed));
-    world.a.joined(1).await;
+    world.a.until_joined(1).await;
     world.a.phase(Phase::Connected);
     world.a.phase(Phase::PreCopy);
     world.a.estimate(412, 0);
@@ -41,12 +41,14 @@ async fn the_source_gets_the_budget_and_what_it_expects_and_allows_is_shown_and_
 
     // All events are told again.
     world.a.break_streams();
-    world.a.joined(2).await;
+    world.a.until_joined(2).await;
     world.a.estimate(600, 1000);
     let again = world.until("move-counter", "show the latest", shown("600ms")).await;
     assert_eq!(again.status.unwrap().estimate.unwrap().allowed.as_deref(), Some("1s"));
     world.a.finish(Outcome::RolledBack, "BudgetExceeded", "the guest would stand still for about 600ms");
     world.until("move-counter", "have ended", is("Succeeded", "False/BudgetExceeded")).await;
-    world.told(NAMESPACE, "move-counter", &["Accepted", "Prepared", "BudgetExceeded", "Failed"]).await;
+    world
+        .until_events(NAMESPACE, "move-counter", &["Accepted", "Prepared", "BudgetExceeded", "Failed"])
+        .await;
     world.assert_nothing_was_forbidden();
 }

@@ -13,8 +13,8 @@ use crate::world::{NAMESPACE, World, is, message};
 async fn committed_and_cut_off() -> World {
     let mut world = World::start().await;
     world.migrate("move-counter", |_| {}).await;
-    world.a.joined(1).await;
-    world.a.journals(JournalRecord::Committed);
+    world.a.until_joined(1).await;
+    world.a.set_journal(JournalRecord::Committed);
     world.a.phase(Phase::Capturing);
     world.a.phase(Phase::Committed);
     world.b.stop();
@@ -43,29 +43,29 @@ async fn a_lost_target_leaves_it_in_doubt_until_it_is_back_and_then_it_goes_on_b
 
     // An operator that is restarted finds it in doubt still.
     world
-        .told(
+        .until_events(
             NAMESPACE,
             "move-counter",
             &["Accepted", "Prepared", "Stopped", "Committed", "InDoubt", "InDoubt"],
         )
         .await;
     world.crash_and_restart_operator().await;
-    world.a.joined(2).await;
+    world.a.until_joined(2).await;
 
     // It is back, and waits: COMMITTED is relayed. Then it has started, and that is relayed.
-    world.b.journals(JournalRecord::Loaded);
+    world.b.set_journal(JournalRecord::Loaded);
     world.b.start_again().await;
-    let relayed = world.b.relayed(JournalRecord::Committed).await;
+    let relayed = world.b.until_relayed(JournalRecord::Committed).await;
     assert_eq!(relayed.stated_because, "");
     world.until("move-counter", "not be in doubt", is("InDoubt", "False/Settled")).await;
-    world.b.journals(JournalRecord::Running);
-    world.a.relayed(JournalRecord::Running).await;
+    world.b.set_journal(JournalRecord::Running);
+    world.a.until_relayed(JournalRecord::Running).await;
     world.a.phase(Phase::Started);
     world.a.finish(Outcome::Succeeded, "", "");
     let done = world.until("move-counter", "have succeeded", is("Succeeded", "True")).await;
     assert!(is("InDoubt", "False/Settled")(&done).unwrap());
     world
-        .told(
+        .until_events(
             NAMESPACE,
             "move-counter",
             &[
@@ -87,7 +87,7 @@ async fn a_lost_target_leaves_it_in_doubt_until_it_is_back_and_then_it_goes_on_b
 async fn a_target_that_discarded_is_relayed_and_the_vm_goes_back() {
     let mut world = committed_and_cut_off().await;
     world.b.script(|script| {
-        script.word = JournalState {
+        script.journal = JournalState {
             record: JournalRecord::Discarded.into(),
             ended: true,
             reason: "TwinExited".into(),
@@ -96,7 +96,7 @@ async fn a_target_that_discarded_is_relayed_and_the_vm_goes_back() {
         };
     });
     world.b.start_again().await;
-    let relayed = world.a.relayed(JournalRecord::Discarded).await;
+    let relayed = world.a.until_relayed(JournalRecord::Discarded).await;
     assert_eq!((relayed.reason.as_str(), relayed.message.as_str()), ("TwinExited", "the twin has exited"));
     world.a.phase(Phase::RollingBack);
     world.a.finish(Outcome::RolledBack, "TwinExited", "the twin has exited");
@@ -116,7 +116,7 @@ async fn an_administrators_word_for_the_source_is_relayed_with_its_justification
             }}),
         )
         .await;
-    let relayed = world.a.relayed(JournalRecord::Discarded).await;
+    let relayed = world.a.until_relayed(JournalRecord::Discarded).await;
     assert_eq!(relayed.stated_because, "node-b was powered off at 12:04");
     world.until("move-counter", "have accepted it", is("ResolveAccepted", "True/Stated")).await;
 
@@ -125,8 +125,8 @@ async fn an_administrators_word_for_the_source_is_relayed_with_its_justification
     world.until("move-counter", "ignore that", is("Accepted", "True/SpecChangeIgnored")).await;
 
     world.a.script(|script| {
-        script.word.record = JournalRecord::Aborted.into();
-        script.word.ended = true;
+        script.journal.record = JournalRecord::Aborted.into();
+        script.journal.ended = true;
     });
     world.a.phase(Phase::RollingBack);
     world.a.phase(Phase::RolledBack);
@@ -147,7 +147,7 @@ async fn an_administrators_word_for_the_source_is_relayed_with_its_justification
 async fn a_resolve_that_does_not_fit_or_lacks_a_statement_is_refused_in_words_and_changes_nothing() {
     let world = World::start().await;
     world.migrate("move-counter", |_| {}).await;
-    world.a.joined(1).await;
+    world.a.until_joined(1).await;
     let why = "the node was powered off at noon";
     let resolve = |run_on: &str, never_started: bool, justification: &str| {
         json!({"resolve": {
@@ -163,7 +163,7 @@ async fn a_resolve_that_does_not_fit_or_lacks_a_statement_is_refused_in_words_an
     assert_eq!(refused.status.unwrap().phase, Some(MigrationPhase::Copying));
 
     // The target waits, and the source has not been heard to commit and cannot be asked.
-    world.b.journals(JournalRecord::Loaded);
+    world.b.set_journal(JournalRecord::Loaded);
     world.a.script(|script| {
         script.resolve = Some(Status::unavailable("busy"));
         script.migrate = Some(Status::unavailable("busy"));
@@ -199,9 +199,9 @@ async fn a_resolve_that_does_not_fit_or_lacks_a_statement_is_refused_in_words_an
 
     // And with all that it needs it is acted upon.
     world.patch("move-counter", json!({"resolve": {"sourceNeverResumes": true, "justification": why}})).await;
-    let relayed = world.b.relayed(JournalRecord::Committed).await;
+    let relayed = world.b.until_relayed(JournalRecord::Committed).await;
     assert_eq!(relayed.stated_because, why);
-    world.b.journals(JournalRecord::Running);
+    world.b.set_journal(JournalRecord::Running);
     world.until("move-counter", "not be in doubt", is("InDoubt", "False/Settled")).await;
     world.a.assert_nothing_was_relayed();
     world.assert_nothing_was_forbidden();
@@ -222,11 +222,11 @@ async fn a_deleted_migration_that_is_in_doubt_stays_until_it_is_settled() {
     world.migrate("again", |_| {}).await;
     world.until("again", "be refused", is("Accepted", "False/MigrationInProgress")).await;
 
-    world.b.journals(JournalRecord::Running);
+    world.b.set_journal(JournalRecord::Running);
     world.b.start_again().await;
-    world.a.relayed(JournalRecord::Running).await;
+    world.a.until_relayed(JournalRecord::Running).await;
     world.a.finish(Outcome::Succeeded, "", "");
-    world.is_gone(&object).await;
+    world.until_gone(&object).await;
     assert!(world.b.calls().iter().all(|call| !matches!(call, Call::Release(_))));
     world.assert_nothing_was_forbidden();
 }
@@ -235,8 +235,8 @@ async fn a_deleted_migration_that_is_in_doubt_stays_until_it_is_settled() {
 async fn a_journal_that_cannot_be_written_is_told_in_the_agents_words_and_clears_with_the_next_phase() {
     let world = World::start().await;
     world.migrate("move-counter", |_| {}).await;
-    world.a.joined(1).await;
-    world.a.journals(JournalRecord::Saving);
+    world.a.until_joined(1).await;
+    world.a.set_journal(JournalRecord::Saving);
     world.a.phase(Phase::Capturing);
     world.a.doubt("JournalFailed", "writing /var/lib/slackwater/1.json failed: no space left on device");
     let doubtful = world.until("move-counter", "be in doubt", is("InDoubt", "True/JournalFailed")).await;
@@ -252,7 +252,7 @@ async fn a_journal_that_cannot_be_written_is_told_in_the_agents_words_and_clears
 async fn a_journal_that_cannot_be_read_is_a_doubt_that_names_the_file_at_any_phase_and_at_either_end() {
     let world = World::start().await;
     world.migrate("move-counter", |_| {}).await;
-    world.a.joined(1).await;
+    world.a.until_joined(1).await;
     world.a.phase(Phase::PreCopy);
     world
         .until("move-counter", "be copying", |m| Some(m.status.as_ref()?.phase? == MigrationPhase::Copying))
@@ -274,15 +274,15 @@ async fn a_journal_that_cannot_be_read_is_a_doubt_that_names_the_file_at_any_pha
         script.migrate = None;
         script.resolve = None;
     });
-    world.a.journals(JournalRecord::Committed);
+    world.a.set_journal(JournalRecord::Committed);
     world.a.phase(Phase::Committed);
     world.a.doubt("PeerLost", "node-b has not been heard for 7 s");
     let doubtful =
         world.until("move-counter", "be in doubt", is("InDoubt", "True/TargetJournalUnreadable")).await;
     assert!(message(&doubtful, "InDoubt").contains("target.journal cannot be read: its CRC is wrong"));
     world.b.script(|script| script.resolve = None);
-    world.b.journals(JournalRecord::Running);
-    world.a.relayed(JournalRecord::Running).await;
+    world.b.set_journal(JournalRecord::Running);
+    world.a.until_relayed(JournalRecord::Running).await;
     world.a.finish(Outcome::Succeeded, "", "");
     world.until("move-counter", "have succeeded", is("Succeeded", "True")).await;
     world.b.assert_nothing_was_relayed();
@@ -305,7 +305,7 @@ async fn a_migration_in_doubt_whose_finalizer_is_removed_is_forgotten_and_the_vm
         .kubectl(&["patch", "vmmig", "move-counter", "-n", NAMESPACE, "--type=merge", "-p", none])
         .await
         .unwrap();
-    world.is_gone(&object).await;
+    world.until_gone(&object).await;
     world.wait_for_log("operator", "it is forgotten").await;
     world.migrate("again", |_| {}).await;
     let judged =

@@ -48,7 +48,7 @@ pub(crate) struct Script {
     /// The highest epoch that it has seen: whoever comes with a lower one is refused.
     pub(crate) known_epoch: u64,
     /// What stands in its journal.
-    pub(crate) word: JournalState,
+    pub(crate) journal: JournalState,
 }
 
 struct State {
@@ -104,7 +104,7 @@ pub(crate) fn device(name: &str, model: &str, holder: &str) -> DeviceDescription
 }
 
 /// A word of a journal.
-pub(crate) fn word(record: JournalRecord) -> JournalState {
+pub(crate) fn journal_state(record: JournalRecord) -> JournalState {
     JournalState { record: record.into(), ..Default::default() }
 }
 
@@ -182,7 +182,7 @@ impl FakeAgent {
     }
 
     /// Returns when the agent has got a call that `is` holds for: the first such.
-    pub(crate) async fn called<T>(&self, what: &str, is: impl Fn(&Call) -> Option<T>) -> T {
+    pub(crate) async fn until_called<T>(&self, what: &str, is: impl Fn(&Call) -> Option<T>) -> T {
         let mut calls = self.state.calls.subscribe();
         let found = async {
             loop {
@@ -199,19 +199,19 @@ impl FakeAgent {
     }
 
     /// The journal says this from now on.
-    pub(crate) fn journals(&self, record: JournalRecord) {
-        self.script(|script| script.word = word(record));
+    pub(crate) fn set_journal(&self, record: JournalRecord) {
+        self.script(|script| script.journal = journal_state(record));
     }
 
     /// Returns when the other end's word has been relayed: the first that has this record.
-    pub(crate) async fn relayed(&self, record: JournalRecord) -> JournalState {
+    pub(crate) async fn until_relayed(&self, record: JournalRecord) -> JournalState {
         let is = |call: &Call| match call {
             Call::Resolve(ResolveRequest { peer: Some(peer), .. }) if peer.record() == record => {
                 Some(peer.clone())
             }
             _ => None,
         };
-        self.called(&format!("act upon {record:?}"), is).await
+        self.until_called(&format!("act upon {record:?}"), is).await
     }
 
     /// Nobody has relayed anything.
@@ -220,7 +220,7 @@ impl FakeAgent {
     }
 
     /// Returns when somebody has asked to migrate for the `count`-th time.
-    pub(crate) async fn joined(&self, count: usize) {
+    pub(crate) async fn until_joined(&self, count: usize) {
         let mut calls = self.state.calls.subscribe();
         let joins =
             |calls: &Vec<Call>| calls.iter().filter(|call| matches!(call, Call::Migrate(_))).count() >= count;
@@ -378,8 +378,8 @@ impl NodeAgent for Service {
         self.0.record(Call::Migrate(request));
         self.0.answer(|script| &script.migrate)?;
         let mut script = self.0.script.lock().unwrap();
-        if script.word == JournalState::default() {
-            script.word = word(JournalRecord::Saving);
+        if script.journal == JournalState::default() {
+            script.journal = journal_state(JournalRecord::Saving);
         }
         drop(script);
         Ok(Response::new(self.0.follow().boxed()))
@@ -390,11 +390,12 @@ impl NodeAgent for Service {
         self.0.fence(request.migration.as_ref())?;
         self.0.record(Call::Abort(request));
         self.0.answer(|script| &script.abort)?;
-        if self.0.script.lock().unwrap().word == JournalState::default() {
+        if self.0.script.lock().unwrap().journal == JournalState::default() {
             // It knows nothing of it, and has nothing to give up.
             return Ok(Response::new(AbortResponse {}));
         }
-        self.0.script.lock().unwrap().word = JournalState { ended: true, ..word(JournalRecord::Aborted) };
+        self.0.script.lock().unwrap().journal =
+            JournalState { ended: true, ..journal_state(JournalRecord::Aborted) };
         let node = self.0.description.borrow().node.clone();
         let finished = Finished {
             outcome: Outcome::RolledBack.into(),
@@ -420,7 +421,7 @@ impl NodeAgent for Service {
             self.0.record(Call::Resolve(request));
         }
         self.0.answer(|script| &script.resolve)?;
-        let own = self.0.script.lock().unwrap().word.clone();
+        let own = self.0.script.lock().unwrap().journal.clone();
         Ok(Response::new(ResolveResponse { own: Some(own) }))
     }
 }

@@ -25,14 +25,14 @@ async fn when_the_leader_is_killed_the_second_takes_over_and_calls_with_a_higher
     let mut world = World::start().await;
     let second = world.start_another_operator("second");
     world.migrate("move-counter", |_| {}).await;
-    world.a.joined(1).await;
+    world.a.until_joined(1).await;
     world.a.phase(Phase::PreCopy);
     world.until("move-counter", "be prepared", is("Prepared", "True")).await;
     world.wait_for_log("second", "waiting for the Lease").await;
 
     world.kill_operator().await;
-    world.a.joined(2).await;
-    world.a.journals(JournalRecord::Committed);
+    world.a.until_joined(2).await;
+    world.a.set_journal(JournalRecord::Committed);
     world.a.phase(Phase::Committed);
     world.a.phase(Phase::Started);
     world.a.finish(Outcome::Succeeded, "", "");
@@ -76,7 +76,7 @@ async fn an_operator_whose_lease_was_deleted_raises_its_epoch_above_what_the_age
     world.a.script(|script| script.known_epoch = 41);
     world.b.script(|script| script.known_epoch = 7);
     world.migrate("move-counter", |_| {}).await;
-    world.a.joined(1).await;
+    world.a.until_joined(1).await;
     world.a.finish(Outcome::Succeeded, "", "");
     world.until("move-counter", "have succeeded", is("Succeeded", "True")).await;
     assert_eq!(epochs(&world.b.calls()), [9]);

@@ -15,7 +15,7 @@ async fn a_spec_that_cannot_work_is_refused_in_words_and_no_agent_is_asked() {
         assert_eq!(message(&object, "Accepted"), message(&object, "Succeeded"));
         assert!(object.status.as_ref().unwrap().completion_time.is_some());
         assert!(object.metadata.finalizers.is_none(), "nothing was asked for it, so it may go");
-        world.told(NAMESPACE, name, &["Refused"]).await;
+        world.until_events(NAMESPACE, name, &["Refused"]).await;
     };
 
     world.migrate("unknown-vm", |spec| spec.vm_ref.name = "conter".into()).await;
@@ -77,7 +77,7 @@ async fn the_same_vm_is_never_migrated_twice_at_once() {
     let world = World::start().await;
     // At once, so that neither stands in the other's snapshot.
     tokio::join!(world.migrate("first", |_| {}), world.migrate("second", |_| {}));
-    world.a.joined(1).await;
+    world.a.until_joined(1).await;
     let both = ["first", "second"];
     let judged = async |name: &'static str| {
         let judged = world
@@ -122,7 +122,7 @@ async fn what_the_schema_forbids_the_api_server_refuses_and_a_changed_spec_is_ig
     }
 
     world.migrate("changed", |_| {}).await;
-    world.a.joined(1).await;
+    world.a.until_joined(1).await;
     plane
         .kubectl(&[
             "patch",

@@ -52,7 +52,7 @@ async fn nodes_and_vms_are_shown_as_they_are_with_what_stands_in_the_way_and_rem
 
     // A VM whose namespace is not there yet.
     world.b.describe(|node| node.vms = vec![vm("later", "early", &[])]);
-    let note = world.told("kube-system", "node-b", &["NamespaceMissing"]).await.concat();
+    let note = world.until_events("kube-system", "node-b", &["NamespaceMissing"]).await.concat();
     assert!(note.contains("VM later/early cannot be shown") && note.contains("\"later\""), "{note}");
     world.lab.control_plane().unwrap().kubectl(&["create", "namespace", "later"]).await.unwrap();
     let later: Api<AssignedVM> = Api::namespaced(world.client.clone(), "later");

@@ -12,10 +12,12 @@ async fn an_applied_migration_is_planned_prepared_committed_and_shown_with_its_t
     let (a, b) = (&world.a, &world.b);
     let object = world.migrate("move-counter", |_| {}).await;
 
-    let reserve =
-        b.called("reserve", |call| if let Call::Reserve(r) = call { Some(r.clone()) } else { None }).await;
-    let migrate =
-        a.called("migrate", |call| if let Call::Migrate(m) = call { Some(m.clone()) } else { None }).await;
+    let reserve = b
+        .until_called("reserve", |call| if let Call::Reserve(r) = call { Some(r.clone()) } else { None })
+        .await;
+    let migrate = a
+        .until_called("migrate", |call| if let Call::Migrate(m) = call { Some(m.clone()) } else { None })
+        .await;
     let reference = reserve.migration.clone().unwrap();
     assert_eq!((Some(reference.id.clone()), reference.attempt), (object.metadata.uid.clone(), 1));
     assert_eq!(
@@ -107,7 +109,11 @@ async fn an_applied_migration_is_planned_prepared_committed_and_shown_with_its_t
         table.lines().find(|line| line.contains("move-counter")).unwrap().split_whitespace().collect();
     assert_eq!(row[1..6], ["counter", "node-a", "node-b", "Succeeded", "87.412ms"]);
     world
-        .told(NAMESPACE, "move-counter", &["Accepted", "Prepared", "Stopped", "Committed", "Succeeded"])
+        .until_events(
+            NAMESPACE,
+            "move-counter",
+            &["Accepted", "Prepared", "Stopped", "Committed", "Succeeded"],
+        )
         .await;
     assert!(b.calls().iter().all(|call| !matches!(call, Call::Release(_))), "{:?}", b.calls());
 

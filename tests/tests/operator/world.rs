@@ -30,7 +30,7 @@ pub(crate) const NAMESPACE: &str = "demo";
 const SYSTEM: &str = "slackwater-system";
 const ACCOUNT: &str = "slackwater-operator";
 /// How long the operator may take to show something. Generous: two CPUs may run much else.
-const SOON: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 pub(crate) struct World {
     pub(crate) client: Client,
@@ -110,13 +110,13 @@ impl World {
     pub(crate) async fn stop_operator(&mut self) {
         let pid = rustix::process::Pid::from_raw(self.operator.id().unwrap() as i32).unwrap();
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
-        let status = tokio::time::timeout(SOON, self.operator.wait()).await.unwrap().unwrap();
+        let status = tokio::time::timeout(TIMEOUT, self.operator.wait()).await.unwrap().unwrap();
         assert!(status.success(), "{status}\n{}", self.log());
     }
 
     /// Returns, with its exit code, when the operator has ended by itself.
     pub(crate) async fn operator_ended(&mut self) -> Option<i32> {
-        let ended = tokio::time::timeout(SOON, self.operator.wait()).await;
+        let ended = tokio::time::timeout(TIMEOUT, self.operator.wait()).await;
         ended.unwrap_or_else(|_| panic!("the operator goes on\n{}", self.log())).unwrap().code()
     }
 
@@ -155,11 +155,11 @@ impl World {
         self.migrations().delete(name, &DeleteParams::default()).await.unwrap();
     }
 
-    pub(crate) async fn is_gone(&self, object: &VMMigration) {
+    pub(crate) async fn until_gone(&self, object: &VMMigration) {
         let uid = object.uid().unwrap();
         let gone = is_deleted(&uid);
         let name = object.name_any();
-        let gone = tokio::time::timeout(SOON, await_condition(self.migrations(), &name, gone)).await;
+        let gone = tokio::time::timeout(TIMEOUT, await_condition(self.migrations(), &name, gone)).await;
         if gone.is_err() {
             panic!("{name} is still there\n{}", self.log());
         }
@@ -210,7 +210,7 @@ impl World {
             + 'static,
     {
         let met = Wanted(is);
-        match tokio::time::timeout(SOON, await_condition(api.clone(), name, met)).await {
+        match tokio::time::timeout(TIMEOUT, await_condition(api.clone(), name, met)).await {
             Ok(object) => object.unwrap().unwrap(),
             Err(_) => {
                 let now = api.get_opt(name).await.unwrap();
@@ -223,7 +223,7 @@ impl World {
     /// The notes of the events in `namespace` about an object, oldest first, as soon as their reasons are `wanted`.
     ///
     /// An event is posted after the status that it tells of, so whoever has seen the status waits for it.
-    pub(crate) async fn told(&self, namespace: &str, about: &str, wanted: &[&str]) -> Vec<String> {
+    pub(crate) async fn until_events(&self, namespace: &str, about: &str, wanted: &[&str]) -> Vec<String> {
         let events: Api<Event> = Api::namespaced(self.client.clone(), namespace);
         let mut seen = BTreeMap::new();
         let told = async {
@@ -240,7 +240,7 @@ impl World {
                 }
             }
         };
-        if tokio::time::timeout(SOON, told).await.is_err() {
+        if tokio::time::timeout(TIMEOUT, told).await.is_err() {
             panic!(
                 "{wanted:?} were to be told about {about}, and these were: {seen:#?}\nthe operator said\n{}",
                 self.log()
@@ -265,7 +265,7 @@ impl World {
                 looks.tick().await;
             }
         };
-        let logged = tokio::time::timeout(SOON, logged).await;
+        let logged = tokio::time::timeout(TIMEOUT, logged).await;
         assert!(logged.is_ok(), "{name} did not log {text:?}:\n{}", self.log_of(name));
     }
 

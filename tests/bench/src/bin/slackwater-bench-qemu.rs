@@ -9,7 +9,7 @@ use anyhow::Context;
 use clap::{Parser, ValueEnum, value_parser};
 use serde_json::json;
 use slackwater_bench::report::{AIM, Summary};
-use slackwater_bench::{Bench, Moved, Plan};
+use slackwater_bench::{Bench, Measurement, Plan};
 use slackwater_lab::cluster::QemuVm;
 
 /// Measures the blackout and the total of QEMU's plain migration against Slackwater's.
@@ -70,7 +70,7 @@ fn plan(arguments: &Arguments) -> Plan {
     }
 }
 
-async fn measure(arguments: &Arguments, begin: Instant, moved: &mut Vec<Moved>) -> anyhow::Result<()> {
+async fn measure(arguments: &Arguments, begin: Instant, moved: &mut Vec<Measurement>) -> anyhow::Result<()> {
     let plan = plan(arguments);
     let sizes = plan.sizes.clone();
     let mut bench = Bench::start(plan).await?;
@@ -94,7 +94,7 @@ async fn measure(arguments: &Arguments, begin: Instant, moved: &mut Vec<Moved>) 
     Ok(())
 }
 
-fn report(arguments: &Arguments, begin: Instant, moved: &[Moved]) -> anyhow::Result<()> {
+fn report(arguments: &Arguments, begin: Instant, moved: &[Measurement]) -> anyhow::Result<()> {
     let sizes = arguments.devices.iter().map(|devices| usize::from(*devices));
     let measured = sizes.filter(|devices| moved.iter().any(|one| one.devices == *devices));
     let summaries: Vec<Summary> = measured.map(|devices| Summary::of(devices, moved)).collect();

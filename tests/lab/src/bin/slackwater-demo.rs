@@ -88,7 +88,7 @@ async fn demo(arguments: &Arguments) -> anyhow::Result<()> {
     show(&cluster).await?;
 
     let watching = cluster.watch("node-a", "node-b").await?;
-    steps.say(&format!("the guest on node-a counts: {}", told(&watching.before)));
+    steps.say(&format!("the guest on node-a counts: {}", describe(&watching.before)));
     steps.say("kubectl apply of this VMMigration:");
     let name = format!("move-{}", cluster.vm_name());
     let manifest = manifest(&name, cluster.vm_name());
@@ -105,7 +105,7 @@ async fn demo(arguments: &Arguments) -> anyhow::Result<()> {
     cluster.until_vm_at("node-b").await?;
     cluster.until_free("node-a", i32::from(arguments.devices)).await?;
     let verdict = cluster.judge_success(&watching, &migration, PeerToPeer::Required).await?;
-    steps.say(&format!("the guest on node-b counts: {}", told(&verdict.after)));
+    steps.say(&format!("the guest on node-b counts: {}", describe(&verdict.after)));
     show(&cluster).await?;
     timeline(&migration, &status);
 
@@ -154,7 +154,7 @@ fn indented(text: &str) -> String {
     text.lines().map(|line| format!("    {line}\n")).collect()
 }
 
-fn told(guest: &slackwater_reference_vmm::guest::Report) -> String {
+fn describe(guest: &slackwater_reference_vmm::guest::Report) -> String {
     let mut told = guest.count.to_string();
     for (number, device) in guest.devices.iter().enumerate() {
         told += if number == 0 { ", registers " } else { " " };

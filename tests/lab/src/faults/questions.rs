@@ -14,7 +14,7 @@ use super::matrix::{Cell, End, Expected, Phase, Side};
 use super::report::Outcome;
 use super::scene::Played;
 use super::stage::{DEVICES, Ends};
-use crate::cluster::{Cluster, NAMESPACE, SOON, Watching, has_condition};
+use crate::cluster::{Cluster, NAMESPACE, TIMEOUT, Watching, has_condition};
 use crate::witness::{
     PeerToPeer, State, Trace, Violation, Waking, captured_at_slack_water, never_ran, one_runner,
     quiesced_together, woke_together,
@@ -26,7 +26,7 @@ const A_ROUND: Duration = Duration::from_secs(5);
 
 /// Where the VM runs, and what the status says.
 #[derive(Clone, Debug)]
-struct Seen {
+struct Observed {
     at: Option<Side>,
     guest: Option<Report>,
     succeeded: bool,
@@ -54,15 +54,15 @@ pub async fn ask(cluster: &Cluster, cell: &Cell, ends: Ends, played: &Played) ->
     note("the end", is_expected(expected, &seen));
     note("the guest", guest_is_sound(&seen, &played.watching.before));
     note("the trace", judged_by_trace(cluster, expected, ends, played).await);
-    note("the doubt", doubt_was_told(cell, &seen, played));
+    note("the doubt", doubt_was_reported(cell, &seen, played));
     let home = seen.at.map(|side| ends.at(side));
     if let Some(home) = home {
         note("the status of the VM", cluster.until_vm_at(home).await.map(drop));
         note("what is left", is_clean(cluster, ends, home, &played.migration).await);
     } else {
-        note("the status of the VM", is_told_lost(cluster).await);
+        note("the status of the VM", is_reported_lost(cluster).await);
     }
-    note("the status", tells_the_truth(expected, cluster, played).await);
+    note("the status", status_is_true(expected, cluster, played).await);
     Ok(Outcome {
         cell: *cell,
         seen: seen.to_string(),
@@ -73,7 +73,7 @@ pub async fn ask(cluster: &Cluster, cell: &Cell, ends: Ends, played: &Played) ->
     })
 }
 
-impl std::fmt::Display for Seen {
+impl std::fmt::Display for Observed {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         if self.in_doubt {
             f.write_str("in doubt, then ")?;
@@ -95,7 +95,7 @@ impl std::fmt::Display for Seen {
 pub async fn runner(cluster: &Cluster, ends: Ends) -> anyhow::Result<Option<(Side, Report)>> {
     let mut running = Vec::new();
     for side in [Side::Source, Side::Destination] {
-        if let Some(guest) = counts(cluster, ends.at(side)).await {
+        if let Some(guest) = counting_guest(cluster, ends.at(side)).await {
             running.push((side, guest));
         }
     }
@@ -107,7 +107,7 @@ pub async fn runner(cluster: &Cluster, ends: Ends) -> anyhow::Result<Option<(Sid
 ///
 /// # Errors
 /// With the first sign that it was not so.
-pub async fn one_ran(cluster: &Cluster, home: Side, watching: &Watching) -> anyhow::Result<()> {
+pub async fn only_one_ran(cluster: &Cluster, home: Side, watching: &Watching) -> anyhow::Result<()> {
     let (source, destination) = cluster.traces(watching).await?;
     match home {
         Side::Source => never_ran(&destination)?,
@@ -116,7 +116,7 @@ pub async fn one_ran(cluster: &Cluster, home: Side, watching: &Watching) -> anyh
     Ok(())
 }
 
-async fn look(cluster: &Cluster, ends: Ends, played: &Played) -> anyhow::Result<Seen> {
+async fn look(cluster: &Cluster, ends: Ends, played: &Played) -> anyhow::Result<Observed> {
     let (at, guest) =
         runner(cluster, ends).await?.map_or((None, None), |(side, guest)| (Some(side), Some(guest)));
     let status = status(played)?;
@@ -126,7 +126,7 @@ async fn look(cluster: &Cluster, ends: Ends, played: &Played) -> anyhow::Result<
         cluster.event_reasons(&played.migration.name_any()).await?.iter().any(|reason| reason == "InDoubt");
     let in_doubt =
         |status: &VMMigrationStatus| has_condition(&status.conditions, "InDoubt", "True") == Some(true);
-    Ok(Seen {
+    Ok(Observed {
         at,
         guest,
         succeeded: succeeded.status == "True",
@@ -141,7 +141,7 @@ fn status(played: &Played) -> anyhow::Result<&VMMigrationStatus> {
 }
 
 /// The guest of the only VMM of a node, if it counts on.
-async fn counts(cluster: &Cluster, node: &str) -> Option<Report> {
+async fn counting_guest(cluster: &Cluster, node: &str) -> Option<Report> {
     let first = cluster.guest(node).await.ok()?;
     let deadline = Instant::now() + A_ROUND;
     while Instant::now() < deadline {
@@ -153,7 +153,7 @@ async fn counts(cluster: &Cluster, node: &str) -> Option<Report> {
     None
 }
 
-fn is_expected(expected: End, seen: &Seen) -> anyhow::Result<()> {
+fn is_expected(expected: End, seen: &Observed) -> anyhow::Result<()> {
     let given = |reasons: &[&str]| reasons.contains(&seen.reason.as_str());
     let is = match expected {
         End::AtSource(reasons) => seen.at == Some(Side::Source) && !seen.succeeded && given(reasons),
@@ -165,7 +165,7 @@ fn is_expected(expected: End, seen: &Seen) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn guest_is_sound(seen: &Seen, before: &Report) -> anyhow::Result<()> {
+fn guest_is_sound(seen: &Observed, before: &Report) -> anyhow::Result<()> {
     let Some(guest) = &seen.guest else { return Ok(()) };
     ensure!(guest.count > before.count, "it has gone back from {} to {}", before.count, guest.count);
     ensure!(guest.errors == before.errors, "it found errors: {guest:?}, before {before:?}");
@@ -218,7 +218,7 @@ fn all_run(trace: &Trace, node: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn doubt_was_told(cell: &Cell, seen: &Seen, played: &Played) -> anyhow::Result<()> {
+fn doubt_was_reported(cell: &Cell, seen: &Observed, played: &Played) -> anyhow::Result<()> {
     if cell.must_be_in_doubt() {
         ensure!(seen.in_doubt, "it was never said to be in doubt");
     } else if cell.phase < Phase::Loaded {
@@ -234,7 +234,7 @@ fn doubt_was_told(cell: &Cell, seen: &Seen, played: &Played) -> anyhow::Result<(
     Ok(())
 }
 
-async fn tells_the_truth(expected: End, cluster: &Cluster, played: &Played) -> anyhow::Result<()> {
+async fn status_is_true(expected: End, cluster: &Cluster, played: &Played) -> anyhow::Result<()> {
     let name = played.migration.name_any();
     let now = cluster.migrations().get(&name).await?.status.context("no status")?;
     ensure!(
@@ -262,14 +262,14 @@ async fn tells_the_truth(expected: End, cluster: &Cluster, played: &Played) -> a
 }
 
 /// A VM that runs nowhere is not said to run.
-async fn is_told_lost(cluster: &Cluster) -> anyhow::Result<()> {
+async fn is_reported_lost(cluster: &Cluster) -> anyhow::Result<()> {
     let api: Api<AssignedVM> = Api::namespaced(cluster.client.clone(), NAMESPACE);
     let lost = |vm: Option<&AssignedVM>| {
         let state = vm.and_then(|vm| vm.status.as_ref()?.state);
         !matches!(state, Some(VmState::Running))
     };
     let waiting = kube::runtime::wait::await_condition(api.clone(), "counter", lost);
-    if timeout(SOON, waiting).await.is_err() {
+    if timeout(TIMEOUT, waiting).await.is_err() {
         bail!(
             "the AssignedVM says that it runs: {:#?}",
             api.get_opt("counter").await?.and_then(|vm| vm.status)
@@ -288,13 +288,13 @@ pub async fn is_clean(
     home: &str,
     migration: &VMMigration,
 ) -> anyhow::Result<()> {
-    let deadline = Instant::now() + SOON;
+    let deadline = Instant::now() + TIMEOUT;
     let mut looks = interval(Duration::from_millis(500));
     loop {
         looks.tick().await;
         let mut left = Vec::new();
         for node in [ends.source, ends.destination] {
-            left.extend(left_at(cluster, node, node == home, migration).await?);
+            left.extend(leftovers_at(cluster, node, node == home, migration).await?);
         }
         if left.is_empty() {
             return Ok(());
@@ -304,7 +304,7 @@ pub async fn is_clean(
 }
 
 /// What is at a node and should not be, or is not and should be.
-async fn left_at(
+async fn leftovers_at(
     cluster: &Cluster,
     node: &str,
     is_home: bool,
@@ -319,7 +319,7 @@ async fn left_at(
     let number = |is: usize| if is_home { is } else { 0 }.to_string();
 
     // What the agent says.
-    let described = cluster.described(node).await?;
+    let described = cluster.describe(node).await?;
     let of_vm = described.devices.iter().filter(|d| d.holder == format!("VM {NAMESPACE}/counter")).count();
     let free = described.devices.iter().filter(|device| device.free).count();
     expect("devices of the VM", of_vm.to_string(), number(DEVICES));
@@ -328,7 +328,7 @@ async fn left_at(
     let held: Vec<&str> =
         described.vms.iter().map(|vm| vm.migration_id.as_str()).filter(|id| !id.is_empty()).collect();
     expect("migrations that hold a VM", held.join(" "), String::new());
-    let journal = cluster.journalled(node, migration).await?;
+    let journal = cluster.journal_state(node, migration).await?;
     let open = !journal.ended && journal.record() != JournalRecord::Unspecified;
     expect(
         "the journal",
@@ -337,7 +337,7 @@ async fn left_at(
     );
 
     // What the node's kernel says.
-    let counted = counted(cluster, node).await?;
+    let counted = count_leftovers(cluster, node).await?;
     let count = |what: &str| counted.get(what).copied().unwrap_or(0);
     expect("VMMs", count("vmms").to_string(), number(1));
     expect("cgroups of VMs without a process", count("empty-cgroups").to_string(), "0".to_owned());
@@ -351,7 +351,7 @@ async fn left_at(
 }
 
 /// Counts what a node's /proc and /sys show.
-async fn counted(cluster: &Cluster, node: &str) -> anyhow::Result<BTreeMap<String, usize>> {
+async fn count_leftovers(cluster: &Cluster, node: &str) -> anyhow::Result<BTreeMap<String, usize>> {
     const COUNT: &str = r#"
         vmms=$(pidof slackwater-reference-vmm qemu-system-x86_64 | wc -w)
         cgroups=0; empty=0

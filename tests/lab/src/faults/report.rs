@@ -25,7 +25,7 @@ pub struct Outcome {
 impl Outcome {
     /// A cell that did not come to an end at all.
     #[must_use]
-    pub fn failed(cell: Cell, why: String) -> Self {
+    pub fn without_end(cell: Cell, why: String) -> Self {
         let seen = "no end was seen".to_owned();
         Self { cell, seen, problems: vec![why], home: None, took: Duration::ZERO, evidence: String::new() }
     }
@@ -86,7 +86,7 @@ mod tests {
         let all = cells(VmmKind::Contract);
         let cell =
             *all.iter().find(|cell| (cell.phase, cell.fault) == (Phase::Stop, Fault::TwinKilled)).unwrap();
-        let text = markdown(&all, &[Outcome::failed(cell, "a | b\nc".to_owned())]);
+        let text = markdown(&all, &[Outcome::without_end(cell, "a | b\nc".to_owned())]);
         let rows: Vec<&str> =
             text.lines().filter(|line| line.starts_with("| ") && !line.starts_with("| phase")).collect();
         assert_eq!(rows.len(), all.len());

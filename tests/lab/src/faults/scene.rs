@@ -9,7 +9,7 @@ use slackwater_api::{MigrationNode, VMMigration};
 
 use super::matrix::{Cell, Expected, Fault, Phase, Side};
 use super::stage::Ends;
-use crate::cluster::{Cluster, Damaged, SOON, Watching, has_condition};
+use crate::cluster::{Cluster, DamagedFile, TIMEOUT, Watching, has_condition};
 
 /// How long a device hangs, and how long the API server is away.
 const A_WHILE: Duration = Duration::from_secs(30);
@@ -24,7 +24,7 @@ pub struct Played {
     /// Both nodes' witnesses, and the guest before.
     pub watching: Watching,
     /// The files of a journal that could not be read for a while.
-    pub damaged: Vec<Damaged>,
+    pub damaged: Vec<DamagedFile>,
 }
 
 /// Plays a cell. What befell the migration is healed when this returns, whatever it returns.
@@ -34,7 +34,7 @@ pub struct Played {
 pub async fn play(cluster: &mut Cluster, cell: &Cell, ends: Ends, name: &str) -> anyhow::Result<Played> {
     let mut scene = Scene { cluster, cell, ends, name, damaged: Vec::new() };
     let played = scene.play().await;
-    scene.heal().await.context("what befell the migration could not be healed")?;
+    scene.undo().await.context("what befell the migration could not be healed")?;
     played
 }
 
@@ -43,7 +43,7 @@ struct Scene<'a> {
     cell: &'a Cell,
     ends: Ends,
     name: &'a str,
-    damaged: Vec<Damaged>,
+    damaged: Vec<DamagedFile>,
 }
 
 impl Scene<'_> {
@@ -52,7 +52,7 @@ impl Scene<'_> {
         let halted = self.prepare().await?;
         self.cluster.migrate(self.name, &format!("target: {{nodeName: {}}}", self.ends.destination)).await?;
         if let Some((node, words)) = halted {
-            let at_phase = self.cluster.until_agent_says(node, &words, SOON).await;
+            let at_phase = self.cluster.until_agent_says(node, &words, TIMEOUT).await;
             if at_phase.is_err() {
                 let now = self
                     .cluster
@@ -63,9 +63,9 @@ impl Scene<'_> {
                 at_phase.with_context(|| format!("the phase was not reached; the status is {now:#?}"))?;
             }
         }
-        self.befall().await?;
+        self.inject().await?;
         let decided = self.until_decided().await?;
-        self.relieve().await?;
+        self.end_fault().await?;
         let migration = self.cluster.until_ended(self.name).await?;
         let damaged = std::mem::take(&mut self.damaged);
         Ok(Played { migration, decided, watching, damaged })
@@ -107,7 +107,7 @@ impl Scene<'_> {
         Ok(())
     }
 
-    async fn befall(&mut self) -> anyhow::Result<()> {
+    async fn inject(&mut self) -> anyhow::Result<()> {
         let Ends { source, destination } = self.ends;
         match self.cell.fault {
             Fault::AgentKilled(side) => {
@@ -137,7 +137,7 @@ impl Scene<'_> {
                 self.go_on().await
             }
             Fault::LinkCutAndRestored => {
-                self.cluster.cut_off(destination).await?;
+                self.cluster.isolate(destination).await?;
                 self.go_on().await
             }
             Fault::LinkCutForGood => {
@@ -200,14 +200,14 @@ impl Scene<'_> {
     }
 
     /// Ends what the end of a doubt depends on.
-    async fn relieve(&mut self) -> anyhow::Result<()> {
+    async fn end_fault(&mut self) -> anyhow::Result<()> {
         match self.cell.fault {
-            Fault::LinkCutAndRestored => self.cluster.join_again(self.ends.destination).await,
+            Fault::LinkCutAndRestored => self.cluster.reconnect(self.ends.destination).await,
             Fault::JournalFull(side) => self.cluster.empty_state_disk(self.ends.at(side)).await,
             Fault::JournalCorrupted(side) => {
                 let node = self.ends.at(side);
                 self.cluster.kill_agent(node).await?;
-                self.cluster.mend_journal(node, &self.damaged).await?;
+                self.cluster.restore_journal(node, &self.damaged).await?;
                 self.cluster.restart_agent(node).await
             }
             _ => Ok(()),
@@ -215,12 +215,12 @@ impl Scene<'_> {
     }
 
     /// Takes away whatever is left of what befell the migration.
-    async fn heal(&mut self) -> anyhow::Result<()> {
+    async fn undo(&mut self) -> anyhow::Result<()> {
         self.cluster.lab.control_plane()?.thaw_api_server()?;
         self.go_on().await?;
         match self.cell.fault {
             Fault::LinkCutAndRestored | Fault::LinkCutForGood => {
-                self.cluster.join_again(self.ends.destination).await?;
+                self.cluster.reconnect(self.ends.destination).await?;
             }
             Fault::JournalFull(side) => self.cluster.empty_state_disk(self.ends.at(side)).await?,
             _ => {}

@@ -131,11 +131,11 @@ impl Stage {
         self.cluster.lab.control_plane()?.thaw_api_server()?;
         self.cluster.kill_operator().await;
         for node in NODES {
-            self.cluster.join_again(node).await?;
+            self.cluster.reconnect(node).await?;
             self.cluster.set_faults(node, "").await?;
             self.cluster.kill_agent(node).await?;
             self.remove_remains(node).await?;
-            self.cluster.forget_state(node).await?;
+            self.cluster.delete_state(node).await?;
         }
         for node in NODES {
             self.cluster.restart_agent(node).await?;
@@ -162,7 +162,7 @@ impl Stage {
         let begin = std::time::Instant::now();
         let mut outcome = match self.try_play(cell).await {
             Ok(outcome) => outcome,
-            Err(error) => Outcome::failed(*cell, format!("{error:#}")),
+            Err(error) => Outcome::without_end(*cell, format!("{error:#}")),
         };
         if !outcome.ok() {
             outcome.evidence = self.evidence(begin.elapsed()).await;

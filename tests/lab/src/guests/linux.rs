@@ -1,4 +1,4 @@
-//! The guest that is a Linux: the nodes' own kernel, and `slackwater-lab-guest` as its only program.
+//! The Linux guest: the nodes' own kernel, and `slackwater-lab-guest` as its only program.
 //!
 //! Fifty times a second it sends the next of its numbered lines ([`super::lines`]) through every mtty card's serial port, by the
 //! kernel's own driver and its interrupts, and reads it back: mtty returns what it is sent. Not one byte may be lost, doubled, or
@@ -15,7 +15,7 @@ pub const PROGRAM: &str = "slackwater-lab-guest";
 /// The disk that it writes to, if there is one.
 pub const DISK: &str = "/dev/vda";
 
-/// The kernel's command line: nothing that the guest has no use for, as an emulated CPU takes long for it. One port for every card,
+/// The kernel's command line. It switches off what the guest does not need, since an emulated CPU is slow. One port for every card,
 /// besides the four that a PC may have.
 pub const COMMAND_LINE: &str = "quiet panic=-1 mitigations=off rcupdate.rcu_expedited=1 nokaslr lsm=capability audit=0 nmi_watchdog=0 \
     cryptomgr.notests 8250.nr_uarts=20";

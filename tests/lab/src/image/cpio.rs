@@ -7,7 +7,7 @@ const REGULAR: u32 = 0o100_000;
 const FOLDER: u32 = 0o040_000;
 const LINK: u32 = 0o120_000;
 
-/// An archive being written. Folders on the way to an entry are made when they are first needed.
+/// An archive being written. Parent folders are added when they are first needed.
 #[derive(Default)]
 pub(crate) struct Archive {
     bytes: Vec<u8>,

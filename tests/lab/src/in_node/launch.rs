@@ -5,7 +5,7 @@ use std::{convert::Infallible, fs, os::unix::process::CommandExt, path::Path, pr
 
 use anyhow::Context;
 
-/// Where the cgroups of what is spawned lie.
+/// The parent of the cgroups of spawned programs.
 pub(super) const CGROUPS: &str = "/sys/fs/cgroup/lab";
 
 /// Enters the cgroup, opens a session, and becomes the program. Returns only when that fails.

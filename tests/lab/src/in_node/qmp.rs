@@ -1,4 +1,4 @@
-//! One command for a QEMU in the node, by its machine protocol, or one migration from its begin to its end.
+//! Sends one command to a QEMU in the node over QMP, or runs one migration to its end.
 
 use std::{
     io::{BufRead, BufReader, Lines, Write},
@@ -18,8 +18,8 @@ pub(super) fn execute(socket: &str, command: &str, arguments: &str) -> anyhow::R
     Ok(())
 }
 
-/// Begins a migration, waits for its end without asking meanwhile, and prints what `query-migrate` says then. The migration's events
-/// must be switched on.
+/// Starts a migration, waits for its end without polling, and prints what `query-migrate` returns then. The migration's events
+/// must be enabled.
 pub(super) fn migrate(socket: &str, uri: &str) -> anyhow::Result<()> {
     let stream = UnixStream::connect(socket).with_context(|| format!("connecting to {socket}"))?;
     let mut lines = BufReader::new(stream.try_clone()?).lines();

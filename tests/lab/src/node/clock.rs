@@ -1,9 +1,9 @@
-//! Clocks. Every node has its own CLOCK_MONOTONIC, and so has this machine; what happened in two nodes can be ordered only as far
-//! as the difference of their clocks is known.
+//! Clocks. Every node has its own CLOCK_MONOTONIC, and so has this machine. Events in two nodes can be ordered only as far as
+//! the difference of their clocks is known.
 
 use rustix::time::{ClockId, clock_gettime};
 
-/// What a node's clock showed, as seen from this machine.
+/// A reading of a node's clock, taken from this machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ClockReading {
     /// The middle of the exchange, nanoseconds of this machine's CLOCK_MONOTONIC.
@@ -46,7 +46,7 @@ impl ClockRelation {
         Self { first: reading, last: reading }
     }
 
-    /// When it was on this machine's clock, if the node's showed `node_ns`: the earliest and the latest it can have been.
+    /// The earliest and the latest time on this machine's clock at which the node's clock showed `node_ns`.
     #[must_use]
     pub fn host_interval(&self, node_ns: u64) -> (i64, i64) {
         let node_ns = i64::try_from(node_ns).unwrap_or(i64::MAX);

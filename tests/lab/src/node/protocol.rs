@@ -1,7 +1,7 @@
-//! What the lab and a node's control service say to each other.
+//! The protocol between the lab and a node's control service.
 //!
 //! A message is one line of JSON, and behind it as many bytes of payload as the line announces (a file's content, a program's
-//! output). A connection carries requests one after the other; whoever wants two things at once opens two connections. The
+//! output). A connection carries requests one after the other; a client that needs two at once opens two connections. The
 //! port is reachable from the loopback interface of the lab's machine only.
 
 use std::io::{self, BufRead, Write};
@@ -14,7 +14,7 @@ pub const CONTROL_PORT: u16 = 7000;
 /// The line that the service prints to the node's serial console once it listens.
 pub const READY_LINE: &str = "slackwater-lab-node: ready";
 
-/// No payload is larger: what announces more is not this protocol.
+/// The largest payload. A message that announces more is invalid.
 pub const MAX_PAYLOAD_BYTES: u64 = 1 << 30;
 
 /// What the lab asks of a node. Programs are given by argument vectors: there is no shell unless one is named.
@@ -28,7 +28,7 @@ pub enum Request {
         /// How long it may take.
         timeout_ms: u64,
     },
-    /// Starts a program that goes on, in a session and a cgroup of its own. Each line that it prints goes to
+    /// Starts a program in the background, in a session and a cgroup of its own. Each line that it prints goes to
     /// `/var/log/NAME.log` and, behind its name, to the serial console.
     Spawn {
         /// Names the cgroup and the log.
@@ -89,7 +89,7 @@ pub enum Ending {
     Status(i32),
     /// By this signal.
     Signal(i32),
-    /// It was not the service's child: nobody told it.
+    /// Not known: it was not the service's child.
     Unknown,
 }
 

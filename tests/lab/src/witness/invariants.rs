@@ -110,7 +110,7 @@ impl Invariant {
 }
 
 /// How to name a change in a message.
-fn told(change: &Change) -> String {
+fn describe(change: &Change) -> String {
     let name = |state: Option<State>| state.map_or("?", State::name);
     match change.from {
         None => "its reset".to_owned(),
@@ -122,10 +122,10 @@ fn told(change: &Change) -> String {
 }
 
 /// How to say where a device stood.
-fn stood(device: &DeviceTrace, at_ns: u64) -> String {
+fn describe_state(device: &DeviceTrace, at_ns: u64) -> String {
     let changing = device.changes.iter().find(|change| change.began_ns <= at_ns && at_ns < change.ended_ns);
     match (changing, device.state_at(at_ns)) {
-        (Some(change), _) => format!("in the middle of {}", told(change)),
+        (Some(change), _) => format!("in the middle of {}", describe(change)),
         (None, Some(state)) => state.to_string(),
         (None, None) => "in a state that is not known".to_owned(),
     }

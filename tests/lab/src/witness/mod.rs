@@ -41,7 +41,7 @@ pub use state::State;
 pub use trace::{Access, AccessKind, Change, DeviceTrace, Run, Trace, VcpuTrace};
 
 /// The formatting of a full buffer takes an emulated CPU a while.
-const COLLECT_PATIENCE: Duration = Duration::from_secs(120);
+const COLLECT_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// A witness that watches one node, from the moment on when this was made.
 #[derive(Clone, Copy, Debug)]
@@ -65,7 +65,7 @@ impl Watch {
     /// # Errors
     /// When the node cannot be reached, or anything is missing from the record.
     pub async fn testimony(&self, node: &Node) -> Result<Trace, LabError> {
-        let collected = node.exec_for(&["witness-collect"], b"", COLLECT_PATIENCE).await?.success()?;
+        let collected = node.exec_for(&["witness-collect"], b"", COLLECT_TIMEOUT).await?.success()?;
         let clock = ClockRelation::between(self.first, node.clock().await?);
         Trace::parse(node.name(), clock, &collected)
             .map_err(|error| LabError::Witness { node: node.name().to_owned(), reason: error.to_string() })

@@ -73,13 +73,13 @@ impl Save {
     {
         let (chunks, incoming) = mpsc::channel(CHUNKS);
         let (finish, finishing) = oneshot::channel();
-        let (given, mut all_given) = oneshot::channel();
+        let (all_read, mut drained) = oneshot::channel();
         let (publish, outcome) = watch::channel(None);
         let remaining_bytes = Arc::new(AtomicU64::new(shape.ram_bytes));
         let stream = SaveStream {
             chunks: incoming,
             aborted: Box::pin(abort.clone().cancelled_owned()),
-            given: Some(given),
+            all_read: Some(all_read),
         };
         let save = Self {
             finish: Some(finish),
@@ -87,20 +87,20 @@ impl Save {
             remaining_bytes: remaining_bytes.clone(),
             outcome,
         };
-        let give = async move {
+        let write = async move {
             let machine = tokio::select! {
                 // The sender is dropped only with the save, which lives as long as this task.
                 machine = finishing => machine.map_err(|_| SaveError::Aborted)?,
                 // Not given, so dropped: the stream, and its end of the channel.
-                _ = &mut all_given => return Err(SaveError::ReaderGone),
+                _ = &mut drained => return Err(SaveError::ReaderGone),
             };
-            give(chunks, ram, shape, machine, remaining_bytes, all_given).await
+            write_state(chunks, ram, shape, machine, remaining_bytes, drained).await
         };
         tokio::spawn(async move {
             let outcome = tokio::select! {
                 biased;
                 () = abort.cancelled() => Err(SaveError::Aborted),
-                outcome = give => outcome,
+                outcome = write => outcome,
             };
             ended().await;
             publish.send_replace(Some(outcome));
@@ -138,13 +138,13 @@ impl Save {
     }
 }
 
-async fn give(
+async fn write_state(
     chunks: mpsc::Sender<Result<Bytes, Status>>,
     ram: Arc<GuestRam>,
     shape: Shape,
     machine: MachineState,
     remaining_bytes: Arc<AtomicU64>,
-    all_given: oneshot::Receiver<()>,
+    drained: oneshot::Receiver<()>,
 ) -> Outcome {
     let (fail, since) = (chunks.clone(), Instant::now());
     let written = spawn_blocking(move || {
@@ -168,7 +168,7 @@ async fn give(
         }
     }
     drop(fail);
-    all_given.await.map_err(|_| SaveError::ReaderGone)?;
+    drained.await.map_err(|_| SaveError::ReaderGone)?;
     info!(milliseconds = since.elapsed().as_millis(), "all of the VM has been given");
     Ok(())
 }
@@ -202,27 +202,27 @@ impl Write for Chunks {
 pub struct SaveStream {
     chunks: mpsc::Receiver<Result<Bytes, Status>>,
     aborted: Pin<Box<WaitForCancellationFutureOwned>>,
-    given: Option<oneshot::Sender<()>>,
+    all_read: Option<oneshot::Sender<()>>,
 }
 
 impl Stream for SaveStream {
     type Item = Result<StartSaveResponse, Status>;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        if self.given.is_none() {
+        if self.all_read.is_none() {
             return Poll::Ready(None);
         }
         if self.aborted.as_mut().poll(context).is_ready() {
-            self.given = None;
+            self.all_read = None;
             self.chunks.close();
             return Poll::Ready(Some(Err(SaveError::Aborted.into())));
         }
         let next = std::task::ready!(self.chunks.poll_recv(context));
         if next.is_none()
-            && let Some(given) = self.given.take()
+            && let Some(all_read) = self.all_read.take()
         {
             // Fails only if the save has ended otherwise.
-            given.send(()).unwrap_or_default();
+            all_read.send(()).unwrap_or_default();
         }
         Poll::Ready(next.map(|chunk| chunk.map(|data| StartSaveResponse { data })))
     }

@@ -43,7 +43,7 @@ impl Fixture {
             |name: &str| Device { name: name.into(), descriptor: 9, guest_address: "pio 0x1000".into() };
         let vm = Vm { vcpu, ram: ram.clone(), devices: vec![device("a"), device("b")] };
         let quit = CancellationToken::new();
-        let routes = Routes::new(vmm_server(LabVmm::new(vm, state, quit.clone())));
+        let routes = Routes::new(vmm_server(ReferenceVmm::new(vm, state, quit.clone())));
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("vmm.sock");
         let listener = bind_unix(&path).unwrap();

@@ -89,7 +89,7 @@ async fn pauses(d: &Devices<'_>) -> Result<()> {
     vmm.quit().await
 }
 
-fn refused<T>(result: Result<T, Status>, code: Code, words: &str) -> Result<()> {
+fn assert_refused<T>(result: Result<T, Status>, code: Code, words: &str) -> Result<()> {
     let status = result.err().with_context(|| format!("taken, but not {words:?}"))?;
     ensure!(
         status.code() == code && status.message().contains(words),
@@ -103,24 +103,28 @@ async fn out_of_order(d: &Devices<'_>) -> Result<()> {
     let running = "the VM is running and no save has begun; expected";
     let client = &mut vmm.client;
     let early = Code::FailedPrecondition;
-    refused(client.finish_save(FinishSaveRequest {}).await, early, running)?;
-    refused(client.save_progress(SaveProgressRequest {}).await, early, running)?;
-    refused(client.start_load(stream::empty()).await, early, running)?;
-    refused(client.finish_load(FinishLoadRequest {}).await, early, running)?;
-    refused(client.start_save(StartSaveRequest { live: true }).await, early, "live is true, expected false")?;
+    assert_refused(client.finish_save(FinishSaveRequest {}).await, early, running)?;
+    assert_refused(client.save_progress(SaveProgressRequest {}).await, early, running)?;
+    assert_refused(client.start_load(stream::empty()).await, early, running)?;
+    assert_refused(client.finish_load(FinishLoadRequest {}).await, early, running)?;
+    assert_refused(
+        client.start_save(StartSaveRequest { live: true }).await,
+        early,
+        "live is true, expected false",
+    )?;
     let save = client.start_save(StartSaveRequest { live: false }).await?;
     let saving = "a save has begun and the VM is running; expected";
-    refused(client.finish_save(FinishSaveRequest {}).await, early, saving)?;
-    refused(client.start_save(StartSaveRequest { live: false }).await, early, saving)?;
-    refused(client.resume(ResumeRequest {}).await, early, saving)?;
+    assert_refused(client.finish_save(FinishSaveRequest {}).await, early, saving)?;
+    assert_refused(client.start_save(StartSaveRequest { live: false }).await, early, saving)?;
+    assert_refused(client.resume(ResumeRequest {}).await, early, saving)?;
     drop(save);
     client.abort_save(AbortSaveRequest {}).await?;
 
     let mut twin = Vmm::start(TWIN_SOCKET, d.twins, true).await?;
     let empty = "the VMM was started to take over a VM, of which nothing has come; expected";
-    refused(twin.client.pause(PauseRequest {}).await, early, empty)?;
-    refused(twin.client.resume(ResumeRequest {}).await, early, empty)?;
-    refused(twin.client.start_save(StartSaveRequest { live: false }).await, early, empty)?;
+    assert_refused(twin.client.pause(PauseRequest {}).await, early, empty)?;
+    assert_refused(twin.client.resume(ResumeRequest {}).await, early, empty)?;
+    assert_refused(twin.client.start_save(StartSaveRequest { live: false }).await, early, empty)?;
     ensure!(twin.run_state().await? == RunState::Incoming);
     let report = vmm.counts(10).await?;
     ensure!(report.errors == 0, "{report:?}");
@@ -174,10 +178,10 @@ async fn garbage(d: &Devices<'_>) -> Result<()> {
     let bytes = save(&mut vmm, &mut devices).await?;
     let (_, truncated) = bytes.split_last().context("an empty VM")?;
     let wrong = Code::InvalidArgument;
-    refused(load(&mut twin, b"Not a VM.").await, wrong, r#"the magic is "Not a VM", expected"#)?;
-    refused(load(&mut twin, truncated).await, wrong, "the state ends after")?;
-    refused(load(&mut twin, &[&bytes, &b"!"[..]].concat()).await, wrong, "more data follows")?;
-    refused(
+    assert_refused(load(&mut twin, b"Not a VM.").await, wrong, r#"the magic is "Not a VM", expected"#)?;
+    assert_refused(load(&mut twin, truncated).await, wrong, "the state ends after")?;
+    assert_refused(load(&mut twin, &[&bytes, &b"!"[..]].concat()).await, wrong, "more data follows")?;
+    assert_refused(
         twin.client.finish_load(FinishLoadRequest {}).await,
         Code::FailedPrecondition,
         "nothing has come",
@@ -249,7 +253,7 @@ async fn rolls_back(d: &Devices<'_>) -> Result<()> {
     vmm.client.pause(PauseRequest {}).await?;
     set_all(&mut devices, &[RunningP2p, StopCopy])?;
     vmm.client.abort_save(AbortSaveRequest {}).await?;
-    refused(pieces.message().await, Code::Aborted, "the save was aborted")?;
+    assert_refused(pieces.message().await, Code::Aborted, "the save was aborted")?;
     ensure!(vmm.run_state().await? == RunState::Paused);
     set_all(&mut devices, &[Stop, RunningP2p, Running])?;
     vmm.client.resume(ResumeRequest {}).await?;

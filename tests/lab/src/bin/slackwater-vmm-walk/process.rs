@@ -21,7 +21,7 @@ use tokio::process::{Child, ChildStderr, Command};
 use tokio::time::{interval, timeout};
 
 /// What may take a while on an emulated CPU.
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A VMM that serves. It is killed when dropped.
 pub(crate) struct Vmm {
@@ -78,7 +78,7 @@ impl Vmm {
             }
             bail!("the VMM has ended: {}", said.join(" "))
         };
-        timeout(PATIENCE, serving).await.context("the VMM does not serve")??;
+        timeout(TIMEOUT, serving).await.context("the VMM does not serve")??;
         let socket = PathBuf::from(socket);
         let mode = std::fs::metadata(&socket)?.permissions().mode() & 0o777;
         ensure!(mode == 0o600, "the socket has mode {mode:o}");
@@ -104,7 +104,7 @@ impl Vmm {
                 }
             }
         };
-        match timeout(PATIENCE, counted).await {
+        match timeout(TIMEOUT, counted).await {
             Ok(report) => report,
             Err(_) => bail!("it does not count up to {goal}: {:?}", self.guest()?),
         }
@@ -139,7 +139,7 @@ impl Vmm {
     }
 
     async fn ended(&mut self) -> Result<()> {
-        let ending = timeout(PATIENCE, self.process.wait()).await.context("it does not end")??;
+        let ending = timeout(TIMEOUT, self.process.wait()).await.context("it does not end")??;
         let mut log = vec![];
         while let Some(line) = self.log.next_line().await? {
             eprintln!("{line}");

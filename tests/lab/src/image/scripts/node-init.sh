@@ -1,5 +1,5 @@
 #!/bin/sh
-# The first program of a node of the lab. The kernel's command line says what the node is (slackwater.*).
+# The first program of a node. The kernel's command line describes the node (slackwater.*).
 export PATH=/bin
 mount -t proc proc /proc
 mount -t sysfs sys /sys

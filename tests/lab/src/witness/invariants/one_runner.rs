@@ -1,7 +1,7 @@
 //! I1: at no time do both ends run the VM. The source's last run, of a vCPU or of a device, is before the destination's first,
 //! by more than what is not known about their clocks.
 
-use super::{Invariant, Violation, changes, leaves_stop, stood, told};
+use super::{Invariant, Violation, changes, describe, describe_state, leaves_stop};
 use crate::witness::{
     state::State,
     trace::{Change, Trace},
@@ -33,14 +33,15 @@ pub fn one_runner(source: &Trace, destination: &Trace) -> Result<Separation, Vio
         if let Some(change) = last.filter(|change| change.to.unwrap_or(State::Error).moves()) {
             let what = format!(
                 "device {name} was never stopped for good: the last that was seen is {}",
-                told(change)
+                describe(change)
             );
             return Err(i1.broken(source, change.ended_ns, what));
         }
         if last.is_none() {
-            return Err(
-                i1.unjudged(source, format!("device {name} was {} all the time", stood(device, u64::MAX)))
-            );
+            return Err(i1.unjudged(
+                source,
+                format!("device {name} was {} all the time", describe_state(device, u64::MAX)),
+            ));
         }
     }
     if source.vcpus.runs.is_empty() {
@@ -80,7 +81,7 @@ fn last_sign(source: &Trace) -> Result<Sign, Violation> {
     let device = changes(source, stops)
         .map(|(name, change)| Sign {
             at_ns: change.ended_ns,
-            what: format!("{} of device {name}", told(change)),
+            what: format!("{} of device {name}", describe(change)),
         })
         .max_by_key(|sign| sign.at_ns);
     let mut last = device;
@@ -102,7 +103,10 @@ fn last_sign(source: &Trace) -> Result<Sign, Violation> {
 /// The first sign that the destination ran the VM: the first entry into KVM_RUN, or the first device that left STOP.
 fn first_sign(destination: &Trace) -> Option<Sign> {
     let device = changes(destination, |change| leaves_stop(change) || attempts_to_leave(change)).map(
-        |(name, change)| Sign { at_ns: change.began_ns, what: format!("{} of device {name}", told(change)) },
+        |(name, change)| Sign {
+            at_ns: change.began_ns,
+            what: format!("{} of device {name}", describe(change)),
+        },
     );
     let vcpu = destination.vcpus.runs.iter().map(|run| Sign {
         at_ns: run.began_ns,
@@ -118,13 +122,13 @@ fn attempts_to_leave(change: &Change) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::super::test_traces::Story;
+    use super::super::test_traces::TraceBuilder;
     use super::*;
     use State::*;
 
     /// Runs until 100; its devices stand still from 111 on.
-    fn source() -> Story {
-        Story::new("s")
+    fn source() -> TraceBuilder {
+        TraceBuilder::new("s")
             .run(1, 100)
             .at(105)
             .arcs(&["a", "b"], &[RunningP2p, Stop, StopCopy])
@@ -133,8 +137,8 @@ mod tests {
     }
 
     /// Its devices leave STOP at 200, its vCPU runs from 220 on.
-    fn destination() -> Story {
-        Story::new("d")
+    fn destination() -> TraceBuilder {
+        TraceBuilder::new("d")
             .at(1)
             .arcs(&["a", "b"], &[Running, RunningP2p, Stop, Resuming, Stop])
             .at(200)
@@ -168,14 +172,14 @@ mod tests {
 
     #[test]
     fn a_source_device_that_stops_only_after_the_destination_began_breaks_it() {
-        let late = Story::new("s")
+        let late = TraceBuilder::new("s")
             .run(1, 100)
             .at(105)
             .arcs(&["a"], &[RunningP2p, Stop])
             .at(210)
             .arcs(&["b"], &[RunningP2p, Stop]);
         assert!(one_runner(&late.trace(), &destination().trace()).is_err());
-        let never = Story::new("s")
+        let never = TraceBuilder::new("s")
             .run(1, 100)
             .at(105)
             .arcs(&["a"], &[RunningP2p, Stop])
@@ -208,12 +212,14 @@ mod tests {
 
     #[test]
     fn a_destination_that_only_took_the_blob_never_ran() {
-        let taken =
-            Story::new("d").at(1).arcs(&["a"], &[Running, RunningP2p, Stop, Resuming, Stop]).reset("a", 50);
+        let taken = TraceBuilder::new("d")
+            .at(1)
+            .arcs(&["a"], &[Running, RunningP2p, Stop, Resuming, Stop])
+            .reset("a", 50);
         assert_eq!(never_ran(&taken.trace()), Ok(()));
         assert!(one_runner(&source().trace(), &taken.trace()).unwrap_err().at_ns.is_none());
         let refused =
-            Story::new("d").at(1).arcs(&["a"], &[Resuming, Stop]).attempt("a", Stop, Running, 40, 41);
+            TraceBuilder::new("d").at(1).arcs(&["a"], &[Resuming, Stop]).attempt("a", Stop, Running, 40, 41);
         assert!(never_ran(&refused.trace()).is_err(), "it may have begun");
     }
 }

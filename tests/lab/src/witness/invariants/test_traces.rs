@@ -11,12 +11,12 @@ use crate::{
 };
 
 /// A trace being told.
-pub(super) struct Story {
+pub(super) struct TraceBuilder {
     trace: Trace,
     now_ns: u64,
 }
 
-impl Story {
+impl TraceBuilder {
     pub(super) fn new(node: &str) -> Self {
         let trace = Trace {
             node: node.to_owned(),

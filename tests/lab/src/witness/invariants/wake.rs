@@ -1,7 +1,7 @@
 //! I4: no device leaves STOP until all have loaded and left RESUMING; none enters RUNNING until all are in RUNNING_P2P; the vCPUs
 //! run last. The same, less the loading, where a VM wakes after a migration that was given up.
 
-use super::{Invariant, PeerToPeer, Violation, changes, leaves_stop, stood, told};
+use super::{Invariant, PeerToPeer, Violation, changes, describe, describe_state, leaves_stop};
 use crate::witness::{
     state::State,
     trace::{Change, DeviceTrace, Trace},
@@ -46,8 +46,8 @@ pub fn woke_together(trace: &Trace, waking: Waking, peer_to_peer: PeerToPeer) ->
             let itself = if other_name == name { "itself " } else { "" };
             let what = format!(
                 "device {name} began {} while {itself}device {other_name} was {}",
-                told(change),
-                stood_and_loaded(other, change.began_ns, waking)
+                describe(change),
+                describe_state_and_load(other, change.began_ns, waking)
             );
             return Err(i4.broken(trace, change.began_ns, what));
         }
@@ -61,7 +61,8 @@ pub fn woke_together(trace: &Trace, waking: Waking, peer_to_peer: PeerToPeer) ->
     if let Some((name, device)) =
         trace.devices.iter().find(|(_, device)| device.state_at(awake_ns) != Some(State::Running))
     {
-        let what = format!("device {name} was {} when the last of them ran", stood(device, awake_ns));
+        let what =
+            format!("device {name} was {} when the last of them ran", describe_state(device, awake_ns));
         return Err(i4.broken(trace, awake_ns, what));
     }
     // At the destination no vCPU runs at all before: at the source none from the moment on when the last device stood still.
@@ -101,29 +102,29 @@ fn is_awake_to_peers(device: &DeviceTrace, at_ns: u64) -> bool {
     device.holds_at(at_ns, State::moves)
 }
 
-fn stood_and_loaded(device: &DeviceTrace, at_ns: u64, waking: Waking) -> String {
+fn describe_state_and_load(device: &DeviceTrace, at_ns: u64, waking: Waking) -> String {
     let loaded = if waking == Waking::AfterLoad && !has_loaded(device, at_ns) { ", not loaded" } else { "" };
-    format!("{}{loaded}", stood(device, at_ns))
+    format!("{}{loaded}", describe_state(device, at_ns))
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::test_traces::Story;
+    use super::super::test_traces::TraceBuilder;
     use super::*;
     use State::*;
 
     const REQUIRED: PeerToPeer = PeerToPeer::Required;
 
     /// Both devices take a blob, and have loaded by 30.
-    fn loaded() -> Story {
-        Story::new("d")
+    fn loaded() -> TraceBuilder {
+        TraceBuilder::new("d")
             .at(1)
             .arcs(&["a", "b"], &[Running, RunningP2p, Stop, Resuming])
             .at(20)
             .arcs(&["a", "b"], &[Resuming, Stop])
     }
 
-    fn awake() -> Story {
+    fn awake() -> TraceBuilder {
         loaded()
             .at(40)
             .arcs(&["a", "b"], &[Stop, RunningP2p])
@@ -138,7 +139,7 @@ mod tests {
 
     #[test]
     fn a_device_that_leaves_stop_while_another_loads_breaks_it() {
-        let story = Story::new("d")
+        let builder = TraceBuilder::new("d")
             .at(1)
             .arcs(&["a", "b"], &[Running, RunningP2p, Stop, Resuming])
             .at(20)
@@ -147,7 +148,7 @@ mod tests {
             .arcs(&["b"], &[Resuming, Stop, RunningP2p])
             .at(40)
             .arcs(&["a", "b"], &[RunningP2p, Running]);
-        let broken = woke_together(&story.trace(), Waking::AfterLoad, REQUIRED).unwrap_err();
+        let broken = woke_together(&builder.trace(), Waking::AfterLoad, REQUIRED).unwrap_err();
         assert!(
             broken.what.contains("STOP -> RUNNING_P2P while device b was RESUMING, not loaded"),
             "{broken}"
@@ -156,7 +157,7 @@ mod tests {
 
     #[test]
     fn a_device_that_never_loaded_breaks_it() {
-        let story = Story::new("d")
+        let builder = TraceBuilder::new("d")
             .at(1)
             .arcs(&["a"], &[Running, RunningP2p, Stop, Resuming, Stop])
             .at(1)
@@ -165,49 +166,49 @@ mod tests {
             .arcs(&["a", "b"], &[Stop, RunningP2p])
             .at(50)
             .arcs(&["a", "b"], &[RunningP2p, Running]);
-        assert!(woke_together(&story.trace(), Waking::AfterLoad, REQUIRED).is_err());
+        assert!(woke_together(&builder.trace(), Waking::AfterLoad, REQUIRED).is_err());
     }
 
     #[test]
     fn a_device_that_runs_before_all_answer_their_peers_breaks_it() {
-        let story = loaded()
+        let builder = loaded()
             .at(40)
             .arcs(&["a"], &[Stop, RunningP2p, Running])
             .at(50)
             .arcs(&["b"], &[Stop, RunningP2p, Running]);
-        let broken = woke_together(&story.trace(), Waking::AfterLoad, REQUIRED).unwrap_err();
+        let broken = woke_together(&builder.trace(), Waking::AfterLoad, REQUIRED).unwrap_err();
         assert_eq!(broken.at_ns, Some(41));
         assert!(broken.what.contains("RUNNING_P2P -> RUNNING while device b was STOP"), "{broken}");
     }
 
     #[test]
     fn isolated_devices_need_not_wait_for_each_other_to_run() {
-        let story = loaded().at(40).arcs(&["a"], &[Stop, Running]).at(50).arcs(&["b"], &[Stop, Running]);
-        assert_eq!(woke_together(&story.trace(), Waking::AfterLoad, PeerToPeer::AssumeIsolated), Ok(2));
+        let builder = loaded().at(40).arcs(&["a"], &[Stop, Running]).at(50).arcs(&["b"], &[Stop, Running]);
+        assert_eq!(woke_together(&builder.trace(), Waking::AfterLoad, PeerToPeer::AssumeIsolated), Ok(2));
     }
 
     #[test]
     fn a_vcpu_that_runs_before_every_device_does_breaks_it() {
-        for story in [awake().run(45, 46), awake().run(10, 11), awake().run_on(50)] {
-            let broken = woke_together(&story.trace(), Waking::AfterLoad, REQUIRED).unwrap_err();
+        for builder in [awake().run(45, 46), awake().run(10, 11), awake().run_on(50)] {
+            let broken = woke_together(&builder.trace(), Waking::AfterLoad, REQUIRED).unwrap_err();
             assert!(broken.what.contains("KVM_RUN"), "{broken}");
         }
     }
 
     #[test]
     fn a_device_that_is_left_behind_breaks_it() {
-        let story = loaded()
+        let builder = loaded()
             .at(40)
             .arcs(&["a", "b"], &[Stop, RunningP2p])
             .at(50)
             .arcs(&["a"], &[RunningP2p, Running]);
-        let broken = woke_together(&story.trace(), Waking::AfterLoad, REQUIRED).unwrap_err();
+        let broken = woke_together(&builder.trace(), Waking::AfterLoad, REQUIRED).unwrap_err();
         assert!(broken.what.contains("device b was RUNNING_P2P when"), "{broken}");
     }
 
     /// The VM ran until 5, and its devices stood in STOP_COPY from 20 on.
-    fn given_up() -> Story {
-        Story::new("s")
+    fn given_up() -> TraceBuilder {
+        TraceBuilder::new("s")
             .run(1, 5)
             .at(10)
             .arcs(&["a", "b"], &[Running, RunningP2p])
@@ -217,13 +218,13 @@ mod tests {
 
     #[test]
     fn a_rollback_that_wakes_all_together_keeps_it() {
-        let story = given_up()
+        let builder = given_up()
             .at(30)
             .arcs(&["a", "b"], &[StopCopy, Stop, RunningP2p])
             .at(40)
             .arcs(&["a", "b"], &[RunningP2p, Running])
             .run(50, 60);
-        assert_eq!(woke_together(&story.trace(), Waking::AfterRollback, REQUIRED), Ok(4));
+        assert_eq!(woke_together(&builder.trace(), Waking::AfterRollback, REQUIRED), Ok(4));
     }
 
     #[test]

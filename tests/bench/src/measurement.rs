@@ -20,7 +20,7 @@ pub enum Mover {
 
 /// What a migration took.
 #[derive(Clone, Debug, Serialize)]
-pub struct Moved {
+pub struct Measurement {
     /// Who moved it.
     pub mover: Mover,
     /// How many devices it had.
@@ -36,7 +36,7 @@ pub struct Moved {
     /// From `kubectl apply`, or the start of the destination's QEMU, until it was seen to be done, milliseconds.
     pub total_ms: f64,
     /// What the agents and the status say; plain has none.
-    pub told: Option<Told>,
+    pub told: Option<ReportedTimes>,
 }
 
 /// What `query-migrate` says at the end.
@@ -50,7 +50,7 @@ pub struct QemuTimes {
 
 /// What the product says of itself.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Told {
+pub struct ReportedTimes {
     /// `status.timings.blackout`, milliseconds.
     pub blackout_ms: f64,
     /// `status.timings.total`, milliseconds.
