@@ -1,12 +1,12 @@
-# What a person does with this repository. `make help` lists it; README.md says more.
+# The commands of this repository. `make help` lists them; see README.md.
 #
-# CARGO_TARGET_DIR is honoured; without it everything that is built lies under ${XDG_CACHE_HOME:-~/.cache}/slackwater.
+# CARGO_TARGET_DIR is honoured; without it everything is built under ${XDG_CACHE_HOME:-~/.cache}/slackwater.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-# Cargo and the lab share the processors by themselves; two targets at once would only fight.
+# Cargo and the lab use all processors by themselves; two targets at once would only compete.
 .NOTPARALLEL:
 
 root := $(patsubst %/,%,$(dir $(realpath $(lastword $(MAKEFILE_LIST)))))
@@ -14,15 +14,15 @@ cache := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/slackwater
 install := $(root)/tests/setup/install
 
 export CARGO_TARGET_DIR := $(or $(CARGO_TARGET_DIR),$(cache)/target)
-# Where rustup and `cargo install` put programs: a fresh machine's shell may not look there yet.
+# Where rustup and `cargo install` put programs: a fresh machine's PATH may lack it.
 export PATH := $(or $(CARGO_HOME),$(HOME)/.cargo)/bin:$(PATH)
-# A snapshot that differs is a failed test, and no new file in the tree.
+# A snapshot that differs is a failed test; no new file is written.
 export INSTA_UPDATE ?= no
 
 rust_needed := $(shell sed -n 's/^rust-version = "\(.*\)"/\1/p' $(root)/Cargo.toml)
 bins := $(CARGO_TARGET_DIR)/debug
 
-# What lets tests cause faults: in the programs that the tests run, and never in those of the demo.
+# The features with which tests inject faults: in the programs that the tests run, and never in those of the demo.
 faults := --features slackwater-node-agent/faults,slackwater-operator/faults
 # The programs that the lab starts.
 programs := --package slackwater-operator --package slackwater-node-agent --package slackwater-reference-vmm \
@@ -41,7 +41,7 @@ demo: rust ## move a VM with its devices between two nodes of the lab, and verif
 	"$(bins)/slackwater-demo" $(if $(VMM),--vmm $(VMM)) $(DEMO)
 
 .PHONY: test
-test: rust rust-components ## everything that must hold: format, lints, unit tests, the lab's end-to-end tests
+test: rust rust-components ## all checks: format, lints, unit tests, the lab's end-to-end tests
 	"$(install)"
 	$(cargo) fmt --all --check
 	$(cargo) clippy --locked --workspace --all-targets $(faults) -- -D warnings
@@ -50,20 +50,20 @@ test: rust rust-components ## everything that must hold: format, lints, unit tes
 	$(cargo) test --locked --workspace --doc $(faults)
 
 .PHONY: fault-matrix
-fault-matrix: rust ## every phase of a migration with everything that may befall it, into tests/fault-matrix.md (about an hour; VMM=qemu: into tests/fault-matrix-qemu.md)
+fault-matrix: rust ## every phase of a migration with every fault that can hit it, into tests/fault-matrix.md (about an hour; VMM=qemu: into tests/fault-matrix-qemu.md)
 	"$(install)" host-packages node-kernel kubernetes kubectl-helm
 	$(cargo) build --locked $(programs) $(faults)
 	"$(bins)/slackwater-fault-matrix" $(if $(VMM),--vmm $(VMM)) --out "$(root)/tests/fault-matrix$(if $(VMM),-$(VMM)).md" $(MATRIX)
 
 .PHONY: random-walk
-random-walk: rust ## 1,000 migrations, each befallen by something drawn (STEPS=50 SEED=7: other numbers)
+random-walk: rust ## 1,000 migrations, each with a random fault (STEPS=50 SEED=7: other numbers)
 	"$(install)" host-packages node-kernel kubernetes kubectl-helm
 	$(cargo) build --locked $(programs) $(faults)
 	SLACKWATER_WALK_STEPS="$(or $(STEPS),1000)" SLACKWATER_WALK_SEED="$(or $(SEED),$(shell date +%s))" \
-	  cargo test --locked --workspace --test faults $(faults) -- --nocapture whatever_befalls
+	  cargo test --locked --workspace --test faults $(faults) -- --nocapture after_random_faults
 
 .PHONY: linux-guest
-linux-guest: rust ## a Linux in a VM of QEMU's moves ten times, talking through its devices and writing to a shared disk (MIGRATIONS=2)
+linux-guest: rust ## a Linux in a QEMU VM moves ten times while it uses its devices and a shared disk (MIGRATIONS=2)
 	"$(install)" host-packages node-kernel kubernetes kubectl-helm
 	$(cargo) build --locked $(programs) $(faults)
 	SLACKWATER_LINUX_MIGRATIONS="$(or $(MIGRATIONS),10)" \
@@ -76,7 +76,7 @@ bench-qemu: rust ## QEMU's plain migration and Slackwater's, side by side (BENCH
 	"$(CARGO_TARGET_DIR)/release/slackwater-bench-qemu" --json "$(CARGO_TARGET_DIR)/bench-qemu.json" $(BENCH)
 
 .PHONY: lint
-lint: rust rust-components ## format, lints, and what the dependencies may be
+lint: rust rust-components ## format, lints, and the rules for dependencies
 	"$(install)" cargo-deny
 	$(cargo) fmt --all --check
 	$(cargo) clippy --locked --workspace --all-targets -- -D warnings
@@ -88,7 +88,7 @@ generate: rust ## write the CRDs' YAML from operator/api
 	$(cargo) run --locked --package slackwater-operator -- crds --out charts/slackwater/crds
 
 .PHONY: clean-lab
-clean-lab: ## remove what the set-up has built for the lab (about 10 minutes to make again)
+clean-lab: ## remove what the set-up has built for the lab (about 10 minutes to build again)
 	rm -rf -- "$(cache)"/{node-kernel,kubernetes,kubectl-helm}-* "$(cache)"/{host-packages,cargo-tools}
 
 .PHONY: rust

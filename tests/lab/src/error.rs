@@ -5,7 +5,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// A failure of the lab itself, named by the action that failed. What a program in a node answers is not one of them.
+/// A failure of the lab itself, named by the action that failed. What a program in a node answers is not one
+/// of them.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LabError {

@@ -30,7 +30,8 @@ impl Lab {
     /// Starts everything in the configuration, and waits until all of it is up.
     ///
     /// # Errors
-    /// When the configuration is invalid, something is not installed or built, or a component does not come up.
+    /// When the configuration is invalid, something is not installed or built, or a component does not come
+    /// up.
     pub async fn start(config: LabConfig) -> Result<Self, LabError> {
         config.check()?;
         let folder = LabFolder::make()?;
@@ -86,8 +87,8 @@ impl Lab {
         &self.nodes
     }
 
-    /// Unplugs a node's cable on the link between the nodes: nothing that it sends arrives, and nothing reaches it. The lab
-    /// itself still does.
+    /// Unplugs a node's cable on the link between the nodes: nothing that it sends arrives, and nothing
+    /// reaches it. The lab itself still does.
     ///
     /// # Errors
     /// When there is no such node, or its QEMU refuses.

@@ -31,7 +31,8 @@ pub struct Issued {
     pub key_pem: String,
 }
 
-/// The content of a certificate. [`Subject::agent`] and [`Subject::operator`] are correct ones; tests build wrong ones.
+/// The content of a certificate. [`Subject::agent`] and [`Subject::operator`] are correct ones; tests build
+/// wrong ones.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Subject {
     /// Common name.

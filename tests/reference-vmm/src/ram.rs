@@ -1,6 +1,7 @@
 //! Guest RAM: a memfd, mapped into this process for KVM and the devices.
 //!
-//! The VMM itself reads and writes it through the descriptor, so that no reference to memory that a guest changes exists.
+//! The VMM itself reads and writes it through the descriptor, so that no Rust reference to memory that a
+//! guest changes exists.
 
 use std::fs::File;
 use std::io;
@@ -69,12 +70,12 @@ impl GuestRam {
         self.file.write_all_at(bytes, gpa)
     }
 
-    /// Makes all of it zero again.
+    /// Sets all of it to zero.
     ///
     /// # Errors
     /// If reading or writing fails.
     pub fn clear(&self) -> io::Result<()> {
-        // No hole is punched: a page that a device has pinned would then be another than the guest's.
+        // Do not punch a hole: a page that a device has pinned would then differ from the guest's.
         let zero = [0; PAGE_BYTES];
         let mut gpa = 0;
         while let Some(used) = self.next_used(gpa)? {
@@ -87,7 +88,7 @@ impl GuestRam {
 }
 
 impl RamSource for GuestRam {
-    /// The kernel knows which pages have never been touched: a guest that uses little of its RAM is saved in little time.
+    /// The kernel knows which pages were never written: a guest that uses little of its RAM is saved quickly.
     fn next_used(&self, gpa: u64) -> io::Result<Option<u64>> {
         match seek(&self.file, SeekFrom::Data(gpa)) {
             Ok(used) => Ok(Some(used)),
@@ -115,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_that_nobody_has_touched_are_known() {
+    fn pages_that_were_never_written_are_known() {
         let ram = GuestRam::new(16 << 20).unwrap();
         assert_eq!(ram.next_used(0).unwrap(), None);
         ram.write(5 << 20, &[0]).unwrap();

@@ -32,7 +32,7 @@ async fn an_attempt_that_fails_is_followed_by_another_with_a_new_number_until_on
     assert_eq!((status.phase, status.attempt), (Some(MigrationPhase::Retrying), Some(1)));
     assert_eq!((status.attempts[0].attempt, status.attempts[0].reason.as_str()), (1, "ReserveRefused"));
 
-    // Meanwhile the VM is spoken for, and an operator that is restarted knows when to go on.
+    // Meanwhile the VM is claimed, and a restarted operator knows when to continue.
     world.migrate("another", |_| {}).await;
     world.until("another", "be refused", is("Accepted", "False/MigrationInProgress")).await;
     world.until_events(NAMESPACE, "move-counter", &["Accepted", "AttemptFailed"]).await;

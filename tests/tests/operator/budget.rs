@@ -1,4 +1,4 @@
-//! The downtime budget: what the source is told of it, and what is shown of what it tells.
+//! The downtime budget: how it reaches the source, and how the source's estimates are shown.
 
 use slackwater_proto::node::{OnBudgetExceeded, Outcome, Phase};
 
@@ -6,7 +6,7 @@ use crate::fake_agent::Call;
 use crate::world::{NAMESPACE, World, is, message};
 
 #[tokio::test]
-async fn the_source_gets_the_budget_and_what_it_expects_and_allows_is_shown_and_told_once() {
+async fn the_source_gets_the_budget_and_its_estimate_is_shown_with_one_event() {
     let world = World::start().await;
     world
         .migrate("move-counter", |spec| {
@@ -39,7 +39,7 @@ async fn the_source_gets_the_budget_and_what_it_expects_and_allows_is_shown_and_
         "{said}"
     );
 
-    // All events are told again.
+    // All events are sent again.
     world.a.break_streams();
     world.a.until_joined(2).await;
     world.a.estimate(600, 1000);

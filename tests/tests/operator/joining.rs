@@ -1,4 +1,5 @@
-//! Streams that break and operators that crash: a migration goes on at the agents, and is joined again, not begun again.
+//! Streams that break and operators that crash: a migration continues at the agents, and is joined again, not
+//! started again.
 
 use slackwater_api::{MigrationPhase, Reservation};
 use slackwater_proto::node::{JournalRecord, MigrateRequest, Outcome, Phase};
@@ -8,7 +9,7 @@ use crate::fake_agent::Call;
 use crate::world::{NAMESPACE, World, is, message};
 
 #[tokio::test]
-async fn a_broken_stream_is_joined_again_and_a_restarted_operator_joins_by_what_stands_in_the_status() {
+async fn a_broken_stream_is_joined_again_and_a_restarted_operator_joins_by_the_status() {
     let mut world = World::start().await;
     world.migrate("move-counter", |_| {}).await;
     world.a.until_joined(1).await;
@@ -23,7 +24,7 @@ async fn a_broken_stream_is_joined_again_and_a_restarted_operator_joins_by_what_
     world.a.phase(Phase::Capturing);
     let stopped = world.until("move-counter", "be stopped", is("Stopped", "True")).await;
 
-    // A crash may lose an event that was not posted yet; what it loses is not this test's matter.
+    // A crash may lose an event that was not posted yet; this test does not check that.
     world.until_events(NAMESPACE, "move-counter", &["Accepted", "Prepared", "Stopped"]).await;
     world.crash_and_restart_operator().await;
     world.a.until_joined(3).await;
@@ -59,12 +60,12 @@ async fn a_broken_stream_is_joined_again_and_a_restarted_operator_joins_by_what_
 }
 
 #[tokio::test]
-async fn an_operator_that_finds_its_migration_deleted_after_a_crash_gives_it_up() {
+async fn an_operator_that_finds_its_migration_deleted_after_a_crash_aborts_it() {
     let mut world = World::start().await;
     let object = world.migrate("move-counter", |_| {}).await;
     world.a.until_joined(1).await;
     world.until("move-counter", "be prepared", is("Prepared", "True")).await;
-    // It cannot abort at first, and is gone when it could.
+    // The abort fails at first, and the operator crashes before the next try.
     world.a.script(|script| {
         script.abort = Some(Status::unavailable("busy"));
         script.migrate = Some(Status::unavailable("busy"));
@@ -79,7 +80,7 @@ async fn an_operator_that_finds_its_migration_deleted_after_a_crash_gives_it_up(
 }
 
 #[tokio::test]
-async fn a_source_that_knows_nothing_any_more_leaves_the_migration_in_doubt_in_words() {
+async fn a_source_that_has_forgotten_the_migration_leaves_it_in_doubt_with_a_reason() {
     let world = World::start().await;
     world.migrate("move-counter", |_| {}).await;
     world.a.until_joined(1).await;
@@ -96,7 +97,7 @@ async fn a_source_that_knows_nothing_any_more_leaves_the_migration_in_doubt_in_w
     assert!(is("Succeeded", "Unknown/SourceForgot")(&doubtful).unwrap());
     assert_eq!(doubtful.status.unwrap().reservation, Some(Reservation::Held));
 
-    // Its state directory is put back.
+    // Its state directory is restored.
     world.a.script(|script| script.migrate = None);
     world.a.set_journal(JournalRecord::Saving);
     world.until("move-counter", "go on", is("InDoubt", "False/Settled")).await;
@@ -106,7 +107,7 @@ async fn a_source_that_knows_nothing_any_more_leaves_the_migration_in_doubt_in_w
 }
 
 #[tokio::test]
-async fn a_source_that_was_restarted_tells_less_and_what_was_shown_is_kept() {
+async fn a_restarted_source_reports_less_and_the_status_keeps_what_it_has() {
     let mut world = World::start().await;
     world.migrate("move-counter", |_| {}).await;
     world.a.until_joined(1).await;

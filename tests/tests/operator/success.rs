@@ -36,7 +36,7 @@ async fn an_applied_migration_is_planned_prepared_committed_and_shown_with_its_t
     assert_eq!(pairs, [("a1", "b1"), ("a2", "b2")]);
     assert_eq!(migrate.pre_commit_timeout_ms, 300_000);
 
-    // What the agents are asked stands in the status before they are asked.
+    // The status has the plan before the agents are called.
     let asked = world.until("move-counter", "Prepared", is("Prepared", "True")).await;
     let status = asked.status.unwrap();
     assert_eq!((status.attempt, status.reservation), (Some(1), Some(Reservation::Held)));
@@ -59,7 +59,7 @@ async fn an_applied_migration_is_planned_prepared_committed_and_shown_with_its_t
     a.phase(Phase::Loaded);
     a.phase(Phase::Committed);
     world.until("move-counter", "Committed", is("Committed", "True")).await;
-    // The source reports the VM until it is released, and the target does already.
+    // The source reports the VM until it is released, and so does the target already.
     a.describe(|node| {
         for vm in &mut node.vms {
             vm.state = VmState::Paused.into();
@@ -117,7 +117,7 @@ async fn an_applied_migration_is_planned_prepared_committed_and_shown_with_its_t
         .await;
     assert!(b.calls().iter().all(|call| !matches!(call, Call::Release(_))), "{:?}", b.calls());
 
-    // What has ended leaves nothing behind: the object goes at once, operator or not.
+    // Without a finalizer the object can be deleted, also without an operator.
     world
         .until("move-counter", "lose its finalizer", |m| {
             Some(m.metadata.finalizers.as_ref().is_none_or(Vec::is_empty))

@@ -38,8 +38,9 @@ pub(super) fn read(events: &[MigrationEvent]) -> anyhow::Result<DeviceAccount> {
     Ok(account)
 }
 
-/// Compares the agents' reports of a node's devices with its kernel's trace: the same states in the same order, each within the
-/// time that the agent reports for it. Returns the number of changes that were compared.
+/// Compares the agents' reports of a node's devices with its kernel's trace: the same states in the same
+/// order, each within the time that the agent reports for it. Returns the number of changes that were
+/// compared.
 ///
 /// # Errors
 /// Names the device and the first change in which they differ.
@@ -48,7 +49,8 @@ pub(super) fn agrees(account: &DeviceAccount, trace: &Trace) -> anyhow::Result<u
     for (device, seen) in &trace.devices {
         let reported =
             account.get(&(trace.node.clone(), device.clone())).map(Vec::as_slice).unwrap_or_default();
-        // One request of the agent may be several arcs of the kernel: the agent reports the end of each request.
+        // One request of the agent may be several arcs of the kernel: the agent reports the end of each
+        // request.
         let ends: Vec<(State, u64, u64)> = seen
             .changes
             .iter()
@@ -72,8 +74,9 @@ pub(super) fn agrees(account: &DeviceAccount, trace: &Trace) -> anyhow::Result<u
     Ok(compared)
 }
 
-/// The weaker comparison for devices that their VMM drives, of which the agents report what they see: each reported state is one
-/// that the kernel saw, in the same order, and is not reported before the device reached it. Returns the number of states that were compared.
+/// The weaker comparison for devices that their VMM drives, of which the agents report what they see: each
+/// reported state is one that the kernel saw, in the same order, and is not reported before the device
+/// reached it. Returns the number of states that were compared.
 ///
 /// # Errors
 /// Names the device and the first state that the kernel did not see.

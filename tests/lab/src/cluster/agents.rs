@@ -39,7 +39,8 @@ impl Cluster {
             node.put(&format!("{TLS}/{file}"), 0o600, content.as_bytes()).await?;
         }
         node.shell(&format!(
-            "mkdir -p {STATE_DISK} && mount -t tmpfs -o size={STATE_DISK_SIZE} state {STATE_DISK} && mkdir -m 700 {STATE_DIR}"
+            "mkdir -p {STATE_DISK} && mount -t tmpfs -o size={STATE_DISK_SIZE} state {STATE_DISK} && \
+             mkdir -m 700 {STATE_DIR}"
         ))
         .await?;
         self.restart_agent(name).await
@@ -60,8 +61,9 @@ impl Cluster {
     pub async fn restart_agent_with(&self, name: &str, more: &[&str]) -> anyhow::Result<()> {
         let node = self.lab.node(name)?;
         let arguments = format!(
-            "/bin/{AGENT} serve --node-name {name} --listen 0.0.0.0:7443 --run-dir /run/slackwater --state-dir {STATE_DIR} \
-             --tls-cert {TLS}/tls.crt --tls-key {TLS}/tls.key --tls-ca {TLS}/ca.crt --twin-program {VMM_PROGRAM} --twin-program {QEMU_PROGRAM}"
+            "/bin/{AGENT} serve --node-name {name} --listen 0.0.0.0:7443 --run-dir /run/slackwater \
+             --state-dir {STATE_DIR} --tls-cert {TLS}/tls.crt --tls-key {TLS}/tls.key --tls-ca {TLS}/ca.crt \
+             --twin-program {VMM_PROGRAM} --twin-program {QEMU_PROGRAM}"
         );
         let arguments: Vec<&str> = arguments.split_whitespace().chain(more.iter().copied()).collect();
         node.spawn(AGENT, &arguments, &[("SLACKWATER_FAULTS_FILE", FAULTS), ("RUST_BACKTRACE", "1")]).await?;
@@ -77,7 +79,8 @@ impl Cluster {
         Ok(self.lab.node(node)?.kill_group(AGENT).await?)
     }
 
-    /// Sets the agent's faults, one `name=value` per line; an empty text clears them. The agent needs its feature `faults`.
+    /// Sets the agent's faults, one `name=value` per line; an empty text clears them. The agent needs its
+    /// feature `faults`.
     ///
     /// # Errors
     /// When the node cannot be reached.
@@ -114,7 +117,8 @@ impl Cluster {
         Ok(client.describe(DescribeRequest {}).await?.into_inner().node.unwrap_or_default())
     }
 
-    /// The epoch of the leading operator. An agent refuses a call with a lower one; a higher one would lock that operator out.
+    /// The epoch of the leading operator. An agent refuses a call with a lower one; a higher one would lock
+    /// that operator out.
     ///
     /// # Errors
     /// When there is no Lease.
@@ -124,8 +128,8 @@ impl Cluster {
         Ok(u64::try_from(spec.lease_transitions.unwrap_or_default())? + 1)
     }
 
-    /// The reference to the last attempt of a migration, with the epoch of the current leader. Not to be kept: another operator may
-    /// lead later.
+    /// The reference to the last attempt of a migration, with the epoch of the current leader. Not to be
+    /// kept: another operator may lead later.
     ///
     /// # Errors
     /// When it has no UID, or there is no Lease.

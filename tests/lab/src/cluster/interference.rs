@@ -1,4 +1,5 @@
-//! Faults that hit the product: links that are cut, disks that are full, journals that are damaged, processes that are killed.
+//! Faults that hit the product: links that are cut, disks that are full, journals that are damaged, processes
+//! that are killed.
 
 use std::time::Duration;
 
@@ -47,8 +48,8 @@ impl Cluster {
         let node = self.lab.node(node)?;
         // It succeeds only if a second file cannot hold a byte.
         node.shell(&format!(
-            "cat /dev/zero >{STATE_DISK}/filler 2>/dev/null; if echo x >{STATE_DISK}/more 2>/dev/null; then exit 1; fi; \
-             rm -f {STATE_DISK}/more"
+            "cat /dev/zero >{STATE_DISK}/filler 2>/dev/null; \
+             if echo x >{STATE_DISK}/more 2>/dev/null; then exit 1; fi; rm -f {STATE_DISK}/more"
         ))
         .await
         .context("the disk of the journal could not be filled")?;

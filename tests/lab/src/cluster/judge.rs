@@ -49,7 +49,8 @@ impl fmt::Display for Verdict {
         let ms = |ns: i64| ns as f64 / 1e6;
         writeln!(
             f,
-            "  I1 one runner            source's last run to destination's first: at least {:.2} ms (clocks known to {:.2} ms)",
+            "  I1 one runner            source's last run to destination's first: at least {:.2} ms \
+             (clocks known to {:.2} ms)",
             ms(self.apart_at_least_ns),
             ms(self.clock_error_ns)
         )?;
@@ -154,7 +155,7 @@ impl Cluster {
         migration: &VMMigration,
         peer_to_peer: PeerToPeer,
     ) -> anyhow::Result<Verdict> {
-        let after = self.goes_on_at(&watching.target.0, &watching.before).await?;
+        let after = self.continues_at(&watching.target.0, &watching.before).await?;
         let (source, target) = self.testimonies(watching, migration).await?;
         let separation = witness::one_runner(&source, &target)?;
         let stops = witness::quiesced_together(&source, peer_to_peer)?;
@@ -166,7 +167,8 @@ impl Cluster {
         Ok(Verdict { apart_at_least_ns, clock_error_ns, stops, reads, wakings, agreed, after })
     }
 
-    /// Compares the agents' reports with the kernels' traces. Where the agents drive the devices, change by change.
+    /// Compares the agents' reports with the kernels' traces. Where the agents drive the devices, change by
+    /// change.
     async fn agents_agree(&self, migration: &VMMigration, traces: [&Trace; 2]) -> anyhow::Result<usize> {
         let reported = account::read(&self.events(migration).await?)?;
         let mut agreed = 0;
@@ -180,8 +182,8 @@ impl Cluster {
         Ok(agreed)
     }
 
-    /// Judges a migration whose status reports a rollback: the VM runs at the source, every device is in RUNNING, and nothing ever
-    /// ran at the destination.
+    /// Judges a migration whose status reports a rollback: the VM runs at the source, every device is in
+    /// RUNNING, and nothing ever ran at the destination.
     ///
     /// # Errors
     /// With the invariant, the event or the count that is wrong.
@@ -190,7 +192,7 @@ impl Cluster {
         watching: &Watching,
         migration: &VMMigration,
     ) -> anyhow::Result<Report> {
-        let after = self.goes_on_at(&watching.source.0, &watching.before).await?;
+        let after = self.continues_at(&watching.source.0, &watching.before).await?;
         let (source, target) = self.testimonies(watching, migration).await?;
         let conditions = migration.status.as_ref().map(|status| status.conditions.as_slice());
         // A migration that was aborted while the guest ran has stopped nothing.
@@ -207,12 +209,13 @@ impl Cluster {
         Ok(after)
     }
 
-    /// Checks that the guest continues to count at a node from where it was, without an error, and that no other node keeps a VMM
-    /// of it. An abandoned twin may take a moment to end; whether it ever ran is judged by the kernels' traces.
+    /// Checks that the guest continues to count at a node from where it was, without an error, and that no
+    /// other node keeps a VMM of it. An abandoned twin may take a moment to end; whether it ever ran is
+    /// judged by the kernels' traces.
     ///
     /// # Errors
     /// When it does not count, found an error, or another VMM remains.
-    pub async fn goes_on_at(&self, node: &str, before: &Report) -> anyhow::Result<Report> {
+    pub async fn continues_at(&self, node: &str, before: &Report) -> anyhow::Result<Report> {
         let deadline = tokio::time::Instant::now() + TIMEOUT;
         let first = self.guest(node).await?;
         ensure!(

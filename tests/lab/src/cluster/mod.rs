@@ -1,5 +1,5 @@
-//! Slackwater installed on the lab as its users install it: the chart by helm, the operator's program with the rights of the
-//! account from the chart, an agent in every node, and a VM that counts.
+//! Slackwater installed on the lab as its users install it: the chart by helm, the operator's program with
+//! the rights of the account from the chart, an agent in every node, and a VM that counts.
 //!
 //! A test then does what a user does: it applies objects with `kubectl` and reads their status.
 

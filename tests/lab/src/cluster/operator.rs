@@ -1,4 +1,5 @@
-//! The operator's program, with the rights of the account from the chart. Like its Deployment, the lab restarts it when it ends.
+//! The operator's program, with the rights of the account from the chart. Like its Deployment, the lab
+//! restarts it when it ends.
 
 use std::path::PathBuf;
 use std::time::Duration;

@@ -12,8 +12,8 @@ use slackwater_reference_vmm::guest::Report;
 pub const VMM_PROGRAM: &str = "/bin/slackwater-reference-vmm";
 
 pub(super) const VMM: &str = "slackwater-reference-vmm";
-/// How long the VMM idles in each round of its guest: enough rounds to notice a loss, and few enough for the kernel's trace of an
-/// emulated machine.
+/// How long the VMM idles in each round of its guest: enough rounds to notice a loss, and few enough for the
+/// kernel's trace of an emulated machine.
 const PACE: Duration = Duration::from_millis(5);
 
 /// A VM to start.

@@ -55,8 +55,8 @@ struct Status {
     code: u16,
 }
 
-/// Reads the log. A watch is recorded when its answer begins and again when it ends; only the first record is used, so that an
-/// open watch is seen, too. A last line that is still being written is left out.
+/// Reads the log. A watch is recorded when its answer begins and again when it ends; only the first record is
+/// used, so that an open watch is seen, too. A last line that is still being written is left out.
 pub(crate) fn parse(log: &str) -> Result<Vec<AuditEvent>, serde_json::Error> {
     let whole = log.rfind('\n').map_or("", |end| log.get(..end).unwrap_or_default());
     let mut events = Vec::new();
@@ -96,12 +96,16 @@ mod tests {
     #[test]
     fn a_request_is_one_event_and_an_unfinished_line_is_none() {
         let log = concat!(
-            r#"{"stage":"ResponseComplete","verb":"patch","user":{"username":"u"},"objectRef":{"resource":"vmmigrations","#,
-            r#""subresource":"status","apiGroup":"slackwater.dev","namespace":"demo","name":"m"},"responseStatus":{"code":403}}"#,
+            r#"{"stage":"ResponseComplete","verb":"patch","user":{"username":"u"},"#,
+            r#""objectRef":{"resource":"vmmigrations","#,
+            r#""subresource":"status","apiGroup":"slackwater.dev","namespace":"demo","name":"m"},"#,
+            r#""responseStatus":{"code":403}}"#,
             "\n",
-            r#"{"stage":"ResponseStarted","verb":"watch","user":{"username":"u"},"objectRef":{"resource":"pods"},"responseStatus":{"code":200}}"#,
+            r#"{"stage":"ResponseStarted","verb":"watch","user":{"username":"u"},"#,
+            r#""objectRef":{"resource":"pods"},"responseStatus":{"code":200}}"#,
             "\n",
-            r#"{"stage":"ResponseComplete","verb":"watch","user":{"username":"u"},"objectRef":{"resource":"pods"},"responseStatus":{"code":200}}"#,
+            r#"{"stage":"ResponseComplete","verb":"watch","user":{"username":"u"},"#,
+            r#""objectRef":{"resource":"pods"},"responseStatus":{"code":200}}"#,
             "\n",
             r#"{"stage":"Respon"#,
         );

@@ -1,10 +1,11 @@
-//! A Kubernetes control plane: real etcd and kube-apiserver on this machine's loopback interface, with the audit log on; or a
-//! cluster that is there already.
+//! A Kubernetes control plane: real etcd and kube-apiserver on this machine's loopback interface, with the
+//! audit log on; or a cluster that is there already.
 //!
 //! Which one:
-//! - [`CLUSTER_VARIABLE`] names a kubeconfig: that cluster is used, and neither started nor stopped. (Not the ambient
-//!   `KUBECONFIG` by itself: the lab installs cluster-wide definitions, and a production cluster must not get them because a
-//!   variable was set for another purpose. `SLACKWATER_LAB_KUBECONFIG=$KUBECONFIG` states the intent.)
+//! - [`CLUSTER_VARIABLE`] names a kubeconfig: that cluster is used, and neither started nor stopped. (Not the
+//!   ambient `KUBECONFIG` by itself: the lab installs cluster-wide definitions, and a production cluster must
+//!   not get them because a variable was set for another purpose. `SLACKWATER_LAB_KUBECONFIG=$KUBECONFIG`
+//!   states the intent.)
 //! - `KUBEBUILDER_ASSETS` names a folder: etcd and kube-apiserver are taken from it.
 //! - Otherwise from what `tests/setup/install kubernetes` built.
 
@@ -114,7 +115,8 @@ impl ControlPlane {
         }
     }
 
-    /// From now on the API server answers no request. Its connections stay open, so that clients get no error either.
+    /// From now on the API server answers no request. Its connections stay open, so that clients get no error
+    /// either.
     ///
     /// # Errors
     /// When the cluster is not the lab's own.
@@ -221,7 +223,8 @@ impl ControlPlane {
     ) -> Result<String, LabError> {
         let chart = chart.to_string_lossy();
         let settings: Vec<String> = values.iter().map(|(key, value)| format!("{key}={value}")).collect();
-        // Server-side apply, helm's default, is refused by a 1.20 API server where a definition carries CEL rules.
+        // Server-side apply, helm's default, is refused by a 1.20 API server where a definition carries CEL
+        // rules.
         let mut arguments = vec!["install", release, &*chart, "--namespace", namespace, "--create-namespace"];
         arguments.push("--server-side=false");
         for setting in &settings {
@@ -280,7 +283,8 @@ impl ControlPlane {
     }
 }
 
-/// Free ports. Another program may take one before its user does. All are held until all are found, so that they differ.
+/// Free ports. Another program may take one before its user does. All are held until all are found, so that
+/// they differ.
 fn free_ports<const N: usize>() -> Result<[u16; N], LabError> {
     let mut ports = [0; N];
     let mut held = Vec::new();
@@ -323,7 +327,8 @@ fn write_files(folder: &Path, kubeconfig: &Path, port: u16) -> Result<(), LabErr
     pki.issue(&Subject { common_name: "service-accounts".into(), ..Subject::default() })?
         .write(folder, "service-accounts")?;
     let policy = json!({
-        "apiVersion": "audit.k8s.io/v1", "kind": "Policy", "omitStages": ["RequestReceived"], "rules": [{"level": "Metadata"}]
+        "apiVersion": "audit.k8s.io/v1", "kind": "Policy", "omitStages": ["RequestReceived"],
+        "rules": [{"level": "Metadata"}],
     });
     let audit = folder.join("audit-policy.yaml");
     std::fs::write(&audit, policy.to_string())

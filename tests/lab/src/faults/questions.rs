@@ -1,5 +1,5 @@
-//! The three questions after each cell: did it end so, by the kernels' traces; is everything where it belongs, nothing leaked, nothing
-//! reserved; does the status tell the truth.
+//! The three questions after each cell. Did it end as expected, by the kernels' traces? Is everything where
+//! it belongs, with nothing leaked or reserved? Is the status true?
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -21,7 +21,7 @@ use crate::witness::{
 };
 use slackwater_reference_vmm::guest::Report;
 
-/// Within so long the guest must be seen to count on, if it does.
+/// A guest that runs counts within this time.
 const A_ROUND: Duration = Duration::from_secs(5);
 
 /// Where the VM runs, and what the status says.
@@ -38,7 +38,7 @@ struct Observed {
 /// Asks all three about a migration that has ended.
 ///
 /// # Errors
-/// When they cannot be asked. What is wrong is in the outcome.
+/// When they cannot be answered. Wrong answers are in the outcome.
 pub async fn ask(cluster: &Cluster, cell: &Cell, ends: Ends, played: &Played) -> anyhow::Result<Outcome> {
     let expected = match cell.expected {
         Expected::Ends(end) | Expected::InDoubtUntil(_, end) => end,
@@ -88,10 +88,10 @@ impl std::fmt::Display for Observed {
     }
 }
 
-/// Where the guest counts on; none: nowhere.
+/// The end at which the guest counts. `None`: nowhere.
 ///
 /// # Errors
-/// When it does so at both ends.
+/// When it counts at both ends.
 pub async fn runner(cluster: &Cluster, ends: Ends) -> anyhow::Result<Option<(Side, Report)>> {
     let mut running = Vec::new();
     for side in [Side::Source, Side::Destination] {
@@ -103,10 +103,11 @@ pub async fn runner(cluster: &Cluster, ends: Ends) -> anyhow::Result<Option<(Sid
     Ok(running.pop())
 }
 
-/// Only the end at which the VM runs now has ever run it since, or the source before the destination: by the kernels' traces.
+/// Checks by the kernels' traces that only the end at which the VM runs now has run it, or the source before
+/// the destination.
 ///
 /// # Errors
-/// With the first sign that it was not so.
+/// With the first event that contradicts it.
 pub async fn only_one_ran(cluster: &Cluster, home: Side, watching: &Watching) -> anyhow::Result<()> {
     let (source, destination) = cluster.traces(watching).await?;
     match home {
@@ -172,7 +173,8 @@ fn guest_is_sound(seen: &Observed, before: &Report) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The kernels' word. What was not kept of the vCPUs' runs while nothing was at stake is no objection; what was seen is.
+/// Judges by the kernels' traces. A gap in the record of the vCPUs is no violation here; only what was seen
+/// is.
 async fn judged_by_trace(
     cluster: &Cluster,
     expected: End,
@@ -199,7 +201,7 @@ async fn judged_by_trace(
             seen(captured_at_slack_water(&source))?;
             seen(woke_together(&destination, Waking::AfterLoad, policy))?;
         }
-        // If the destination began to run it, the source had ended before.
+        // If the destination started to run it, the source had ended before.
         End::Lost(_) => {
             if never_ran(&destination).is_err() {
                 one_runner(&source, &destination)?;
@@ -209,22 +211,22 @@ async fn judged_by_trace(
     Ok(())
 }
 
-/// Devices that were not touched have no state that the trace could tell.
+/// All devices are in RUNNING, as far as the trace knows: an untouched device has no state in it.
 fn all_run(trace: &Trace, node: &str) -> anyhow::Result<()> {
     for device in trace.devices.keys() {
         let state = trace.final_state(device);
-        ensure!(matches!(state, None | Some(State::Running)), "{device} of {node} stands in {state:?}");
+        ensure!(matches!(state, None | Some(State::Running)), "{device} of {node} is in {state:?}");
     }
     Ok(())
 }
 
 fn doubt_was_reported(cell: &Cell, seen: &Observed, played: &Played) -> anyhow::Result<()> {
     if cell.must_be_in_doubt() {
-        ensure!(seen.in_doubt, "it was never said to be in doubt");
+        ensure!(seen.in_doubt, "it was never reported to be in doubt");
     } else if cell.phase < Phase::Loaded {
-        ensure!(!seen.in_doubt, "it was said to be in doubt when nobody could have committed");
+        ensure!(!seen.in_doubt, "it was reported to be in doubt before a commit was possible");
     }
-    // Whoever has to mend a journal has to be told which.
+    // An administrator who has to restore a journal must learn which file it is.
     let decided = played.decided.status.as_ref().context("no status")?;
     let doubt = decided.conditions.iter().find(|c| c.type_ == "InDoubt" && c.status == "True");
     if let (Some(doubt), Some(file)) = (doubt, played.damaged.first()) {
@@ -239,7 +241,7 @@ async fn status_is_true(expected: End, cluster: &Cluster, played: &Played) -> an
     let now = cluster.migrations().get(&name).await?.status.context("no status")?;
     ensure!(
         has_condition(&now.conditions, "InDoubt", "True") != Some(true),
-        "it is still said to be in doubt: {now:#?}"
+        "it is still reported to be in doubt: {now:#?}"
     );
     ensure!(now.completion_time.is_some(), "it has no completionTime");
     let message = |type_: &str| {
@@ -249,10 +251,10 @@ async fn status_is_true(expected: End, cluster: &Cluster, played: &Played) -> an
         End::AtSource(_) => &[MigrationPhase::RolledBack, MigrationPhase::Refused],
         End::AtDestination | End::DiedAtDestination => &[MigrationPhase::Succeeded],
         End::Lost(_) => {
-            let told = message("Succeeded");
+            let text = message("Succeeded");
             ensure!(
-                !told.contains("runs on") && !told.contains("runs at"),
-                "it is lost, and the status says {told}"
+                !text.contains("runs on") && !text.contains("runs at"),
+                "it is lost, and the status says {text}"
             );
             &[MigrationPhase::Lost, MigrationPhase::RolledBack, MigrationPhase::Refused]
         }
@@ -261,7 +263,7 @@ async fn status_is_true(expected: End, cluster: &Cluster, played: &Played) -> an
     Ok(())
 }
 
-/// A VM that runs nowhere is not said to run.
+/// The AssignedVM of a VM that runs nowhere must not say that it runs.
 async fn is_reported_lost(cluster: &Cluster) -> anyhow::Result<()> {
     let api: Api<AssignedVM> = Api::namespaced(cluster.client.clone(), NAMESPACE);
     let lost = |vm: Option<&AssignedVM>| {
@@ -278,10 +280,10 @@ async fn is_reported_lost(cluster: &Cluster) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Everything is where it belongs, or comes there soon.
+/// Waits until everything is where it belongs.
 ///
 /// # Errors
-/// With all that is not.
+/// With everything that is not.
 pub async fn is_clean(
     cluster: &Cluster,
     ends: Ends,
@@ -289,9 +291,9 @@ pub async fn is_clean(
     migration: &VMMigration,
 ) -> anyhow::Result<()> {
     let deadline = Instant::now() + TIMEOUT;
-    let mut looks = interval(Duration::from_millis(500));
+    let mut polls = interval(Duration::from_millis(500));
     loop {
-        looks.tick().await;
+        polls.tick().await;
         let mut left = Vec::new();
         for node in [ends.source, ends.destination] {
             left.extend(leftovers_at(cluster, node, node == home, migration).await?);
@@ -303,7 +305,7 @@ pub async fn is_clean(
     }
 }
 
-/// What is at a node and should not be, or is not and should be.
+/// What is at a node and must not be, or is missing.
 async fn leftovers_at(
     cluster: &Cluster,
     node: &str,
@@ -318,7 +320,7 @@ async fn leftovers_at(
     };
     let number = |is: usize| if is_home { is } else { 0 }.to_string();
 
-    // What the agent says.
+    // By the agent's answers.
     let described = cluster.describe(node).await?;
     let of_vm = described.devices.iter().filter(|d| d.holder == format!("VM {NAMESPACE}/counter")).count();
     let free = described.devices.iter().filter(|device| device.free).count();
@@ -336,7 +338,7 @@ async fn leftovers_at(
         "closed".to_owned(),
     );
 
-    // What the node's kernel says.
+    // By the node's kernel.
     let counted = count_leftovers(cluster, node).await?;
     let count = |what: &str| counted.get(what).copied().unwrap_or(0);
     expect("VMMs", count("vmms").to_string(), number(1));

@@ -1,5 +1,5 @@
-//! One cell played: the migration is brought to its phase and made to stand still there, something befalls it, it goes on, and what
-//! befell it is healed.
+//! Plays one cell: the migration is halted at its phase, the fault is injected, the migration continues, and
+//! the fault is undone.
 
 use std::time::Duration;
 
@@ -11,15 +11,15 @@ use super::matrix::{Cell, Expected, Fault, Phase, Side};
 use super::stage::Ends;
 use crate::cluster::{Cluster, DamagedFile, TIMEOUT, Watching, has_condition};
 
-/// How long a device hangs, and how long the API server is away.
+/// How long a device hangs, and how long the API server does not answer.
 const A_WHILE: Duration = Duration::from_secs(30);
 
-/// A migration that has come to its end.
+/// A migration that has ended.
 #[derive(Debug)]
 pub struct Played {
     /// As it ended.
     pub migration: VMMigration,
-    /// As it was when its end, or that there is doubt about it, was first seen.
+    /// As it was when its end, or the doubt about it, was first seen.
     pub decided: VMMigration,
     /// Both nodes' witnesses, and the guest before.
     pub watching: Watching,
@@ -27,14 +27,14 @@ pub struct Played {
     pub damaged: Vec<DamagedFile>,
 }
 
-/// Plays a cell. What befell the migration is healed when this returns, whatever it returns.
+/// Plays a cell. When this returns, the fault has been undone, also after an error.
 ///
 /// # Errors
 /// When the phase is not reached, or the migration does not end.
 pub async fn play(cluster: &mut Cluster, cell: &Cell, ends: Ends, name: &str) -> anyhow::Result<Played> {
     let mut scene = Scene { cluster, cell, ends, name, damaged: Vec::new() };
     let played = scene.play().await;
-    scene.undo().await.context("what befell the migration could not be healed")?;
+    scene.undo().await.context("the fault could not be undone")?;
     played
 }
 
@@ -71,13 +71,14 @@ impl Scene<'_> {
         Ok(Played { migration, decided, watching, damaged })
     }
 
-    /// Sets what the agents are to do. Returns where the migration will stand still, and what is said then.
+    /// Sets the agents' faults. Returns the node at which the migration will halt, and what its agent logs
+    /// then.
     async fn prepare(&mut self) -> anyhow::Result<Option<(&'static str, String)>> {
         let (side, phase) = self.cell.phase.halt();
         match (self.cell.fault, self.cell.phase.device_call()) {
             (Fault::DeviceError | Fault::DeviceHang, Some((side, call))) => {
                 let node = self.ends.at(side);
-                // The second device: the first is fine.
+                // The second device fails; the first works.
                 let device = self.cluster.lab.node(node)?.devices().last().context("no device")?;
                 let fault = match self.cell.fault {
                     Fault::DeviceError => format!("device.error={call}@{device}\n"),
@@ -99,7 +100,7 @@ impl Scene<'_> {
         }
     }
 
-    /// The migration goes on.
+    /// Lets the migration continue.
     async fn go_on(&self) -> anyhow::Result<()> {
         for node in [self.ends.source, self.ends.destination] {
             self.cluster.set_faults(node, "").await?;
@@ -114,7 +115,7 @@ impl Scene<'_> {
                 let node = self.ends.at(side);
                 self.cluster.kill_agent(node).await?;
                 if (side, self.cell.phase) == (Side::Source, Phase::Reserve) {
-                    // The operator is to find it well again when it comes to ask it.
+                    // It must be back before the operator's next request to it.
                     self.until_ready(node, "False").await?;
                     self.cluster.restart_agent(node).await?;
                     self.until_ready(node, "True").await?;
@@ -179,7 +180,7 @@ impl Scene<'_> {
             .await
     }
 
-    /// Until it has ended, or there is doubt about its end: where a journal was damaged, the doubt that names it.
+    /// Waits until it has ended or is in doubt. Where a journal was damaged, the doubt must name the file.
     async fn until_decided(&mut self) -> anyhow::Result<VMMigration> {
         let api = self.cluster.migrations();
         let names_a_file = matches!(self.cell.fault, Fault::JournalCorrupted(_));
@@ -188,8 +189,8 @@ impl Scene<'_> {
                 let conditions = &migration.status.as_ref()?.conditions;
                 let named = |message: &str| message.contains(".source") || message.contains(".destination");
                 let doubt = conditions.iter().any(|condition| {
-                    let told = condition.type_ == "InDoubt" && condition.status == "True";
-                    told && (!names_a_file || named(&condition.message))
+                    let in_doubt = condition.type_ == "InDoubt" && condition.status == "True";
+                    in_doubt && (!names_a_file || named(&condition.message))
                 });
                 let ended = ["True", "False"]
                     .iter()
@@ -199,7 +200,7 @@ impl Scene<'_> {
             .await
     }
 
-    /// Ends what the end of a doubt depends on.
+    /// Ends a fault that keeps the migration in doubt.
     async fn end_fault(&mut self) -> anyhow::Result<()> {
         match self.cell.fault {
             Fault::LinkCutAndRestored => self.cluster.reconnect(self.ends.destination).await,
@@ -214,7 +215,7 @@ impl Scene<'_> {
         }
     }
 
-    /// Takes away whatever is left of what befell the migration.
+    /// Removes what is left of the fault.
     async fn undo(&mut self) -> anyhow::Result<()> {
         self.cluster.lab.control_plane()?.thaw_api_server()?;
         self.go_on().await?;
@@ -233,7 +234,7 @@ impl Scene<'_> {
 }
 
 impl Cell {
-    /// The migration must have been in doubt.
+    /// Whether the migration must have been in doubt.
     #[must_use]
     pub fn must_be_in_doubt(&self) -> bool {
         matches!(self.expected, Expected::InDoubtUntil(..))

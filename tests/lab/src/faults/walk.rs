@@ -1,5 +1,5 @@
-//! A random walk: migrations back and forth, each injected by something drawn, at an instant drawn. Whatever it was, the VM then runs
-//! on exactly one node, unless its own process was killed, and everything is where it belongs.
+//! A random walk: migrations back and forth, each with a random fault at a random time. Afterwards the VM
+//! runs on exactly one node, unless its own process was killed, and everything is where it belongs.
 
 use std::fmt;
 use std::time::Duration;
@@ -13,12 +13,12 @@ use super::questions;
 use super::stage::{Ends, Stage};
 use crate::cluster::Watching;
 
-/// Small numbers that look random, and are the same for the same seed (SplitMix64 by Sebastiano Vigna).
+/// A small random number generator with a seed (SplitMix64 by Sebastiano Vigna).
 #[derive(Clone, Debug)]
 pub struct Random(u64);
 
 impl Random {
-    /// Begins with a seed.
+    /// A generator with this seed.
     #[must_use]
     pub fn new(seed: u64) -> Self {
         Self(seed)
@@ -32,20 +32,20 @@ impl Random {
         mixed ^ (mixed >> 31)
     }
 
-    /// One of them; the first if there is none other.
+    /// One of these; `first` if there are none.
     fn one_of<T: Copy>(&mut self, of: &[T], first: T) -> T {
         let index = self.next() % (of.len().max(1) as u64);
         of.get(usize::try_from(index).unwrap_or(0)).copied().unwrap_or(first)
     }
 
-    /// From nothing to `most`.
+    /// A duration up to `most`.
     fn up_to(&mut self, most: Duration) -> Duration {
         let most_ms = u64::try_from(most.as_millis()).unwrap_or(u64::MAX);
         Duration::from_millis(self.next() % most_ms.saturating_add(1))
     }
 }
 
-/// What befalls a migration of the walk.
+/// A fault that hits a migration of the walk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WalkFault {
     /// Nothing.
@@ -60,7 +60,7 @@ pub enum WalkFault {
     Vmm(Side),
     /// The link between the nodes is cut for a while.
     Link,
-    /// The destination is cut off from everybody for a while.
+    /// The destination is cut off from the source and the operator for a while.
     CutOff,
     /// A device refuses a state for a while.
     DeviceError(Side, &'static str),
@@ -73,26 +73,27 @@ pub enum WalkFault {
 /// One migration of the walk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Step {
-    /// What befalls it.
+    /// The fault.
     pub fault: WalkFault,
-    /// How long after it was asked for.
+    /// How long after the migration was requested it hits.
     pub after: Duration,
-    /// For how long.
+    /// How long it lasts.
     pub lasts: Duration,
 }
 
-/// A migration takes 1 to 3 s on the lab: most faults fall into it.
+/// A migration takes 1 to 3 s on the lab: most faults hit it.
 const LATEST: Duration = Duration::from_millis(2500);
-/// What is down or slow so long is met by whoever needs it meanwhile.
+/// Long enough for the other components to notice that something is down or slow.
 const LONGEST: Duration = Duration::from_secs(3);
 /// A cut is noticed after 7 s at most, so that some are noticed and some are not.
 const LONGEST_CUT: Duration = Duration::from_secs(10);
 
 impl Step {
-    /// Draws the next.
+    /// A random step.
     pub fn random(random: &mut Random) -> Self {
         use Side::{Destination, Source};
-        // Not RUNNING and RUNNING_P2P at the destination: a device that refuses them costs the VM, and rightly.
+        // Not RUNNING and RUNNING_P2P at the destination: if a device refuses these, losing the VM is
+        // correct.
         let states = [
             (Source, "PRE_COPY"),
             (Source, "PRE_COPY_P2P"),
@@ -134,10 +135,10 @@ impl fmt::Display for Step {
     }
 }
 
-/// Walks so many steps. Each is printed before it is taken.
+/// Walks this number of steps. Each is printed before it is taken.
 ///
 /// # Errors
-/// With the seed, the step, and what was not as it should be.
+/// With the seed, the step, and what was wrong.
 pub async fn walk(stage: &mut Stage, seed: u64, steps: usize) -> anyhow::Result<()> {
     let mut random = Random::new(seed);
     for number in 1..=steps {
@@ -168,11 +169,11 @@ async fn take(stage: &mut Stage, step: &Step) -> anyhow::Result<String> {
     let end = judge(stage, step, ends, &watching, &migration).await;
     let status = migration.status.context("no status")?;
     let succeeded = status.conditions.into_iter().find(|condition| condition.type_ == "Succeeded");
-    let told =
+    let reported =
         succeeded.map(|condition| format!("{} ({})", condition.status, condition.reason)).unwrap_or_default();
-    let end = end.with_context(|| format!("the status says Succeeded={told}"))?;
+    let end = end.with_context(|| format!("the status says Succeeded={reported}"))?;
     stage.cluster.delete(&name).await?;
-    Ok(format!("{end}, Succeeded={told}"))
+    Ok(format!("{end}, Succeeded={reported}"))
 }
 
 async fn judge(
@@ -186,7 +187,7 @@ async fn judge(
         stage.vm_is_at(None);
         ensure!(
             matches!(step.fault, WalkFault::Vmm(_)),
-            "the VM runs nowhere, and nobody killed its process"
+            "the VM runs nowhere, although its process was not killed"
         );
         return Ok("lost with its process".to_owned());
     };
@@ -204,7 +205,7 @@ async fn judge(
     Ok(format!("runs at the {}, count {}", side.name(), guest.count))
 }
 
-/// Starts the migration, and lets it be injected.
+/// Starts the migration and injects the fault.
 async fn inject(stage: &mut Stage, step: &Step, ends: Ends, name: &str) -> anyhow::Result<()> {
     let cluster = &mut stage.cluster;
     if let WalkFault::DeviceError(side, state) | WalkFault::DeviceHang(side, state) = step.fault {
@@ -283,12 +284,14 @@ mod tests {
     }
 
     #[test]
-    fn a_long_walk_meets_everything_within_the_limits() {
+    fn a_long_walk_has_every_kind_of_fault_within_the_limits() {
         let mut random = Random::new(1);
         let steps: Vec<Step> = (0..1000).map(|_| Step::random(&mut random)).collect();
-        let met = |fault: fn(&WalkFault) -> bool| steps.iter().any(|step| fault(&step.fault));
-        assert!(met(|fault| *fault == WalkFault::BothAgents) && met(|fault| *fault == WalkFault::ApiServer));
-        assert!(met(|fault| matches!(fault, WalkFault::DeviceError(Side::Destination, "STOP"))));
+        let occurs = |fault: fn(&WalkFault) -> bool| steps.iter().any(|step| fault(&step.fault));
+        assert!(
+            occurs(|fault| *fault == WalkFault::BothAgents) && occurs(|fault| *fault == WalkFault::ApiServer)
+        );
+        assert!(occurs(|fault| matches!(fault, WalkFault::DeviceError(Side::Destination, "STOP"))));
         assert!(steps.iter().all(|step| step.after <= LATEST && step.lasts <= LONGEST_CUT));
     }
 }

@@ -1,5 +1,5 @@
-//! The guests of the lab's QEMU VMs. They notice when the VM, one of its devices or its disk loses anything, and report it on
-//! the port where QEMU takes a guest's debug output ([`DEBUG_PORT`]).
+//! The guests of the lab's QEMU VMs. They notice when the VM, one of its devices or its disk loses anything,
+//! and report it on the port where QEMU takes a guest's debug output ([`DEBUG_PORT`]).
 
 pub mod counter;
 pub mod lines;

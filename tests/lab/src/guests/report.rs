@@ -12,8 +12,8 @@ pub struct Report {
 }
 
 impl Report {
-    /// The last complete report in the guest's output. A guest that moves may have written half of a line on one node and the
-    /// rest on the other.
+    /// The last complete report in the guest's output. A guest that moves may have written half of a line on
+    /// one node and the rest on the other.
     #[must_use]
     pub fn last_of(output: &str) -> Option<Self> {
         let whole = output.rsplit_once('\n')?.0;

@@ -1,5 +1,5 @@
-//! The programs that the lab starts on this machine. None outlives the lab: not when it is dropped, and not when its process is
-//! killed.
+//! The programs that the lab starts on this machine. None outlives the lab: not when it is dropped, and not
+//! when its process is killed.
 
 use std::{
     io,
@@ -35,7 +35,8 @@ pub(crate) async fn start(
     configure: impl FnOnce(&mut Command),
 ) -> Result<RunningChild, LabError> {
     let action = format!("starting {program}");
-    // The kernel sends the signal when the *thread* that started the child ends, so one thread starts all and never ends.
+    // The kernel sends the signal when the *thread* that started the child ends, so one thread starts all and
+    // never ends.
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL", program]).stdin(Stdio::null());
     configure(&mut command);
@@ -98,7 +99,8 @@ impl RunningChild {
 }
 
 impl Drop for RunningChild {
-    /// Kills it and waits until it is gone, since the files that it writes to are about to be removed. That takes milliseconds.
+    /// Kills it and waits until it is gone, since the files that it writes to are about to be removed. That
+    /// takes milliseconds.
     fn drop(&mut self) {
         self.signal(Signal::KILL);
         let limit = Timespec { tv_sec: 5, tv_nsec: 0 };

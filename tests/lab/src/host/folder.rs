@@ -14,8 +14,8 @@ const PREFIX: &str = "slackwater-lab-";
 /// Set to keep the folder when the lab ends.
 pub const KEEP_VARIABLE: &str = "SLACKWATER_LAB_KEEP";
 
-/// A lab's folder, removed when this is dropped. The folder is locked while it is in use; one that is not is a killed lab's,
-/// and the next lab removes it.
+/// A lab's folder, removed when this is dropped. The folder is locked while it is in use; one that is not is
+/// a killed lab's, and the next lab removes it.
 #[derive(Debug)]
 pub(crate) struct LabFolder {
     path: PathBuf,
@@ -24,7 +24,8 @@ pub(crate) struct LabFolder {
 }
 
 impl LabFolder {
-    /// Creates a folder (with a short name: a Unix socket's path has at most 107 bytes), and removes those that killed labs left.
+    /// Creates a folder (with a short name: a Unix socket's path has at most 107 bytes), and removes those
+    /// that killed labs left.
     pub(crate) fn make() -> Result<Self, LabError> {
         let parent = std::env::temp_dir();
         remove_abandoned(&parent);

@@ -19,7 +19,8 @@ pub struct HostProgram {
 }
 
 impl HostProgram {
-    /// Starts the program of the workspace named `name`, which is beside the one that runs. Its standard error is appended to `log`.
+    /// Starts the program of the workspace named `name`, which is beside the one that runs. Its standard
+    /// error is appended to `log`.
     ///
     /// # Errors
     /// When it is not built, or cannot be started.

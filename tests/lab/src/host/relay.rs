@@ -1,4 +1,5 @@
-//! A relay from this machine to a server. It can be cut as a network can: the sender gets no answer, and no error either.
+//! A relay from this machine to a server. It can be cut as a network can: the sender gets no answer, and no
+//! error either.
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -17,7 +18,8 @@ use crate::error::LabError;
 /// How much is copied at once.
 const PIECE_BYTES: usize = 64 << 10;
 
-/// A port on the loopback interface that forwards to another. It and its connections end when this is dropped.
+/// A port on the loopback interface that forwards to another. It and its connections end when this is
+/// dropped.
 #[derive(Debug)]
 pub struct Relay {
     address: SocketAddr,

@@ -1,8 +1,9 @@
-//! A disk that VMs in all nodes can reach, like one on a storage network: a file of this machine behind `qemu-nbd`, which
-//! the nodes see as an NBD server at [`SHARED_DISK_ADDRESS`].
+//! A disk that VMs in all nodes can reach, like one on a storage network: a file of this machine behind
+//! `qemu-nbd`, which the nodes see as an NBD server at [`SHARED_DISK_ADDRESS`].
 //!
 //! ```text
-//! VM's QEMU --tcp--> node's user network --nc--> a port of this machine's loopback --> qemu-nbd's Unix socket --> the file
+//! VM's QEMU --tcp--> node's user network --nc--> a port of this machine's loopback
+//!   --> qemu-nbd's Unix socket --> the file
 //! ```
 
 use std::{

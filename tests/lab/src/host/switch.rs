@@ -1,9 +1,10 @@
-//! The link between the nodes: a switch in the lab's own process. Every node's second network card is connected to it by a Unix
-//! socket (QEMU's `-netdev stream`), so that no frame ever reaches a network of this machine, and no address or group is shared
-//! with another lab that runs at the same time.
+//! The link between the nodes: a switch in the lab's own process. Every node's second network card is
+//! connected to it by a Unix socket (QEMU's `-netdev stream`), so that no frame ever reaches a network of
+//! this machine, and no address or group is shared with another lab that runs at the same time.
 //!
-//! A frame is preceded by its length, four bytes, big endian. Where it goes is read from its destination: the cards' addresses
-//! end in their node's number ([`mac_of`]), so that there is nothing to learn; a group address goes to all others.
+//! A frame is preceded by its length, four bytes, big endian. Where it goes is read from its destination: the
+//! cards' addresses end in their node's number ([`mac_of`]), so that there is nothing to learn; a group
+//! address goes to all others.
 
 use std::{io, path::Path, sync::Arc};
 
@@ -13,7 +14,8 @@ use tokio::{
     sync::mpsc,
 };
 
-/// Frames that wait for one node. When the queue is full the sender waits: dropped frames would slow down TCP in the nodes.
+/// Frames that wait for one node. When the queue is full the sender waits: dropped frames would slow down TCP
+/// in the nodes.
 const QUEUE: usize = 256;
 
 /// What QEMU's own buffers hold (NET_BUFSIZE).

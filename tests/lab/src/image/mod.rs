@@ -1,5 +1,6 @@
-//! The file system that a node boots into: busybox, the kernel's modules, the programs under test with the shared libraries
-//! they need, and the lab's own init. It is built for each lab, so that a changed program needs no other step.
+//! The file system that a node boots into: busybox, the kernel's modules, the programs under test with the
+//! shared libraries they need, and the lab's own init. It is built for each lab, so that a changed program
+//! needs no other step.
 
 mod cpio;
 mod linux_guest;
@@ -146,7 +147,8 @@ fn add_busybox(archive: &mut Archive) -> Result<(), LabError> {
     Ok(())
 }
 
-/// The program's bytes without debug information, which would be most of the file and take memory of every node.
+/// The program's bytes without debug information, which would be most of the file and take memory of every
+/// node.
 pub(crate) fn without_debug_information(program: &Path) -> Result<Vec<u8>, LabError> {
     let stripped = tempfile::NamedTempFile::new().map_err(LabError::io("making a temporary file"))?;
     output_of(Command::new("strip").arg("--strip-debug").arg("-o").arg(stripped.path()).arg(program))?;

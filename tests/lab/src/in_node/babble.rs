@@ -26,8 +26,10 @@ enum Babble {
     Silent,
 }
 
-const GREETING: &[u8] = br#"{"QMP": {"version": {"qemu": {"micro": 2, "minor": 0, "major": 10}, "package": ""}, "capabilities": []}}
-"#;
+const GREETING: &str = concat!(
+    r#"{"QMP": {"version": {"qemu": {"micro": 2, "minor": 0, "major": 10}, "package": ""}, "capabilities": []}}"#,
+    "\n"
+);
 
 /// Serves the socket, for this user alone, until it is killed.
 pub(super) fn serve(socket: &str, what: &str) -> anyhow::Result<()> {
@@ -58,7 +60,7 @@ fn send(mut stream: UnixStream, babble: Babble) -> std::io::Result<()> {
         Babble::Silent => return std::io::copy(&mut stream, &mut std::io::sink()).map(drop),
     };
     if matches!(babble, Babble::GreetedEndless) {
-        stream.write_all(GREETING)?;
+        stream.write_all(GREETING.as_bytes())?;
     }
     loop {
         stream.write_all(&piece)?;

@@ -1,5 +1,5 @@
-//! The step between the service's fork and the program's exec. It is a program of its own, as nothing but async-signal-safe
-//! calls (and `unsafe`) could do the same in the forked child.
+//! The step between the service's fork and the program's exec. It is a program of its own, as nothing but
+//! async-signal-safe calls (and `unsafe`) could do the same in the forked child.
 
 use std::{convert::Infallible, fs, os::unix::process::CommandExt, path::Path, process::Command};
 

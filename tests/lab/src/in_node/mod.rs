@@ -1,10 +1,10 @@
-//! The control service inside a node. It uses threads and blocking calls, one thread for each connection: it shares one or two
-//! emulated CPUs with the programs that it observes.
+//! The control service inside a node. It uses threads and blocking calls, one thread for each connection: it
+//! shares one or two emulated CPUs with the programs that it observes.
 //!
-//! Invoked as `slackwater-lab-node serve`, or as `slackwater-lab-node launch CGROUP PROGRAM ARGUMENT...`, which the service
-//! itself uses to put a program into a session and a cgroup of its own before it begins, or as
-//! `slackwater-lab-node qmp SOCKET COMMAND ARGUMENTS`, which sends one command to a QEMU in the node, or as
-//! `slackwater-lab-node qmp-migrate SOCKET URI`, which starts a migration and waits for its end, or as
+//! Invoked as `slackwater-lab-node serve`, or as `slackwater-lab-node launch CGROUP PROGRAM ARGUMENT...`,
+//! which the service itself uses to put a program into a session and a cgroup of its own before it begins, or
+//! as `slackwater-lab-node qmp SOCKET COMMAND ARGUMENTS`, which sends one command to a QEMU in the node, or
+//! as `slackwater-lab-node qmp-migrate SOCKET URI`, which starts a migration and waits for its end, or as
 //! `slackwater-lab-node babble SOCKET WHAT`, which serves garbage on a socket where the agent expects a QEMU.
 
 mod babble;

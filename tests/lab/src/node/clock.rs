@@ -1,5 +1,5 @@
-//! Clocks. Every node has its own CLOCK_MONOTONIC, and so has this machine. Events in two nodes can be ordered only as far as
-//! the difference of their clocks is known.
+//! Clocks. Every node has its own CLOCK_MONOTONIC, and so has this machine. Events in two nodes can be
+//! ordered only as far as the difference of their clocks is known.
 
 use rustix::time::{ClockId, clock_gettime};
 
@@ -14,8 +14,8 @@ pub struct ClockReading {
     pub error_ns: i64,
 }
 
-/// The relation between a node's clock and this machine's, over the time from a first to a last reading: an emulated clock may
-/// run a little faster or slower.
+/// The relation between a node's clock and this machine's, over the time from a first to a last reading: an
+/// emulated clock may run a little faster or slower.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ClockRelation {
     first: ClockReading,
@@ -51,7 +51,8 @@ impl ClockRelation {
     pub fn host_interval(&self, node_ns: u64) -> (i64, i64) {
         let node_ns = i64::try_from(node_ns).unwrap_or(i64::MAX);
         let (first, last) = (self.first, self.last);
-        // The offset is taken to change evenly from the first reading to the last, and to stay as it is outside.
+        // The offset is taken to change evenly from the first reading to the last, and to stay as it is
+        // outside.
         let (begin, end) = (first.host_ns + first.offset_ns, last.host_ns + last.offset_ns);
         let offset = if end <= begin {
             first.offset_ns

@@ -18,7 +18,8 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 /// How often the clock is read; the narrowest exchange counts.
 const CLOCK_EXCHANGES: usize = 40;
 
-/// A client of one node's service. Each request has a connection of its own, so that a waiting request blocks no other.
+/// A client of one node's service. Each request has a connection of its own, so that a waiting request blocks
+/// no other.
 #[derive(Clone, Debug)]
 pub(crate) struct Control {
     pub(crate) node: String,

@@ -35,7 +35,8 @@ const BOOT_TIMEOUT: Duration = Duration::from_secs(90);
 const LINK_MTU: u32 = 9000;
 
 /// Switches off work at boot that the lab does not need: a third of the time on an emulated CPU.
-const QUICKER_BOOT: &str = "mitigations=off tsc=reliable rcupdate.rcu_expedited=1 nokaslr lsm=capability audit=0 nmi_watchdog=0 cryptomgr.notests";
+const QUICKER_BOOT: &str = "mitigations=off tsc=reliable rcupdate.rcu_expedited=1 nokaslr lsm=capability \
+    audit=0 nmi_watchdog=0 cryptomgr.notests";
 
 /// What all nodes of a lab share.
 pub(crate) struct Boot<'a> {
@@ -150,8 +151,8 @@ fn arguments(
     monitor: &Path,
 ) {
     let append = format!(
-        "console=ttyS0 panic=-1 quiet {QUICKER_BOOT} slackwater.name={} slackwater.number={number} slackwater.mtu={LINK_MTU} \
-         slackwater.devices={}",
+        "console=ttyS0 panic=-1 quiet {QUICKER_BOOT} slackwater.name={} slackwater.number={number} \
+         slackwater.mtu={LINK_MTU} slackwater.devices={}",
         config.name,
         config.devices.join(","),
     );
@@ -161,8 +162,8 @@ fn arguments(
     let forward = |port: u16| format!(",hostfwd=tcp:127.0.0.1:0-:{port}");
     command
         .args(["-name", &config.name])
-        // Not microvm: under load one boot in three hangs there in the calibration of the clock. This machine's KVM is not
-        // used, since it often cannot nest; an emulated node has a KVM of its own.
+        // Not microvm: under load one boot in three hangs there in the calibration of the clock. This
+        // machine's KVM is not used, since it often cannot nest; an emulated node has a KVM of its own.
         .args([
             "-machine",
             "q35",

@@ -153,8 +153,8 @@ impl Node {
         }
     }
 
-    /// Starts a program in the background, in a session and a cgroup of its own, and returns its pid. `name` names the cgroup, and the
-    /// log `/var/log/NAME.log`.
+    /// Starts a program in the background, in a session and a cgroup of its own, and returns its pid. `name`
+    /// names the cgroup, and the log `/var/log/NAME.log`.
     ///
     /// # Errors
     /// When it could not be started.
@@ -167,7 +167,8 @@ impl Node {
         }
     }
 
-    /// Waits for a process to end. `None`: it did not end in time. How it ended is known only of spawned processes.
+    /// Waits for a process to end. `None`: it did not end in time. How it ended is known only of spawned
+    /// processes.
     ///
     /// # Errors
     /// When the node does not answer.
@@ -210,7 +211,8 @@ impl Node {
         self.signal(pid, Signal::KILL).await
     }
 
-    /// Kills with SIGKILL every process in the cgroup of the program spawned under `name`, and waits until it is empty.
+    /// Kills with SIGKILL every process in the cgroup of the program spawned under `name`, and waits until it
+    /// is empty.
     ///
     /// # Errors
     /// When nothing was spawned under that name.

@@ -1,8 +1,9 @@
 //! The protocol between the lab and a node's control service.
 //!
-//! A message is one line of JSON, and behind it as many bytes of payload as the line announces (a file's content, a program's
-//! output). A connection carries requests one after the other; a client that needs two at once opens two connections. The
-//! port is reachable from the loopback interface of the lab's machine only.
+//! A message is one line of JSON, and behind it as many bytes of payload as the line announces (a file's
+//! content, a program's output). A connection carries requests one after the other; a client that needs two
+//! at once opens two connections. The port is reachable from the loopback interface of the lab's machine
+//! only.
 
 use std::io::{self, BufRead, Write};
 
@@ -17,19 +18,21 @@ pub const READY_LINE: &str = "slackwater-lab-node: ready";
 /// The largest payload. A message that announces more is invalid.
 pub const MAX_PAYLOAD_BYTES: u64 = 1 << 30;
 
-/// What the lab asks of a node. Programs are given by argument vectors: there is no shell unless one is named.
+/// What the lab asks of a node. Programs are given by argument vectors: there is no shell unless one is
+/// named.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "do", rename_all = "snake_case")]
 pub enum Request {
-    /// Runs a program to its end. The payload is its standard input. When time is up its whole process group is killed.
+    /// Runs a program to its end. The payload is its standard input. When time is up its whole process group
+    /// is killed.
     Exec {
         /// Program and arguments.
         argv: Vec<String>,
         /// How long it may take.
         timeout_ms: u64,
     },
-    /// Starts a program in the background, in a session and a cgroup of its own. Each line that it prints goes to
-    /// `/var/log/NAME.log` and, behind its name, to the serial console.
+    /// Starts a program in the background, in a session and a cgroup of its own. Each line that it prints
+    /// goes to `/var/log/NAME.log` and, behind its name, to the serial console.
     Spawn {
         /// Names the cgroup and the log.
         name: String,
@@ -61,7 +64,8 @@ pub enum Request {
         /// Which.
         signal: i32,
     },
-    /// Kills (SIGKILL) all that lives in the cgroup of what was spawned under `name`, and waits until it is empty.
+    /// Kills (SIGKILL) all that lives in the cgroup of what was spawned under `name`, and waits until it is
+    /// empty.
     KillGroup {
         /// As given to `Spawn`.
         name: String,

@@ -74,7 +74,8 @@ fn timed_out(action: &str) -> LabError {
     LabError::TimedOut { action: action.to_owned(), seconds: COMMAND_TIMEOUT.as_secs() }
 }
 
-/// The ports of this machine that lead into the node, out of the monitor's `info usernet`: (ours, the node's).
+/// The ports of this machine that lead into the node, out of the monitor's `info usernet`: (ours, the
+/// node's).
 pub(crate) fn forwarded_ports(usernet: &str) -> Vec<(u16, u16)> {
     let pair = |line: &str| {
         let mut words = line.split_whitespace();
@@ -94,7 +95,8 @@ mod tests {
 
     #[test]
     fn forwarded_ports_are_read_from_the_monitor() {
-        let text = "Hub -1 (host0):\r\n  Protocol[State]    FD  Source Address  Port   Dest. Address  Port RecvQ SendQ\r\n  \
+        let text = "Hub -1 (host0):\r\n  \
+                    Protocol[State]    FD  Source Address  Port   Dest. Address  Port RecvQ SendQ\r\n  \
                     TCP[HOST_FORWARD]  15       127.0.0.1 41234       10.0.2.15  7000     0     0\r\n  \
                     TCP[ESTABLISHED]  15       127.0.0.1 41234       10.0.2.15  7000     0     0\r\n";
         assert_eq!(forwarded_ports(text), [(41234, 7000)]);

@@ -1,7 +1,7 @@
-//! The contract, as this VMM keeps it: `slackwater.vmm.v1`, stop-and-copy only.
+//! The contract `slackwater.vmm.v1` as this VMM implements it: stop-and-copy only.
 //!
-//! Which call is legal when is [`State`]'s to say. A call that changes something is carried out to its end even if its caller
-//! goes away meanwhile. Calls wait for each other, except that a save and a load take their time beside them.
+//! [`State`] defines which call is legal. A call that changes something is completed even if its caller
+//! disconnects. Calls wait for each other; a save and a load run beside them.
 
 mod load;
 mod save;
@@ -58,7 +58,7 @@ struct Progress {
 }
 
 impl ReferenceVmm {
-    /// Serves `vm`, which stands where `state` says. Quit cancels `quit`.
+    /// Serves `vm`, which is in `state`. Quit cancels `quit`.
     pub fn new(vm: Vm, state: State, quit: CancellationToken) -> Self {
         let shape = Shape { ram_bytes: vm.ram.bytes(), devices: vm.devices.len() as u32 };
         let progress = Mutex::new(Progress { state, save: None, loaded: None });
@@ -91,7 +91,7 @@ impl ReferenceVmm {
         if live {
             return Err(Status::failed_precondition(
                 "live is true, expected false: this VMM has no dirty tracking (DIRTY_TRACKING_NONE), \
-                 so it gives RAM only after the pause",
+                 so it sends RAM only after the pause",
             ));
         }
         let inner = Arc::clone(&self.0);
@@ -154,7 +154,7 @@ impl ReferenceVmm {
             save.abort();
             save.outcome()
         };
-        // Whatever came of it: the save has ended.
+        // The save has ended, with any result.
         drop(outcome.await);
         Ok(())
     }
@@ -171,8 +171,8 @@ impl ReferenceVmm {
             let loaded = loaded.unwrap_or_else(|_| Err(Status::internal("the load failed")));
             let mut progress = self.0.progress.lock().await;
             match &loaded {
-                Ok(_) => info!(milliseconds = since.elapsed().as_millis(), "a VM has come"),
-                Err(status) => warn!(why = status.message(), "what has come is refused"),
+                Ok(_) => info!(milliseconds = since.elapsed().as_millis(), "a VM was received"),
+                Err(status) => warn!(why = status.message(), "the received state is refused"),
             }
             progress.state = progress.state.load_ended(loaded.is_ok());
             progress.loaded = Some(Arc::new(loaded?));
@@ -196,7 +196,7 @@ impl ReferenceVmm {
 
     async fn quit(self) -> Result<(), Status> {
         info!("asked to quit");
-        // So that nothing has run any more when the answer comes. A vCPU that has ended does not run, either.
+        // So that nothing runs any more when this is answered. A vCPU that has ended does not run, either.
         self.vcpu().pause().await.unwrap_or_default();
         self.0.quit.cancel();
         Ok(())
@@ -211,11 +211,11 @@ fn vcpu_error(error: VcpuError) -> Status {
     Status::internal(super::run::with_sources(&error))
 }
 
-/// Carries `call` out to its end, whether or not its caller waits for it.
+/// Completes `call`, whether or not its caller still waits.
 async fn run_to_completion<T: Send + 'static>(
     call: impl Future<Output = Result<T, Status>> + Send + 'static,
 ) -> Result<T, Status> {
-    tokio::spawn(call).await.unwrap_or_else(|_| Err(Status::internal("the call was broken off")))
+    tokio::spawn(call).await.unwrap_or_else(|_| Err(Status::internal("the call was interrupted")))
 }
 
 #[async_trait]
@@ -260,7 +260,7 @@ impl Vmm for ReferenceVmm {
         &self,
         request: Request<Streaming<StartLoadRequest>>,
     ) -> Result<Response<StartLoadResponse>, Status> {
-        // Not to its end: a caller that goes away takes the rest of the state with it.
+        // Not to completion: if the caller disconnects, the rest of the state does not arrive.
         self.clone().start_load(request.into_inner()).await?;
         Ok(Response::new(StartLoadResponse {}))
     }

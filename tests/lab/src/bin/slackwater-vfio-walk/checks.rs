@@ -38,8 +38,8 @@ pub(crate) async fn run(device: &str, like: &str, unlike: &str) -> Result<bool> 
     let devices = Devices { device, like, unlike };
     let d = &devices;
     let mut lines = vec![
-        line("a free device tells its features and is left as it was", probing(d)),
-        line("a device that somebody holds is in use, and one that is not bound tells nothing", in_use(d)),
+        line("a free device shows its features and is left as it was", probing(d)),
+        line("a device that is held is in use, and one that is not bound shows nothing", in_use(d)),
         line("PRE_COPY gives 24 bytes and drains, STOP_COPY the rest on the same descriptor", pre_copy(d)),
         line("a truncated load is refused at RESUMING -> STOP and only a reset leads out", truncated(d)),
         line("garbage is refused by write, and then the device is not asked to leave RESUMING", garbage(d)),
@@ -262,7 +262,7 @@ fn borrowed(d: &Devices<'_>) -> Result<()> {
     let (early, _) = node::read_all(&mut device)?;
     ensure!(early.len() == 24);
     drop(device);
-    // Dropped with its session open: the device has not moved, and whoever borrows it next goes on from there.
+    // Dropped with its session open: the device keeps its state, and the next borrower continues from there.
     let mut again = KernelDevice::new(d.device, process.borrow(descriptor, d.device)?)?;
     ensure!(again.state()? == PreCopy, "it was dropped in PRE_COPY and is found in {}", again.state()?);
     ensure_err!(again.read_data(1), DeviceError::NoDataStream { .. });

@@ -1,4 +1,4 @@
-//! What is checked: each a promise of the contract, or of the guest.
+//! The checks: each a promise of the contract, or of the guest.
 
 use anyhow::{Context, Result, ensure};
 use futures::stream;
@@ -75,7 +75,7 @@ async fn counts(d: &Devices<'_>) -> Result<()> {
 
 async fn pauses(d: &Devices<'_>) -> Result<()> {
     let mut vmm = Vmm::start(SOCKET, d.own, false).await?;
-    // Often, so that the vCPU is met at many places of its round.
+    // Often, so that the vCPU is paused at many places of its round.
     for _ in 0..20 {
         vmm.counts(3).await?;
         vmm.client.pause(PauseRequest {}).await?;
@@ -121,7 +121,7 @@ async fn out_of_order(d: &Devices<'_>) -> Result<()> {
     client.abort_save(AbortSaveRequest {}).await?;
 
     let mut twin = Vmm::start(TWIN_SOCKET, d.twins, true).await?;
-    let empty = "the VMM was started to take over a VM, of which nothing has come; expected";
+    let empty = "the VMM was started to take over a VM, of which nothing has been received; expected";
     assert_refused(twin.client.pause(PauseRequest {}).await, early, empty)?;
     assert_refused(twin.client.resume(ResumeRequest {}).await, early, empty)?;
     assert_refused(twin.client.start_save(StartSaveRequest { live: false }).await, early, empty)?;
@@ -184,7 +184,7 @@ async fn garbage(d: &Devices<'_>) -> Result<()> {
     assert_refused(
         twin.client.finish_load(FinishLoadRequest {}).await,
         Code::FailedPrecondition,
-        "nothing has come",
+        "nothing has been received",
     )?;
     load(&mut twin, &bytes).await?;
     twin.client.finish_load(FinishLoadRequest {}).await?;
@@ -274,7 +274,7 @@ async fn ends(d: &Devices<'_>) -> Result<()> {
     let free =
         || d.own.iter().try_for_each(|device| probe::features(&cdev(device)?).map(drop).map_err(Into::into));
     let mut vmm = Vmm::start(SOCKET, d.own, false).await?;
-    // A save that nobody ends does not keep it.
+    // An open save does not keep it.
     let save = vmm.client.start_save(StartSaveRequest { live: false }).await?;
     vmm.quit().await?;
     free()?;

@@ -20,7 +20,7 @@ use tokio::io::{AsyncBufReadExt, BufReader, Lines};
 use tokio::process::{Child, ChildStderr, Command};
 use tokio::time::{interval, timeout};
 
-/// What may take a while on an emulated CPU.
+/// The limit for an action that is slow on an emulated CPU.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A VMM that serves. It is killed when dropped.
@@ -34,8 +34,8 @@ pub(crate) struct Vmm {
 
 impl Drop for Vmm {
     fn drop(&mut self) {
-        // A check that failed leaves it running. Its devices are to be free for the next check: wait for its end. What there is to
-        // say about it has been said.
+        // A check that failed leaves it running. Its devices are to be free for the next check: wait for its
+        // end. What there is to say about it has been said.
         if self.process.id().is_some() {
             self.process.start_kill().unwrap_or_default();
             let pid = i32::try_from(self.pid).ok().and_then(Pid::from_raw);
@@ -55,7 +55,8 @@ pub(crate) fn cdev(device: &str) -> Result<PathBuf> {
 }
 
 impl Vmm {
-    /// Starts a VMM with these devices, and returns when it serves: with a VM that counts, or as a twin that waits for one.
+    /// Starts a VMM with these devices, and returns when it serves: with a VM that counts, or as a twin that
+    /// waits for one.
     pub(crate) async fn start(socket: &str, devices: &[String], incoming: bool) -> Result<Self> {
         let mut command = Command::new("slackwater-reference-vmm");
         command.args(["run", "--socket", socket, "--pace-us", "1000"]);
@@ -91,7 +92,8 @@ impl Vmm {
         Ok(outside::report(self.pid)?)
     }
 
-    /// Waits until the guest has counted `rounds` further. There is no event for what a guest writes into its memory.
+    /// Waits until the guest has counted `rounds` further. There is no event for what a guest writes into its
+    /// memory.
     pub(crate) async fn counts(&self, rounds: u64) -> Result<Report> {
         let goal = self.guest()?.count + rounds;
         let mut ticks = interval(Duration::from_millis(10));

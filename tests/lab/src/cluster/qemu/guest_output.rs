@@ -35,7 +35,8 @@ impl QemuVm {
         Report::last_of(&said).with_context(|| format!("the guest of {} reports nothing", self.name))
     }
 
-    /// Deletes the output of its guest in a node that it has left, so that it is not taken for current output.
+    /// Deletes the output of its guest in a node that it has left, so that it is not taken for current
+    /// output.
     ///
     /// # Errors
     /// When the node cannot be reached.

@@ -1,7 +1,8 @@
 //! QEMU VMs with the nodes' devices, started in a node and announced to the agent.
 //!
-//! The argument vector is built in one place, with a placeholder for each device and one for the socket. It serves the VM at the source
-//! (`start`), the `twin` of `vm.json`, which the agent fills in at the destination, and a destination by hand (`await_migration`).
+//! The argument vector is built in one place, with a placeholder for each device and one for the socket. It
+//! serves the VM at the source (`start`), the `twin` of `vm.json`, which the agent fills in at the
+//! destination, and a destination by hand (`await_migration`).
 
 mod guest_output;
 mod running;
@@ -33,7 +34,8 @@ pub enum Accelerator {
 pub enum DeviceAccess {
     /// Each by its character device, all bound to one `/dev/iommu`.
     Iommufd,
-    /// The same, but the agent opens them and passes them to the twin. A VM that is started in a node opens them itself.
+    /// The same, but the agent opens them and passes them to the twin. A VM that is started in a node opens
+    /// them itself.
     Descriptor,
     /// Each by its VFIO group and the container of them all.
     Group,
@@ -166,7 +168,8 @@ impl QemuVm {
         self
     }
 
-    /// Adds to the nodes' image what the VM needs. The nodes need more memory for it: [`QemuVm::node_memory_mib`].
+    /// Adds to the nodes' image what the VM needs. The nodes need more memory for it:
+    /// [`QemuVm::node_memory_mib`].
     ///
     /// # Errors
     /// When something is not installed, or not built.
@@ -227,7 +230,8 @@ impl QemuVm {
         (0..self.devices).map(|device| format!("v{device}")).collect()
     }
 
-    /// QEMU's arguments at a place. Everything that a guest can see is the same at all places: otherwise QEMU refuses to migrate.
+    /// QEMU's arguments at a place. Everything that a guest can see is the same at all places: otherwise QEMU
+    /// refuses to migrate.
     fn arguments(&self, place: &Place) -> Vec<String> {
         let (machine, cpu) = match self.accelerator {
             Accelerator::Kvm => ("pc,accel=kvm", "host"),
@@ -281,7 +285,8 @@ impl QemuVm {
         let open = self.access == DeviceAccess::Descriptor;
         let devices = (0..self.devices).map(|device| {
             let sysfs = format!("sysfsdev={{device.{device}.sysfs}}");
-            // A mediated device (a VF is none) needs both properties: otherwise QEMU takes it for a PCI device of the host.
+            // A mediated device (a VF is none) needs both properties: otherwise QEMU takes it for a PCI
+            // device of the host.
             if open { format!("fd={{device.{device}.fd}},{sysfs}") } else { sysfs }
         });
         let iommufd = if open { ",fd={iommu.fd}" } else { "" };

@@ -32,7 +32,8 @@ impl QemuVm {
         Ok(())
     }
 
-    /// Starts the twin by hand, as the agent would: stopped, and waiting for `migrate-incoming`. It is not announced.
+    /// Starts the twin by hand, as the agent would: stopped, and waiting for `migrate-incoming`. It is not
+    /// announced.
     ///
     /// # Errors
     /// When it does not come up.
@@ -86,8 +87,8 @@ impl QemuVm {
         Ok(serde_json::from_str(&node.exec(&list).await?.success()?)?)
     }
 
-    /// Moves it by hand, without the product, over the link between the nodes; the destination waits ([`QemuVm::await_migration`]),
-    /// and stays stopped.
+    /// Moves it by hand, without the product, over the link between the nodes; the destination waits
+    /// ([`QemuVm::await_migration`]), and stays stopped.
     ///
     /// # Errors
     /// When QEMU reports a failure.

@@ -31,7 +31,8 @@ ip link set eth1 mtu "$mtu" up
 
 device=0
 for type in $(parameter devices | tr ',' ' '); do
-  printf '5a1ac0de-%04x-4000-8000-%012x\n' "$number" "$device" >"/sys/class/mdev_bus/mtty/mdev_supported_types/$type/create" ||
+  create=/sys/class/mdev_bus/mtty/mdev_supported_types/$type/create
+  printf '5a1ac0de-%04x-4000-8000-%012x\n' "$number" "$device" >"$create" ||
     echo "node-init: no device of type $type"
   device=$((device + 1))
 done

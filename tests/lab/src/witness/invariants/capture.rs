@@ -36,8 +36,7 @@ pub fn captured_at_slack_water(source: &Trace) -> Result<usize, Violation> {
     Ok(judged)
 }
 
-/// Whether data that are read at this time are a device's last: what it gives in STOP_COPY, and from the moment on when it
-/// begins to go there.
+/// Whether data read at this time are a device's final data: read in STOP_COPY, or on the way there.
 fn is_final(device: &DeviceTrace, at_ns: u64) -> bool {
     let begun = device.changes.iter().rfind(|change| change.began_ns <= at_ns);
     begun.is_some_and(|change| change.to == Some(State::StopCopy))
@@ -54,7 +53,7 @@ mod tests {
     }
 
     #[test]
-    fn reading_when_all_stand_still_keeps_it() {
+    fn reading_when_all_are_stopped_keeps_it() {
         let trace = stopped().read("a", 50, 36).read("b", 51, 36).trace();
         assert_eq!(captured_at_slack_water(&trace), Ok(2));
     }
@@ -100,13 +99,13 @@ mod tests {
     }
 
     #[test]
-    fn a_gap_in_what_is_known_of_the_vcpus_is_no_proof_that_they_stood() {
+    fn a_gap_in_the_record_of_the_vcpus_does_not_prove_that_they_stopped() {
         let broken = captured_at_slack_water(&stopped().gap(40, 60).read("a", 50, 36).trace()).unwrap_err();
         assert_eq!(broken.at_ns, None);
     }
 
     #[test]
-    fn nothing_read_is_nothing_judged() {
+    fn a_trace_without_reads_is_not_judged() {
         assert_eq!(captured_at_slack_water(&stopped().trace()).unwrap_err().at_ns, None);
     }
 }

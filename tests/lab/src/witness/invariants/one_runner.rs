@@ -1,5 +1,5 @@
-//! I1: at no time do both ends run the VM. The source's last run, of a vCPU or of a device, is before the destination's first,
-//! by more than what is not known about their clocks.
+//! I1: at no time do both ends run the VM. The source's last run, of a vCPU or of a device, is before the
+//! destination's first, by more than the uncertainty of their clocks.
 
 use super::{Invariant, Violation, changes, describe, describe_state, leaves_stop};
 use crate::witness::{
@@ -10,7 +10,8 @@ use crate::witness::{
 /// How far apart the two ends were.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Separation {
-    /// From the source's last run to the destination's first, nanoseconds: at least, as the clocks are known no better.
+    /// From the source's last run to the destination's first, nanoseconds: at least, as the clocks are known
+    /// no better.
     pub at_least_ns: i64,
 }
 
@@ -23,8 +24,8 @@ struct Sign {
 /// Judges both ends of a migration that succeeded.
 ///
 /// # Errors
-/// When a device of the source had not stopped, the source ran again, or ran on, after the destination may have, or one of them
-/// was not seen to run at all.
+/// When a device of the source had not stopped, the source ran again, or ran on, after the destination may
+/// have, or one of them was not seen to run at all.
 pub fn one_runner(source: &Trace, destination: &Trace) -> Result<Separation, Violation> {
     let i1 = Invariant::OneRunner;
     for (name, device) in &source.devices {
@@ -53,7 +54,8 @@ pub fn one_runner(source: &Trace, destination: &Trace) -> Result<Separation, Vio
     let (earliest, _) = destination.clock.host_interval(first.at_ns);
     if latest >= earliest {
         let what = format!(
-            "{} is not certainly after {} on node {}: by the lab's clock {} ns at the latest against {} ns at the earliest",
+            "{} is not certainly after {} on node {}: by the lab's clock {} ns at the latest against {} ns \
+             at the earliest",
             first.what, last.what, source.node, latest, earliest
         );
         return Err(i1.broken(destination, first.at_ns, what));
@@ -75,7 +77,8 @@ pub fn never_ran(destination: &Trace) -> Result<(), Violation> {
     }
 }
 
-/// The last sign that the source ran the VM: the last return from KVM_RUN, and the last that a device did before it stood still.
+/// The last sign that the source ran the VM: the last return from KVM_RUN, or the last change of a device
+/// before it was stopped.
 fn last_sign(source: &Trace) -> Result<Sign, Violation> {
     let stops = |change: &Change| change.from.is_some_and(State::moves) || leaves_stop(change);
     let device = changes(source, stops)
@@ -100,7 +103,8 @@ fn last_sign(source: &Trace) -> Result<Sign, Violation> {
     last.ok_or_else(|| Invariant::OneRunner.unjudged(source, "it was not seen to run"))
 }
 
-/// The first sign that the destination ran the VM: the first entry into KVM_RUN, or the first device that left STOP.
+/// The first sign that the destination ran the VM: the first entry into KVM_RUN, or the first device that
+/// left STOP.
 fn first_sign(destination: &Trace) -> Option<Sign> {
     let device = changes(destination, |change| leaves_stop(change) || attempts_to_leave(change)).map(
         |(name, change)| Sign {
@@ -115,7 +119,7 @@ fn first_sign(destination: &Trace) -> Option<Sign> {
     device.chain(vcpu).min_by_key(|sign| sign.at_ns)
 }
 
-/// Whether a device was told to run and did not: it may have begun to.
+/// Whether a device failed to run when requested: it may have started to.
 fn attempts_to_leave(change: &Change) -> bool {
     change.to.is_none() && change.wanted.moves() && change.from.is_some_and(State::is_stopped)
 }
@@ -126,7 +130,7 @@ mod tests {
     use super::*;
     use State::*;
 
-    /// Runs until 100; its devices stand still from 111 on.
+    /// Runs until 100; its devices are stopped from 111 on.
     fn source() -> TraceBuilder {
         TraceBuilder::new("s")
             .run(1, 100)

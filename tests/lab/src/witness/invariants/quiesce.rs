@@ -1,5 +1,5 @@
-//! I2: with two or more devices, none enters STOP or STOP_COPY until every one has reached a P2P state. Where they are assumed
-//! to be isolated, none enters STOP_COPY until every one is in STOP.
+//! I2: with two or more devices, none enters STOP or STOP_COPY until every one has reached a P2P state. Where
+//! they are assumed to be isolated, none enters STOP_COPY until every one is in STOP.
 
 use super::{Invariant, PeerToPeer, Violation, changes, describe, describe_state};
 use crate::witness::{
@@ -86,7 +86,8 @@ mod tests {
         assert_eq!(broken.at_ns, Some(11));
         assert_eq!(
             broken.to_string(),
-            "I2, quiesce together: node s at 0.000000 s: device a began its arc RUNNING_P2P -> STOP while device b was RUNNING"
+            "I2, quiesce together: node s at 0.000000 s: device a began its arc RUNNING_P2P -> STOP \
+             while device b was RUNNING"
         );
     }
 
@@ -145,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_seen_is_nothing_judged() {
+    fn a_trace_without_stops_is_not_judged() {
         let broken = quiesced_together(
             &TraceBuilder::new("s").at(1).arcs(&["a"], &[Running, PreCopy]).trace(),
             PeerToPeer::Required,

@@ -10,7 +10,7 @@ use crate::{
     },
 };
 
-/// A trace being told.
+/// Builds a trace for a test.
 pub(super) struct TraceBuilder {
     trace: Trace,
     now_ns: u64,

@@ -1,5 +1,6 @@
-//! I4: no device leaves STOP until all have loaded and left RESUMING; none enters RUNNING until all are in RUNNING_P2P; the vCPUs
-//! run last. The same, less the loading, where a VM wakes after a migration that was given up.
+//! I4: no device leaves STOP until all have loaded and left RESUMING; none enters RUNNING until all are in
+//! RUNNING_P2P; the vCPUs run last. The same, without the loading, where a VM wakes after an aborted
+//! migration.
 
 use super::{Invariant, PeerToPeer, Violation, changes, describe, describe_state, leaves_stop};
 use crate::witness::{
@@ -12,19 +13,20 @@ use crate::witness::{
 pub enum Waking {
     /// At the destination: every device has loaded its state.
     AfterLoad,
-    /// At the source: the migration was given up after devices had been stopped.
+    /// At the source: the migration was aborted after devices had been stopped.
     AfterRollback,
 }
 
 /// Judges the node on which the VM wakes. Returns how many arcs were judged.
 ///
 /// # Errors
-/// With the first event that came too early, when the devices did not all end in RUNNING, or when nothing woke.
+/// With the first event that came too early, when the devices did not all end in RUNNING, or when nothing
+/// woke.
 pub fn woke_together(trace: &Trace, waking: Waking, peer_to_peer: PeerToPeer) -> Result<usize, Violation> {
     let i4 = Invariant::WakeTogether;
     // A VM may have been stopped and woken before: the last time counts.
     let stopped_ns = changes(trace, enters_standstill).map(|(_, change)| change.ended_ns).max();
-    let stopped_ns = stopped_ns.ok_or_else(|| i4.unjudged(trace, "no device was seen to stand still"))?;
+    let stopped_ns = stopped_ns.ok_or_else(|| i4.unjudged(trace, "no device was seen to stop"))?;
     let first_ns = changes(trace, leaves_stop)
         .map(|(_, change)| change.began_ns)
         .filter(|began_ns| *began_ns >= stopped_ns || waking == Waking::AfterLoad)
@@ -65,7 +67,8 @@ pub fn woke_together(trace: &Trace, waking: Waking, peer_to_peer: PeerToPeer) ->
             format!("device {name} was {} when the last of them ran", describe_state(device, awake_ns));
         return Err(i4.broken(trace, awake_ns, what));
     }
-    // At the destination no vCPU runs at all before: at the source none from the moment on when the last device stood still.
+    // Before that, no vCPU runs at all at the destination, and none at the source after the last device was
+    // stopped.
     let from_ns = match waking {
         Waking::AfterLoad => 0,
         Waking::AfterRollback => stopped_ns,
@@ -82,7 +85,7 @@ fn enters_running(change: &Change) -> bool {
     change.from == Some(State::RunningP2p) && change.to.unwrap_or(change.wanted) == State::Running
 }
 
-/// Whether a device had given up RESUMING for STOP, with what it had loaded, and not gone back since.
+/// Whether a device had gone from RESUMING to STOP with its loaded state, and had not gone back since.
 fn has_loaded(device: &DeviceTrace, at_ns: u64) -> bool {
     let loaded = device.changes.iter().any(|change| {
         change.from == Some(State::Resuming) && change.to == Some(State::Stop) && change.ended_ns <= at_ns
@@ -90,14 +93,14 @@ fn has_loaded(device: &DeviceTrace, at_ns: u64) -> bool {
     loaded && not_resuming(device, at_ns)
 }
 
-/// Whether a device stood in no state in which it takes a blob, and was not between two states at the hand of somebody who loads.
+/// Whether a device was neither in RESUMING nor on its way out of it.
 fn not_resuming(device: &DeviceTrace, at_ns: u64) -> bool {
     let begun = device.changes.iter().rfind(|change| change.began_ns <= at_ns);
     let leaving = begun.is_some_and(|change| change.from == Some(State::Resuming) && change.ended_ns > at_ns);
     !leaving && device.state_at(at_ns) != Some(State::Resuming)
 }
 
-/// Whether a device answers its peers: it runs, if only for them.
+/// Whether a device answers its peers.
 fn is_awake_to_peers(device: &DeviceTrace, at_ns: u64) -> bool {
     device.holds_at(at_ns, State::moves)
 }
@@ -206,8 +209,8 @@ mod tests {
         assert!(broken.what.contains("device b was RUNNING_P2P when"), "{broken}");
     }
 
-    /// The VM ran until 5, and its devices stood in STOP_COPY from 20 on.
-    fn given_up() -> TraceBuilder {
+    /// The VM ran until 5, and its devices were in STOP_COPY from 20 on.
+    fn aborted() -> TraceBuilder {
         TraceBuilder::new("s")
             .run(1, 5)
             .at(10)
@@ -218,7 +221,7 @@ mod tests {
 
     #[test]
     fn a_rollback_that_wakes_all_together_keeps_it() {
-        let builder = given_up()
+        let builder = aborted()
             .at(30)
             .arcs(&["a", "b"], &[StopCopy, Stop, RunningP2p])
             .at(40)
@@ -229,13 +232,13 @@ mod tests {
 
     #[test]
     fn a_rollback_one_device_after_the_other_or_with_the_vcpus_first_breaks_it() {
-        let one_by_one = given_up()
+        let one_by_one = aborted()
             .at(30)
             .arcs(&["a"], &[StopCopy, Stop, RunningP2p, Running])
             .at(40)
             .arcs(&["b"], &[StopCopy, Stop, RunningP2p, Running]);
         assert!(woke_together(&one_by_one.trace(), Waking::AfterRollback, REQUIRED).is_err());
-        let vcpus_first = given_up()
+        let vcpus_first = aborted()
             .run(25, 60)
             .at(30)
             .arcs(&["a", "b"], &[StopCopy, Stop, RunningP2p])
@@ -245,10 +248,10 @@ mod tests {
     }
 
     #[test]
-    fn nothing_that_woke_is_nothing_judged() {
+    fn a_trace_in_which_nothing_woke_is_not_judged() {
         assert_eq!(woke_together(&loaded().trace(), Waking::AfterLoad, REQUIRED).unwrap_err().at_ns, None);
         assert_eq!(
-            woke_together(&given_up().trace(), Waking::AfterRollback, REQUIRED).unwrap_err().at_ns,
+            woke_together(&aborted().trace(), Waking::AfterRollback, REQUIRED).unwrap_err().at_ns,
             None
         );
     }

@@ -1,4 +1,4 @@
-//! Migrations that are given up: by their user, by an agent, or because one cannot be asked.
+//! Migrations that are aborted: by their user, by an agent, or because an agent does not answer.
 
 use serde_json::json;
 use slackwater_api::{MigrationPhase, Reservation};
@@ -57,7 +57,7 @@ async fn deleting_the_object_after_the_commit_lets_it_finish_and_then_go() {
 }
 
 #[tokio::test]
-async fn a_rollback_carries_the_agents_words_and_releases_until_the_target_answers() {
+async fn a_rollback_has_the_agents_message_and_releases_until_the_target_answers() {
     let mut world = World::start().await;
     world.migrate("move-counter", |_| {}).await;
     world.a.until_joined(1).await;
@@ -69,7 +69,8 @@ async fn a_rollback_carries_the_agents_words_and_releases_until_the_target_answe
     let failed = world.until("move-counter", "have failed", is("Succeeded", "False/TargetLost")).await;
     assert_eq!(
         message(&failed, "Succeeded"),
-        "VM demo/counter runs on node-a again, with its devices. The migration was given up: node-b has not been heard for 7 s."
+        "VM demo/counter runs on node-a again, with its devices. The migration was given up: \
+         node-b has not been heard for 7 s."
     );
     world.until("move-counter", "say that it is releasing", is("Prepared", "Unknown/Releasing")).await;
     let now = world.until("move-counter", "not be stopped", is("Stopped", "False/GuestRuns")).await;
@@ -100,7 +101,7 @@ async fn a_target_that_refuses_to_reserve_ends_it_with_the_source_never_asked() 
 }
 
 #[tokio::test]
-async fn a_cancelled_migration_is_given_up_and_stays_as_a_record() {
+async fn a_cancelled_migration_is_aborted_and_stays_as_a_record() {
     let world = World::start().await;
     world.migrate("move-counter", |spec| spec.attempts = 3).await;
     world.a.until_joined(1).await;
@@ -117,13 +118,13 @@ async fn a_cancelled_migration_is_given_up_and_stays_as_a_record() {
     let status = over.status.unwrap();
     assert_eq!((status.phase, status.attempt), (Some(MigrationPhase::RolledBack), Some(1)));
 
-    // It cannot be taken back, whatever the API server lets happen.
+    // A cancel cannot be reverted, even if the API server accepts the change.
     world.patch("move-counter", json!({"cancel": false})).await;
     world.until("move-counter", "ignore that", is("Accepted", "True/SpecChangeIgnored")).await;
 
-    // And before anything was begun nothing is.
+    // A migration that is cancelled before its start is not started.
     world.migrate("never", |spec| spec.cancel = true).await;
-    let never = world.until("never", "be given up", is("Succeeded", "False/Aborted")).await;
+    let never = world.until("never", "be aborted", is("Succeeded", "False/Aborted")).await;
     assert_eq!(
         message(&never, "Succeeded"),
         "Before anything was asked of any agent, spec.cancel was set to true."
@@ -134,7 +135,7 @@ async fn a_cancelled_migration_is_given_up_and_stays_as_a_record() {
 }
 
 #[tokio::test]
-async fn a_cancel_after_the_commit_is_told_that_the_point_of_no_return_has_passed() {
+async fn a_cancel_after_the_commit_is_refused_because_the_point_of_no_return_has_passed() {
     let world = World::start().await;
     world.migrate("move-counter", |_| {}).await;
     world.a.until_joined(1).await;
@@ -152,13 +153,13 @@ async fn a_cancel_after_the_commit_is_told_that_the_point_of_no_return_has_passe
 }
 
 #[tokio::test]
-async fn an_abort_that_a_source_answers_without_knowing_the_migration_is_not_believed() {
+async fn an_abort_answered_by_a_source_that_does_not_know_the_migration_does_not_count() {
     let mut world = World::start().await;
     let object = world.migrate("move-counter", |_| {}).await;
     world.a.until_joined(1).await;
     world.a.phase(Phase::Committed);
     world.until("move-counter", "be committed", is("Committed", "True")).await;
-    // The agent is restarted and has lost its journal; the target waits, fully loaded.
+    // The agent is restarted and has lost its journal; the target is loaded and waits.
     world.kill_operator().await;
     world.a.script(|script| script.migrate = Some(Status::failed_precondition("VM demo/counter is paused")));
     world.a.forget_events();
@@ -174,7 +175,7 @@ async fn an_abort_that_a_source_answers_without_knowing_the_migration_is_not_bel
     );
     assert!(world.b.calls().iter().all(|call| !matches!(call, Call::Release(_))));
 
-    // It started there after all.
+    // The target started the VM after all.
     world.b.set_journal(JournalRecord::Running);
     world.until_gone(&object).await;
     world.b.assert_nothing_was_relayed();
@@ -182,7 +183,7 @@ async fn an_abort_that_a_source_answers_without_knowing_the_migration_is_not_bel
 }
 
 #[tokio::test]
-async fn what_is_lost_is_said_and_nothing_is_given_back() {
+async fn a_lost_vm_is_reported_and_nothing_is_released() {
     let world = World::start().await;
     let object = world.migrate("lost", |spec| spec.attempts = 3).await;
     world.a.until_joined(1).await;
