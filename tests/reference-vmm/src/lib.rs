@@ -59,6 +59,7 @@
 
 pub mod bus;
 pub mod devices;
+mod error_text;
 pub mod guest;
 pub mod kvm;
 pub mod lifecycle;

@@ -11,13 +11,27 @@ use memmap2::MmapRaw;
 use rustix::fs::{MemfdFlags, SeekFrom, memfd_create, seek};
 use rustix::io::Errno;
 
-use super::saved::RamSource;
-
 /// The name of the memfd: `/proc/PID/fd` shows it as `/memfd:guest-ram (deleted)`.
 pub const MEMFD_NAME: &str = "guest-ram";
 
 /// Bytes of a page.
 pub const PAGE_BYTES: usize = 4096;
+
+/// Guest RAM, as a save reads it.
+pub trait RamSource {
+    /// The first address from `gpa` on that may hold a byte other than zero. `None`: all is zero up to the
+    /// end.
+    ///
+    /// # Errors
+    /// The kernel's error.
+    fn next_used(&self, gpa: u64) -> io::Result<Option<u64>>;
+
+    /// Fills `bytes` from guest physical address `gpa` on.
+    ///
+    /// # Errors
+    /// UnexpectedEof if that is beyond the end of RAM.
+    fn read(&self, gpa: u64, bytes: &mut [u8]) -> io::Result<()>;
+}
 
 /// Guest RAM from guest physical address 0, zero at first.
 #[derive(Debug)]
@@ -31,7 +45,7 @@ impl GuestRam {
     /// RAM of `bytes` bytes, a multiple of [`PAGE_BYTES`].
     ///
     /// # Errors
-    /// If the kernel does not give the memory.
+    /// If the memory cannot be allocated.
     pub fn new(bytes: u64) -> io::Result<Self> {
         let file = File::from(memfd_create(MEMFD_NAME, MemfdFlags::CLOEXEC)?);
         file.set_len(bytes)?;

@@ -1,6 +1,5 @@
 //! The process: from its arguments to a served socket, and its end.
 
-use std::error::Error;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -56,7 +55,7 @@ pub enum RunError {
     /// More devices than the guest can have.
     #[error("{found} devices, expected at most {MAX_DEVICES}")]
     TooManyDevices {
-        /// How many were given.
+        /// The number of devices.
         found: usize,
     },
     /// Guest RAM could not be allocated.
@@ -174,16 +173,4 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
         Ok(_) | Err(_) => {}
     }
     bind_unix(path)
-}
-
-/// An error and its causes, in one line.
-pub fn with_sources(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        source = error.source();
-    }
-    text
 }

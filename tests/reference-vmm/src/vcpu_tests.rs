@@ -131,7 +131,7 @@ async fn a_crash_ends_the_thread_and_is_reported() {
     vcpu.resume().await.unwrap();
     let crash = vcpu.ended().await.unwrap_err();
     assert_eq!(
-        crate::run::with_sources(&crash),
+        crate::error_text::with_sources(&crash),
         "the machine failed: the vCPU left the guest unexpectedly: Shutdown"
     );
     assert!(matches!(vcpu.pause().await, Err(VcpuError::Ended)));

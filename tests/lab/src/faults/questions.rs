@@ -12,8 +12,7 @@ use tokio::time::{Instant, interval, timeout};
 
 use super::matrix::{Cell, End, Expected, Phase, Side};
 use super::report::Outcome;
-use super::scene::Played;
-use super::stage::{DEVICES, Ends};
+use super::scene::{DEVICES, Ends, Played};
 use crate::cluster::{Cluster, NAMESPACE, TIMEOUT, Watching, has_condition};
 use crate::witness::{
     PeerToPeer, State, Trace, Violation, Waking, captured_at_slack_water, never_ran, one_runner,

@@ -8,11 +8,32 @@ use kube::{Api, ResourceExt};
 use slackwater_api::{MigrationNode, VMMigration};
 
 use super::matrix::{Cell, Expected, Fault, Phase, Side};
-use super::stage::Ends;
 use crate::cluster::{Cluster, DamagedFile, TIMEOUT, Watching, has_condition};
 
+/// Devices of each node, and of the VM.
+pub const DEVICES: usize = 2;
 /// How long a device hangs, and how long the API server does not answer.
 const A_WHILE: Duration = Duration::from_secs(30);
+
+/// The two ends of the next migration.
+#[derive(Clone, Copy, Debug)]
+pub struct Ends {
+    /// Where the VM runs.
+    pub source: &'static str,
+    /// Where it is to go.
+    pub destination: &'static str,
+}
+
+impl Ends {
+    /// The node at one end.
+    #[must_use]
+    pub fn at(self, side: Side) -> &'static str {
+        match side {
+            Side::Source => self.source,
+            Side::Destination => self.destination,
+        }
+    }
+}
 
 /// A migration that has ended.
 #[derive(Debug)]

@@ -6,15 +6,14 @@ use std::time::Duration;
 use anyhow::Context;
 use kube::api::{Patch, PatchParams};
 
-use super::matrix::{Cell, Side, VmmKind};
+use super::matrix::{Cell, VmmKind};
 use super::report::Outcome;
+use super::scene::{DEVICES, Ends};
 use super::{questions, scene};
 use crate::cluster::{Cluster, LabVm, QemuVm};
 use crate::config::LabConfig;
 use crate::node::NodeConfig;
 
-/// Devices of each node, and of the VM.
-pub const DEVICES: usize = 2;
 const NODES: [&str; 2] = ["node-a", "node-b"];
 /// Slow enough for the kernel's trace of a cell that takes a minute, and fast enough to see the guest count
 /// within a second.
@@ -33,26 +32,6 @@ pub struct Stage {
     vmm: VmmKind,
     /// Migrations so far: each has a name of its own.
     played: u32,
-}
-
-/// The two ends of the next migration.
-#[derive(Clone, Copy, Debug)]
-pub struct Ends {
-    /// Where the VM runs.
-    pub source: &'static str,
-    /// Where it is to go.
-    pub destination: &'static str,
-}
-
-impl Ends {
-    /// The node at one end.
-    #[must_use]
-    pub fn at(self, side: Side) -> &'static str {
-        match side {
-            Side::Source => self.source,
-            Side::Destination => self.destination,
-        }
-    }
 }
 
 impl Stage {

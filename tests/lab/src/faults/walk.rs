@@ -10,7 +10,8 @@ use tokio::time::sleep;
 
 use super::matrix::Side;
 use super::questions;
-use super::stage::{Ends, Stage};
+use super::scene::Ends;
+use super::stage::Stage;
 use crate::cluster::Watching;
 
 /// A small random number generator with a seed (SplitMix64 by Sebastiano Vigna).

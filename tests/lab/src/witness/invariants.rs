@@ -20,8 +20,9 @@ mod wake;
 use std::fmt;
 
 use super::{
+    parse::seconds,
     state::State,
-    trace::{Change, DeviceTrace, Trace, seconds},
+    trace::{Change, DeviceTrace, Trace},
 };
 
 pub use capture::captured_at_slack_water;
@@ -143,7 +144,7 @@ fn changes<'a>(
         .filter(move |(_, change)| kind(change))
 }
 
-/// Whether a change leads a stopped device to a state in which it works, by a request and not by a reset.
+/// Whether a change takes a stopped device to a state in which it works, by a request and not by a reset.
 fn leaves_stop(change: &Change) -> bool {
     change.from.is_some_and(|from| !from.moves()) && change.to.is_some_and(State::moves)
 }

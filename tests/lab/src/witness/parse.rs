@@ -19,7 +19,7 @@ pub enum ParseError {
         what: String,
     },
     /// Events that do not fit together.
-    #[error("at {}: {what}", super::trace::seconds(*.at_ns))]
+    #[error("at {}: {what}", seconds(*.at_ns))]
     Inconsistent {
         /// When, on the node's clock.
         at_ns: u64,
@@ -157,6 +157,11 @@ fn parse_event(event: &str, arguments: &str) -> Option<Event> {
         "ran" => Event::Ran,
         _ => return None,
     })
+}
+
+/// A time for messages: seconds with microseconds.
+pub(super) fn seconds(ns: u64) -> String {
+    format!("{}.{:06} s", ns / 1_000_000_000, ns / 1000 % 1_000_000)
 }
 
 #[cfg(test)]

@@ -151,8 +151,3 @@ impl Run {
         self.began_ns <= to_ns && self.ended_ns.is_none_or(|ended| ended >= from_ns)
     }
 }
-
-/// A time for people: seconds with microseconds.
-pub(super) fn seconds(ns: u64) -> String {
-    format!("{}.{:06} s", ns / 1_000_000_000, ns / 1000 % 1_000_000)
-}

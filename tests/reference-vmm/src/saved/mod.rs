@@ -16,7 +16,7 @@ mod read;
 mod write;
 
 pub use read::{ReadError, read};
-pub use write::{RamSource, write};
+pub use write::write;
 
 use super::ram::PAGE_BYTES;
 

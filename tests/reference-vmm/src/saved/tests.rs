@@ -6,6 +6,7 @@ use super::*;
 use strum::VariantArray;
 
 use crate::machine_state::{MachineState, StatePart};
+use crate::ram::RamSource;
 
 const SHAPE: Shape = Shape { ram_bytes: 600 * 4096, devices: 2 };
 

@@ -6,23 +6,7 @@ use super::{END, MACHINE, MAGIC, PAGES, RECORD_BYTES, Shape, VERSION};
 use strum::VariantArray;
 
 use crate::machine_state::{MachineState, StatePart};
-use crate::ram::PAGE_BYTES;
-
-/// Guest RAM, as a save reads it.
-pub trait RamSource {
-    /// The first address from `gpa` on that may hold a byte other than zero. `None`: all is zero up to the
-    /// end.
-    ///
-    /// # Errors
-    /// The kernel's error.
-    fn next_used(&self, gpa: u64) -> io::Result<Option<u64>>;
-
-    /// Fills `bytes` from guest physical address `gpa` on.
-    ///
-    /// # Errors
-    /// UnexpectedEof if that is beyond the end of RAM.
-    fn read(&self, gpa: u64, bytes: &mut [u8]) -> io::Result<()>;
-}
+use crate::ram::{PAGE_BYTES, RamSource};
 
 /// Writes a paused VM to `out`. `scanned(bytes)` is called with how much of the RAM has been scanned.
 ///

@@ -208,7 +208,7 @@ fn out_of_order(error: OutOfOrder) -> Status {
 }
 
 fn vcpu_error(error: VcpuError) -> Status {
-    Status::internal(super::run::with_sources(&error))
+    Status::internal(crate::error_text::with_sources(&error))
 }
 
 /// Completes `call`, whether or not its caller still waits.
