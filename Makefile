@@ -35,7 +35,7 @@ help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' "$(root)/Makefile" | expand -t 20
 
 .PHONY: demo
-demo: rust ## move a VM with its devices between two nodes of the lab, and verify it (VMM=qemu: a Linux under QEMU; DEMO="--devices 4": other arguments)
+demo: rust ## move a VM with its devices between two nodes, and verify it (VMM=qemu DEMO="--devices 4")
 	"$(install)" host-packages node-kernel kubernetes kubectl-helm
 	$(cargo) build --locked $(programs)
 	"$(bins)/slackwater-demo" $(if $(VMM),--vmm $(VMM)) $(DEMO)
@@ -50,27 +50,28 @@ test: rust rust-components ## all checks: format, lints, unit tests, the lab's e
 	$(cargo) test --locked --workspace --doc $(faults)
 
 .PHONY: fault-matrix
-fault-matrix: rust ## every phase of a migration with every fault that can hit it, into tests/fault-matrix.md (about an hour; VMM=qemu: into tests/fault-matrix-qemu.md)
+fault-matrix: rust ## every fault in every phase, into tests/fault-matrix.md (VMM=qemu; about an hour)
 	"$(install)" host-packages node-kernel kubernetes kubectl-helm
 	$(cargo) build --locked $(programs) $(faults)
-	"$(bins)/slackwater-fault-matrix" $(if $(VMM),--vmm $(VMM)) --out "$(root)/tests/fault-matrix$(if $(VMM),-$(VMM)).md" $(MATRIX)
+	"$(bins)/slackwater-fault-matrix" $(if $(VMM),--vmm $(VMM)) \
+	  --out "$(root)/tests/fault-matrix$(if $(VMM),-$(VMM)).md" $(MATRIX)
 
 .PHONY: random-walk
-random-walk: rust ## 1,000 migrations, each with a random fault (STEPS=50 SEED=7: other numbers)
+random-walk: rust ## 1,000 migrations, each with a random fault (STEPS=50 SEED=7)
 	"$(install)" host-packages node-kernel kubernetes kubectl-helm
 	$(cargo) build --locked $(programs) $(faults)
 	SLACKWATER_WALK_STEPS="$(or $(STEPS),1000)" SLACKWATER_WALK_SEED="$(or $(SEED),$(shell date +%s))" \
 	  cargo test --locked --workspace --test faults $(faults) -- --nocapture after_random_faults
 
 .PHONY: linux-guest
-linux-guest: rust ## a Linux in a QEMU VM moves ten times while it uses its devices and a shared disk (MIGRATIONS=2)
+linux-guest: rust ## a Linux in a QEMU VM moves ten times, with a shared disk (MIGRATIONS=2)
 	"$(install)" host-packages node-kernel kubernetes kubectl-helm
 	$(cargo) build --locked $(programs) $(faults)
 	SLACKWATER_LINUX_MIGRATIONS="$(or $(MIGRATIONS),10)" \
 	  cargo test --locked --workspace --test migration $(faults) -- --ignored --nocapture a_linux
 
 .PHONY: bench-qemu
-bench-qemu: rust ## QEMU's plain migration and Slackwater's, side by side (BENCH="--rounds 10 --guest linux": other arguments)
+bench-qemu: rust ## compare Slackwater's migration with QEMU's own (BENCH="--rounds 10 --guest linux")
 	"$(install)" host-packages node-kernel kubernetes kubectl-helm
 	$(cargo) build --locked --release $(programs)
 	"$(CARGO_TARGET_DIR)/release/slackwater-bench-qemu" --json "$(CARGO_TARGET_DIR)/bench-qemu.json" $(BENCH)

@@ -71,7 +71,7 @@ pub struct DestinationMarks {
     pub written_ns: u64,
     /// The first device begins to leave RESUMING.
     pub leaving_ns: u64,
-    /// The last device has come to STOP; or the first leaves it, if that was before.
+    /// The last device reaches STOP, or the first leaves it, whichever is earlier.
     pub in_stop_ns: u64,
     /// The first device begins to leave STOP.
     pub waking_ns: u64,

@@ -113,7 +113,7 @@ pub(super) fn steps(
     let ms = |from_ns: u64, to_ns: u64| (to_ns as f64 - from_ns as f64) / 1e6;
     Ok(vec![
         (
-            "gate: all devices in STOP_COPY -> pre-switchover heard, devices read, CAPTURING",
+            "gate: all devices in STOP_COPY -> pre-switchover seen, devices read, CAPTURING",
             ms(source.stopped_ns, capturing),
         ),
         ("gate: CAPTURING -> migrate-continue, first read of final data", ms(capturing, source.reading_ns)),

@@ -21,7 +21,7 @@ const PLAIN_ON: [&str; 2] = ["events", "return-path"];
 /// And off: the product leaves them on in a QEMU that it has moved.
 const PLAIN_OFF: [&str; 3] = ["pause-before-switchover", "switchover-ack", "late-block-activate"];
 
-/// What is to be measured.
+/// What to measure.
 #[derive(Clone, Debug)]
 pub struct Plan {
     /// The VM. `sizes` replaces its number of devices.

@@ -1,4 +1,4 @@
-//! The guest: its program, where its data lies, and what can be read from it.
+//! The guest: its program, the layout of its data, and its report.
 //!
 //! The program runs in real mode, with interrupts off and all segments at 0, in an endless loop:
 //! ```text

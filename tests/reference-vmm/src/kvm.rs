@@ -17,9 +17,9 @@ use super::vcpu::{Machine, MachineError, Step};
 #[non_exhaustive]
 pub enum SetUpError {
     /// KVM refused.
-    #[error("KVM does not {step}")]
+    #[error("KVM cannot {step}")]
     Kvm {
-        /// What was wanted.
+        /// The step that failed.
         step: &'static str,
         /// Why not.
         #[source]
@@ -43,21 +43,21 @@ impl KvmMachine {
     /// A machine whose vCPU is in KVM's initial state: for [`Self::set_up_guest`], or [`Machine::restore`].
     ///
     /// # Errors
-    /// If KVM does not give one.
+    /// If KVM does not provide one.
     pub fn new(ram: Arc<GuestRam>, bus: PortBus) -> Result<Self, SetUpError> {
         let failed = |step| move |source| SetUpError::Kvm { step, source };
-        let kvm = Kvm::new().map_err(failed("open (/dev/kvm)"))?;
+        let kvm = Kvm::new().map_err(failed("be opened (/dev/kvm)"))?;
         if !kvm.check_extension(Cap::ImmediateExit) {
             return Err(SetUpError::NoImmediateExit);
         }
-        let vm = kvm.create_vm().map_err(failed("make a VM"))?;
+        let vm = kvm.create_vm().map_err(failed("create a VM"))?;
         // Where Intel's processors keep a task state segment for real mode: in a hole of the guest's address
         // space.
-        vm.set_tss_address(0xfffb_d000).map_err(failed("take the address of a task state segment"))?;
-        let mut vm = VmOnRam::new(vm, ram).map_err(failed("make a vCPU with memory"))?;
+        vm.set_tss_address(0xfffb_d000).map_err(failed("set the address of a task state segment"))?;
+        let mut vm = VmOnRam::new(vm, ram).map_err(failed("create a vCPU with memory"))?;
         let cpuid =
-            kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("tell what it supports"))?;
-        vm.vcpu().set_cpuid2(&cpuid).map_err(failed("take a CPUID"))?;
+            kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("report the supported CPUID"))?;
+        vm.vcpu().set_cpuid2(&cpuid).map_err(failed("set the CPUID"))?;
         Ok(Self { vm, bus })
     }
 
@@ -74,14 +74,14 @@ impl KvmMachine {
         let vcpu = self.vm.vcpu();
         // After its reset a vCPU is in real mode, at the top of the address space. All data segments are at
         // 0.
-        let mut sregs = vcpu.get_sregs().map_err(failed("give the system registers"))?;
+        let mut sregs = vcpu.get_sregs().map_err(failed("read the system registers"))?;
         (sregs.cs.base, sregs.cs.selector) = (0, 0);
-        vcpu.set_sregs(&sregs).map_err(failed("take the system registers"))?;
-        let mut regs = vcpu.get_regs().map_err(failed("give the registers"))?;
+        vcpu.set_sregs(&sregs).map_err(failed("set the system registers"))?;
+        let mut regs = vcpu.get_regs().map_err(failed("read the registers"))?;
         regs.rip = guest::CODE;
         // Bit 1 is always set; interrupts are off.
         regs.rflags = 1 << 1;
-        vcpu.set_regs(&regs).map_err(failed("take the registers"))
+        vcpu.set_regs(&regs).map_err(failed("set the registers"))
     }
 
     /// Enters KVM_RUN once. `None`: it was interrupted.
@@ -146,7 +146,7 @@ impl Machine for KvmMachine {
             ..Default::default()
         };
         let got = vcpu.get_msrs(&mut msrs).map_err(failed(StatePart::Msrs))?;
-        expect_all(got, "give")?;
+        expect_all(got, "read")?;
         for (msr, entry) in state.msrs.iter_mut().zip(msrs.as_slice()) {
             *msr = *entry;
         }
@@ -167,7 +167,7 @@ impl Machine for KvmMachine {
         vcpu.set_debug_regs(&state.debug_regs).map_err(failed(StatePart::DebugRegs))?;
         let msrs = msr_list(state).map_err(failed(StatePart::Msrs))?;
         let set = vcpu.set_msrs(&msrs).map_err(failed(StatePart::Msrs))?;
-        expect_all(set, "take")?;
+        expect_all(set, "set")?;
         vcpu.set_mp_state(state.mp_state).map_err(failed(StatePart::MpState))?;
         vcpu.set_vcpu_events(&state.events).map_err(failed(StatePart::Events))
     }

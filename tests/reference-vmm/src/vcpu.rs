@@ -44,7 +44,7 @@ pub enum MachineError {
     #[error("a port access of the guest failed")]
     Access(#[source] AccessError),
     /// A part of the state could not be read.
-    #[error("KVM does not give the vCPU's {part}")]
+    #[error("KVM cannot read the vCPU's {part}")]
     GetState {
         /// Which part.
         part: &'static str,
@@ -53,7 +53,7 @@ pub enum MachineError {
         source: kvm_ioctls::Error,
     },
     /// This processor lacks an MSR that is part of the state.
-    #[error("KVM does not {verb} MSR {index:#x}")]
+    #[error("KVM cannot {verb} MSR {index:#x}")]
     Msr {
         /// The MSR's number.
         index: u32,
@@ -61,7 +61,7 @@ pub enum MachineError {
         verb: &'static str,
     },
     /// A part of the state was refused.
-    #[error("KVM does not take the vCPU's {part}")]
+    #[error("KVM cannot set the vCPU's {part}")]
     SetState {
         /// Which part.
         part: &'static str,
@@ -76,13 +76,13 @@ pub trait Machine: Send + 'static {
     /// Runs the vCPU until it leaves the guest, and does what the guest asked for.
     ///
     /// # Errors
-    /// If the machine cannot go on.
+    /// If the machine cannot continue.
     fn step(&mut self) -> Result<Step, MachineError>;
 
     /// Completes what the last step left incomplete in the vCPU, without running the guest.
     ///
     /// # Errors
-    /// If the machine cannot go on.
+    /// If the machine cannot continue.
     fn settle(&mut self) -> Result<(), MachineError>;
 
     /// The state of a settled machine.
@@ -189,7 +189,7 @@ impl Vcpu {
     /// The state of the machine, which must be paused.
     ///
     /// # Errors
-    /// If the vCPU has ended, or does not give its state.
+    /// If the vCPU has ended, or its state cannot be read.
     pub async fn state(&self) -> Result<MachineState, VcpuError> {
         self.ask(Request::State).await?.map_err(|error| VcpuError::Machine(Arc::new(error)))
     }
@@ -206,7 +206,7 @@ impl Vcpu {
     /// Returns when the thread has ended, and how.
     ///
     /// # Errors
-    /// Why the machine could not go on, if that ended it.
+    /// Why the machine could not continue, if that ended it.
     pub async fn ended(&self) -> Result<(), VcpuError> {
         let mut ended = self.ended.clone();
         match ended.wait_for(Option::is_some).await.as_deref() {

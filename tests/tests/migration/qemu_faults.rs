@@ -163,7 +163,7 @@ async fn a_twin_that_qemu_cannot_start_is_reported_with_qemus_error_and_nothing_
         assert_eq!(left, "", "{name}: a directory is left");
     }
     with_twin(&cluster, |_| {}).await;
-    moves(&cluster, "mended", "node-a", "node-b").await;
+    moves(&cluster, "repaired", "node-a", "node-b").await;
     cluster.nothing_was_forbidden().unwrap();
 }
 

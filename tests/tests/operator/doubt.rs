@@ -242,7 +242,7 @@ async fn a_journal_that_cannot_be_written_is_a_doubt_with_the_agents_message_unt
     let doubtful = world.until("move-counter", "be in doubt", is("InDoubt", "True/JournalFailed")).await;
     assert!(message(&doubtful, "InDoubt").contains("no space left on device"));
     world.a.phase(Phase::RollingBack);
-    world.until("move-counter", "go on", is("InDoubt", "False/Settled")).await;
+    world.until("move-counter", "continue", is("InDoubt", "False/Settled")).await;
     world.a.finish(Outcome::RolledBack, "JournalFailed", "no space left on device");
     world.until("move-counter", "have failed", is("Succeeded", "False/JournalFailed")).await;
     world.assert_nothing_was_forbidden();

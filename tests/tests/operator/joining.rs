@@ -100,7 +100,7 @@ async fn a_source_that_has_forgotten_the_migration_leaves_it_in_doubt_with_a_rea
     // Its state directory is restored.
     world.a.script(|script| script.migrate = None);
     world.a.set_journal(JournalRecord::Saving);
-    world.until("move-counter", "go on", is("InDoubt", "False/Settled")).await;
+    world.until("move-counter", "continue", is("InDoubt", "False/Settled")).await;
     world.a.finish(Outcome::RolledBack, "AgentRestarted", "the agent was restarted before the commit");
     world.until("move-counter", "have ended", is("Succeeded", "False/AgentRestarted")).await;
     world.assert_nothing_was_forbidden();

@@ -48,7 +48,7 @@ pub enum Phase {
     Committed,
     /// STARTING is durable at the destination, and nothing runs there yet.
     Starting,
-    /// The VM runs at the destination, the source knows it, and has not given anything back yet.
+    /// The VM runs at the destination, the source knows it, and has not released anything yet.
     Release,
 }
 
@@ -258,7 +258,7 @@ pub fn expected_of_qemu(phase: Phase, fault: Fault) -> Expected {
         (_, Phase::Quiesce) => Expected::CannotOccur(
             "QEMU quiesces and stops its devices in one step of its own; `stop` comes after it",
         ),
-        // RESUMING -> STOP, the check, and the reset of what is given back.
+        // RESUMING -> STOP, the check, and the reset of released devices.
         (Fault::DeviceError | Fault::DeviceHang, Phase::Load | Phase::Release) => expected(phase, fault),
         (Fault::DeviceError | Fault::DeviceHang, _) => {
             Expected::CannotOccur("QEMU drives its devices: here the agent makes no request that could fail")

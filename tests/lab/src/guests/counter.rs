@@ -9,15 +9,15 @@
 //!     write new and read it back; it must be new: else errors += 1
 //! every eighth round: say count, errors and the number of cards
 //! ```
-//! All of that lies in RAM. So one register lost, doubled or mixed up, or a count that does not fit the
-//! registers, shows as an error within one round, wherever in the round the vCPU was stopped. Between rounds
-//! it halts, since an emulated node has little CPU time.
+//! All of that is in RAM. So a register that is lost, duplicated or swapped, or a count that does not match
+//! the registers, shows as an error within one round, wherever in the round the vCPU was stopped. Between
+//! rounds it halts, since an emulated node has little CPU time.
 
 use std::{path::Path, process::Command};
 
 use anyhow::{Context, ensure};
 
-/// Where the guest's disk lies in the nodes.
+/// The path of the guest's disk in the nodes.
 pub const DISK: &str = "/usr/share/slackwater-lab/counter.img";
 
 const SOURCE: &str = include_str!("counter.s");

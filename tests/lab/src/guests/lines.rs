@@ -1,7 +1,7 @@
 //! The numbered lines that the Linux guest sends through its serial ports and writes to its disk, and the
 //! check of the disk.
 //!
-//! Line n, counted from 1, lies in the disk's sector n - 1 and says its number, its stamp (the guest's clock
+//! Line n, counted from 1, is in the disk's sector n - 1 and has its number, its stamp (the guest's clock
 //! when it wrote the line), and the stamp of the line before it. Two VMs that both ran from the same state
 //! wrote the same numbers with different stamps, so a mixture of the two on the disk is inconsistent.
 

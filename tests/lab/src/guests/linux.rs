@@ -5,11 +5,11 @@
 //! sent. Not one byte may be lost, doubled, or out of order. If the VM has a disk, the line is written there,
 //! too, past all caches, to a sector that must have been empty.
 
-/// Where the kernel lies in the nodes.
+/// The kernel's path in the nodes.
 pub const KERNEL: &str = "/usr/share/slackwater-lab/linux/vmlinuz";
-/// Where its initial file system lies in the nodes.
+/// The path of its initial file system in the nodes.
 pub const INITRD: &str = "/usr/share/slackwater-lab/linux/initrd.cpio";
-/// Where the guest's modules lie in its initial file system, with their `order`.
+/// The path of the guest's modules, with their `order`, in its initial file system.
 pub const MODULES: &str = "/modules";
 /// The program that is the guest's first and only one.
 pub const PROGRAM: &str = "slackwater-lab-guest";

@@ -33,7 +33,7 @@ impl ClockReading {
 }
 
 impl ClockRelation {
-    /// From a reading before and one after what is to be dated.
+    /// From a reading before and one after the events to date.
     #[must_use]
     pub fn between(first: ClockReading, last: ClockReading) -> Self {
         Self { first, last }

@@ -18,7 +18,7 @@ pub const READY_LINE: &str = "slackwater-lab-node: ready";
 /// The largest payload. A message that announces more is invalid.
 pub const MAX_PAYLOAD_BYTES: u64 = 1 << 30;
 
-/// What the lab asks of a node. Programs are given by argument vectors: there is no shell unless one is
+/// A request of the lab to a node. Programs are argument vectors: there is no shell unless one is
 /// named.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "do", rename_all = "snake_case")]
@@ -50,7 +50,7 @@ pub enum Request {
     },
     /// Waits for a line with `text` in it in the log of what was last spawned under `name`.
     WaitLine {
-        /// As given to `Spawn`.
+        /// The name passed to `Spawn`.
         name: String,
         /// What the line contains.
         text: String,
@@ -67,7 +67,7 @@ pub enum Request {
     /// Kills (SIGKILL) all that lives in the cgroup of what was spawned under `name`, and waits until it is
     /// empty.
     KillGroup {
-        /// As given to `Spawn`.
+        /// The name passed to `Spawn`.
         name: String,
     },
     /// Writes the payload to a file, whose folders are made.
@@ -77,7 +77,7 @@ pub enum Request {
         /// Permission bits.
         mode: u32,
     },
-    /// Reads a file to its end, of whatever kind (files under /proc and /sys have no size).
+    /// Reads a file to its end, also one without a size (under /proc and /sys).
     Get {
         /// Absolute.
         path: String,

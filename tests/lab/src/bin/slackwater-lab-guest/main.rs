@@ -79,7 +79,7 @@ fn load_modules() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A longer write to `/dev/port` would go on to the next port with each byte.
+/// A longer write to `/dev/port` would write each byte to the next port.
 fn say(debug: &File, text: &str) -> anyhow::Result<()> {
     for byte in text.as_bytes() {
         debug

@@ -82,7 +82,8 @@ pub(crate) fn walk(name: &str, tracefs: Option<&Path>) -> Result<bool> {
     Ok(sum.mismatches == 0)
 }
 
-/// Brings the device into `from`, asks the driver itself for `to`, whatever the table says, and looks.
+/// Takes the device to `from`, requests `to` from the driver itself, ignoring the table, and reads the
+/// result.
 fn ask(
     device: &mut KernelDevice,
     blob: &[u8],

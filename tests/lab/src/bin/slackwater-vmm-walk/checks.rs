@@ -39,14 +39,14 @@ pub(crate) async fn run(devices: &[String]) -> Result<bool> {
     let d = &Devices { own, twins };
     let lines = [
         line("a VM counts, and Describe names devices that can be borrowed", counts(d).await),
-        line("Pause stops the count, and Resume lets it go on", pauses(d).await),
-        line("calls out of order are refused in words", out_of_order(d).await),
-        line("what is no VM is refused, and the twin can still be loaded", garbage(d).await),
-        line("a VM that moves with its devices' state counts on without an error", moves(d).await),
-        line("a VM that moves without its devices' state finds that out", moves_without_devices(d).await),
-        line("a save that is aborted at slack water leaves a VM that goes on", rolls_back(d).await),
-        line("Quit and SIGTERM end a VMM and set its devices free", ends(d).await),
-        line("a VMM whose device is in use says so", in_use(d).await),
+        line("Pause stops the count, and Resume continues it", pauses(d).await),
+        line("calls out of order are refused with a reason", out_of_order(d).await),
+        line("an invalid state is refused, and the twin can still be loaded", garbage(d).await),
+        line("a VM that moves with its devices' state continues to count without an error", moves(d).await),
+        line("a VM that moves without its devices' state notices it", moves_without_devices(d).await),
+        line("a save that is aborted at slack water leaves a VM that can continue", rolls_back(d).await),
+        line("Quit and SIGTERM end a VMM and free its devices", ends(d).await),
+        line("a VMM whose device is in use reports it", in_use(d).await),
     ];
     for line in &lines {
         println!("{}", serde_json::to_string(line)?);
@@ -81,7 +81,7 @@ async fn pauses(d: &Devices<'_>) -> Result<()> {
         vmm.client.pause(PauseRequest {}).await?;
         let paused = vmm.guest()?;
         ensure!(vmm.run_state().await? == RunState::Paused);
-        ensure!(vmm.guest()? == paused, "it counts on: {paused:?}, {:?}", vmm.guest()?);
+        ensure!(vmm.guest()? == paused, "it continues to count: {paused:?}, {:?}", vmm.guest()?);
         vmm.client.resume(ResumeRequest {}).await?;
     }
     let report = vmm.counts(10).await?;
@@ -90,7 +90,7 @@ async fn pauses(d: &Devices<'_>) -> Result<()> {
 }
 
 fn assert_refused<T>(result: Result<T, Status>, code: Code, words: &str) -> Result<()> {
-    let status = result.err().with_context(|| format!("taken, but not {words:?}"))?;
+    let status = result.err().with_context(|| format!("accepted, expected {words:?}"))?;
     ensure!(
         status.code() == code && status.message().contains(words),
         "{status}, expected {code:?} {words:?}"
@@ -239,7 +239,7 @@ async fn moves_without_devices(d: &Devices<'_>) -> Result<()> {
     twin.client.finish_load(FinishLoadRequest {}).await?;
     twin.client.resume(ResumeRequest {}).await?;
     let report = twin.counts(10).await?;
-    ensure!(report.errors >= 1 && report.ram_errors == 0, "it does not find out: {report:?}");
+    ensure!(report.errors >= 1 && report.ram_errors == 0, "it does not notice: {report:?}");
     drop(devices);
     vmm.quit().await?;
     twin.quit().await
@@ -287,7 +287,7 @@ async fn ends(d: &Devices<'_>) -> Result<()> {
 async fn in_use(d: &Devices<'_>) -> Result<()> {
     let vmm = Vmm::start(SOCKET, d.own, false).await?;
     let (device, _) = d.own.split_first().context("no device")?;
-    let error = Vmm::start(TWIN_SOCKET, d.own, true).await.err().context("it has taken a device in use")?;
+    let error = Vmm::start(TWIN_SOCKET, d.own, true).await.err().context("it has opened a device in use")?;
     let words = format!("cannot bind device {device} to the iommufd; is it in use?");
     ensure!(error.to_string().contains(&words), "{error:#}, expected {words:?}");
     vmm.quit().await

@@ -34,7 +34,7 @@ pub(crate) struct Vmm {
 
 impl Drop for Vmm {
     fn drop(&mut self) {
-        // A check that failed leaves it running. Its devices are to be free for the next check: wait for its
+        // A check that failed leaves it running. Its devices must be free for the next check: wait for its
         // end. What there is to say about it has been said.
         if self.process.id().is_some() {
             self.process.start_kill().unwrap_or_default();
@@ -116,7 +116,7 @@ impl Vmm {
         Ok(self.client.describe(DescribeRequest {}).await?.into_inner().run_state())
     }
 
-    /// All devices, borrowed by the numbers that Describe gives.
+    /// All devices, borrowed by the descriptors from Describe.
     pub(crate) async fn devices(&mut self) -> Result<Vec<KernelDevice>> {
         let process = VmmProcess::open(self.pid)?;
         let described = self.client.describe(DescribeRequest {}).await?.into_inner().devices;

@@ -29,7 +29,7 @@ struct Sign {
 pub fn one_runner(source: &Trace, destination: &Trace) -> Result<Separation, Violation> {
     let i1 = Invariant::OneRunner;
     for (name, device) in &source.devices {
-        // A reset after the stop gives the device back: what runs then is no longer the VM's.
+        // A reset after the stop releases the device: what runs then is no longer the VM's.
         let last = device.changes.iter().rfind(|change| change.from.is_some());
         if let Some(change) = last.filter(|change| change.to.unwrap_or(State::Error).moves()) {
             let what = format!(
