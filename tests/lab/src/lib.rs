@@ -18,7 +18,7 @@
 //! ```
 //!
 //! Everything that a lab starts ends with it: when it is dropped, and when its process ends for any reason.
-//! Its folder is removed, too, unless [`KEEP_VARIABLE`] is set.
+//! Its folder is removed, too, unless [`host::KEEP_VARIABLE`] is set.
 //!
 //! | room | what it has |
 //! |---|---|

@@ -18,7 +18,7 @@ use anyhow::bail;
 /// Runs the program with these arguments.
 ///
 /// # Errors
-/// When they make no sense, the service cannot listen, or the program cannot be launched.
+/// When they are invalid, the service cannot listen, or the program cannot be launched.
 pub fn run(arguments: Vec<String>) -> anyhow::Result<()> {
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match words.as_slice() {
