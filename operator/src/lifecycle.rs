@@ -18,8 +18,8 @@ use crate::migration::controller;
 use crate::plan::Checks;
 use crate::publish::{nodes, vms};
 
-/// Waits until this operator leads, and then acts until `stop`. Migrations that are under way go on at the agents; the next
-/// operator joins them.
+/// Waits until this operator leads, and then acts until `stop`. Migrations that are under way go on at the
+/// agents; the next operator joins them.
 ///
 /// # Errors
 /// [`Ended`]. All that acted by the leadership has ended by then.
@@ -34,7 +34,7 @@ pub async fn run(
         return Ok(());
     };
     let ended = tokio::select! {
-        // First, so that nothing goes on by a leadership that is lost.
+        // First, so that nothing goes on after the leadership is lost.
         biased;
         lost = leadership.keep() => return Err(Ended::LeadershipLost(lost)),
         () = stop.cancelled() => Ok(()),
@@ -44,7 +44,7 @@ pub async fn run(
     ended
 }
 
-/// All loops. Ends, with the kind of the objects, when one of them does.
+/// Runs all loops. Ends when one of them does, and returns its kind of objects.
 async fn act(client: Client, credentials: Credentials, epoch: Epoch, checks: Checks) -> &'static str {
     let tasks = TaskTracker::new();
     let cluster = Cluster::new(client);
@@ -68,10 +68,10 @@ async fn act(client: Client, credentials: Credentials, epoch: Epoch, checks: Che
     }
 }
 
-/// Why the operator has ended by itself.
+/// Why the operator has ended without being asked to.
 #[derive(Debug, thiserror::Error)]
 pub enum Ended {
-    /// A watch is gone for good.
+    /// A watch has ended for good.
     #[error("watching {kind} objects has ended")]
     WatchEnded {
         /// The kind whose loop it was.

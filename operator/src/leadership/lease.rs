@@ -16,10 +16,10 @@ pub(super) use k8s_openapi::api::coordination::v1::Lease;
 /// How long the API server may take for one answer: less than any renew deadline that makes sense.
 const LEASE_REQUEST_TIMEOUT: Duration = Duration::from_secs(4);
 
-/// What came in the way of a Lease.
+/// Why a Lease could not be read or written.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum LeaseError {
-    /// Somebody else has it.
+    /// Another operator has it.
     #[error("{holder} holds it")]
     Taken { holder: String },
     /// The API server does not answer.
@@ -28,7 +28,7 @@ pub(super) enum LeaseError {
     /// Anything else.
     #[error("the API server says: {0}")]
     Ask(#[source] Box<kube::Error>),
-    /// A Lease counts only so far.
+    /// A Lease's counter has an upper bound.
     #[error("an agent has seen the epoch {known}, which is more than a Lease can count")]
     EpochTooHigh { known: u64 },
 }
@@ -49,7 +49,7 @@ impl Held {
     }
 }
 
-/// A name for this process that no other has, nor will have.
+/// A name for this process that no other process ever has.
 pub(super) fn identity() -> String {
     let read = |path| std::fs::read_to_string(path).map(|text| text.trim().to_owned()).unwrap_or_default();
     let host = std::env::var("HOSTNAME").unwrap_or_else(|_| read("/proc/sys/kernel/hostname"));
@@ -81,7 +81,7 @@ pub(super) async fn read(api: &Api<Lease>, name: &str) -> Result<Option<Lease>, 
     request(api.get_opt(name)).await
 }
 
-/// Writes us in as the holder. If somebody else was faster, the API server refuses it by the resource version.
+/// Makes this operator the holder. If another one was faster, the API server refuses by the resource version.
 pub(super) async fn take(
     api: &Api<Lease>,
     name: &str,
@@ -126,10 +126,10 @@ pub(super) async fn renew(
         Err(LeaseError::Ask(error)) if is(&error, 409) || is(&error, 404) => {}
         Err(error) => return Err(error),
     }
-    // Somebody has written to it, or deleted it.
+    // It was written to or deleted meanwhile.
     let lease = match read(api, &name).await? {
         Some(now) if holder(&now) == held.holder() => {
-            // We are its holder still: it is written over, and its count never goes back.
+            // This operator still holds it: it is overwritten, and its count never goes back.
             if let Some(spec) = &mut lease.spec {
                 spec.lease_transitions = spec.lease_transitions.max(Some(transitions_of(&now)));
             }
@@ -138,11 +138,11 @@ pub(super) async fn renew(
         }
         Some(now) => {
             let holder = holder(&now);
-            let holder = if holder.is_empty() { "nobody" } else { holder };
+            let holder = if holder.is_empty() { "no operator" } else { holder };
             return Err(LeaseError::Taken { holder: holder.to_owned() });
         }
         None => {
-            // Without it the count would begin anew.
+            // Written again, since its count would start over otherwise.
             lease.metadata = ObjectMeta { name: Some(name), ..ObjectMeta::default() };
             request(api.create(&PostParams::default(), &lease)).await?
         }

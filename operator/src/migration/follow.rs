@@ -1,5 +1,5 @@
-//! The part of a migration that the source's agent runs: asking it, following its events, joining again when the stream
-//! breaks, asking both ends when it does not go on, and giving up when the user wants that.
+//! The part of a migration that the source's agent runs: asking it, following its events, joining again when
+//! the stream breaks, asking both ends when it does not go on, and giving up when the user wants that.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,8 +24,8 @@ const LAST_EVENT_TIMEOUT: Duration = Duration::from_secs(10);
 const REFUSED_ABORT_PAUSE: Duration = Duration::from_secs(5);
 /// At most this many events are taken in before the status is written.
 const BATCH: usize = 256;
-/// How often the source is joined again after its journal says that the migration is settled. After that, what its
-/// journal says is all there is.
+/// How often the source is joined again after its journal says that the migration is settled. After that,
+/// what its journal says is all there is.
 const JOINS_AFTER_THE_END: u32 = 3;
 
 /// How following a stream of events ended.

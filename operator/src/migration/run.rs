@@ -1,6 +1,7 @@
 //! One migration under way, and settling it with both ends: what every step of it needs.
 //!
-//! `prepare`, `follow` and `release` are the steps; `drive` takes them in the order that [`step`](super::step) draws.
+//! `prepare`, `follow` and `release` are the steps; `drive` takes them in the order that
+//! [`step`](super::step) draws.
 
 use std::sync::Arc;
 
@@ -77,8 +78,8 @@ impl Run {
     /// Shows whether the migration is in doubt, by all that is known.
     pub(super) fn show_doubt(&mut self) {
         let inquiry = &self.attempt.inquiry;
-        // What an earlier operator has found out stays until this one has asked, too. The same goes for what this one
-        // shows, while an end may just be restarting.
+        // What an earlier operator has found out stays until this one has asked, too. The same goes for what
+        // this one shows, while an end may just be restarting.
         if self.tracked.draft().is_in_doubt() && (!inquiry.resolver().has_judged() || inquiry.is_patient()) {
             return;
         }

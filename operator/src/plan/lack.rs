@@ -1,4 +1,5 @@
-//! What a node lacks for a VM's devices: per model how many are free, how many are needed, and where the others are.
+//! What a node lacks for a VM's devices: per model how many are free, how many are needed, and where the
+//! others are.
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -1,8 +1,8 @@
 //! Which free device of a node can take over from which device of a VM.
 //!
-//! A device can take over if its driver and model are the same and it can be stopped in the same ways: then it takes the
-//! state that the other one gives. Finding a pair for each is a matching in a bipartite graph; taking the first that fits
-//! could give away the only device that another one needs.
+//! A device can take over if its driver and model are the same and it can be stopped in the same ways: then
+//! it takes the state that the other one gives. Finding a pair for each is a matching in a bipartite graph;
+//! taking the first that fits could give away the only device that another one needs.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -94,8 +94,8 @@ pub(super) fn is_alike(want: &Device, have: &Device, checks: Checks) -> bool {
     want.driver == have.driver && (want.model == have.model || !checks.device_model)
 }
 
-/// The features that a device needs to take over from another one that has them, with the kernel's names. Not PRE_COPY: a
-/// device that only loads has no use for it.
+/// The features that a device needs to take over from another one that has them, with the kernel's names. Not
+/// PRE_COPY: a device that only loads has no use for it.
 pub(super) const NEEDED: [(MigrationFeature, &str); 2] =
     [(MigrationFeature::StopCopy, "STOP_COPY"), (MigrationFeature::P2p, "P2P")];
 
@@ -103,8 +103,8 @@ fn covers(have: &Device, features: &[MigrationFeature]) -> bool {
     NEEDED.iter().all(|(feature, _)| !features.contains(feature) || have.features.known().contains(feature))
 }
 
-/// A matching of as many left nodes as possible (augmenting paths). `edges[left]` holds right nodes, preferred first.
-/// Gives the right node of each left node.
+/// A matching of as many left nodes as possible (augmenting paths). `edges[left]` holds right nodes,
+/// preferred first. Gives the right node of each left node.
 pub(super) fn assign(edges: &[Vec<usize>]) -> Vec<Option<usize>> {
     let mut left_of: BTreeMap<usize, usize> = BTreeMap::new();
     for left in 0..edges.len() {
