@@ -15,6 +15,7 @@
 
 use slackwater_api::{Reservation, VMMigrationStatus};
 use slackwater_proto::node::ReleaseReason;
+use strum::VariantArray;
 
 /// What comes next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,7 +37,7 @@ pub enum Step {
 }
 
 /// What the user wants.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, VariantArray)]
 pub enum Wish {
     /// The migration is to be carried out.
     Migrate,
@@ -119,7 +120,7 @@ mod tests {
 
     #[test]
     fn once_the_source_may_have_been_asked_the_target_is_not_told_never_started() {
-        for wish in [Wish::Migrate, Wish::Cancel, Wish::Delete] {
+        for wish in Wish::VARIANTS.iter().copied() {
             assert_eq!(next(&with(Reservation::Held), wish), Step::Migrate);
         }
     }
