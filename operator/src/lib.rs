@@ -27,4 +27,4 @@ pub mod plan;
 pub mod publish;
 mod reason;
 
-pub use lifecycle::{Ended, run};
+pub use lifecycle::{RunError, run};

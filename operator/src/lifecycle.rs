@@ -11,7 +11,7 @@ use tokio_util::task::TaskTracker;
 use crate::cluster::{Cluster, observe};
 use crate::epoch::Epoch;
 use crate::fleet::Fleet;
-use crate::leadership::{Leadership, Lost, Terms};
+use crate::leadership::{Leadership, LeadershipLost, Terms};
 use crate::migration::claims::Claims;
 use crate::migration::context::Context;
 use crate::migration::controller;
@@ -22,23 +22,23 @@ use crate::publish::{nodes, vms};
 /// agents; the next operator joins them.
 ///
 /// # Errors
-/// [`Ended`]. All that acted by the leadership has ended by then.
+/// [`RunError`]. All that acted by the leadership has ended by then.
 pub async fn run(
     client: Client,
     credentials: Credentials,
     terms: Terms,
     checks: Checks,
     stop: CancellationToken,
-) -> Result<(), Ended> {
+) -> Result<(), RunError> {
     let Some((mut leadership, epoch)) = Leadership::acquire(&client, terms, &stop).await else {
         return Ok(());
     };
     let ended = tokio::select! {
         // First, so that nothing goes on after the leadership is lost.
         biased;
-        lost = leadership.keep() => return Err(Ended::LeadershipLost(lost)),
+        lost = leadership.keep() => return Err(RunError::LeadershipLost(lost)),
         () = stop.cancelled() => Ok(()),
-        kind = act(client, credentials, epoch, checks) => Err(Ended::WatchEnded { kind }),
+        kind = act(client, credentials, epoch, checks) => Err(RunError::WatchEnded { kind }),
     };
     leadership.release().await;
     ended
@@ -70,7 +70,7 @@ async fn act(client: Client, credentials: Credentials, epoch: Epoch, checks: Che
 
 /// Why the operator has ended without being asked to.
 #[derive(Debug, thiserror::Error)]
-pub enum Ended {
+pub enum RunError {
     /// A watch has ended for good.
     #[error("watching {kind} objects has ended")]
     WatchEnded {
@@ -79,5 +79,5 @@ pub enum Ended {
     },
     /// Another operator may lead now.
     #[error("the leadership is lost, so this operator ends; start it again to have it wait for its turn")]
-    LeadershipLost(#[source] Lost),
+    LeadershipLost(#[source] LeadershipLost),
 }

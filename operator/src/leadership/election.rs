@@ -4,7 +4,7 @@ use std::time::Duration;
 
 /// A Lease as it was read.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Seen {
+pub struct LeaseState {
     /// The holder's identity; empty if there is no holder.
     pub holder: String,
     /// When the holder renewed it last, by the holder's clock. Only ever compared with itself.
@@ -38,24 +38,24 @@ pub struct Candidate {
     /// How long its own claim will be good without a renewal.
     pub duration: Duration,
     /// What was seen last, and when it was first seen so.
-    seen: Option<(Seen, Duration)>,
+    last_seen: Option<(LeaseState, Duration)>,
 }
 
 impl Candidate {
     /// A candidate that has seen nothing yet.
     #[must_use]
     pub fn new(identity: String, duration: Duration) -> Self {
-        Self { identity, duration, seen: None }
+        Self { identity, duration, last_seen: None }
     }
 
     /// Decides. `now`: time since some fixed moment, by a clock that only goes forward.
-    pub fn consider(&mut self, seen: Option<Seen>, now: Duration) -> Move {
+    pub fn consider(&mut self, seen: Option<LeaseState>, now: Duration) -> Move {
         let Some(seen) = seen else { return Move::Take { transitions: 0 } };
-        let since = match &self.seen {
+        let since = match &self.last_seen {
             Some((before, since)) if *before == seen => *since,
             _ => now,
         };
-        self.seen = Some((seen.clone(), since));
+        self.last_seen = Some((seen.clone(), since));
         let good_for = seen.duration.unwrap_or(self.duration);
         if seen.holder.is_empty() || now.saturating_sub(since) > good_for {
             return Move::Take { transitions: seen.transitions.saturating_add(1) };
@@ -77,8 +77,13 @@ mod tests {
 
     const TERM: Duration = Duration::from_secs(15);
 
-    fn seen(holder: &str, renewed: &str) -> Option<Seen> {
-        Some(Seen { holder: holder.into(), renewed: renewed.into(), duration: Some(TERM), transitions: 4 })
+    fn seen(holder: &str, renewed: &str) -> Option<LeaseState> {
+        Some(LeaseState {
+            holder: holder.into(),
+            renewed: renewed.into(),
+            duration: Some(TERM),
+            transitions: 4,
+        })
     }
 
     fn at(second: u64) -> Duration {

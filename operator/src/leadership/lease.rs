@@ -9,7 +9,7 @@ use kube::Api;
 use kube::api::PostParams;
 use tokio::time::timeout;
 
-use super::election::{Candidate, Seen};
+use super::election::{Candidate, LeaseState};
 
 pub(super) use k8s_openapi::api::coordination::v1::Lease;
 
@@ -34,11 +34,11 @@ pub(super) enum LeaseError {
 }
 
 /// The Lease as this operator has written it last.
-pub(super) struct Held {
+pub(super) struct HeldLease {
     lease: Lease,
 }
 
-impl Held {
+impl HeldLease {
     /// Transitions plus 1: 0 would be "no operator is involved".
     pub(super) fn epoch(&self) -> u64 {
         u64::try_from(transitions_of(&self.lease)).unwrap_or_default() + 1
@@ -58,10 +58,10 @@ pub(super) fn identity() -> String {
 }
 
 /// What a Lease says.
-pub(super) fn seen(lease: &Lease) -> Seen {
+pub(super) fn state_of(lease: &Lease) -> LeaseState {
     let spec = lease.spec.clone().unwrap_or_default();
     let seconds = spec.lease_duration_seconds.and_then(|seconds| u64::try_from(seconds).ok());
-    Seen {
+    LeaseState {
         holder: holder(lease).to_owned(),
         renewed: spec.renew_time.map(|time| time.0.to_string()).unwrap_or_default(),
         duration: seconds.map(Duration::from_secs),
@@ -88,7 +88,7 @@ pub(super) async fn take(
     found: Option<Lease>,
     candidate: &Candidate,
     transitions: i32,
-) -> Result<Held, LeaseError> {
+) -> Result<HeldLease, LeaseError> {
     let now = MicroTime(Timestamp::now());
     let spec = LeaseSpec {
         holder_identity: Some(candidate.identity.clone()),
@@ -106,15 +106,15 @@ pub(super) async fn take(
             request(api.replace(name, &PostParams::default(), &taken)).await?
         }
     };
-    Ok(Held { lease })
+    Ok(HeldLease { lease })
 }
 
 /// Renews it, and sets its transitions where that is wanted.
 pub(super) async fn renew(
     api: &Api<Lease>,
-    held: &Held,
+    held: &HeldLease,
     transitions: Option<i32>,
-) -> Result<Held, LeaseError> {
+) -> Result<HeldLease, LeaseError> {
     let mut lease = held.lease.clone();
     if let Some(spec) = &mut lease.spec {
         spec.renew_time = Some(MicroTime(Timestamp::now()));
@@ -122,7 +122,7 @@ pub(super) async fn renew(
     }
     let name = lease.metadata.name.clone().unwrap_or_default();
     match request(api.replace(&name, &PostParams::default(), &lease)).await {
-        Ok(lease) => return Ok(Held { lease }),
+        Ok(lease) => return Ok(HeldLease { lease }),
         Err(LeaseError::Ask(error)) if is(&error, 409) || is(&error, 404) => {}
         Err(error) => return Err(error),
     }
@@ -147,11 +147,11 @@ pub(super) async fn renew(
             request(api.create(&PostParams::default(), &lease)).await?
         }
     };
-    Ok(Held { lease })
+    Ok(HeldLease { lease })
 }
 
 /// Leaves it without a holder.
-pub(super) async fn release(api: &Api<Lease>, held: &Held) -> Result<(), LeaseError> {
+pub(super) async fn release(api: &Api<Lease>, held: &HeldLease) -> Result<(), LeaseError> {
     let mut lease = held.lease.clone();
     if let Some(spec) = &mut lease.spec {
         spec.holder_identity = None;

@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::epoch::{Epoch, EpochSource};
 use election::{Candidate, Move};
-use lease::{Held, LeaseError};
+use lease::{HeldLease, LeaseError};
 
 /// Where the Lease is, and the times by which it is held.
 #[derive(Debug, Clone)]
@@ -72,7 +72,7 @@ impl Terms {
 
 /// The leadership is lost. All that acts by it must have ended when this is returned.
 #[derive(Debug, thiserror::Error)]
-pub enum Lost {
+pub enum LeadershipLost {
     /// The API server did not take a renewal in time.
     #[error("the Lease {name} could not be renewed within {} ms: {error}", deadline.as_millis())]
     NotRenewed {
@@ -97,7 +97,7 @@ pub enum Lost {
 pub struct Leadership {
     terms: Terms,
     api: Api<lease::Lease>,
-    held: Held,
+    held: HeldLease,
     /// When the last renewal that was taken had been sent.
     renewed: Instant,
     epoch: EpochSource,
@@ -138,19 +138,19 @@ impl Leadership {
     }
 
     /// Keeps the Lease, and raises its transitions when asked to. Ends only when the leadership is lost.
-    pub async fn keep(&mut self) -> Lost {
+    pub async fn keep(&mut self) -> LeadershipLost {
         let mut error = "no answer".to_owned();
         loop {
             let deadline = self.renewed + self.terms.renew_deadline;
             tokio::select! {
                 () = tokio::time::sleep_until(deadline) => {
                     let (name, deadline) = (self.terms.name.clone(), self.terms.renew_deadline);
-                    return Lost::NotRenewed { name, deadline, error };
+                    return LeadershipLost::NotRenewed { name, deadline, error };
                 }
                 result = self.renew_after_a_pause() => match result {
                     Ok(()) => {}
                     Err(LeaseError::Taken { holder }) => {
-                        return Lost::Taken { name: self.terms.name.clone(), holder };
+                        return LeadershipLost::Taken { name: self.terms.name.clone(), holder };
                     }
                     Err(other) => {
                         error = other.to_string();
@@ -201,7 +201,7 @@ impl Leadership {
 /// What came of one look at the Lease.
 enum Bid {
     /// This operator has it.
-    Won(Box<Held>),
+    Won(Box<HeldLease>),
     /// Another operator has it.
     Waiting {
         /// Which one.
@@ -217,7 +217,7 @@ async fn try_to_lead(
     began: Instant,
 ) -> Result<Bid, LeaseError> {
     let found = lease::read(api, &terms.name).await?;
-    let seen = found.as_ref().map(lease::seen);
+    let seen = found.as_ref().map(lease::state_of);
     match candidate.consider(seen, began.elapsed()) {
         Move::Take { transitions } => lease::take(api, &terms.name, found, candidate, transitions)
             .await

@@ -24,8 +24,8 @@ const SHOW_UNREACHABLE_AFTER: Duration = Duration::from_secs(15);
 /// What both ends answered.
 #[derive(Debug)]
 pub(super) struct Round {
-    source: Heard,
-    target: Heard,
+    pub(super) source: Heard,
+    pub(super) target: Heard,
 }
 
 /// One end's record, on its way to the other end.

@@ -67,7 +67,8 @@ impl Run {
 
     /// Judges a round and shows what came of it.
     pub(super) async fn take_in_round(&mut self, round: Round) -> Option<Settlement> {
-        tracing::debug!(migration = self.tracked.name(), ?round, "both ends were asked");
+        let (source, target) = (&round.source, &round.target);
+        tracing::debug!(migration = self.tracked.name(), ?source, ?target, "both ends were asked");
         let settled = self.attempt.inquiry.judge(round);
         self.show_doubt();
         self.note_spec().await;

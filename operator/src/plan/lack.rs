@@ -7,7 +7,7 @@ use std::fmt;
 use slackwater_api::MigrationFeature;
 
 use super::Checks;
-use super::matching::{NEEDED, Taken, Wanted, is_alike};
+use super::fit::{NEEDED, Taken, Wanted, is_alike};
 use crate::inventory::Device;
 
 /// Devices that a node lacks.

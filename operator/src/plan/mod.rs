@@ -8,6 +8,7 @@
 //!  where is the VM? ─▶ is it free to move? ─▶ can it be migrated at all? ─▶ which node? ─▶ do devices match?
 //! ```
 
+mod fit;
 mod lack;
 mod matching;
 mod refusal;
@@ -20,8 +21,8 @@ use crate::inventory::{
     Blocker, DeviceFeatures, Inventory, Link, Node, Vm, VmKey, VmReport, Whereabouts, reports_of, whereabouts,
 };
 
+use fit::{Taken, Wanted};
 pub use lack::Lack;
-use matching::{Taken, Wanted};
 pub use refusal::Refusal;
 
 /// What a user asks for.

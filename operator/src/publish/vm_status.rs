@@ -18,7 +18,7 @@ pub(super) fn vm_status(
     stamp: Stamp,
 ) -> AssignedVMStatus {
     let mut status = match whereabouts(inventory, key) {
-        Whereabouts::At(report) => described(report),
+        Whereabouts::At(report) => describe(report),
         // There is no report, or no way to say which one is right: what was known last stays.
         Whereabouts::Several(_) | Whereabouts::Nowhere => previous.clone(),
     };
@@ -115,7 +115,7 @@ fn migration_of(
 }
 
 /// A status without conditions, as the node of the VM describes it.
-fn described(VmReport { name, node, vm }: VmReport<'_>) -> AssignedVMStatus {
+fn describe(VmReport { name, node, vm }: VmReport<'_>) -> AssignedVMStatus {
     let device = |device_name: &String| {
         let known = node.report.as_ref().and_then(|report| report.devices.get(device_name));
         VmDevice {
