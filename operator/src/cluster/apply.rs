@@ -45,7 +45,7 @@ pub enum WriteError {
     #[error("the API server has not answered within {} s", REQUEST_TIMEOUT.as_secs())]
     TooLate,
     /// Anything else. Trying again may help.
-    #[error("the API server refused: {0}")]
+    #[error("the call to the API server failed: {0}")]
     Write(#[source] Box<kube::Error>),
 }
 
