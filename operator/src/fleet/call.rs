@@ -14,7 +14,8 @@ use slackwater_proto::tonic::{Code, Status};
 use super::Fleet;
 use crate::reason::{RESERVE_REFUSED, camel_case_or};
 
-/// Reserving starts a VMM and takes devices through the kernel; who needs longer than this is stuck.
+/// Reserving starts a VMM and takes devices through the kernel; an agent that needs longer than this is
+/// stuck.
 const RESERVE_TIMEOUT: Duration = Duration::from_secs(120);
 /// Giving back ends a VMM and resets devices.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(60);
@@ -24,10 +25,10 @@ const RESOLVE_TIMEOUT: Duration = Duration::from_secs(5);
 const KNOWN_EPOCH: &str = "slackwater-known-epoch";
 /// The metadata by which an agent that refuses a reservation names its reason.
 const REASON: &str = "slackwater-reason";
-/// How often a call is made again with a higher epoch. Each time somebody else has raised it in between.
+/// How often a call is repeated with a higher epoch. Each time another operator has raised it meanwhile.
 const RAISES: u32 = 3;
 
-/// A call that did not come through.
+/// A call that failed.
 #[derive(Debug, thiserror::Error)]
 pub enum CallError {
     /// There is no MigrationNode of that name (any more).
@@ -44,12 +45,12 @@ pub enum CallError {
         /// Why not, for a person.
         error: String,
     },
-    /// The agent has decided: no. It has changed nothing.
+    /// The agent refuses. It has changed nothing.
     #[error("{message}")]
     Refused {
         /// The state of something forbids it.
         precondition: bool,
-        /// The epoch that it has seen, and that ours is below.
+        /// The epoch that it has seen, which is higher than this operator's.
         known_epoch: Option<u64>,
         /// The reason that it names, in CamelCase.
         reason: Option<String>,
@@ -106,7 +107,7 @@ impl CallError {
         matches!(self, Self::Refused { precondition: true, .. })
     }
 
-    /// There is nobody to ask.
+    /// There is no agent to ask.
     pub fn is_no_such_node(&self) -> bool {
         matches!(self, Self::NoSuchNode { .. })
     }
@@ -126,10 +127,10 @@ impl CallError {
     }
 }
 
-/// An agent's word is input: it goes into a condition only if it can be a reason.
+/// What an agent sends is input: it goes into a condition only if it can be a reason.
 fn reason_of(status: &Status) -> Option<String> {
-    let told = status.metadata().get(REASON)?.to_str().ok()?;
-    Some(camel_case_or(told, RESERVE_REFUSED))
+    let named = status.metadata().get(REASON)?.to_str().ok()?;
+    Some(camel_case_or(named, RESERVE_REFUSED))
 }
 
 /// The events of an attempt, as they arrive.
@@ -166,7 +167,7 @@ impl Fleet {
         self.fenced(request, call).await
     }
 
-    /// Asks the source to migrate, or joins what it is busy with.
+    /// Asks the source to migrate, or joins the migration that it is busy with.
     ///
     /// # Errors
     /// [`CallError`]
@@ -210,7 +211,7 @@ impl Fleet {
         self.fenced(request, call).await
     }
 
-    /// Asks either end what it has journalled; tells it the other's word, if the request has one.
+    /// Asks either end what it has journalled, and relays the other end's record if the request has one.
     ///
     /// # Errors
     /// [`CallError`]
@@ -224,7 +225,8 @@ impl Fleet {
         Ok(answer.into_inner().own.unwrap_or_default())
     }
 
-    /// Makes a call with this leadership's epoch; if the agent has heard a higher one, has ours raised above it and calls again.
+    /// Makes a call with this leadership's epoch. If the agent has seen a higher one, raises the epoch above
+    /// it and calls again.
     async fn fenced<R: Fenced, T, C: Future<Output = Result<T, CallError>>>(
         &self,
         mut request: R,
@@ -258,7 +260,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_an_answer_that_can_come_from_nobody_but_the_agent_is_a_refusal() {
+    fn only_an_answer_that_must_come_from_the_agent_itself_is_a_refusal() {
         for code in
             [Code::Unavailable, Code::Unknown, Code::Internal, Code::Cancelled, Code::DeadlineExceeded]
         {
@@ -271,11 +273,11 @@ mod tests {
     }
 
     #[test]
-    fn a_refused_reservation_has_the_reason_that_the_agent_names_if_it_can_be_one() {
-        let reason = |told: Option<&'static str>| {
+    fn a_refused_reservation_has_the_agents_reason_if_that_can_be_one() {
+        let reason = |named: Option<&'static str>| {
             let mut status = Status::failed_precondition("x");
-            if let Some(told) = told {
-                status.metadata_mut().insert(REASON, told.parse().unwrap());
+            if let Some(named) = named {
+                status.metadata_mut().insert(REASON, named.parse().unwrap());
             }
             CallError::from_status(&status).target_reason().to_owned()
         };

@@ -53,8 +53,8 @@ impl Draft {
         }
     }
 
-    /// The migration has ended by what the agents have journalled, and the source has reported no more than that.
-    /// `error`: why the source's events could not be followed, if that is known.
+    /// The migration has ended by what the agents have journalled, and the source has reported no more than
+    /// that. `error`: why the source's events could not be followed, if that is known.
     pub fn settle(&mut self, how: &Settlement, error: Option<&str>) {
         let (vm, source, target) = (self.vm.clone(), self.source(), self.target());
         let error = error.map(|error| error.trim_end_matches('.')).filter(|error| !error.is_empty());
