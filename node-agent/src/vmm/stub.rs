@@ -1,4 +1,4 @@
-//! A VMM that serves the contract in tests, and answers as it is told.
+//! A VMM that serves the contract in tests, with scripted answers.
 
 use std::future::pending;
 use std::sync::{Arc, Mutex};

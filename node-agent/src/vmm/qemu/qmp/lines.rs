@@ -35,7 +35,8 @@ impl From<LinesCodecError> for LineError {
     }
 }
 
-/// [`LinesCodec`] takes the rest of a closed connection for a line. Here it is an error: an answer may have been cut.
+/// [`LinesCodec`] takes the rest of a closed connection for a line. Here it is an error: an answer may have
+/// been cut.
 #[derive(Debug)]
 struct WholeLines(LinesCodec);
 
