@@ -92,7 +92,7 @@ enum UnusableError {
     Read { path: PathBuf, source: io::Error },
     #[error("{} has no name", path.display())]
     NoName { path: PathBuf },
-    #[error("{}: `{text}` is no PCI id", path.display())]
+    #[error("{}: `{text}` is not a PCI id", path.display())]
     NotAPciId { path: PathBuf, text: String },
 }
 
@@ -237,7 +237,7 @@ mod tests {
         assert_eq!(found.devices.len(), 1);
         let [unbound, bad_id, no_cdev] = found.unusable.as_slice() else { panic!("{:?}", found.unusable) };
         assert!(unbound.starts_with("vfio1: no driver is bound to it"), "{unbound}");
-        assert!(bad_id.ends_with("`15b3` is no PCI id"), "{bad_id}");
+        assert!(bad_id.ends_with("`15b3` is not a PCI id"), "{bad_id}");
         assert_eq!(no_cdev, "vfio3: it has no character device: the kernel lacks CONFIG_VFIO_DEVICE_CDEV");
     }
 

@@ -49,7 +49,7 @@ pub trait VfIdentity: Send + Sync {
     /// At the destination, after the commit and before any device runs.
     ///
     /// # Errors
-    /// [`IdentityError`]; there is no way back any more.
+    /// [`IdentityError`]; the VM cannot go back any more.
     async fn activate(&self, of: &IdentityOf) -> Result<(), IdentityError>;
 
     /// At the source once the VM runs elsewhere, and at the destination when a reservation is given back.

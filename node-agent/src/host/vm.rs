@@ -24,7 +24,7 @@
 //! `vmm.devices`, of a QEMU VM, are the ids of its VFIO devices, in the order in which placeholders count
 //! them.
 //!
-//! `vmm.socket` is absolute, or relative to the directory in which `vm.json` lies. Placeholders in
+//! `vmm.socket` is absolute, or relative to the directory of `vm.json`. Placeholders in
 //! `twin.args`:
 //!
 //! | placeholder | value at the destination |

@@ -1,6 +1,6 @@
 //! The VMs of the node: directories `<run-dir>/vms/<namespace>.<name>` with a `vm.json`, watched, not polled.
 //!
-//! A directory without a `vm.json` is no VM: a twin lives in one until it runs. A broken `vm.json` is listed
+//! A directory without a `vm.json` is not a VM: a twin has one until it runs. A broken `vm.json` is listed
 //! with its error. A writer completes the file first and then moves it into place, as [`publish`] does; else
 //! the list may show it broken for a moment.
 
@@ -165,7 +165,7 @@ impl VmWatch {
         let (wake, woken) = mpsc::channel();
         let waker = wake.clone();
         let mut watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
-            // An error may stand for any change. Reads are no change: this looks by reading.
+            // An error may hide any change. Reads do not count: listing reads.
             if event.as_ref().map_or(true, is_change) {
                 // Fails only after the thread has ended.
                 let _ = waker.send(Wake::List);

@@ -30,7 +30,7 @@ pub(super) const SPARE: &str = ".spare";
 /// Suffix of a file that is being created.
 pub(super) const NEW: &str = ".new";
 
-/// The directory that the files lie in, held open so that it can be synced.
+/// The directory of the files, held open so that it can be synced.
 #[derive(Debug)]
 pub(super) struct Directory {
     path: PathBuf,

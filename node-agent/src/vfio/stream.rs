@@ -18,7 +18,7 @@ pub(super) fn read_piece(stream: BorrowedFd<'_>, max_bytes: usize) -> Result<Byt
     Ok(buffer.into())
 }
 
-/// Writes everything, in as many steps as the driver likes. The error tells how many bytes it had taken
+/// Writes everything, in as many steps as the driver needs. The error has the bytes that it had taken
 /// before.
 pub(super) fn write_all(stream: BorrowedFd<'_>, data: &[u8]) -> Result<(), (usize, Errno)> {
     let mut taken = 0;
@@ -64,7 +64,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_tells_how_much_was_taken() {
+    fn an_error_has_the_bytes_that_were_taken() {
         let (reader, writer) = pipe().unwrap();
         assert_eq!(write_all(reader.as_fd(), b"1"), Err((0, Errno::BADF)));
         assert_eq!(read_piece(writer.as_fd(), 1), Err(Errno::BADF));

@@ -48,7 +48,7 @@ async fn every_call_reaches_the_vmm_and_its_refusals_come_back_with_its_message(
     assert_eq!(vmm.pid(), std::process::id(), "the one that listens");
 
     let error = vmm.start_save(true, Budget::default()).await.err().unwrap().to_string();
-    assert_eq!(error, "the VMM refused start_save: nobody tracks what the devices write");
+    assert_eq!(error, "the VMM refused start_save: the devices' writes are not tracked");
     let saved: Vec<_> =
         vmm.start_save(false, Budget::default()).await.unwrap().swap_remove(0).collect().await;
     let saved: Vec<String> = saved

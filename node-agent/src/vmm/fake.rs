@@ -189,7 +189,7 @@ impl Vmm for FakeVmm {
     async fn start_save(&self, live: bool, _budget: Budget) -> Result<SaveStreams, VmmError> {
         self.enter("start_save").await?;
         if live {
-            return Err(refusal("start_save", Code::FailedPrecondition, "nobody tracks dirty pages"));
+            return Err(refusal("start_save", Code::FailedPrecondition, "dirty pages are not tracked"));
         }
         let (pieces, stream) = mpsc::channel(1);
         self.inner.lock().saving = Some(pieces);
@@ -224,7 +224,7 @@ impl Vmm for FakeVmm {
             pieces.ok_or_else(|| refusal("finish_save", Code::FailedPrecondition, "no save is under way"))?;
         for piece in state {
             if pieces.send(Ok(piece)).await.is_err() {
-                return Err(refusal("finish_save", Code::Cancelled, "nobody takes the state"));
+                return Err(refusal("finish_save", Code::Cancelled, "the state is not read"));
             }
         }
         Ok(())

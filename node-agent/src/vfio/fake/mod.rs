@@ -1,5 +1,4 @@
-//! A device in memory: it follows the state table for its features, records what it is asked, and goes wrong
-//! as it is told.
+//! A device in memory: it follows the state table for its features, records its calls, and fails as scripted.
 //!
 //! ```
 //! # use slackwater_node_agent::vfio::device::Device;
@@ -239,7 +238,7 @@ impl Device for FakeDevice {
             gate.pass();
         }
         if self.script.panic_at == Some(to) {
-            panic!("{} was told to panic at {to}", self.name);
+            panic!("{} panics at {to}", self.name);
         }
         let result = self.walk(to);
         self.record(match result {

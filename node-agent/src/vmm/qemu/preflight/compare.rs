@@ -8,7 +8,7 @@ const NAMED_FEATURES: usize = 32;
 
 /// Compares the QEMU of a destination with the QEMU of a VM.
 ///
-/// `program` is the twin's, `arguments` are the twin's, `no_kvm` says why there is no KVM. `offer` is the
+/// `program` and `arguments` are the twin's, `no_kvm` is the reason if there is no KVM. `offer` is the
 /// reason if the program could not be queried.
 pub fn compare(
     facts: &Facts,

@@ -79,7 +79,7 @@ pub fn in_arguments(arguments: &[String]) -> Vec<NamedFile> {
     found
 }
 
-/// Strings only: `file` alone may be the name of another node, which is no file.
+/// Strings only: `file` alone may be the name of another node, which is not a file.
 fn of_json(json: &Value, add: &mut impl FnMut(&str, &str)) {
     for (key, value) in json.as_object().into_iter().flatten() {
         match value {

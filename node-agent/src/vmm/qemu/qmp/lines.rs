@@ -22,7 +22,7 @@ pub(super) enum LineError {
     Closed,
     #[error("the connection was closed within a line, after {bytes} bytes of it")]
     ClosedWithinLine { bytes: usize },
-    #[error("a line has more than {LINE_LIMIT_BYTES} bytes, which is no QMP message")]
+    #[error("a line has more than {LINE_LIMIT_BYTES} bytes, which is not a QMP message")]
     TooLong,
 }
 
@@ -110,7 +110,7 @@ mod tests {
         let mut lines = Lines::new(&text[..]);
         assert_eq!(
             lines.next().await.unwrap_err().to_string(),
-            "a line has more than 4194304 bytes, which is no QMP message"
+            "a line has more than 4194304 bytes, which is not a QMP message"
         );
     }
 

@@ -169,7 +169,7 @@ async fn a_line_without_an_end_ends_the_connection() {
         written_bytes
     };
     let (stop, written_bytes) = soon(async { tokio::join!(client.execute(Stop), script) }).await;
-    let reason = "a line has more than 4194304 bytes, which is no QMP message".to_owned();
+    let reason = "a line has more than 4194304 bytes, which is not a QMP message".to_owned();
     assert_eq!(stop, Err(QmpError::Lost { command: "stop".to_owned(), reason }));
     assert!(written_bytes < 6 << 20, "the client took {written_bytes} bytes");
 }
