@@ -128,9 +128,8 @@ impl Device for KernelDevice {
     }
 
     fn precopy_info(&mut self) -> Result<PrecopyInfo, DeviceError> {
-        let (initial_bytes, dirty_bytes) = sys::precopy_info(self.data()?)
-            .map_err(|errno| DeviceError::PrecopyInfo { device: self.name.clone(), errno: OsError(errno) })?;
-        Ok(PrecopyInfo { initial_bytes, dirty_bytes })
+        sys::precopy_info(self.data()?)
+            .map_err(|errno| DeviceError::PrecopyInfo { device: self.name.clone(), errno: OsError(errno) })
     }
 
     fn trigger_intx(&mut self) -> Result<bool, DeviceError> {

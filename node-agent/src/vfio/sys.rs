@@ -22,6 +22,8 @@ use vfio_bindings::bindings::vfio::{
     vfio_device_feature_migration, vfio_irq_set, vfio_precopy_info,
 };
 
+use super::device::PrecopyInfo;
+
 /// An ioctl of VFIO: `_IO(VFIO_TYPE, VFIO_BASE + offset)`.
 const fn vfio(offset: u8) -> Opcode {
     opcode::none(VFIO_TYPE, VFIO_BASE as u8 + offset)
@@ -97,14 +99,13 @@ pub(super) fn mig_data_bytes(device: BorrowedFd<'_>) -> Result<u64, Errno> {
         .map(|data| data.stop_copy_length)
 }
 
-/// What is left to pre-copy (VFIO_MIG_GET_PRECOPY_INFO), asked of the data descriptor: initial and dirty
-/// bytes.
-pub(super) fn precopy_info(data_stream: BorrowedFd<'_>) -> Result<(u64, u64), Errno> {
+/// What is left to pre-copy (VFIO_MIG_GET_PRECOPY_INFO, on the data descriptor).
+pub(super) fn precopy_info(data_stream: BorrowedFd<'_>) -> Result<PrecopyInfo, Errno> {
     let mut info = vfio_precopy_info { argsz: argsz::<vfio_precopy_info>(), ..Default::default() };
     // SAFETY: the kernel reads and writes at most `argsz` bytes at the address of `info`, which is that
     // large, consists of integers, and lives until the ioctl has returned.
     unsafe { ioctl(data_stream, Updater::<MIG_GET_PRECOPY_INFO, _>::new(&mut info)) }?;
-    Ok((info.initial_bytes, info.dirty_bytes))
+    Ok(PrecopyInfo { initial_bytes: info.initial_bytes, dirty_bytes: info.dirty_bytes })
 }
 
 /// Signals the device's INTx to its listener, as if the device had raised it (VFIO_DEVICE_SET_IRQS,
