@@ -1,16 +1,16 @@
-//! How a record lies in its file. Pure.
+//! The format of a record in its file. Pure.
 //!
 //! ```text
 //!  0        8          12         16        20
 //!  SLKWJRNL ┊ version  ┊ length   ┊ CRC-32  ┊ content ┊ zeroes up to the allocated size
 //! ```
 //!
-//! Numbers are little endian. The CRC-32 (IEEE 802.3) covers the four bytes of the length and the content. A finished journal ends
-//! with its content: it has no zeroes.
+//! Numbers are little endian. The CRC-32 (IEEE 802.3) covers the four bytes of the length and the content. A
+//! finished journal ends with its content: it has no zeroes.
 
 const MAGIC: [u8; 8] = *b"SLKWJRNL";
 
-/// The format that is written here, and the newest that is read.
+/// The format that is written, and the newest that is read.
 pub(super) const VERSION: u32 = 1;
 
 /// Bytes before the content.
@@ -19,11 +19,11 @@ pub(super) const HEADER_BYTES: usize = 20;
 /// Why bytes are not a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Refusal {
-    /// They do not begin with the magic, or name a version that never was.
+    /// They do not begin with the magic, or have version 0, which never existed.
     NotAJournal,
-    /// They are of a version that is not known here.
+    /// They have a version that this agent does not know.
     NewerVersion(u32),
-    /// There are fewer of them than there must be.
+    /// Bytes are missing.
     Truncated { needs_bytes: u64 },
     /// The content is not what was written.
     ChecksumMismatch,
@@ -41,16 +41,16 @@ pub(super) fn encode(content: &[u8]) -> Option<Vec<u8>> {
     Some(bytes)
 }
 
-/// The content, if these bytes are whole and unharmed. What follows the content is not looked at.
+/// The content, if these bytes are complete and undamaged. Bytes after the content are ignored.
 pub(super) fn decode(bytes: &[u8]) -> Result<&[u8], Refusal> {
-    // What is too short to tell is truncated; what tells otherwise is somebody else's.
+    // Bytes that begin like the magic and end early are truncated; others are not a journal.
     if bytes.iter().zip(MAGIC).any(|(is, should_be)| *is != should_be) {
         return Err(Refusal::NotAJournal);
     }
     let too_short = Refusal::Truncated { needs_bytes: HEADER_BYTES as u64 };
     let (_, rest) = bytes.split_first_chunk::<8>().ok_or(too_short)?;
     let (version, rest) = rest.split_first_chunk::<4>().ok_or(too_short)?;
-    // Before anything else is believed: a newer format may mean something else by it.
+    // Checked first: the rest may have another meaning in a newer format.
     match u32::from_le_bytes(*version) {
         0 => return Err(Refusal::NotAJournal),
         VERSION => {}
@@ -83,7 +83,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_record_lies_in_its_file_as_documented() {
+    fn a_record_has_the_documented_format() {
         let bytes = encode(b"{}").unwrap();
         assert_eq!(&bytes[..16], b"SLKWJRNL\x01\0\0\0\x02\0\0\0");
         // CRC-32 of 02 00 00 00 7b 7d, by Python's zlib.
@@ -92,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn a_newer_version_is_told_from_damage_whatever_follows_it() {
+    fn a_newer_version_is_distinguished_from_damage_whatever_follows_it() {
         let mut bytes = encode(b"{}").unwrap();
         bytes[8] = 2;
         bytes[17] ^= 1;
@@ -102,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn every_truncation_is_told_from_damage() {
+    fn every_truncation_is_distinguished_from_damage() {
         let bytes = encode(b"{\"record\":\"LOADED\"}").unwrap();
         for kept in 0..bytes.len() {
             assert!(matches!(decode(&bytes[..kept]), Err(Refusal::Truncated { .. })), "{kept} bytes kept");
@@ -110,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn what_begins_otherwise_is_not_ours() {
+    fn bytes_without_the_magic_are_not_a_journal() {
         for foreign in [&b"{\"record\":\"LOADED\"}"[..], &[0; 64], b"x", b"SLKWJRNL\0\0\0\0________"] {
             assert_eq!(decode(foreign), Err(Refusal::NotAJournal));
         }
@@ -118,7 +118,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_was_encoded_is_decoded_whatever_follows(content: Vec<u8>, behind: Vec<u8>) {
+        fn encoded_content_is_decoded_whatever_follows(content: Vec<u8>, behind: Vec<u8>) {
             let mut bytes = encode(&content).unwrap();
             bytes.extend(behind);
             prop_assert_eq!(decode(&bytes), Ok(&content[..]));

@@ -215,7 +215,7 @@ async fn source(around: &Around, key: Key, entry: Entry) -> Result<(), String> {
         None => None,
     };
     let left = Left {
-        cgroup: cgroup.as_ref().and_then(|name| Cgroup::named(&around.config.cgroup_root, name).ok()),
+        cgroup: cgroup.as_ref().and_then(|name| Cgroup::with_name(&around.config.cgroup_root, name).ok()),
         socket: known.map(|(_, known)| known.socket).unwrap_or_else(|| directory.join("vmm.sock")),
         directory,
     };
