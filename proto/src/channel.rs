@@ -104,7 +104,7 @@ pub enum ConnectError {
         /// What happened instead.
         reason: String,
     },
-    /// No Unix socket, or nobody behind it.
+    /// No Unix socket, or no process listens on it.
     #[error("cannot connect to the socket {path}: {reason}")]
     Socket {
         /// The socket.
@@ -237,13 +237,13 @@ pub async fn connect_unix(path: &Path) -> Result<Channel, ConnectError> {
 /// Connects to the Unix socket at `path`, and says nothing yet.
 ///
 /// # Errors
-/// If there is no such socket, nobody listens on it, or it may not be used.
+/// If there is no such socket, no process listens on it, or it may not be used.
 pub async fn open_unix(path: &Path) -> Result<UnixStream, ConnectError> {
     UnixStream::connect(path).await.map_err(|error| ConnectError::Socket {
         path: path.to_owned(),
         reason: match error.kind() {
             io::ErrorKind::NotFound => "it does not exist".to_owned(),
-            io::ErrorKind::ConnectionRefused => "nobody listens on it (its process has ended)".to_owned(),
+            io::ErrorKind::ConnectionRefused => "no process listens on it (it has ended)".to_owned(),
             io::ErrorKind::PermissionDenied => "permission denied".to_owned(),
             _ => error.to_string(),
         },
@@ -252,7 +252,7 @@ pub async fn open_unix(path: &Path) -> Result<UnixStream, ConnectError> {
 
 /// Speaks gRPC over a Unix socket that is connected already, so that the process behind it can be identified first.
 ///
-/// The channel lives as long as this one connection: whoever answers is the process that was identified, or nobody.
+/// The channel lives as long as this one connection: only the process that was identified can answer on it.
 pub fn over_unix(stream: UnixStream) -> Channel {
     let mut stream = Some(stream);
     // The authority is localhost since h2 rejects a path. No keep-alive: a process that ends closes its socket.
@@ -277,7 +277,7 @@ fn tuned(endpoint: Endpoint) -> Endpoint {
 }
 
 /// What a failed call means, for a person: the words of the other end, or, if the call was lost on the way, why.
-/// (`transport error` alone, as tonic puts it, helps nobody.)
+/// (`transport error` alone, as tonic puts it, does not help.)
 pub fn words(status: &Status) -> String {
     match status.source() {
         Some(source) => {
@@ -292,7 +292,7 @@ pub fn words(status: &Status) -> String {
     }
 }
 
-/// Whether a call was lost on the way, and not refused by the other end. Then nobody knows whether it has been carried out.
+/// Whether a call was lost on the way, and not refused by the other end. Then it is not known whether it has been carried out.
 pub fn is_lost(status: &Status) -> bool {
     // What came over the wire has no source; what was made here, from an error of the transport, has.
     status.source().is_some() || status.code() == Code::Unavailable
@@ -321,7 +321,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_call_that_was_lost_is_told_from_one_that_was_refused_and_both_are_told_without_repetition() {
+    fn a_lost_call_differs_from_a_refused_one_and_neither_error_repeats_itself() {
         let refused = Status::failed_precondition("the VM is paused");
         assert_eq!((words(&refused).as_str(), is_lost(&refused)), ("the VM is paused", false));
         let refused = Status::aborted("");

@@ -1,7 +1,7 @@
 //! Serving: over TCP with mutual TLS, or over a Unix socket. With gRPC health, keep-alive, and an end with a limit.
 //!
 //! Every caller must show a certificate of our CA; what it may do is for the services to ask ([`crate::identity`]). A refused
-//! handshake is logged with the caller's address and the reason, and the caller is told, too.
+//! handshake is logged with the caller's address and the reason, and the caller gets the reason, too.
 
 use std::fs::Permissions;
 use std::io;

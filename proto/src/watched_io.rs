@@ -12,7 +12,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::tls_reason::{self, Refusal};
 
-/// The first error of a connection, for whoever asks why it ended.
+/// The first error of a connection, for the caller that asks why it ended.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Ending(Arc<Mutex<Option<Ended>>>);
 
@@ -55,7 +55,7 @@ pub(crate) struct WatchedIo<IO> {
 }
 
 impl<IO> WatchedIo<IO> {
-    /// Watches `io` and tells `ending` of its first error.
+    /// Watches `io` and reports its first error to `ending`.
     pub(crate) fn new(io: IO, ending: Ending) -> Self {
         Self { io, ending }
     }
