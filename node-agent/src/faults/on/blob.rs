@@ -27,7 +27,7 @@ impl BlobFaults {
     /// The faults that are set now.
     pub(crate) fn for_blob(blob: Blob) -> Self {
         let name = match blob {
-            Blob::Device(index) => format!("{}{index}", names::BLOB),
+            Blob::Device(index) => names::blob_of_device(index),
             Blob::Vmm => names::BLOB_VMM.to_owned(),
         };
         let fault = value(&name).and_then(|value| match value.as_str() {

@@ -1,5 +1,5 @@
-//! Every name of a fault, and of the variable that names their file. The check that no release program has
-//! one of them reads the strings from this file.
+//! The names of the faults, and of the variable that names their file. `node-agent/check-release` reads the
+//! strings from this file, and checks that no release program contains one of them.
 
 /// The environment variable with the path of the file of faults.
 pub(super) const FILE: &str = "SLACKWATER_FAULTS_FILE";
@@ -13,7 +13,11 @@ pub(super) const DEVICE_ERROR: &str = "device.error";
 pub(super) const DEVICE_HANG: &str = "device.hang";
 /// The VMM's own state.
 pub(super) const BLOB_VMM: &str = "blob.vmm";
-/// Followed by a device's index.
-pub(super) const BLOB: &str = "blob.";
 /// A target device may be of another model.
 pub(super) const IGNORE_DEVICE_MODEL: &str = "ignore-device-model";
+
+/// The state of a device. The check cannot look for it: symbols of a release program contain `blob.`, too. It
+/// is used beside [`BLOB_VMM`] only.
+pub(super) fn blob_of_device(index: usize) -> String {
+    format!("blob.{index}")
+}
