@@ -155,7 +155,7 @@ pub enum SetStateError {
         asked: MigrationState,
     },
     /// The driver refused.
-    #[error("{device}: the driver refused {from} -> {asked}: {errno}; the device stands in {found}")]
+    #[error("{device}: the driver refused {from} -> {asked}: {errno}; the device is in {found}")]
     Refused {
         /// The device's name.
         device: String,

@@ -37,7 +37,7 @@ fn a_refusal_says_what_was_requested_which_state_the_device_is_in_and_why() {
     let error = vf0.set_state(Stop).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "vf0: the driver refused STOP_COPY -> STOP: Invalid argument (EINVAL); the device stands in STOP_COPY"
+        "vf0: the driver refused STOP_COPY -> STOP: Invalid argument (EINVAL); the device is in STOP_COPY"
     );
     assert_eq!((error.device(), error.asked(), error.found()), ("vf0", Stop, Some(StopCopy)));
 }

@@ -136,7 +136,7 @@ fn truncated(d: &Devices<'_>) -> Result<()> {
     ensure!(
         error.to_string()
             == format!(
-                "{}: the driver refused RESUMING -> STOP: Invalid argument (EINVAL); the device stands in RESUMING",
+                "{}: the driver refused RESUMING -> STOP: Invalid argument (EINVAL); the device is in RESUMING",
                 d.device
             ),
         "{error}"
