@@ -7,11 +7,18 @@
 //!
 //! Numbers are little endian. The CRC-32 (IEEE 802.3) covers the four bytes of the length and the content. A finished journal ends
 //! with its content: it has no zeroes.
+//!
+//! The version says how the content is to be read; the header is the same in all of them. An agent reads every version up to
+//! [`NEWEST_VERSION`]. Whoever changes what a journal's content looks like raises that, and keeps a reader for the older ones
+//! (`attempt/entry/`).
 
 const MAGIC: [u8; 8] = *b"SLKWJRNL";
 
-/// The format that is written here, and the newest that is read.
-pub(super) const VERSION: u32 = 1;
+/// The version of a migration's journal that is written here, and the newest that is read.
+pub(super) const NEWEST_VERSION: u32 = 2;
+
+/// The version of the file with the operator's epoch. It has not changed, and an agent that is downgraded must be able to read it.
+pub(super) const EPOCH_VERSION: u32 = 1;
 
 /// Bytes before the content.
 pub(super) const HEADER_BYTES: usize = 20;
@@ -21,7 +28,7 @@ pub(super) const HEADER_BYTES: usize = 20;
 pub(super) enum Refusal {
     /// They do not begin with the magic, or name a version that never was.
     NotAJournal,
-    /// They are of a version that is not known here.
+    /// They are of a version that this agent does not know.
     NewerVersion(u32),
     /// There are fewer of them than there must be.
     Truncated { needs_bytes: u64 },
@@ -29,12 +36,21 @@ pub(super) enum Refusal {
     ChecksumMismatch,
 }
 
+/// A record, as it was read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Decoded<'a> {
+    /// How the content is to be read.
+    pub(super) version: u32,
+    /// What was written.
+    pub(super) content: &'a [u8],
+}
+
 /// The content with its header before it, without zeroes. `None` if the header cannot state its length.
-pub(super) fn encode(content: &[u8]) -> Option<Vec<u8>> {
+pub(super) fn encode(version: u32, content: &[u8]) -> Option<Vec<u8>> {
     let length = u32::try_from(content.len()).ok()?.to_le_bytes();
     let mut bytes = Vec::with_capacity(HEADER_BYTES + content.len());
     bytes.extend(MAGIC);
-    bytes.extend(VERSION.to_le_bytes());
+    bytes.extend(version.to_le_bytes());
     bytes.extend(length);
     bytes.extend(checksum(length, content).to_le_bytes());
     bytes.extend(content);
@@ -42,7 +58,7 @@ pub(super) fn encode(content: &[u8]) -> Option<Vec<u8>> {
 }
 
 /// The content, if these bytes are whole and unharmed. What follows the content is not looked at.
-pub(super) fn decode(bytes: &[u8]) -> Result<&[u8], Refusal> {
+pub(super) fn decode(bytes: &[u8]) -> Result<Decoded<'_>, Refusal> {
     // What is too short to tell is truncated; what tells otherwise is somebody else's.
     if bytes.iter().zip(MAGIC).any(|(is, should_be)| *is != should_be) {
         return Err(Refusal::NotAJournal);
@@ -51,9 +67,10 @@ pub(super) fn decode(bytes: &[u8]) -> Result<&[u8], Refusal> {
     let (_, rest) = bytes.split_first_chunk::<8>().ok_or(too_short)?;
     let (version, rest) = rest.split_first_chunk::<4>().ok_or(too_short)?;
     // Before anything else is believed: a newer format may mean something else by it.
-    match u32::from_le_bytes(*version) {
+    let version = u32::from_le_bytes(*version);
+    match version {
         0 => return Err(Refusal::NotAJournal),
-        VERSION => {}
+        1..=NEWEST_VERSION => {}
         newer => return Err(Refusal::NewerVersion(newer)),
     }
     let (length, rest) = rest.split_first_chunk::<4>().ok_or(too_short)?;
@@ -66,7 +83,7 @@ pub(super) fn decode(bytes: &[u8]) -> Result<&[u8], Refusal> {
     if checksum(*length, content) != u32::from_le_bytes(*stated) {
         return Err(Refusal::ChecksumMismatch);
     }
-    Ok(content)
+    Ok(Decoded { version, content })
 }
 
 fn checksum(length: [u8; 4], content: &[u8]) -> u32 {
@@ -84,7 +101,7 @@ mod tests {
 
     #[test]
     fn a_record_lies_in_its_file_as_documented() {
-        let bytes = encode(b"{}").unwrap();
+        let bytes = encode(1, b"{}").unwrap();
         assert_eq!(&bytes[..16], b"SLKWJRNL\x01\0\0\0\x02\0\0\0");
         // CRC-32 of 02 00 00 00 7b 7d, by Python's zlib.
         assert_eq!(u32::from_le_bytes(bytes[16..20].try_into().unwrap()), 0x1e75_ad14);
@@ -92,18 +109,26 @@ mod tests {
     }
 
     #[test]
+    fn every_version_up_to_the_newest_is_read_and_names_itself() {
+        for version in 1..=NEWEST_VERSION {
+            let bytes = encode(version, b"{}").unwrap();
+            assert_eq!(decode(&bytes), Ok(Decoded { version, content: b"{}" }));
+        }
+    }
+
+    #[test]
     fn a_newer_version_is_told_from_damage_whatever_follows_it() {
-        let mut bytes = encode(b"{}").unwrap();
-        bytes[8] = 2;
+        let newer = NEWEST_VERSION + 1;
+        let mut bytes = encode(newer, b"{}").unwrap();
         bytes[17] ^= 1;
-        assert_eq!(decode(&bytes), Err(Refusal::NewerVersion(2)));
+        assert_eq!(decode(&bytes), Err(Refusal::NewerVersion(newer)));
         bytes.truncate(12);
-        assert_eq!(decode(&bytes), Err(Refusal::NewerVersion(2)));
+        assert_eq!(decode(&bytes), Err(Refusal::NewerVersion(newer)));
     }
 
     #[test]
     fn every_truncation_is_told_from_damage() {
-        let bytes = encode(b"{\"record\":\"LOADED\"}").unwrap();
+        let bytes = encode(NEWEST_VERSION, b"{\"record\":\"LOADED\"}").unwrap();
         for kept in 0..bytes.len() {
             assert!(matches!(decode(&bytes[..kept]), Err(Refusal::Truncated { .. })), "{kept} bytes kept");
         }
@@ -118,15 +143,19 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_was_encoded_is_decoded_whatever_follows(content: Vec<u8>, behind: Vec<u8>) {
-            let mut bytes = encode(&content).unwrap();
+        fn what_was_encoded_is_decoded_whatever_follows(
+            version in 1..=NEWEST_VERSION, content: Vec<u8>, behind: Vec<u8>,
+        ) {
+            let mut bytes = encode(version, &content).unwrap();
             bytes.extend(behind);
-            prop_assert_eq!(decode(&bytes), Ok(&content[..]));
+            prop_assert_eq!(decode(&bytes), Ok(Decoded { version, content: &content }));
         }
 
         #[test]
-        fn a_flipped_bit_is_never_read_as_content(content: Vec<u8>, at: prop::sample::Index, bit in 0..8_u32) {
-            let mut bytes = encode(&content).unwrap();
+        fn a_flipped_bit_is_never_read_as_content(
+            version in 1..=NEWEST_VERSION, content: Vec<u8>, at: prop::sample::Index, bit in 0..8_u32,
+        ) {
+            let mut bytes = encode(version, &content).unwrap();
             let at = at.index(bytes.len());
             bytes[at] ^= 1 << bit;
             prop_assert!(decode(&bytes).is_err());

@@ -12,7 +12,6 @@ use slackwater_handover::destination::End as DestinationEnd;
 use slackwater_handover::policy::{StopPlan, stop_plan};
 use slackwater_handover::state::MigrationState;
 use slackwater_handover::{Failure, Reason, Record};
-use slackwater_proto::node::{Finished, Timings};
 use slackwater_proto::tls::Credentials;
 use slackwater_proto::transfer::Attempt;
 use tracing::{error, info, warn};
@@ -33,7 +32,7 @@ use crate::host::identity::VfIdentity;
 use crate::host::node::kernel;
 use crate::host::vm::{self, VmmEntry};
 use crate::host::vms::{self, KnownVm};
-use crate::journal::{Journal, JournalError, Key, Role};
+use crate::journal::{Content, Journal, JournalError, Key, Role};
 use crate::process::cgroup::Cgroup;
 use crate::vfio::borrow::VmmProcess;
 use crate::vfio::worker::DeviceHandle;
@@ -63,9 +62,8 @@ pub(super) struct Around {
 pub(super) async fn recover(around: Around) -> Result<(), JournalError> {
     let journal = Arc::clone(&around.journal);
     let read = tokio::task::spawn_blocking(move || {
-        let finished = |_: &Key, content: &[u8]| {
-            serde_json::from_slice::<Entry>(content).is_ok_and(|entry| entry.ended.is_some())
-        };
+        let finished =
+            |_: &Key, content: &Content| Entry::parse(content).is_ok_and(|entry| entry.ended.is_some());
         if let Err(error) = journal.prune(REMEMBERED, finished) {
             warn!(%error, "old journals could not be removed");
         }
@@ -96,10 +94,10 @@ pub(super) async fn recover(around: Around) -> Result<(), JournalError> {
 }
 
 /// The entry of a journal, if it is what its name says.
-fn understand(key: &Key, content: Result<Vec<u8>, JournalError>) -> Result<Entry, String> {
+fn understand(key: &Key, content: Result<Content, JournalError>) -> Result<Entry, String> {
     let content =
         content.map_err(|error| format!("the journal of this migration cannot be read: {error}"))?;
-    let entry: Entry = serde_json::from_slice(&content)
+    let entry = Entry::parse(&content)
         .map_err(|error| format!("the journal {key} is not one of this agent's version: {error}"))?;
     let role = match entry.end {
         EndEntry::Source { .. } => Role::Source,
@@ -163,20 +161,8 @@ fn hold(around: &Around, entry: &Entry) {
 
 fn log_of_ended(node: &str, entry: &Entry, ended: &Ended) -> EventLog {
     let log = EventLog::new(node);
-    let [pre_copy_ns, blackout_ns, total_ns] = ended.timings_ns;
-    let failure = entry.failure.clone().unwrap_or_default();
     let at = Clock { unix_ns: entry.recorded_unix_ns, ..Clock::now() };
-    log.finished(
-        at,
-        Finished {
-            outcome: ended.outcome,
-            reason: failure.reason,
-            message: failure.message,
-            timings: Some(Timings { pre_copy_ns, blackout_ns, total_ns }),
-            device_bytes: ended.device_bytes.clone(),
-            vmm_bytes: ended.vmm_bytes,
-        },
-    );
+    log.finished(at, ended.to_finished(entry.failure.as_ref()));
     log
 }
 
@@ -430,13 +416,13 @@ mod tests {
 
     #[test]
     fn a_journal_that_is_what_its_name_says_is_understood() {
-        let content = serde_json::to_vec(&entry()).unwrap();
+        let content = Content { version: 2, bytes: serde_json::to_vec(&entry()).unwrap() };
         assert_eq!(understand(&key("3f", Role::Source), Ok(content)), Ok(entry()));
     }
 
     #[test]
     fn a_journal_of_another_migration_or_end_or_version_is_told_by_its_file() {
-        let content = || serde_json::to_vec(&entry()).unwrap();
+        let content = || Content { version: 2, bytes: serde_json::to_vec(&entry()).unwrap() };
         let other = understand(&key("4a", Role::Source), Ok(content())).unwrap_err();
         assert_eq!(
             other,
@@ -444,7 +430,11 @@ mod tests {
         );
         let end = understand(&key("3f", Role::Destination), Ok(content())).unwrap_err();
         assert!(end.starts_with("the journal 3f.destination is of another migration"), "{end}");
-        let newer = understand(&key("3f", Role::Source), Ok(b"{\"quorum\": 3}".to_vec())).unwrap_err();
+        let newer = understand(
+            &key("3f", Role::Source),
+            Ok(Content { version: 2, bytes: b"{\"quorum\": 3}".to_vec() }),
+        )
+        .unwrap_err();
         assert!(newer.starts_with("the journal 3f.source is not one of this agent's version"), "{newer}");
         assert!(newer.contains("quorum"), "{newer}");
         let unreadable = JournalError::InvalidId { id: "x".to_owned() };

@@ -322,12 +322,7 @@ impl Shell {
             outcome = ?finished.outcome(), reason = finished.reason, message = finished.message,
             "source: the migration has ended"
         );
-        let ended = Ended {
-            outcome: finished.outcome,
-            timings_ns: [timings.pre_copy_ns, timings.blackout_ns, timings.total_ns],
-            device_bytes: finished.device_bytes.clone(),
-            vmm_bytes: finished.vmm_bytes,
-        };
+        let ended = Ended::at_source(&finished);
         let failure = (finished.outcome() != Outcome::Succeeded).then(|| {
             Failure::new(Reason::parse(&finished.reason).unwrap_or(Reason::Aborted), finished.message.clone())
         });
