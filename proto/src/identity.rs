@@ -13,9 +13,12 @@
 use std::fmt;
 use std::str::FromStr;
 
-use tonic::{Request, Status};
+use slackwater_handover::Reason;
+use tonic::{Code, Request, Status};
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer, X509Certificate};
+
+use crate::refusal::Refusal;
 
 /// What every role's URI begins with.
 pub const TRUST_DOMAIN: &str = "spiffe://slackwater.dev/";
@@ -47,7 +50,7 @@ pub enum IdentityError {
         "the certificate names no role: it has no URI in its alternative names that begins with {TRUST_DOMAIN}"
     )]
     NoRole,
-    /// A certificate is for one role.
+    /// It must have one role.
     #[error("the certificate names more than one role: {}", uris.join(", "))]
     ManyRoles {
         /// All of ours.
@@ -139,18 +142,20 @@ pub fn is_node_name(name: &str) -> bool {
     name.len() <= 253 && name.split('.').all(label)
 }
 
-/// The role of whoever made the call.
+/// The caller's role.
 ///
 /// # Errors
 /// UNAUTHENTICATED if the call came without a certificate (over something else than TLS), or its certificate names no role.
 pub fn caller<T>(request: &Request<T>) -> Result<Role, Status> {
     let certificates = request.peer_certs();
     let Some(leaf) = certificates.as_ref().and_then(|chain| chain.first()) else {
-        return Err(Status::unauthenticated(
-            "the caller showed no certificate: this service needs mutual TLS",
-        ));
+        return Err(unauthenticated("the caller showed no certificate: this service needs mutual TLS"));
     };
-    Role::from_certificate(leaf).map_err(|error| Status::unauthenticated(error.to_string()))
+    Role::from_certificate(leaf).map_err(|error| unauthenticated(&error.to_string()))
+}
+
+fn unauthenticated(message: &str) -> Status {
+    Refusal::new(Code::Unauthenticated, Reason::Other("CallerUnauthenticated".into()), message).into()
 }
 
 /// Lets only the operator through.
@@ -187,13 +192,13 @@ pub fn require_node(calling: &str, node: &str) -> Result<(), Status> {
 }
 
 fn denied(called: &Role, may: &str) -> Status {
-    Status::permission_denied(format!("called by {called}, but only {may} may do this"))
+    let message = format!("called by {called}, but only {may} may do this");
+    Refusal::new(Code::PermissionDenied, Reason::Other("CallerNotAllowed".into()), message).into()
 }
 
 #[cfg(test)]
 mod tests {
     use rcgen::{CertificateParams, KeyPair, SanType};
-    use tonic::Code;
 
     use super::*;
 
