@@ -6,9 +6,10 @@
 //! | URI | role |
 //! |---|---|
 //! | `spiffe://slackwater.dev/operator` | the operator, or a command-line tool |
-//! | `spiffe://slackwater.dev/agent/<node>` | the agent of that node; the certificate carries the DNS name `<node>` too |
+//! | `spiffe://slackwater.dev/agent/<node>` | the agent of that node; its certificate has the DNS name `<node>` |
 //!
-//! TLS has already proved that the caller holds the certificate's key and that our CA issued it. Here it is only read.
+//! TLS has already proved that the caller holds the certificate's key and that our CA issued it. Here it is
+//! only read.
 
 use std::fmt;
 use std::str::FromStr;
@@ -70,13 +71,15 @@ pub enum IdentityError {
     },
 }
 
-const NODE_NAME_RULE: &str = "a node's name has 1 to 253 characters of a-z, 0-9, `-` and `.`, and begins and ends with a letter or digit";
+const NODE_NAME_RULE: &str = "a node's name has 1 to 253 characters of a-z, 0-9, `-` and `.`, and begins and ends with a \
+                              letter or digit";
 
 impl Role {
     /// Reads the role from a certificate in DER.
     ///
     /// # Errors
-    /// If it is no certificate, or has no, more than one, or an unknown URI of ours. URIs of others are passed over.
+    /// If it is no certificate, or has no, more than one, or an unknown URI of ours. URIs of others are
+    /// passed over.
     pub fn from_certificate(der: &[u8]) -> Result<Self, IdentityError> {
         let unreadable = |reason: String| IdentityError::ReadCertificate { reason };
         let (_, certificate) =
@@ -145,7 +148,8 @@ pub fn is_node_name(name: &str) -> bool {
 /// The caller's role.
 ///
 /// # Errors
-/// UNAUTHENTICATED if the call came without a certificate (over something else than TLS), or its certificate names no role.
+/// UNAUTHENTICATED if the call came without a certificate (over something else than TLS), or its certificate
+/// names no role.
 pub fn caller<T>(request: &Request<T>) -> Result<Role, Status> {
     let certificates = request.peer_certs();
     let Some(leaf) = certificates.as_ref().and_then(|chain| chain.first()) else {
@@ -180,7 +184,8 @@ pub fn require_agent<T>(request: &Request<T>) -> Result<String, Status> {
     }
 }
 
-/// Lets only the agent of `node` through: the one that Reserve named as the peer. `calling` is from [`require_agent`].
+/// Lets only the agent of `node` through: the one that Reserve named as the peer. `calling` is from
+/// [`require_agent`].
 ///
 /// # Errors
 /// PERMISSION_DENIED for any other node.

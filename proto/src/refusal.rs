@@ -7,8 +7,9 @@
 //! | message | the message, at most 4096 bytes of it |
 //! | detail | metadata of its own: `slackwater-known-epoch` |
 //!
-//! What comes over the wire is input: a reason that Kubernetes would not take is no reason, a detail that cannot be read is none.
-//! Agents of version 0.1.0 send a reason only when their preflight refuses a reservation, so a refusal may have none.
+//! What comes over the wire is input: a reason that Kubernetes would not take is no reason, a detail that
+//! cannot be read is none. Agents of version 0.1.0 send a reason only when their preflight refuses a
+//! reservation, so a refusal may have none.
 
 use slackwater_handover::{Failure, Reason};
 use tonic::metadata::{AsciiMetadataValue, MetadataMap};
@@ -22,7 +23,8 @@ const REASON: &str = "slackwater-reason";
 /// The metadata that names the highest operator epoch that an agent has seen, in decimal digits.
 const KNOWN_EPOCH: &str = "slackwater-known-epoch";
 
-/// The longest message, in bytes. A status travels in HTTP/2 headers, of which there may be 16 KiB; a byte takes up to three there.
+/// The longest message, in bytes. A status travels in HTTP/2 headers, of which there may be 16 KiB; a byte
+/// takes up to three there.
 const MESSAGE_LIMIT_BYTES: usize = 4096;
 
 /// Why a call was not carried out.
@@ -79,7 +81,8 @@ impl Refusal {
         Self { detail: Some(detail), ..self }
     }
 
-    /// What a failed call says. A call that was lost on the way has no reason, and a message that says how it was lost.
+    /// What a failed call says. A call that was lost on the way has no reason, and a message that says how it
+    /// was lost.
     pub fn from_status(status: &Status) -> Self {
         let metadata = status.metadata();
         Self {
@@ -90,7 +93,8 @@ impl Refusal {
         }
     }
 
-    /// The other end has decided, and has changed nothing. False: the call may have been lost on the way, or carried out.
+    /// The other end has decided, and has changed nothing. False: the call may have been lost on the way, or
+    /// carried out.
     #[must_use]
     pub fn is_decided(&self) -> bool {
         match self.code {

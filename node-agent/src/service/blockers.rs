@@ -83,7 +83,8 @@ fn of_devices(devices: &[DeviceFeatures], driver: Driver) -> Vec<Blocker> {
                 false => "QEMU refuses such a VM, and peerToPeer: AssumeIsolated does not change that",
             };
             let message = format!(
-                "{}: the driver does not support P2P, which a VM with several devices needs to stop them safely; {lift}",
+                "{}: the driver does not support P2P, which a VM with several devices needs to stop them \
+                 safely; {lift}",
                 named(&indices)
             );
             found.push(blocker(ServiceReason::PeerToPeerUnsupported, message, liftable));

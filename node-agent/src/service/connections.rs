@@ -1,7 +1,7 @@
 //! Connections to the node's VMMs, kept so that not every look connects anew.
 //!
-//! Each socket has a lock of its own: a monitor serves one client at a time, so only one connection to it is tried at once, and a VMM
-//! that does not answer does not hold up the calls to another.
+//! Each socket has a lock of its own: a monitor serves one client at a time, so only one connection to it is
+//! tried at once, and a VMM that does not answer does not hold up the calls to another.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};

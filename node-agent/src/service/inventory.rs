@@ -38,13 +38,15 @@ pub struct Inventory {
     registry: Arc<Registry>,
     vms: VmWatch,
     vmms: Arc<Vmms>,
-    /// Held while a free device is probed: a reservation waits for it, and the twin then finds the device closed.
+    /// Held while a free device is probed: a reservation waits for it, and the twin then finds the device
+    /// closed.
     features: Mutex<HashMap<FeatureKey, Features>>,
     /// A VMM did not answer, and will be asked again soon.
     asking_again: AtomicBool,
 }
 
-/// Between two looks at a VMM that does not answer: it may be starting, or its monitor may have another client for a moment.
+/// Between two looks at a VMM that does not answer: it may be starting, or its monitor may have another
+/// client for a moment.
 const ASK_AGAIN: Duration = Duration::from_secs(2);
 
 /// Why the node cannot be described.
@@ -192,7 +194,8 @@ impl Inventory {
         }
     }
 
-    /// What the device's driver advertises. A device that is in use is not touched: what is not known of it stays unknown.
+    /// What the device's driver advertises. A device that is in use is not touched: what is not known of it
+    /// stays unknown.
     ///
     /// # Errors
     /// [`FeaturesError`]

@@ -22,8 +22,8 @@ use crate::vmm::twin::{TwinPlan, launcher};
 const PROBE_LIMIT: Duration = Duration::from_secs(20);
 /// An answer that is not older than this counts as up to date.
 const FRESH: Duration = Duration::from_secs(10);
-/// For this long a program that could not be asked is not tried again, if it took long to find out: each reservation of the node would
-/// wait for it.
+/// For this long a program that could not be asked is not tried again, if it took long to find out: each
+/// reservation of the node would wait for it.
 const FAILURE_LASTS: Duration = Duration::from_secs(60);
 /// What fails sooner is tried again: that costs little.
 const LONG: Duration = Duration::from_secs(5);
@@ -58,7 +58,8 @@ impl Answers {
         (at.elapsed() <= lasts).then(|| answer.clone())
     }
 
-    /// Keeps an answer, and returns what counts from now on: a later failure does not replace an earlier success.
+    /// Keeps an answer, and returns what counts from now on: a later failure does not replace an earlier
+    /// success.
     fn keep(&mut self, asked: Asked, answer: ProbeResult, took: Duration) -> ProbeResult {
         if let (Err(error), Some((_, Ok(offer)))) = (&answer, self.0.get(&asked)) {
             warn!(program = %asked.program.display(), %error, "what it answered before still counts");
@@ -102,7 +103,8 @@ impl Preflight {
         }
     }
 
-    /// Asks the program that a reservation is about, if it was not asked before. [`Preflight::check`] uses the answer.
+    /// Asks the program that a reservation is about, if it was not asked before. [`Preflight::check`] uses
+    /// the answer.
     pub(super) async fn get_ready(&self, given: &ReserveRequest) {
         let Ok(json) = vm::parse(&given.vm_json) else { return };
         let Some(qemu) = given.qemu.as_ref().filter(|_| json.vmm.kind == VmmKind::Qemu) else { return };
@@ -112,7 +114,8 @@ impl Preflight {
         }
     }
 
-    /// Refuses a reservation whose twin could not take the VM over. The caller has checked that its program is allowed.
+    /// Refuses a reservation whose twin could not take the VM over. The caller has checked that its program
+    /// is allowed.
     pub(super) async fn check(&self, given: &ReserveRequest, plan: &TwinPlan) -> Result<(), Refusal> {
         if plan.vmm.kind != VmmKind::Qemu {
             return Ok(());
@@ -182,7 +185,8 @@ impl Preflight {
             let took = began.elapsed();
             if let Ok(offer) = &answer {
                 let features = offer.cpu_features.as_ref().map(|features| features.len());
-                info!(program = %asked.program.display(), ?accelerator, version = offer.version, features, ?took, "a QEMU has said what it can do");
+                let (program, version) = (asked.program.display(), &offer.version);
+                info!(%program, ?accelerator, version, features, ?took, "a QEMU has said what it can do");
             }
             answers.keep(asked, answer, took)
         });

@@ -1,5 +1,5 @@
-//! The reasons that the services give themselves. Failures of an attempt have those of [`slackwater_handover::Reason`], findings of
-//! preflight those of [`crate::vmm::qemu::preflight::Kind`].
+//! The reasons that the services give themselves. Failures of an attempt have those of
+//! [`slackwater_handover::Reason`], findings of preflight those of [`crate::vmm::qemu::preflight::Kind`].
 
 use slackwater_handover::Reason;
 use strum::IntoStaticStr;

@@ -12,7 +12,8 @@ use super::reason::ServiceReason;
 use crate::attempt::destination::DestinationRun;
 use crate::attempt::source::SourceRun;
 
-/// At most this many ended migrations are remembered, here and in the journal, so that a late question gets its answer.
+/// At most this many ended migrations are remembered, here and in the journal, so that a late question gets
+/// its answer.
 pub(super) const MAX_REMEMBERED_MIGRATIONS: usize = 1000;
 
 /// A call that is out of date: it is refused before anything is done for it.

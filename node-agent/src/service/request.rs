@@ -1,4 +1,5 @@
-//! What a request must look like before anything is done for it. Pure. Every error names the field, its value and what would be right.
+//! What a request must look like before anything is done for it. Pure. Every error names the field, its value
+//! and what would be right.
 
 use std::time::Duration;
 

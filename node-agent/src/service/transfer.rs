@@ -1,4 +1,5 @@
-//! `slackwater.transfer.v1`, served at the destination: only the agent that the reservation names as source may call.
+//! `slackwater.transfer.v1`, served at the destination: only the agent that the reservation names as source
+//! may call.
 
 use std::pin::Pin;
 use std::sync::Arc;

@@ -1,4 +1,5 @@
-//! The node's VMMs that have answered: a connection to each, so that not every look connects anew, and what each said last.
+//! The node's VMMs that have answered: a connection to each, so that not every look connects anew, and what
+//! each said last.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -68,7 +69,8 @@ impl Vmms {
                     blocked.clone_from(&description.blocked);
                     return Ok(Answer { vmm: Arc::clone(vmm), description, is_new: false });
                 }
-                // A monitor serves one client at a time. So as long as its QEMU lives, this is the client, and it reconnects by itself.
+                // A monitor serves one client at a time. So as long as its QEMU lives, this is the client,
+                // and it reconnects by itself.
                 Err(error) if vmm.driver() == Driver::Vmm && lives(vmm.as_ref()).await => return Err(error),
                 // Another VMM may serve the socket by now.
                 Err(_) => *known = None,
@@ -80,7 +82,8 @@ impl Vmms {
         Ok(Answer { vmm, description, is_new: true })
     }
 
-    /// What the VMM said last against a migration, as every caller was told. None if this socket has another VMM now.
+    /// What the VMM said last against a migration, as every caller was told. None if this socket has another
+    /// VMM now.
     pub(super) async fn last_blocked(&self, socket: &Path, vmm: &Arc<dyn LocalVmm>) -> Option<Vec<String>> {
         let slot = self.connections.slot(socket);
         let known = slot.lock().await;

@@ -14,7 +14,8 @@ const ASK_EVERY: Duration = Duration::from_secs(3);
 /// After this time a VMM that could not say what it is may try again.
 const LEARN_AGAIN: Duration = Duration::from_secs(60);
 
-/// Lets the VMM say what it is, asks it now and then what blocks a migration, and forgets it when its process has exited.
+/// Lets the VMM say what it is, asks it now and then what blocks a migration, and forgets it when its process
+/// has exited.
 pub(super) fn start(vmms: Weak<Vmms>, socket: PathBuf, vmm: Arc<dyn LocalVmm>) {
     tokio::spawn(async move {
         tokio::select! {

@@ -1,7 +1,8 @@
-//! What the journal holds of one attempt at one end: enough for an agent that was restarted to find the VM and go on. It is JSON,
-//! so that a person can read it, too.
+//! What the journal holds of one attempt at one end: enough for an agent that was restarted to find the VM
+//! and go on. It is JSON, so that a person can read it, too.
 //!
-//! The version of an entry is that of its journal file. [`Entry::parse`] reads every version; agents write only the newest:
+//! The version of an entry is that of its journal file. [`Entry::parse`] reads every version; agents write
+//! only the newest:
 //!
 //! | version | what is different |
 //! |---|---|
@@ -20,7 +21,8 @@ use slackwater_proto::node::{self, DevicePair, Finished, JournalState, Migration
 use crate::journal::Content;
 use crate::vfio::borrow::ProcessIdentity;
 
-/// One end of one attempt. An entry with a field that this agent does not know is refused: nothing is guessed.
+/// One end of one attempt. An entry with a field that this agent does not know is refused: nothing is
+/// guessed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Entry {
@@ -64,7 +66,8 @@ pub enum EndEntry {
         target_address: String,
         /// The cgroup of the VMM, if it was started as a twin: it is cleared away with it.
         cgroup: Option<String>,
-        /// When the phases that the timings need were reached: CLOCK_MONOTONIC of the boot in which they were, in nanoseconds.
+        /// When the phases that the timings need were reached: CLOCK_MONOTONIC of the boot in which they
+        /// were, in nanoseconds.
         marks: Marks,
     },
     /// The VM lands here.
@@ -392,7 +395,10 @@ pub(crate) mod tests {
         assert_eq!(ended.to_finished(Some(&failure)), finished);
         assert_eq!(
             serde_json::to_string(&ended).unwrap(),
-            r#"{"outcome":"ROLLED_BACK","timings":{"pre_copy_ns":1,"blackout_ns":2,"total_ns":3},"device_bytes":[60],"vmm_bytes":4096}"#
+            concat!(
+                r#"{"outcome":"ROLLED_BACK","timings":{"pre_copy_ns":1,"blackout_ns":2,"total_ns":3},"#,
+                r#""device_bytes":[60],"vmm_bytes":4096}"#
+            )
         );
         let features = Features { stop_copy: true, p2p: true, pre_copy: false };
         assert_eq!(

@@ -102,22 +102,24 @@ mod tests {
     use crate::journal::Content;
 
     // As agents of that version wrote them, but for the line breaks. Never change these.
-    const SOURCE: &str = r#"{"migration_id":"3f","attempt":1,"record":"ABORTED","ended":{"outcome":2,"timings_ns":[11,22,33],
-"device_bytes":[60,64],"vmm_bytes":4096},"failure":{"reason":"DeviceFailed","message":"at the source, EIO"},
-"stated_because":"node-b is off","recorded_unix_ns":7,"namespace":"demo","name":"counter",
-"vmm":{"boot_id":"b","pid":9,"start_ticks":11},"assume_isolated":true,"devices":[{"source":"0000:3b:00.2",
-"target":"0000:86:00.5","driver":"mlx5_vfio_pci","model":"15b3:101e","features":[true,false,true]}],"end":{"role":"Source",
-"target_node":"node-b","target_address":"10.0.0.2:7443","cgroup":"demo.counter-3f","marks":{"begun":1,"pre_copy":2,
-"pausing":null,"guest_runs_again":4}}}"#;
-    const DESTINATION: &str = r#"{"migration_id":"3f","attempt":1,"record":"RUNNING","ended":{"outcome":0,"timings_ns":[0,0,0],
-"device_bytes":[],"vmm_bytes":0},"failure":null,"stated_because":null,"recorded_unix_ns":7,"namespace":"demo",
-"name":"counter","vmm":null,"assume_isolated":false,"devices":[{"source":"0000:3b:00.2","target":"0000:86:00.5",
-"driver":"mlx5_vfio_pci","model":"15b3:101e","features":[true,false,true]}],"end":{"role":"Destination",
-"source_node":"node-a","vm_json":"{}","claim":[1,2],"silence_timeout_ms":9}}"#;
-    const OPEN: &str = r#"{"migration_id":"3f","attempt":1,"record":"SAVING","ended":null,"failure":null,"stated_because":null,
-"recorded_unix_ns":7,"namespace":"demo","name":"counter","vmm":{"boot_id":"b","pid":9,"start_ticks":11},
-"assume_isolated":false,"devices":[],"end":{"role":"Source","target_node":"node-b","target_address":"10.0.0.2:7443",
-"cgroup":null,"marks":{"begun":null,"pre_copy":null,"pausing":null,"guest_runs_again":null}}}"#;
+    const SOURCE: &str = r#"{"migration_id":"3f","attempt":1,"record":"ABORTED","ended":{"outcome":2,
+"timings_ns":[11,22,33],"device_bytes":[60,64],"vmm_bytes":4096},"failure":{"reason":"DeviceFailed",
+"message":"at the source, EIO"},"stated_because":"node-b is off","recorded_unix_ns":7,"namespace":"demo",
+"name":"counter","vmm":{"boot_id":"b","pid":9,"start_ticks":11},"assume_isolated":true,
+"devices":[{"source":"0000:3b:00.2","target":"0000:86:00.5","driver":"mlx5_vfio_pci","model":"15b3:101e",
+"features":[true,false,true]}],"end":{"role":"Source","target_node":"node-b","target_address":"10.0.0.2:7443",
+"cgroup":"demo.counter-3f","marks":{"begun":1,"pre_copy":2,"pausing":null,"guest_runs_again":4}}}"#;
+    const DESTINATION: &str = r#"{"migration_id":"3f","attempt":1,"record":"RUNNING","ended":{"outcome":0,
+"timings_ns":[0,0,0],"device_bytes":[],"vmm_bytes":0},"failure":null,"stated_because":null,
+"recorded_unix_ns":7,"namespace":"demo","name":"counter","vmm":null,"assume_isolated":false,
+"devices":[{"source":"0000:3b:00.2","target":"0000:86:00.5","driver":"mlx5_vfio_pci","model":"15b3:101e",
+"features":[true,false,true]}],"end":{"role":"Destination","source_node":"node-a","vm_json":"{}","claim":[1,
+2],"silence_timeout_ms":9}}"#;
+    const OPEN: &str = r#"{"migration_id":"3f","attempt":1,"record":"SAVING","ended":null,"failure":null,
+"stated_because":null,"recorded_unix_ns":7,"namespace":"demo","name":"counter","vmm":{"boot_id":"b","pid":9,
+"start_ticks":11},"assume_isolated":false,"devices":[],"end":{"role":"Source","target_node":"node-b",
+"target_address":"10.0.0.2:7443","cgroup":null,"marks":{"begun":null,"pre_copy":null,"pausing":null,
+"guest_runs_again":null}}}"#;
 
     fn parse(text: &str) -> Entry {
         Entry::parse(&Content { version: 1, bytes: text.as_bytes().to_vec() }).unwrap()

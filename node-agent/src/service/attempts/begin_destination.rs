@@ -28,7 +28,8 @@ impl Attempts {
         match self.find(&reference).await? {
             Some(Part::Destination(run, earlier)) if same_reservation(&earlier, &given) => return Ok(run),
             Some(Part::Destination(..)) => {
-                let message = "this attempt has reserved something else before; another reservation needs another attempt";
+                let message = "this attempt has reserved something else before; another reservation needs \
+                               another attempt";
                 return Err(precondition(ServiceReason::MigrationInProgress, message));
             }
             Some(Part::Source(_)) => {
@@ -79,7 +80,8 @@ impl Attempts {
     }
 }
 
-/// The same but for the operator that asks and what it knows of the source's QEMU: a new operator may join what an older one has begun.
+/// The same but for the operator that asks and what it knows of the source's QEMU: a new operator may join
+/// what an older one has begun.
 fn same_reservation(earlier: &ReserveRequest, given: &ReserveRequest) -> bool {
     let what_matters =
         |request: &ReserveRequest| ReserveRequest { migration: None, qemu: None, ..request.clone() };

@@ -71,8 +71,8 @@ impl Route<'_> {
     }
 }
 
-/// The VMM that was journalled, with its devices as they are read back; None if its process has exited. As long as the process lives,
-/// this waits for its answer.
+/// The VMM that was journalled, with its devices as they are read back; None if its process has exited. As
+/// long as the process lives, this waits for its answer.
 pub(super) async fn find(
     route: &Route<'_>,
     node: &NodeResources,

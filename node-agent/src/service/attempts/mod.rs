@@ -1,19 +1,18 @@
 //! Attempts at this node: how one begins, and how the next agent takes it up again after a restart.
 //!
 //! ```text
-//!  Migrate ─▶ begin_source ──────┐                            ┌── take_up_source ◀──────┐
-//!                                ├─▶ SourceRun/DestinationRun ┤                         ├─ take_up ◀─ journal
-//!  Reserve ─▶ begin_destination ─┘          │                 └── take_up_destination ◀─┘
-//!                                           ▼
-//!                         [`NodeResources::join`]: the registry knows it, and gives
-//!                         back what it holds when it has ended
+//!  Migrate ─▶ begin_source ───────┐                 ┌─ take_up_source ◀──────┐
+//!                                 ├─▶ an attempt ◀──┤                        ├─ take_up ◀─ journal
+//!  Reserve ─▶ begin_destination ──┘        │        └─ take_up_destination ◀─┘
+//!                                          ▼
+//!                       the registry knows it, and gives back what it holds when it has ended
 //! ```
 //!
 //! | module | what it is about |
 //! |---|---|
 //! | `resources` | what an attempt needs of the node; everything here works with it |
 //! | `begin_source`, `begin_destination` | the checks before an attempt begins, and its beginning |
-//! | `take_up`, `take_up_source`, `take_up_destination` | what an earlier agent began |
+//! | `take_up`, `take_up_source`, `take_up_destination`, `reopen` | what an earlier agent began |
 //! | `journalled_vmm` | finding the VMM that the journal names |
 //! | `entries` | a request as a journal's entry, and back |
 //! | `reservation`, `site` | the target devices and the twin |
@@ -24,6 +23,7 @@ mod begin_source;
 mod entries;
 mod journalled_vmm;
 mod release;
+mod reopen;
 mod reservation;
 mod resources;
 mod site;
@@ -76,7 +76,8 @@ impl Attempts {
         self.node.registry.usable_part(&reference.id, reference.attempt)
     }
 
-    /// Refuses a call that is out of date. A newer operator's epoch is durable before anything is done for it.
+    /// Refuses a call that is out of date. A newer operator's epoch is durable before anything is done for
+    /// it.
     async fn fence(&self, reference: &MigrationRef) -> Result<(), Refusal> {
         let epoch = reference.operator_epoch;
         if epoch > self.node.registry.highest_epoch() {

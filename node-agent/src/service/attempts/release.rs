@@ -43,7 +43,8 @@ impl VmRemains {
                 let Self { cgroup, directory, socket } = self;
                 let ended = twin::end(leaving.as_ref(), cgroup.as_ref(), &directory, &socket, limit).await;
                 if let Err(error) = ended {
-                    error!(migration = of.migration_id, %error, "the VM runs elsewhere, but something of it is left here");
+                    let migration = of.migration_id;
+                    error!(migration, %error, "the VM runs elsewhere, but something of it is left here");
                 }
             }
             .boxed()

@@ -26,26 +26,20 @@ pub(super) struct Targets {
 }
 
 /// Why a device cannot take over from another.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-enum Misfit {
+#[derive(Debug, thiserror::Error)]
+enum Misfit<'a> {
     /// Another driver or model.
     #[error(
-        "device {device} is a {model} under {driver}, and cannot take over from {source_device}, which is a {source_model} under \
-         {source_driver}"
+        "device {} is a {} under {}, and cannot take over from {}, which is a {} under {}",
+        device.name, device.model, device.driver, pair.source, pair.model, pair.driver
     )]
-    Model {
-        device: String,
-        model: String,
-        driver: String,
-        source_device: String,
-        source_model: String,
-        source_driver: String,
-    },
+    Model { device: &'a Device, pair: &'a DevicePair },
     /// A feature is missing.
     #[error(
-        "device {device} has the features {features:?}, and cannot take over from {source_device}, which has {source_features:?}"
+        "device {} has the features {features:?}, and cannot take over from {}, which has {required:?}",
+        device.name, pair.source
     )]
-    Features { device: String, features: Features, source_device: String, source_features: Features },
+    Features { device: &'a Device, features: Features, pair: &'a DevicePair, required: Features },
 }
 
 /// Finds the target devices, which must be free and able to take over from their sources.
@@ -70,27 +64,15 @@ pub(super) async fn targets(inventory: &Inventory, pairs: &[DevicePair]) -> Resu
 }
 
 /// Whether a device can take over the state of its source.
-fn fits(device: &Device, features: Features, pair: &DevicePair) -> Result<(), Misfit> {
+fn fits<'a>(device: &'a Device, features: Features, pair: &'a DevicePair) -> Result<(), Misfit<'a>> {
     let same_model =
         faults::ignores_device_model() || (device.driver == pair.driver && device.model == pair.model);
     if !same_model {
-        return Err(Misfit::Model {
-            device: device.name.clone(),
-            model: device.model.clone(),
-            driver: device.driver.clone(),
-            source_device: pair.source.clone(),
-            source_model: pair.model.clone(),
-            source_driver: pair.driver.clone(),
-        });
+        return Err(Misfit::Model { device, pair });
     }
-    let source = pair.features.map(Features::from).unwrap_or_default();
-    if !features.stop_copy || (source.p2p && !features.p2p) {
-        return Err(Misfit::Features {
-            device: device.name.clone(),
-            features,
-            source_device: pair.source.clone(),
-            source_features: source,
-        });
+    let required = pair.features.map(Features::from).unwrap_or_default();
+    if !features.stop_copy || (required.p2p && !features.p2p) {
+        return Err(Misfit::Features { device, features, pair, required });
     }
     Ok(())
 }
@@ -171,16 +153,19 @@ mod tests {
 
     #[test]
     fn a_target_must_have_the_sources_driver_model_and_p2p() {
-        assert_eq!(fits(&device("mtty", "mtty-1"), Features::ALL, &pair()), Ok(()));
-        let other_model = fits(&device("mtty", "mtty-2"), Features::ALL, &pair()).unwrap_err();
+        let fits = |driver, model, features| {
+            fits(&device(driver, model), features, &pair()).map_err(|misfit| misfit.to_string())
+        };
+        assert_eq!(fits("mtty", "mtty-1", Features::ALL), Ok(()));
+        let other_model = fits("mtty", "mtty-2", Features::ALL).unwrap_err();
         assert_eq!(
-            other_model.to_string(),
+            other_model,
             "device b0 is a mtty-2 under mtty, and cannot take over from a0, which is a mtty-1 under mtty"
         );
-        assert!(fits(&device("vfio-pci", "mtty-1"), Features::ALL, &pair()).is_err());
+        assert!(fits("vfio-pci", "mtty-1", Features::ALL).is_err());
         let no_p2p = Features { p2p: false, ..Features::ALL };
-        assert!(fits(&device("mtty", "mtty-1"), no_p2p, &pair()).is_err());
+        assert!(fits("mtty", "mtty-1", no_p2p).unwrap_err().contains("cannot take over from a0, which has"));
         let no_pre_copy = Features { pre_copy: false, ..Features::ALL };
-        assert_eq!(fits(&device("mtty", "mtty-1"), no_pre_copy, &pair()), Ok(()));
+        assert_eq!(fits("mtty", "mtty-1", no_pre_copy), Ok(()));
     }
 }

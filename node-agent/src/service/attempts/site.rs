@@ -101,7 +101,8 @@ impl Site for NodeSite {
             // From here on the twin does not depend on the agent.
             self.twin.lock().await.take();
             if let Err(error) = vms::publish(&self.plan.directory, &self.vm_json) {
-                error!(migration = self.of.migration_id, %error, "the VM runs here, but its vm.json could not be written");
+                let migration = &self.of.migration_id;
+                error!(migration, %error, "the VM runs here, but its vm.json could not be written");
             }
         }
         .boxed()

@@ -1,18 +1,17 @@
 //! An agent that starts reads its journals before it serves, finds each VM and its devices, and goes on.
 //!
-//! A VMM is the one that was journalled if boot id, process number and start time are the same. Then its devices are borrowed and
-//! read back, and the pure machine decides what follows. A journal that cannot be read, or is of something else, is logged and held:
-//! a call about that migration is refused with the name of the file, and nothing is guessed.
+//! A VMM is the one that was journalled if boot id, process number and start time are the same. Then its
+//! devices are borrowed and read back, and the pure machine decides what follows. A journal that cannot be
+//! read, or is of something else, is logged and held: a call about that migration is refused with the name of
+//! the file, and nothing is guessed.
 
-use std::error::Error;
 use std::sync::Arc;
 
+use slackwater_handover::Record;
 use slackwater_handover::destination::End as DestinationEnd;
-use slackwater_handover::{Failure, Reason, Record};
-use slackwater_proto::refusal::Refusal;
-use tokio::task::JoinError;
 use tracing::{error, info, warn};
 
+use super::reopen::restarted;
 use super::resources::NodeResources;
 use super::{entries, take_up_destination, take_up_source};
 use crate::attempt::destination::DestinationRun;
@@ -21,7 +20,6 @@ use crate::attempt::events::EventLog;
 use crate::attempt::ledger::Ledger;
 use crate::attempt::source::SourceRun;
 use crate::host::clock::Clock;
-use crate::host::vm::VmJsonError;
 use crate::journal::{Content, Found, Journal, JournalError, Key, Role};
 use crate::service::registry::{MAX_REMEMBERED_MIGRATIONS, Part};
 
@@ -42,41 +40,14 @@ enum UnusableJournal {
     OtherMigration { key: String, found: Box<Entry> },
 }
 
-/// Why an attempt cannot be taken up.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum TakeUpError {
-    /// A task of the agent ended early.
-    #[error(transparent)]
-    Task(#[from] JoinError),
-    /// The journal.
-    #[error("the journal cannot be written any more: {0}")]
-    Reopen(JournalError),
-    /// The node's devices.
-    #[error(transparent)]
-    ListDevices(Box<dyn Error + Send + Sync>),
-    /// The reservation's vm.json.
-    #[error("vm_json in the journal {key}: {source}")]
-    VmJson {
-        /// The name of the journal.
-        key: String,
-        /// What is wrong with it.
-        source: VmJsonError,
-    },
-    /// Where its VMM listens.
-    #[error(transparent)]
-    Socket(VmJsonError),
-    /// The twin's command.
-    #[error(transparent)]
-    Site(#[from] Refusal),
-}
-
 /// What the journal holds.
 struct JournalContent {
     epoch: u64,
     found: Vec<Found>,
 }
 
-/// Takes up everything that the journal holds. What takes time goes on after this returns; its VM and devices are held from now on.
+/// Takes up everything that the journal holds. What takes time goes on after this returns; its VM and devices
+/// are held from now on.
 pub(super) async fn take_up_all(node: &NodeResources) -> Result<(), JournalError> {
     let journal = Arc::clone(&node.journal);
     let JournalContent { epoch, found } = match tokio::task::spawn_blocking(move || read(&journal)).await {
@@ -88,7 +59,8 @@ pub(super) async fn take_up_all(node: &NodeResources) -> Result<(), JournalError
         match parse(&key, content) {
             Ok(entry) => take_up(node, key, entry),
             Err(error) => {
-                error!(migration = key.id(), why = %error, "a journal cannot be used; what it is about is left as it is");
+                let migration = key.id();
+                error!(migration, why = %error, "a journal cannot be used; what it is about is left as it is");
                 node.registry.hold_unreadable(key.id(), error.to_string());
             }
         }
@@ -183,22 +155,6 @@ fn end_of(entry: &Entry) -> DestinationEnd {
         Record::Starting => DestinationEnd::Stuck(failure),
         _ => DestinationEnd::Discarded(failure),
     }
-}
-
-/// Why an attempt is given up that the journal names no other reason for.
-pub(super) fn restarted() -> Failure {
-    Failure::new(
-        Reason::AgentRestarted,
-        "the agent ended in the middle of the migration, and was started again",
-    )
-}
-
-/// Goes on with a journal.
-pub(super) async fn reopen(node: &NodeResources, key: &Key, entry: &Entry) -> Result<Ledger, TakeUpError> {
-    let (journal, reopened) = (Arc::clone(&node.journal), key.clone());
-    let file = tokio::task::spawn_blocking(move || journal.reopen(&reopened)).await?;
-    let file = file.map_err(TakeUpError::Reopen)?;
-    Ok(Ledger::go_on(Arc::clone(&node.journal), key.clone(), file, entry.clone()))
 }
 
 #[cfg(test)]

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::journalled_vmm::{self, FoundVmm, Route};
+use super::reopen::{TakeUpError, reopen, restarted};
 use super::resources::NodeResources;
-use super::take_up::{TakeUpError, reopen, restarted};
 use super::{entries, reservation};
 use crate::attempt::destination::{DestinationParts, DestinationRun, Recovered, Site, Twin};
 use crate::attempt::entry::{Entry, Pair};
