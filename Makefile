@@ -53,14 +53,15 @@ test: rust rust-components ## run all checks: format, clippy, unit tests, end-to
 fault-matrix: rust ## inject every fault at every phase, about an hour; writes tests/fault-matrix.md (VMM=qemu: its own)
 	"$(install)" host-packages node-kernel kubernetes kubectl-helm
 	$(cargo) build --locked $(programs) $(faults)
-	"$(bins)/slackwater-fault-matrix" $(if $(VMM),--vmm $(VMM)) --out "$(root)/tests/fault-matrix$(if $(VMM),-$(VMM)).md" $(MATRIX)
+	"$(bins)/slackwater-fault-matrix" $(if $(VMM),--vmm $(VMM)) \
+	  --out "$(root)/tests/fault-matrix$(if $(VMM),-$(VMM)).md" $(MATRIX)
 
 .PHONY: random-walk
 random-walk: rust ## run 1,000 migrations with randomly drawn faults (STEPS=50 SEED=7)
 	"$(install)" host-packages node-kernel kubernetes kubectl-helm
 	$(cargo) build --locked $(programs) $(faults)
 	SLACKWATER_WALK_STEPS="$(or $(STEPS),1000)" SLACKWATER_WALK_SEED="$(or $(SEED),$(shell date +%s))" \
-	  cargo test --locked --workspace --test faults $(faults) -- --nocapture whatever_befalls
+	  cargo test --locked --workspace --test faults $(faults) -- --nocapture after_random_faults
 
 .PHONY: linux-guest
 linux-guest: rust ## migrate a Linux guest under QEMU ten times while it uses devices and disk (MIGRATIONS=2)

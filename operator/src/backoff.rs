@@ -1,4 +1,5 @@
-//! Pauses between retries: each is twice as long as the one before, up to a longest one, until a success resets them.
+//! Pauses between retries: each is twice as long as the one before, up to a longest one, until a success
+//! resets them.
 
 use std::time::Duration;
 

@@ -8,10 +8,10 @@ use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomRe
 use kube::CustomResourceExt;
 use slackwater_api::{AssignedVM, MigrationNode, VMMigration};
 
-/// Says where the files come from, to whoever is about to edit one.
+/// Tells a person who is about to edit a file where it comes from.
 const HEADER: &str = "# Generated from operator/api by `make generate`. Do not edit.\n";
 
-/// What keeps the CRDs from being written.
+/// Why the CRDs cannot be written.
 #[derive(Debug, thiserror::Error)]
 pub enum CrdError {
     /// A CRD cannot be written as YAML.
@@ -32,7 +32,7 @@ pub enum CrdError {
     },
 }
 
-/// All CRDs, by the name of the file that each belongs into.
+/// All CRDs, by the name of the file that each belongs to.
 ///
 /// # Errors
 /// [`CrdError::Serialize`]
@@ -70,7 +70,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_checked_in_crds_are_those_of_the_types() {
+    fn the_checked_in_crds_match_the_types() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../charts/slackwater/crds");
         let generated = files().unwrap();
         for (name, yaml) in &generated {
@@ -78,11 +78,11 @@ mod tests {
             assert!(checked_in == *yaml, "charts/slackwater/crds/{name} is stale: run `make generate`");
         }
         let count = fs::read_dir(&folder).unwrap().count();
-        assert_eq!(count, generated.len(), "charts/slackwater/crds holds a file that no type belongs to");
+        assert_eq!(count, generated.len(), "charts/slackwater/crds holds a file that belongs to no type");
     }
 
     #[test]
-    fn no_field_is_unsigned_since_api_servers_do_not_know_such_formats() {
+    fn no_field_is_unsigned_since_api_servers_do_not_know_these_formats() {
         for (name, yaml) in files().unwrap() {
             assert!(!yaml.contains("format: uint"), "{name}");
         }

@@ -1,4 +1,4 @@
-//! How often the leadership of the operators has changed: what the agents fence by.
+//! How often the leadership has changed: the number by which the agents fence operators.
 
 use std::time::Duration;
 
@@ -8,40 +8,41 @@ use tokio::time::timeout;
 /// How long raising the epoch may take: as long as the API server may.
 const RAISE_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// The epoch of this operator's leadership, `leaseTransitions` of the Lease plus 1. It goes into every call that an agent acts
-/// by, so that an agent that has heard a newer leader refuses an older one.
+/// The epoch of this operator's leadership, `leaseTransitions` of the Lease plus 1. It goes into every call
+/// that an agent acts upon, so that an agent that has seen a newer leader's epoch refuses an older one.
 #[derive(Debug, Clone)]
 pub struct Epoch {
     now: watch::Receiver<u64>,
     raises: mpsc::Sender<u64>,
 }
 
-/// The other end of an [`Epoch`], for whoever holds the Lease.
+/// The other end of an [`Epoch`], for the code that holds the Lease.
 pub(crate) struct EpochSource {
     pub(crate) now: watch::Sender<u64>,
-    /// Epochs that an agent has seen, and that ours must be above.
+    /// Epochs that an agent has seen. This operator's must be higher.
     pub(crate) raises: mpsc::Receiver<u64>,
 }
 
 impl Epoch {
-    /// An epoch, and the end by which it is raised.
+    /// An epoch, and the end that raises it.
     pub(crate) fn new(first: u64) -> (Self, EpochSource) {
         let (sender, now) = watch::channel(first);
-        let (raises, asked) = mpsc::channel(16);
-        (Self { now, raises }, EpochSource { now: sender, raises: asked })
+        let (raises, requests) = mpsc::channel(16);
+        (Self { now, raises }, EpochSource { now: sender, raises: requests })
     }
 
-    /// The epoch as of now.
+    /// The current epoch.
     #[must_use]
     pub fn now(&self) -> u64 {
         *self.now.borrow()
     }
 
-    /// Has the Lease raised above an epoch that an agent knows, and returns when it is. `false`: it could not be.
+    /// Asks for an epoch above one that an agent knows, and returns when it is in force. `false`: it could
+    /// not be raised.
     pub async fn above(&self, known: u64) -> bool {
         let mut now = self.now.clone();
         let raised = async {
-            // Full: others ask for the same, and the answer is one for all.
+            // Full: other calls ask for the same, and one answer serves all.
             self.raises.try_send(known).ok();
             now.wait_for(|now| *now > known).await.is_ok()
         };

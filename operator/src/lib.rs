@@ -2,8 +2,8 @@
 //!
 //! | module | what it knows |
 //! |---|---|
-//! | [`inventory`], [`plan`], [`conditions`] | plain data and decisions: no Kubernetes client, no gRPC, no clock |
-//! | [`leadership`], [`epoch`] | which of several operators acts, and what the agents tell them apart by |
+//! | [`inventory`], [`plan`], [`conditions`] | plain data and decisions: no client, no gRPC, no clock |
+//! | [`leadership`], [`epoch`] | which of several operators acts, and how the agents tell them apart |
 //! | [`fleet`] | the agents: one open `Watch` for each |
 //! | [`migration`] | one VMMigration, from its plan to its end |
 //! | [`publish`] | MigrationNodes and AssignedVMs, written from what the agents report |
@@ -27,4 +27,4 @@ pub mod plan;
 pub mod publish;
 mod reason;
 
-pub use lifecycle::{Ended, run};
+pub use lifecycle::{RunError, run};

@@ -11,40 +11,40 @@ use tokio_util::task::TaskTracker;
 use crate::cluster::{Cluster, observe};
 use crate::epoch::Epoch;
 use crate::fleet::Fleet;
-use crate::leadership::{Leadership, Lost, Terms};
+use crate::leadership::{Leadership, LeadershipLost, Terms};
 use crate::migration::claims::Claims;
 use crate::migration::context::Context;
 use crate::migration::controller;
 use crate::plan::Checks;
 use crate::publish::{nodes, vms};
 
-/// Waits until this operator leads, and then acts until `stop`. Migrations that are under way go on at the agents; the next
-/// operator joins them.
+/// Waits until this operator leads, and then acts until `stop`. Migrations that are under way go on at the
+/// agents; the next operator joins them.
 ///
 /// # Errors
-/// [`Ended`]. All that acted by the leadership has ended by then.
+/// [`RunError`]. All that acted by the leadership has ended by then.
 pub async fn run(
     client: Client,
     credentials: Credentials,
     terms: Terms,
     checks: Checks,
     stop: CancellationToken,
-) -> Result<(), Ended> {
+) -> Result<(), RunError> {
     let Some((mut leadership, epoch)) = Leadership::acquire(&client, terms, &stop).await else {
         return Ok(());
     };
     let ended = tokio::select! {
-        // First, so that nothing goes on by a leadership that is lost.
+        // First, so that nothing goes on after the leadership is lost.
         biased;
-        lost = leadership.keep() => return Err(Ended::LeadershipLost(lost)),
+        lost = leadership.keep() => return Err(RunError::LeadershipLost(lost)),
         () = stop.cancelled() => Ok(()),
-        kind = act(client, credentials, epoch, checks) => Err(Ended::WatchEnded { kind }),
+        kind = act(client, credentials, epoch, checks) => Err(RunError::WatchEnded { kind }),
     };
     leadership.release().await;
     ended
 }
 
-/// All loops. Ends, with the kind of the objects, when one of them does.
+/// Runs all loops. Ends when one of them does, and returns its kind of objects.
 async fn act(client: Client, credentials: Credentials, epoch: Epoch, checks: Checks) -> &'static str {
     let tasks = TaskTracker::new();
     let cluster = Cluster::new(client);
@@ -68,10 +68,10 @@ async fn act(client: Client, credentials: Credentials, epoch: Epoch, checks: Che
     }
 }
 
-/// Why the operator has ended by itself.
+/// Why the operator has ended without being asked to.
 #[derive(Debug, thiserror::Error)]
-pub enum Ended {
-    /// A watch is gone for good.
+pub enum RunError {
+    /// A watch has ended for good.
     #[error("watching {kind} objects has ended")]
     WatchEnded {
         /// The kind whose loop it was.
@@ -79,5 +79,5 @@ pub enum Ended {
     },
     /// Another operator may lead now.
     #[error("the leadership is lost, so this operator ends; start it again to have it wait for its turn")]
-    LeadershipLost(#[source] Lost),
+    LeadershipLost(#[source] LeadershipLost),
 }

@@ -24,11 +24,11 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Run the operator. The cluster is that of KUBECONFIG, or the one that this runs in.
+    /// Run the operator, for the cluster of KUBECONFIG or the one that it runs in.
     Run(Run),
     /// Write the CRDs as YAML.
     Crds {
-        /// A folder: one file for each CRD. Without it they go to the standard output.
+        /// A folder for one file per CRD. Without it they go to the standard output.
         #[arg(long)]
         out: Option<PathBuf>,
     },
@@ -42,20 +42,20 @@ struct Run {
     /// Its private key (PEM).
     #[arg(long, env = "SLACKWATER_TLS_KEY")]
     tls_key: PathBuf,
-    /// The CA that the agents' certificates were issued by (PEM).
+    /// The CA that issued the agents' certificates (PEM).
     #[arg(long, env = "SLACKWATER_TLS_CA")]
     tls_ca: PathBuf,
-    /// The namespace of the Lease by which one of several operators leads. Without it, the namespace of the kubeconfig's
-    /// context, or of the pod.
+    /// The namespace of the Lease by which one of several operators leads. Without it, the namespace of the
+    /// kubeconfig's context, or of the pod.
     #[arg(long, env = "SLACKWATER_LEASE_NAMESPACE")]
     lease_namespace: Option<String>,
     /// The name of that Lease.
     #[arg(long, env = "SLACKWATER_LEASE_NAME", default_value = "slackwater-operator")]
     lease_name: String,
-    /// For how long other operators wait after the leader's last renewal, in whole seconds.
+    /// How long other operators wait after the leader's last renewal, in whole seconds.
     #[arg(long, default_value = "15s", value_parser = parse_duration)]
     lease_duration: Duration,
-    /// After how long without a renewal the leader gives up. Shorter than the duration.
+    /// How long the leader goes on without a renewal. Shorter than the duration.
     #[arg(long, default_value = "10s", value_parser = parse_duration)]
     lease_renew_deadline: Duration,
     /// The pause between two renewals, and between two looks of an operator that waits.
@@ -85,7 +85,7 @@ async fn run_operator(run: Run) -> anyhow::Result<()> {
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
 
     let credentials = Credentials::read(&run.tls_cert, &run.tls_key, &run.tls_ca)?;
-    let client = kube::Client::try_default().await.context("no way to the API server")?;
+    let client = kube::Client::try_default().await.context("the API server cannot be reached")?;
     let terms = Terms {
         namespace: run.lease_namespace.unwrap_or_else(|| client.default_namespace().to_owned()),
         name: run.lease_name,
@@ -117,13 +117,13 @@ fn checks() -> Checks {
     Checks::default()
 }
 
-/// The planner's checks, less those that a test has switched off.
+/// The planner's checks, without those that a test has switched off.
 #[cfg(feature = "faults")]
 fn checks() -> Checks {
     let faults = std::env::var("SLACKWATER_FAULTS").unwrap_or_default();
     let device_model = !faults.split(',').any(|fault| fault.trim() == "ignore-device-model");
     if !device_model {
-        tracing::warn!("SLACKWATER_FAULTS: devices are matched whatever their model");
+        tracing::warn!("SLACKWATER_FAULTS: devices of any model match");
     }
     Checks { device_model }
 }

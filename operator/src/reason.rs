@@ -1,5 +1,5 @@
-//! Reasons of conditions that more than one place of the operator writes or compares, and how an agent's reason becomes
-//! one. A reason that only one place writes stays there.
+//! Reasons of conditions that more than one place of the operator writes or compares, and how an agent's
+//! reason becomes one. A reason that only one place writes stays there.
 
 /// VMMigration, Succeeded: the attempt goes on.
 pub(crate) const IN_PROGRESS: &str = "InProgress";

@@ -1,4 +1,4 @@
-//! The lab itself: that its nodes, its link, its control plane and its witness are what the other tests take them for.
+//! The lab itself: its nodes, its link, its control plane and its witness work as the other tests assume.
 
 #![allow(
     clippy::unwrap_used,
@@ -22,9 +22,9 @@ use slackwater_lab::{
     witness::{self, PeerToPeer, State, Waking},
 };
 
-const SOON: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What a node may take to come up, times the load of the machine that it has to share.
+/// How long a node may take to come up, scaled by the load of this machine.
 fn boot_limit() -> Duration {
     let load = std::fs::read_to_string("/proc/loadavg").unwrap();
     let load: f64 = load.split_whitespace().next().unwrap().parse().unwrap();
@@ -78,7 +78,7 @@ async fn programs_in_a_node_are_run_followed_and_killed() {
     let lab = Lab::start(LabConfig::nodes([NodeConfig::new("node-a", ["mtty-1"])])).await.unwrap();
     let node = lab.node("node-a").unwrap();
 
-    let executed = node.exec_for(&["sh", "-c", "cat; echo wrong >&2; exit 3"], b"in", SOON).await.unwrap();
+    let executed = node.exec_for(&["sh", "-c", "cat; echo wrong >&2; exit 3"], b"in", TIMEOUT).await.unwrap();
     assert_eq!((executed.stdout.as_slice(), executed.stderr.as_slice()), (&b"in"[..], &b"wrong\n"[..]));
     assert_eq!(executed.ending, Some(Ending::Status(3)));
     assert!(executed.success().unwrap_err().to_string().contains("wrong"));
@@ -93,27 +93,27 @@ async fn programs_in_a_node_are_run_followed_and_killed() {
     assert_eq!(node.shell("stat -c %a /var/lib/some/where").await.unwrap(), "640\n");
 
     let pid = node.spawn("short", &["sh", "-c", "echo $WORD; exit 5"], &[("WORD", "spoken")]).await.unwrap();
-    assert_eq!(node.wait(pid, SOON).await.unwrap(), Some(Ending::Status(5)));
-    node.wait_line("short", "spoken", SOON).await.unwrap();
-    assert!(node.wait_line("short", "unspoken", SOON).await.is_err());
+    assert_eq!(node.wait(pid, TIMEOUT).await.unwrap(), Some(Ending::Status(5)));
+    node.wait_line("short", "spoken", TIMEOUT).await.unwrap();
+    assert!(node.wait_line("short", "unspoken", TIMEOUT).await.is_err());
     assert_eq!(node.get_text("/var/log/short.log").await.unwrap(), "spoken\n");
 
     let script = "setsid sleep 1000 & echo child=$!; sleep 1000";
     let pid = node.spawn("long", &["sh", "-c", script], &[]).await.unwrap();
-    let line = node.wait_line("long", "child=", SOON).await.unwrap();
+    let line = node.wait_line("long", "child=", TIMEOUT).await.unwrap();
     let child: u32 = line.split_once('=').unwrap().1.trim().parse().unwrap();
     assert_eq!(node.get_text(&format!("/proc/{child}/cgroup")).await.unwrap(), "0::/lab/long\n");
     assert_eq!(node.wait(child, Duration::from_millis(100)).await.unwrap(), None);
     node.kill_group("long").await.unwrap();
-    assert_eq!(node.wait(pid, SOON).await.unwrap(), Some(Ending::Signal(9)));
-    assert_eq!(node.wait(child, SOON).await.unwrap(), Some(Ending::Unknown), "its child is dead, too");
+    assert_eq!(node.wait(pid, TIMEOUT).await.unwrap(), Some(Ending::Signal(9)));
+    assert_eq!(node.wait(child, TIMEOUT).await.unwrap(), Some(Ending::Unknown), "its child is dead, too");
 
     let console = std::fs::read_to_string(node.console()).unwrap();
     assert!(console.contains("short: spoken"), "{console}");
 }
 
 #[test]
-fn nothing_that_a_killed_lab_started_lives_on() {
+fn no_program_survives_a_killed_lab() {
     let mut lab = Command::new(workspace_program("slackwater-lab").unwrap())
         .args(["--node", "node-a", "--stay"])
         .stderr(Stdio::piped())
@@ -124,7 +124,7 @@ fn nothing_that_a_killed_lab_started_lives_on() {
     let folder = PathBuf::from(up.rsplit_once(' ').unwrap().1);
     let machines = machines_of(&folder);
     assert_eq!(machines.len(), 1, "the QEMU of {} was not found", folder.display());
-    // Opened while it lives, so that its number cannot come to mean another.
+    // Opened while it lives, since its number may be reused later.
     let machine = rustix::process::Pid::from_raw(machines[0]).unwrap();
     let machine = rustix::process::pidfd_open(machine, rustix::process::PidfdFlags::empty()).unwrap();
     lab.kill().unwrap();
@@ -132,7 +132,7 @@ fn nothing_that_a_killed_lab_started_lives_on() {
     let mut descriptors = [rustix::event::PollFd::new(&machine, rustix::event::PollFlags::IN)];
     let limit = rustix::event::Timespec { tv_sec: 10, tv_nsec: 0 };
     assert_eq!(rustix::event::poll(&mut descriptors, Some(&limit)).unwrap(), 1, "QEMU lives on");
-    assert!(folder.exists(), "nobody was there to remove it");
+    assert!(folder.exists(), "a killed lab cannot remove it");
     drop(tokio::runtime::Runtime::new().unwrap().block_on(Lab::start(LabConfig::default())).unwrap());
     assert!(!folder.exists(), "the next lab removes it");
 }
@@ -210,7 +210,7 @@ subjects: [{kind: ServiceAccount, name: "{{ .Values.account }}", namespace: "{{ 
     chart
 }
 
-/// A virtual machine of QEMU's in a node, with the node's devices. Its QMP is `/tmp/qmp` in, and its log out.
+/// A QEMU VM in a node, with the node's devices. QMP input is `/tmp/qmp`, QMP output is its log.
 async fn spawn_qemu(node: &Node, more: &str) {
     let devices: String = node
         .devices()
@@ -232,9 +232,9 @@ async fn qmp(node: &Node, command: &str, arguments: &str) {
     node.shell(&format!("echo '{line}' >/tmp/qmp")).await.unwrap();
 }
 
-/// QEMU, left to itself, is a mover of devices whose ways are known: a good thing to see whether the witness sees.
+/// QEMU alone migrates devices in a known order, which the witness must see.
 #[tokio::test]
-async fn the_witness_sees_a_machine_of_qemus_move_and_what_it_does_not_keep() {
+async fn the_witness_sees_a_qemu_vm_move_and_which_invariants_it_breaks() {
     let node = |name: &str| NodeConfig { memory_mib: 768, ..NodeConfig::new(name, ["mtty-1", "mtty-1"]) };
     let config = LabConfig::nodes([node("node-a"), node("node-b")]);
     let image = Image::default().with_qemu().unwrap();
@@ -248,7 +248,7 @@ async fn the_witness_sees_a_machine_of_qemus_move_and_what_it_does_not_keep() {
     tokio::join!(spawn_qemu(a, ""), spawn_qemu(b, "-incoming tcp:10.77.0.2:4444"));
     qmp(a, "migrate", r#"{"uri": "tcp:10.77.0.2:4444"}"#).await;
     b.wait_line("qemu", r#""event": "RESUME""#, Duration::from_secs(60)).await.unwrap();
-    // What happens at S after it has stopped is not to be missed: its end is.
+    // Wait for its end, so that the witness has everything that happens at S after the stop.
     qmp(a, "quit", "{}").await;
     a.wait_line("qemu", r#""event": "SHUTDOWN""#, Duration::from_secs(60)).await.unwrap();
 
@@ -258,8 +258,8 @@ async fn the_witness_sees_a_machine_of_qemus_move_and_what_it_does_not_keep() {
     println!("vCPU runs: {} at S, {} at D", source.vcpus.runs.len(), destination.vcpus.runs.len());
     for trace in [&source, &destination] {
         for device in trace.devices.keys() {
-            let way: Vec<&str> = trace.states_of(device).iter().map(|(state, _)| state.name()).collect();
-            println!("{} {device}: {}", trace.node, way.join(" "));
+            let path: Vec<&str> = trace.states_of(device).iter().map(|(state, _)| state.name()).collect();
+            println!("{} {device}: {}", trace.node, path.join(" "));
         }
     }
 
@@ -271,7 +271,7 @@ async fn the_witness_sees_a_machine_of_qemus_move_and_what_it_does_not_keep() {
         witness::captured_at_slack_water(&source).unwrap() >= 2,
         "one read of final data for each device"
     );
-    // At the destination QEMU leads one device after the other from RESUMING by STOP to RUNNING_P2P.
+    // At the destination QEMU moves one device after the other from RESUMING through STOP to RUNNING_P2P.
     let broken = witness::woke_together(&destination, Waking::AfterLoad, PeerToPeer::Required).unwrap_err();
     println!("as expected of QEMU: {broken}");
     assert!(broken.what.contains("RESUMING, not loaded"), "{broken}");
@@ -282,10 +282,10 @@ async fn the_witness_sees_a_machine_of_qemus_move_and_what_it_does_not_keep() {
     }
 }
 
-/// Long enough to see that a guest counts on: 20 rounds are 0.4 s.
+/// Enough rounds to see that a guest continues to count: 20 rounds are 0.4 s.
 const ROUNDS: u64 = 20;
 
-/// 32,768 lines of the Linux guest's, more than ten minutes.
+/// 32,768 lines of the Linux guest, more than ten minutes.
 const SHARED_DISK_MIB: u32 = 16;
 
 async fn lab_for(vm: &QemuVm) -> Lab {
@@ -299,8 +299,8 @@ async fn lab_for(vm: &QemuVm) -> Lab {
     Lab::start(LabConfig { image, shared_disk_mib, ..config }).await.unwrap()
 }
 
-/// The VM counts at `a`, and is moved by hand, and counts on at `b`, with nothing lost.
-async fn counts_on(vm: &QemuVm, a: &Node, b: &Node) {
+/// The VM counts at `a`, is migrated by hand, and continues to count at `b` with nothing lost.
+async fn continues_to_count(vm: &QemuVm, a: &Node, b: &Node) {
     let begin = Instant::now();
     vm.start(a).await.unwrap();
     println!("{} with {:?}, {:?}: counts after {:?}", vm.name, vm.accelerator, vm.access, begin.elapsed());
@@ -316,22 +316,22 @@ async fn counts_on(vm: &QemuVm, a: &Node, b: &Node) {
     vm.execute(b, "cont", serde_json::json!({})).await.unwrap();
     let moved = vm.until_counted(b, stopped.count + ROUNDS).await.unwrap();
     assert_eq!((moved.errors, moved.devices), (0, vm.devices));
-    // A line may have begun at the one node and ended at the other: together they are whole.
+    // A line may have begun on one node and ended on the other: together they are complete.
     let said = vm.said(a).await.unwrap() + &vm.said(b).await.unwrap();
     let (said, _unfinished) = said.rsplit_once('\n').unwrap();
     let counts: Vec<u64> =
         said.lines().map(|line| Report::last_of(&format!("{line}\n")).unwrap().count).collect();
     let expected: Vec<u64> = (1..=counts.len() as u64).map(|report| 8 * report).collect();
-    assert_eq!(counts, expected, "not a word of the guest's is lost or said twice");
-    assert_eq!(vm.report(a).await.unwrap(), stopped, "the source counts no more");
+    assert_eq!(counts, expected, "no line of the guest is lost or repeated");
+    assert_eq!(vm.report(a).await.unwrap(), stopped, "the source does not count any more");
 }
 
 #[tokio::test]
-async fn a_vm_of_qemus_counts_in_a_node_and_counts_on_in_another() {
+async fn a_qemu_vm_counts_in_a_node_and_continues_in_another() {
     let vm = QemuVm::counter(2);
     let lab = lab_for(&vm).await;
     let (a, b) = (lab.node("node-a").unwrap(), lab.node("node-b").unwrap());
-    counts_on(&vm, a, b).await;
+    continues_to_count(&vm, a, b).await;
     let known = a.get_text(&format!("{}/vm.json", vm.directory())).await.unwrap();
     assert!(known.contains("{device.1.sysfs}"), "{known}");
     assert_eq!(a.shell(&format!("stat -c %a {}", vm.socket())).await.unwrap(), "700\n");
@@ -341,11 +341,11 @@ async fn a_vm_of_qemus_counts_in_a_node_and_counts_on_in_another() {
         vm.forget(node).await.unwrap();
     }
     let vm = vm.emulated().by_group().with_migration_events();
-    counts_on(&vm, b, a).await;
-    assert!(spoil_register(&vm, a).await.errors > 0, "it notices what it has not done itself");
+    continues_to_count(&vm, b, a).await;
+    assert!(spoil_register(&vm, a).await.errors > 0, "it notices a change that it has not made");
 }
 
-/// Writes to the first card's scratch register, and returns what the guest says of it.
+/// Writes to the first card's scratch register, and returns the guest's next report.
 async fn spoil_register(vm: &QemuVm, node: &Node) -> Report {
     let monitor = async |line: &str| {
         let arguments = serde_json::json!({ "command-line": line });
@@ -363,13 +363,13 @@ async fn spoil_register(vm: &QemuVm, node: &Node) -> Report {
 }
 
 #[tokio::test]
-async fn a_linux_in_a_vm_of_qemus_talks_on_through_its_serial_ports_and_writes_on_to_its_disk() {
+async fn a_linux_in_a_qemu_vm_continues_to_use_its_serial_ports_and_its_disk() {
     let vm = QemuVm::linux(2).with_shared_disk();
     let lab = lab_for(&vm).await;
     let (a, b) = (lab.node("node-a").unwrap(), lab.node("node-b").unwrap());
-    counts_on(&vm, a, b).await;
+    continues_to_count(&vm, a, b).await;
     let report = vm.report(b).await.unwrap();
-    // Whoever writes is killed, and the disk is whole.
+    // The writer is killed, and the disk is consistent.
     vm.kill(b).await.unwrap();
     let written = check_disk(&std::fs::read(lab.shared_disk().unwrap()).unwrap()).unwrap();
     println!("{written} lines on the disk");

@@ -1,5 +1,6 @@
-//! The kernel's own driver against the agent's table of states, and against what else the agent relies on. The walk itself
-//! (lab/src/bin/slackwater-vfio-walk) runs in a node of the lab; this starts it there and judges what it printed.
+//! The kernel's own driver against the agent's table of states, and against what else the agent relies on.
+//! The walk itself (lab/src/bin/slackwater-vfio-walk) runs in a node of the lab; this test starts it there
+//! and checks its output.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -14,7 +15,7 @@ async fn lab() -> Result<Lab, LabError> {
     Lab::start(config).await
 }
 
-/// The lines that the walk printed. That it succeeded is asserted only after a look at them: they say why not.
+/// The walk's lines and its result. Check the lines first: they have the reasons of a failure.
 async fn walk(node: &Node, arguments: &[&str]) -> anyhow::Result<(Vec<Value>, Result<String, LabError>)> {
     let argv = [&["slackwater-vfio-walk"], arguments].concat();
     let executed = node.exec_for(&argv, b"", Duration::from_secs(60)).await?;
@@ -24,7 +25,7 @@ async fn walk(node: &Node, arguments: &[&str]) -> anyhow::Result<(Vec<Value>, Re
 }
 
 #[tokio::test]
-async fn mtty_goes_every_way_between_its_states_that_the_table_says_and_no_other() {
+async fn mtty_has_exactly_the_paths_between_its_states_that_the_table_has() {
     let lab = lab().await.unwrap();
     let node = lab.node("node-a").unwrap();
     // Both types: their state differs in size.
@@ -42,7 +43,7 @@ async fn mtty_goes_every_way_between_its_states_that_the_table_says_and_no_other
         assert_eq!(sum["traced"], true, "the states along the way come from the kernel");
         assert_eq!(sum["blob_bytes"], blob_bytes);
         assert_eq!(sum["mismatches"], 0);
-        // Nothing leads into ERROR but a device that fails, so no pair from there can be asked.
+        // Only a device that fails enters ERROR, so no pair from there can be requested.
         assert_eq!((sum["pairs_asked"].as_u64(), sum["pairs_unreachable"].as_u64()), (Some(56), Some(8)));
         // Into ERROR from the seven other states, and from STOP_COPY back into the saving group.
         let refused: Vec<_> =
@@ -53,7 +54,7 @@ async fn mtty_goes_every_way_between_its_states_that_the_table_says_and_no_other
 }
 
 #[tokio::test]
-async fn borrowing_loading_and_refusals_are_at_the_real_driver_as_the_agent_expects_them() {
+async fn the_real_driver_borrows_loads_and_refuses_as_the_agent_expects() {
     let lab = lab().await.unwrap();
     let node = lab.node("node-a").unwrap();
     let [device, like, unlike] = node.devices() else { panic!("three devices") };

@@ -1,5 +1,6 @@
-//! The lab's VMM on a real KVM with real VFIO devices. The walk itself (lab/src/bin/slackwater-vmm-walk) runs in a node of the lab,
-//! as an agent would; this starts it there and judges what it printed, and what the kernel saw meanwhile.
+//! The reference VMM on a real KVM with real VFIO devices. The walk itself (lab/src/bin/slackwater-vmm-walk)
+//! runs in a node of the lab, like an agent; this test starts it there and checks its output and the kernel's
+//! trace.
 
 use std::time::Duration;
 
@@ -14,7 +15,7 @@ async fn lab(devices: &[&str]) -> Result<Lab, LabError> {
     Lab::start(config).await
 }
 
-/// The lines that the walk printed. That it succeeded is asserted only after a look at them: they say why not.
+/// The walk's lines and its result. Check the lines first: they have the reasons of a failure.
 async fn walk(node: &Node, what: &str) -> anyhow::Result<(Vec<Value>, Result<String, LabError>)> {
     let mut argv = vec!["slackwater-vmm-walk", what];
     argv.extend(node.devices().iter().map(String::as_str));
@@ -25,7 +26,7 @@ async fn walk(node: &Node, what: &str) -> anyhow::Result<(Vec<Value>, Result<Str
 }
 
 #[tokio::test]
-async fn a_vm_counts_saves_loads_and_finds_out_what_was_lost() {
+async fn a_vm_counts_saves_loads_and_notices_a_loss() {
     let lab = lab(&["mtty-1"; 4]).await.unwrap();
     let (lines, ending) = walk(lab.node("node-a").unwrap(), "checks").await.unwrap();
     let failed: Vec<_> = lines.iter().filter(|line| line["ok"] != true).collect();
@@ -61,7 +62,7 @@ async fn the_kernel_sees_no_vcpu_run_between_the_answer_to_a_pause_and_the_resum
 }
 
 #[tokio::test]
-async fn what_a_guest_counted_is_read_by_the_pid_of_its_vmm() {
+async fn a_guests_report_is_read_by_the_pid_of_its_vmm() {
     let lab = lab(&["mtty-1", "mtty-2"]).await.unwrap();
     let node = lab.node("node-a").unwrap();
     let devices = "/dev/vfio/devices/vfio0,/dev/vfio/devices/vfio1";

@@ -1,4 +1,4 @@
-//! What a hand-over knows of its devices: where each was last read back, and where it has been told to go.
+//! What a hand-over knows about its devices: where each was last read back, and where it is going.
 
 use crate::state::{Features, MigrationState};
 
@@ -9,13 +9,14 @@ pub struct Track {
     pub features: Features,
     /// Where it was last read back.
     pub at: MigrationState,
-    /// Where it has been told to go, until it is read back.
+    /// Where it is going, until it is read back.
     pub moving_to: Option<MigrationState>,
     /// It has failed in a way that only a reset mends.
     pub broken: bool,
 }
 
-/// The devices of one VM. They move together: [`Devices::order`] starts a step, [`Devices::settled`] is its barrier.
+/// The devices of one VM. They move together: [`Devices::order`] starts a step, [`Devices::settled`] is its
+/// barrier.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Devices(Vec<Track>);
 
@@ -66,7 +67,7 @@ impl Devices {
         }
     }
 
-    /// The device does not do what it is told: only a reset helps.
+    /// The device does not follow its orders: only a reset helps.
     pub fn mark_broken(&mut self, index: usize) {
         if let Some(track) = self.0.get_mut(index) {
             track.moving_to = None;
@@ -74,7 +75,7 @@ impl Devices {
         }
     }
 
-    /// The device, broken or not, is now on its way to `to`: told once more, or by a reset.
+    /// The device, broken or not, is now on its way to `to`: by another order, or by a reset.
     pub fn expect(&mut self, index: usize, to: MigrationState) {
         if let Some(track) = self.0.get_mut(index) {
             track.moving_to = Some(to);
@@ -82,7 +83,7 @@ impl Devices {
         }
     }
 
-    /// Where the device has been told to go, if it is on its way.
+    /// Where the device is going, if it is on its way.
     pub fn wanted(&self, index: usize) -> Option<MigrationState> {
         self.0.get(index).and_then(|track| track.moving_to)
     }
@@ -92,7 +93,7 @@ impl Devices {
         self.0.iter().all(|track| track.moving_to.is_none())
     }
 
-    /// No device is on its way, and all stand where `holds` says.
+    /// No device is on its way, and all are where `holds` says.
     pub fn all_at(&self, holds: impl Fn(MigrationState) -> bool) -> bool {
         self.settled() && self.0.iter().all(|track| holds(track.at))
     }

@@ -35,7 +35,7 @@ pub enum Reason {
     RollbackFailed,
     /// The destination could not start what it had loaded.
     StartFailed,
-    /// The agent ended in the middle, and began again.
+    /// The agent restarted in the middle.
     AgentRestarted,
     /// A record could not be made durable.
     JournalFailed,
@@ -43,7 +43,7 @@ pub enum Reason {
     TargetForgot,
     /// The destination answers, and has not started the VM yet.
     TargetSlow,
-    /// The guest would have to stand still for longer than it may.
+    /// The guest would have to be stopped for longer than it may.
     BudgetExceeded,
     /// One that this version does not know: a newer agent's.
     #[strum(disabled)]
@@ -54,7 +54,8 @@ pub enum Reason {
 const MAX_REASON_BYTES: usize = 128;
 
 impl Reason {
-    /// The reason of this name, as an agent has written it. `None` if Kubernetes would not take the name as a reason.
+    /// The reason of this name, as an agent has written it. `None` if Kubernetes would not take the name as a
+    /// reason.
     #[must_use]
     pub fn parse(name: &str) -> Option<Self> {
         let fits = name.len() <= MAX_REASON_BYTES

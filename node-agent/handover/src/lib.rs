@@ -16,9 +16,9 @@
 //!  Releasing
 //! ```
 //!
-//! Any failure before Committing ends in a rollback at the source and a discard at the destination. After it the source acts on
-//! what the destination has journalled, and on nothing else: RUNNING ends it, DISCARDED lets it roll back, and until it receives
-//! one of these it asks.
+//! Any failure before Committing ends in a rollback at the source and a discard at the destination. After it
+//! the source acts on what the destination has journalled, and on nothing else: RUNNING ends it, DISCARDED
+//! lets it roll back, and until it receives one of these it asks.
 //!
 //! | module | what it decides |
 //! |---|---|
@@ -28,9 +28,9 @@
 //! | [`devices`], [`state`] | where devices are, and which states, arcs and paths a device has |
 //! | [`record`], [`failure`], [`blob`] | the words that all of them use |
 //!
-//! All of it is pure: `step(state, event) -> (state, effects)`, without a clock, a runtime, a transport or a file. The node agent
-//! and the operator perform the effects and turn what happens into events. This crate's tests explore the same code in a model
-//! of the world, exhaustively and at random.
+//! All of it is pure: `step(state, event) -> (state, effects)`, without a clock, a runtime, a transport or a
+//! file. The node agent and the operator perform the effects and turn what happens into events. This crate's
+//! tests explore the same code in a model of the world, exhaustively and at random.
 
 pub mod blob;
 pub mod destination;
@@ -39,8 +39,6 @@ pub mod failure;
 pub mod policy;
 pub mod record;
 pub mod resolver;
-#[cfg(test)]
-mod simulation;
 pub mod source;
 pub mod state;
 

@@ -11,13 +11,15 @@ pub enum PeerToPeer {
     AssumeIsolated,
 }
 
-/// Who issues the state changes of a VM's devices. Two drivers of one state machine would be in each other's way.
+/// Who issues the state changes of a VM's devices. Two drivers of one state machine would be in each other's
+/// way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Driver {
     /// The agent: the VMM leaves its devices to it.
     Agent,
-    /// The VMM, QEMU for one: the agent looks before anything that depends on the devices (the gate), and leads them only out of
-    /// RESUMING, which tells whether each driver takes its state (the check). Their states travel in the VMM's own stream.
+    /// The VMM, QEMU for one: the agent looks before anything that depends on the devices (the gate), and
+    /// leads them only out of RESUMING, which shows whether each driver takes its state (the check). Their
+    /// states travel in the VMM's own stream.
     Vmm,
 }
 
@@ -36,9 +38,10 @@ impl Driver {
 pub enum StopPlan {
     /// All in a P2P state before any is stopped. Every device supports P2P.
     QuiesceFirst,
-    /// All in STOP before any enters STOP_COPY. There is no pre-copy: from PRE_COPY the way to STOP leads through RUNNING.
+    /// All in STOP before any enters STOP_COPY. There is no pre-copy: from PRE_COPY the way to STOP leads
+    /// through RUNNING.
     StopFirst,
-    /// One device without P2P: nobody to wait for.
+    /// One device without P2P: there is no other to wait for.
     Alone,
 }
 

@@ -11,12 +11,12 @@
 //!   ERROR ── only a reset ──▶ RUNNING                                           RESUMING
 //! ```
 //!
-//! An arc marked (fd) opens a data stream. Without P2P the two `*_P2P` states are left out (RUNNING ◀▶ STOP, PRE_COPY ─▶
-//! STOP_COPY), without PRE_COPY the two `PRE_COPY*` states.
+//! An arc marked (fd) opens a data stream. Without P2P the two `*_P2P` states are left out (RUNNING ◀▶ STOP,
+//! PRE_COPY ─▶ STOP_COPY), without PRE_COPY the two `PRE_COPY*` states.
 //!
 //! Source of the rules: `enum vfio_device_mig_state` in the kernel's include/uapi/linux/vfio.h, and
-//! `vfio_mig_get_next_state` in drivers/vfio/vfio_main.c, with whose table the tests compare [`path`] for every
-//! combination of features and every pair of states.
+//! `vfio_mig_get_next_state` in drivers/vfio/vfio_main.c, with whose table the tests compare [`path`] for
+//! every combination of features and every pair of states.
 
 use std::fmt;
 
@@ -75,7 +75,8 @@ impl MigrationState {
         matches!(self, RunningP2p | PreCopyP2p)
     }
 
-    /// Stopped with its own state in place: STOP or STOP_COPY. (RESUMING is stopped, too, but holds no state yet.)
+    /// Stopped with its own state in place: STOP or STOP_COPY. (RESUMING is stopped, too, but holds no state
+    /// yet.)
     #[must_use]
     pub const fn is_stopped(self) -> bool {
         matches!(self, Stop | StopCopy)
@@ -136,7 +137,8 @@ impl Features {
     /// With every optional part, as mlx5, qat and mtty have it.
     pub const ALL: Self = Self { stop_copy: true, p2p: true, pre_copy: true };
 
-    /// Whether a device with these features can be asked for `state`. ERROR cannot be asked for, whatever the features.
+    /// Whether a device with these features can be asked for `state`. ERROR cannot be asked for, whatever the
+    /// features.
     #[must_use]
     pub const fn support(self, state: MigrationState) -> bool {
         match state {
@@ -216,18 +218,19 @@ pub enum PathError {
     /// Back inside the saving group: STOP_COPY to PRE_COPY or PRE_COPY_P2P.
     #[error("no way leads from {from} to {to}")]
     NoPath {
-        /// Where the device stands.
+        /// Where the device is.
         from: MigrationState,
         /// Where it was to go.
         to: MigrationState,
     },
 }
 
-/// The states that a device passes when it is asked to go from `from` to `to`: the last one is `to`, and it is empty if the
-/// device is there already. After a failed change the device may stand in `from` or in any of them.
+/// The states that a device passes when it is asked to go from `from` to `to`: the last one is `to`, and it
+/// is empty if the device is there already. After a failed change the device may be in `from` or in any of
+/// them.
 ///
-/// It is the shortest path. States of the saving group do not lie in its interior, except that a path between two of them
-/// stays inside the group: leaving it would end the data stream.
+/// It is the shortest path. States of the saving group do not lie in its interior, except that a path between
+/// two of them stays inside the group: leaving it would end the data stream.
 ///
 /// # Errors
 /// [`PathError`] where the kernel answers EINVAL.
@@ -267,8 +270,8 @@ pub fn path(
 
 /// Whether a change from `from` to `to`, whatever lies between, opens a new data stream.
 ///
-/// The saving group's stream is opened on entering the group, RESUMING's on entering RESUMING; a change inside the saving
-/// group keeps the stream that is there.
+/// The saving group's stream is opened on entering the group, RESUMING's on entering RESUMING; a change
+/// inside the saving group keeps the stream that is there.
 #[must_use]
 pub const fn opens_data(from: MigrationState, to: MigrationState) -> bool {
     match to {

@@ -2,8 +2,8 @@
 
 use super::*;
 
-/// `vfio_from_fsm_table` of drivers/vfio/vfio_main.c (Linux 6.12): for a device that has every feature, the next state on the
-/// way from the row's state to the column's. Rows and columns in the kernel's numbering.
+/// `vfio_from_fsm_table` of drivers/vfio/vfio_main.c (Linux 6.12): for a device that has every feature, the
+/// next state on the way from the row's state to the column's. Rows and columns in the kernel's numbering.
 #[rustfmt::skip]
 const KERNEL_NEXT: [[u32; 8]; 8] = [
     // to: ERROR STOP RUNNING STOP_COPY RESUMING RUNNING_P2P PRE_COPY PRE_COPY_P2P

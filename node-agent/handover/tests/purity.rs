@@ -1,10 +1,12 @@
-//! The core stays pure: nothing that it is built with knows a runtime, a transport, a cluster, a device, a clock or a file.
+//! The core stays pure: nothing that it is built with knows a runtime, a transport, a cluster, a device, a
+//! clock or a file.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 use std::process::Command;
 
-/// Crates that would let the core wait, talk, or look at the machine. A name covers the crates whose names begin with it.
+/// Crates that would let the core wait, talk, or look at the machine. A name covers the crates whose names
+/// begin with it.
 const IMPURE: [&str; 14] = [
     "tokio",
     "tonic",

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::Features;
 
-/// An AssignedVM has no spec: it is written by the operator from what the agents report.
+/// An AssignedVM has no spec: the operator writes it from what the agents report.
 #[derive(CustomResource, KubeSchema, Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[kube(
     group = "slackwater.dev",
@@ -20,7 +20,8 @@ use crate::Features;
     namespaced,
     no_spec,
     derive = "PartialEq",
-    doc = "An AssignedVM is a VM with assigned devices, as the node agents report it. The operator writes it; it cannot be used to create a VM.",
+    doc = "An AssignedVM is a VM with assigned devices, as the node agents report it. The operator writes \
+           it; it cannot be used to create a VM.",
     status = "AssignedVMStatus",
     printcolumn(name = "Node", type_ = "string", json_path = ".status.nodeName"),
     printcolumn(name = "State", type_ = "string", json_path = ".status.state"),
@@ -39,7 +40,7 @@ use crate::Features;
 )]
 pub struct AssignedVMFields {}
 
-/// What is known of a VM.
+/// What is known about a VM.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct AssignedVMStatus {
@@ -102,7 +103,8 @@ pub struct VmDevice {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct MigrationReference {
-    /// The name of the VMMigration, in the namespace of the VM. Absent for a migration that was not started by one.
+    /// The name of the VMMigration, in the namespace of the VM. Absent for a migration that was not started
+    /// by one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
     /// The id by which the agents know it: the UID of the VMMigration.

@@ -1,4 +1,4 @@
-//! What the kinds say of a VFIO device's abilities.
+//! What the kinds say about a VFIO device's abilities.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

@@ -1,14 +1,16 @@
-//! Durations as Kubernetes writes them (`metav1.Duration`, which is Go's), less what nobody means to write.
+//! Durations as Kubernetes writes them (`metav1.Duration`, which is Go's), without the forms that are likely
+//! slips. docs/decisions/0021 says why this is not a library's type.
 
 use std::time::Duration;
 
 /// A duration that cannot be read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{value:?} is not a duration; write hours, minutes, seconds and milliseconds in that order, as in 5m, 1m30s or 500ms"
+    "{value:?} is not a duration; write hours, minutes, seconds and milliseconds in that order, as in 5m, \
+     1m30s or 500ms"
 )]
 pub struct DurationError {
-    /// What was given.
+    /// The text.
     pub value: String,
 }
 
@@ -18,8 +20,9 @@ pub(crate) const DURATION_PATTERN: &str = "^([0-9]{1,9}h)?([0-9]{1,9}m)?([0-9]{1
 /// Units in the order in which they may be written, with their milliseconds.
 const UNITS: [(&str, u64); 4] = [("h", 3_600_000), ("m", 60_000), ("s", 1_000), ("ms", 1)];
 
-/// Reads `5m`, `1m30s`, `500ms`: whole numbers, each unit at most once, larger units first. Every such text means the
-/// same to Go's `time.ParseDuration`; signs, fractions and spaces, which that allows, are refused here.
+/// Reads `5m`, `1m30s`, `500ms`: whole numbers, each unit at most once, larger units first. Every such text
+/// means the same to Go's `time.ParseDuration`; signs, fractions and spaces, which that allows, are refused
+/// here.
 ///
 /// # Errors
 /// [`DurationError`], which repeats the value and shows what would be right.
@@ -47,8 +50,8 @@ pub fn parse_duration(value: &str) -> Result<Duration, DurationError> {
     Ok(Duration::from_millis(milliseconds))
 }
 
-/// Writes a measured duration for people and for Go's `time.ParseDuration`: `87.412ms`, `2.013s`. Rounds down to
-/// microseconds below a second and to milliseconds above.
+/// Writes a measured duration for people and for Go's `time.ParseDuration`: `87.412ms`, `2.013s`. Rounds down
+/// to microseconds below a second and to milliseconds above.
 #[must_use]
 pub fn format_duration(duration: Duration) -> String {
     let (whole, thousandths, unit) = if duration < Duration::from_secs(1) {
@@ -77,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_ambiguous_or_a_slip_is_refused_in_words() {
+    fn what_is_ambiguous_or_a_slip_is_refused_with_a_message() {
         for text in [
             "",
             "5",
@@ -99,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn measured_durations_keep_three_places_and_no_idle_zeros() {
+    fn measured_durations_keep_three_places_and_no_trailing_zeros() {
         for (micros, text) in [
             (0, "0ms"),
             (87_412, "87.412ms"),

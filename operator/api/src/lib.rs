@@ -1,10 +1,10 @@
 //! The custom resources of Slackwater, `slackwater.dev/v1alpha1`, and nothing else.
 //!
-//! | kind | scope | written by | says |
-//! |---|---|---|---|
-//! | [`VMMigration`] | namespaced | a user (spec), the operator (status) | which VM goes where, and how far it has come |
-//! | [`AssignedVM`] | namespaced | the operator | where a VM runs, its devices, and whether it can be migrated |
-//! | [`MigrationNode`] | cluster | an administrator (spec), the operator (status) | how to reach a node's agent, and what it has |
+//! | kind | scope | spec by | status by | what it says |
+//! |---|---|---|---|---|
+//! | [`VMMigration`] | namespaced | a user | the operator | which VM goes where, and how far it has come |
+//! | [`AssignedVM`] | namespaced | - | the operator | where a VM runs, its devices, whether it can be migrated |
+//! | [`MigrationNode`] | cluster | an administrator | the operator | how to reach a node's agent, what it has |
 //!
 //! The doc comments of the fields become the descriptions in the CRDs, and `kubectl explain` prints them.
 
@@ -55,12 +55,13 @@ pub mod condition {
     pub const COMMITTED: &str = "Committed";
     /// VMMigration: how it ended.
     pub const SUCCEEDED: &str = "Succeeded";
-    /// VMMigration: it goes on only when a node comes back, or by an administrator's word.
+    /// VMMigration: it goes on only when a node comes back, or when an administrator decides.
     pub const IN_DOUBT: &str = "InDoubt";
-    /// VMMigration: what became of `spec.resolve`.
+    /// VMMigration: whether `spec.resolve` is acted upon.
     pub const RESOLVE_ACCEPTED: &str = "ResolveAccepted";
-    /// AssignedVM: exactly one reachable agent reports it, and its VMM answers. MigrationNode: the agent answers.
+    /// AssignedVM: exactly one reachable agent reports it, and its VMM answers. MigrationNode: the agent
+    /// answers.
     pub const READY: &str = "Ready";
-    /// AssignedVM: nothing known now stands in the way of a migration.
+    /// AssignedVM: nothing that is known prevents a migration.
     pub const MIGRATABLE: &str = "Migratable";
 }

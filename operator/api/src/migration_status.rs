@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Features, VMMigrationSpec};
 
-/// How far a VMMigration has come. Everything about it that must survive a restart of the operator stands here.
+/// How far a VMMigration has come. Everything about it that must survive a restart of the operator is here.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct VMMigrationStatus {
@@ -17,14 +17,14 @@ pub struct VMMigrationStatus {
     /// A summary of the conditions for a column in a table. Programs read the conditions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub phase: Option<MigrationPhase>,
-    /// Accepted, Prepared, Stopped, Committed, Succeeded, of the current attempt; InDoubt and ResolveAccepted where it came
-    /// to that.
+    /// Accepted, Prepared, Stopped, Committed and Succeeded of the current attempt; InDoubt and
+    /// ResolveAccepted if there was a doubt or a resolve.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     pub conditions: Vec<Condition>,
-    /// The spec as it was when it was accepted or refused, with the cancel and the resolve that were seen since. A migration
-    /// does what it was accepted for, whatever becomes of its spec.
+    /// The spec as it was when it was accepted or refused, with the cancel and the resolve that the operator
+    /// has seen since. A migration does what it was accepted for, even if its spec changes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_spec: Option<VMMigrationSpec>,
     /// The node on which the VM ran when the migration was accepted.
@@ -51,11 +51,11 @@ pub struct VMMigrationStatus {
     /// When the migration was accepted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub start_time: Option<Time>,
-    /// When it ended, well or badly. Absent while the outcome is not known.
+    /// When it ended, with success or not. Absent while the outcome is not known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub completion_time: Option<Time>,
-    /// What the VMM expects of the blackout while it copies and the guest runs; afterwards, what it said last. Absent where it
-    /// cannot say.
+    /// The blackout that the VMM expects while it copies and the guest runs; afterwards, its last estimate.
+    /// Absent for a VMM that gives none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub estimate: Option<BlackoutEstimate>,
     /// How long it took, measured by the source's agent.
@@ -95,7 +95,7 @@ pub enum MigrationPhase {
     Preparing,
     /// State is being copied. The guest runs.
     Copying,
-    /// The guest stands still.
+    /// The guest is stopped.
     Stopped,
     /// Past the point of no return: the VM is being started at the target.
     Starting,
@@ -113,8 +113,8 @@ pub enum MigrationPhase {
     Lost,
 }
 
-/// What the target's agent holds for a migration. Written before the call that it is about, so that a restarted
-/// operator knows what may have been asked.
+/// What the target's agent holds for a migration. Written before the call that it is about, so that a
+/// restarted operator knows what may have been asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Reservation {
     /// The target may have been asked to reserve. The source has not been asked for anything.
@@ -129,20 +129,22 @@ pub enum Reservation {
     Released,
     /// The VM runs there.
     Used,
-    /// Nobody can tell whether it may be given back. The agents keep what they have.
+    /// It is not known whether it may be given back. The agents keep what they have.
     Kept,
 }
 
-/// What the VMM expects of the blackout.
+/// The blackout that the VMM expects.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct BlackoutEstimate {
-    /// For how long the guest would stand still if it were stopped now, as far as the bytes go that are left (412ms).
+    /// How long the guest would stand still if it were stopped now, judged by the bytes that are left
+    /// (412ms).
     pub downtime: String,
-    /// What is allowed, where that is more than `spec.downtimeBudget`, since `spec.onBudgetExceeded` is Proceed.
+    /// What is allowed, where that is more than `spec.downtimeBudget`, since `spec.onBudgetExceeded` is
+    /// Proceed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allowed: Option<String>,
-    /// When it was told, by the source's wall clock.
+    /// When the VMM reported it, by the source's wall clock.
     pub time: MicroTime,
 }
 
@@ -152,8 +154,8 @@ pub struct BlackoutEstimate {
 pub struct Timings {
     /// From the start of pre-copy to the pause of the vCPUs. The guest ran.
     pub pre_copy: String,
-    /// From the pause of the vCPUs until the source heard that the VM runs at the target (or ran at the source again):
-    /// what the guest felt, at most.
+    /// From the pause of the vCPUs until the source learned that the VM runs at the target (or ran at the
+    /// source again): what the guest felt, at most.
     pub blackout: String,
     /// From the start of the migration at the source to its end.
     pub total: String,
@@ -173,18 +175,19 @@ pub struct TransferredBytes {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct TimelineEntry {
-    /// CONNECTED, PRE_COPY, PAUSING, QUIESCING, STOPPING, CAPTURING, LOADED, COMMITTED, STARTING, STARTED, RELEASED,
-    /// ROLLING_BACK or ROLLED_BACK.
+    /// CONNECTED, PRE_COPY, PAUSING, QUIESCING, STOPPING, CAPTURING, LOADED, COMMITTED, STARTING, STARTED,
+    /// RELEASED, ROLLING_BACK or ROLLED_BACK.
     pub phase: String,
     /// The node on which it happened.
     pub node: String,
-    /// By the source's wall clock; of what happened at the target it is an estimate, late by a message's way at most.
+    /// By the source's wall clock; of what happened at the target it is an estimate, late by the time of one
+    /// message at most.
     pub time: MicroTime,
     /// Since the first event of this attempt, by the same clock.
     pub elapsed: String,
 }
 
-/// One device of the VM: which takes over from which, and what became of it.
+/// One device of the VM: which device takes over from it, and how that went.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct DeviceMigration {
@@ -215,7 +218,8 @@ pub struct DeviceStep {
     pub node: String,
     /// The kernel's name of the new state: RUNNING_P2P, STOP_COPY, RESUMING, ...
     pub state: String,
-    /// By the source's wall clock; of what happened at the target it is an estimate, late by a message's way at most.
+    /// By the source's wall clock; of what happened at the target it is an estimate, late by the time of one
+    /// message at most.
     pub time: MicroTime,
     /// Since the first event of this attempt, by the same clock.
     pub elapsed: String,

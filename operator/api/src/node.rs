@@ -6,11 +6,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::Features;
 
-/// host:port, with an IPv6 address in brackets. The port's range is the operator's to check.
+/// host:port, with an IPv6 address in brackets. The operator checks the port's range.
 const ADDRESS_PATTERN: &str = r"^([A-Za-z0-9]([-A-Za-z0-9.]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}$";
 
-/// How to reach the agent of a node. The name of the object is the node's name, and the agent's certificate must carry
-/// it.
+/// How to reach the agent of a node. The name of the object is the node's name, and the agent's certificate
+/// must carry it.
 #[derive(CustomResource, KubeSchema, Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[kube(
     group = "slackwater.dev",
@@ -21,7 +21,8 @@ const ADDRESS_PATTERN: &str = r"^([A-Za-z0-9]([-A-Za-z0-9.]*[A-Za-z0-9])?|\[[0-9
     shortname = "mignode",
     category = "slackwater",
     derive = "PartialEq",
-    doc = "A MigrationNode is a host with a Slackwater agent. Its name is the node's name, and the agent's certificate must carry it.",
+    doc = "A MigrationNode is a host with a Slackwater agent. Its name is the node's name, and the agent's \
+           certificate must carry it.",
     status = "MigrationNodeStatus",
     printcolumn(name = "Address", type_ = "string", json_path = ".spec.address"),
     printcolumn(
@@ -46,7 +47,7 @@ pub struct MigrationNodeSpec {
     pub peer_address: Option<String>,
 }
 
-/// What the agent has last reported, and whether it can be reached.
+/// What the agent reported last, and whether it can be reached.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct MigrationNodeStatus {
@@ -63,7 +64,7 @@ pub struct MigrationNodeStatus {
     /// The release of the node's kernel.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernel_release: Option<String>,
-    /// The kernel's boot id: another value means that the node has been booted in between.
+    /// The kernel's boot id: another value means that the node was booted meanwhile.
     #[serde(default, rename = "bootID", skip_serializing_if = "Option::is_none")]
     pub boot_id: Option<String>,
     /// The number of VMs with assigned devices.
@@ -72,7 +73,7 @@ pub struct MigrationNodeStatus {
     /// The number of VFIO devices.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device_count: Option<i32>,
-    /// How many of them nobody uses.
+    /// How many of them are free.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub free_device_count: Option<i32>,
     /// The VFIO devices of the node.
@@ -96,9 +97,9 @@ pub struct NodeDevice {
     /// Why the features are not known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub features_unknown_reason: Option<String>,
-    /// Nobody uses it.
+    /// It is not in use.
     pub free: bool,
-    /// Who uses it.
+    /// What uses it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub holder: Option<String>,
 }

@@ -1,7 +1,7 @@
 //! Writing, by server-side apply.
 //!
-//! Two field managers, since API servers before 1.21 do not keep managed fields per subresource: with one, applying a
-//! finalizer would take the status away.
+//! Two field managers, since API servers before 1.21 do not keep managed fields per subresource: with one,
+//! applying a finalizer would take the status away.
 
 use std::fmt::Debug;
 use std::time::Duration;
@@ -18,9 +18,9 @@ use tokio::time::timeout;
 
 /// How long the API server may take to answer: the caller has agents to listen to meanwhile.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
-/// Who owns metadata that the operator writes.
+/// The field manager of metadata that the operator writes.
 pub(super) const MANAGER: &str = "slackwater-operator";
-/// Who owns statuses.
+/// The field manager of statuses.
 const STATUS_MANAGER: &str = "slackwater-operator-status";
 
 /// The API server, for writing.
@@ -29,23 +29,23 @@ pub struct Cluster {
     pub(super) client: Client,
 }
 
-/// A write that did not come through.
+/// A call to the API server that failed.
 #[derive(Debug, thiserror::Error)]
 pub enum WriteError {
-    /// The object is not there any more, or is another one of the same name.
+    /// The object does not exist any more, or is another one of the same name.
     #[error("the object is gone")]
     Gone,
-    /// The namespace is not there.
+    /// The namespace does not exist.
     #[error("there is no namespace {namespace:?}")]
     NoNamespace {
         /// Its name.
         namespace: String,
     },
-    /// It did not answer.
+    /// The API server did not answer.
     #[error("the API server has not answered within {} s", REQUEST_TIMEOUT.as_secs())]
     TooLate,
     /// Anything else. Trying again may help.
-    #[error("the API server did not take it: {0}")]
+    #[error("the call to the API server failed: {0}")]
     Write(#[source] Box<kube::Error>),
 }
 
@@ -60,7 +60,7 @@ impl Cluster {
         Api::all(self.client.clone())
     }
 
-    /// The VMMigration as it stands now, if it is still the same object.
+    /// The VMMigration as it is now, if it is still the same object.
     ///
     /// # Errors
     /// [`WriteError`]
@@ -107,7 +107,7 @@ impl Cluster {
         self.apply_status(self.all(), node, status).await
     }
 
-    /// Makes sure that there is an AssignedVM of that name, and gives it.
+    /// Makes sure that there is an AssignedVM of that name, and returns it.
     ///
     /// # Errors
     /// [`WriteError`]
@@ -169,7 +169,8 @@ impl Cluster {
     }
 }
 
-/// What names an object for server-side apply; the UID, so that another object of the same name is left alone.
+/// What names an object for server-side apply; the UID, so that another object of the same name is left
+/// alone.
 fn identity<K: Resource<DynamicType = ()>>(object: &K) -> Value {
     json!({
         "apiVersion": K::api_version(&()),

@@ -1,4 +1,4 @@
-//! All that knows the Kubernetes API: watching, writing, and events.
+//! Everything that uses the Kubernetes API: watching, writing, and events.
 
 mod apply;
 mod events;

@@ -29,7 +29,8 @@ where
     }
 }
 
-/// Watches all objects of a kind until the tracker's tasks are dropped. A watch that breaks is begun again, with back-off.
+/// Watches all objects of a kind until the tracker's tasks are dropped. A broken watch starts again, with
+/// back-off.
 pub fn observe<K>(api: Api<K>, tasks: &TaskTracker) -> Observed<K>
 where
     K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + Sync + 'static,
@@ -45,7 +46,7 @@ where
                 Ok(_) => {
                     signal.send_replace(());
                 }
-                Err(error) => tracing::warn!(kind, %error, "watching failed; it is begun again"),
+                Err(error) => tracing::warn!(kind, %error, "watching failed; starting again"),
             }
         }
     });

@@ -15,16 +15,17 @@ use slackwater_proto::tonic::{Code, Status};
 use super::Fleet;
 use crate::reason::{RESERVE_REFUSED, SOURCE_REFUSED, TARGET_UNREACHABLE};
 
-/// Reserving starts a VMM and takes devices through the kernel; who needs longer than this is stuck.
+/// Reserving starts a VMM and takes devices through the kernel; an agent that needs longer than this is
+/// stuck.
 const RESERVE_TIMEOUT: Duration = Duration::from_secs(120);
 /// Giving back ends a VMM and resets devices.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(60);
 /// An agent answers this from its journal.
 const RESOLVE_TIMEOUT: Duration = Duration::from_secs(5);
-/// How often a call is made again with a higher epoch. Each time somebody else has raised it in between.
+/// How often a call is repeated with a higher epoch. Each time another operator has raised it meanwhile.
 const RAISES: u32 = 3;
 
-/// A call that did not come through.
+/// A call that failed.
 #[derive(Debug, thiserror::Error)]
 pub enum CallError {
     /// There is no MigrationNode of that name (any more).
@@ -74,7 +75,7 @@ impl CallError {
         matches!(self, Self::Refused(refusal) if refusal.code == Code::FailedPrecondition)
     }
 
-    /// There is nobody to ask.
+    /// There is no agent to ask.
     pub fn is_no_such_node(&self) -> bool {
         matches!(self, Self::NoSuchNode { .. })
     }
@@ -141,7 +142,7 @@ impl Fleet {
         self.fenced(request, call).await
     }
 
-    /// Asks the source to migrate, or joins what it is busy with.
+    /// Asks the source to migrate, or joins the migration that it is busy with.
     ///
     /// # Errors
     /// [`CallError`]
@@ -185,7 +186,7 @@ impl Fleet {
         self.fenced(request, call).await
     }
 
-    /// Asks either end what it has journalled; tells it the other's word, if the request has one.
+    /// Asks either end what it has journalled, and relays the other end's record if the request has one.
     ///
     /// # Errors
     /// [`CallError`]
@@ -199,7 +200,8 @@ impl Fleet {
         Ok(answer.into_inner().own.unwrap_or_default())
     }
 
-    /// Makes a call with this leadership's epoch; if the agent has heard a higher one, has ours raised above it and calls again.
+    /// Makes a call with this leadership's epoch. If the agent has seen a higher one, raises the epoch above
+    /// it and calls again.
     async fn fenced<R: Fenced, T, C: Future<Output = Result<T, CallError>>>(
         &self,
         mut request: R,
@@ -236,7 +238,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_an_answer_that_can_come_from_nobody_but_the_agent_is_a_refusal() {
+    fn only_an_answer_that_must_come_from_the_agent_itself_is_a_refusal() {
         for code in
             [Code::Unavailable, Code::Unknown, Code::Internal, Code::Cancelled, Code::DeadlineExceeded]
         {
@@ -250,14 +252,19 @@ mod tests {
 
     #[test]
     fn a_refused_call_has_the_reason_that_the_agent_names_if_it_names_one() {
-        let told = |refusal: Refusal| CallError::from_status(&refusal.into());
-        let full = told(Refusal::precondition(Reason::JournalFailed, "no space."));
+        let read = |refusal: Refusal| CallError::from_status(&refusal.into());
+        let full = read(Refusal::precondition(Reason::JournalFailed, "no space."));
         assert_eq!((full.target_reason(), full.source_reason()), ("JournalFailed", "JournalFailed"));
         assert_eq!(full.to_string(), "no space");
-        let older = told(Refusal::precondition(Reason::Other("QEMUOlder".into()), "it has 9.2"));
+        let older = read(Refusal::precondition(Reason::Other("QEMUOlder".into()), "it has 9.2"));
         assert_eq!(older.target_reason(), "QEMUOlder");
-        let unnamed = CallError::from_status(&Status::failed_precondition("x"));
-        assert_eq!((unnamed.target_reason(), unnamed.source_reason()), ("ReserveRefused", "SourceRefused"));
+        let unnamed = Status::failed_precondition("x");
+        let mut hostile = unnamed.clone();
+        hostile.metadata_mut().insert("slackwater-reason", "no reason".parse().unwrap());
+        for status in [unnamed, hostile] {
+            let error = CallError::from_status(&status);
+            assert_eq!((error.target_reason(), error.source_reason()), ("ReserveRefused", "SourceRefused"));
+        }
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! What is known of every agent, and who wants to hear of changes.
+//! What is known about every agent, and who waits for changes.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use super::{Address, CallError};
 use crate::inventory::{Inventory, Link, Node, NodeReport};
 
-/// What is known of every agent.
+/// What is known about every agent.
 #[derive(Default)]
 pub(super) struct Index {
     state: watch::Sender<State>,
@@ -18,15 +18,15 @@ pub(super) struct Index {
 
 #[derive(Default)]
 struct State {
-    /// Every MigrationNode has been seen at least once since the start.
+    /// All MigrationNodes are known.
     primed: bool,
     inventory: Arc<Inventory>,
     channels: BTreeMap<String, Channel>,
-    /// Ends the task that follows a node when it is dropped.
+    /// Each ends the task that follows a node when it is dropped.
     guards: BTreeMap<String, DropGuard>,
 }
 
-/// A node that somebody must follow from now on, until the token is cancelled.
+/// A node that the caller must follow from now on, until the token is cancelled.
 pub(super) struct Newcomer {
     pub(super) name: String,
     pub(super) address: String,
@@ -34,7 +34,7 @@ pub(super) struct Newcomer {
 }
 
 impl Index {
-    /// Makes the nodes those of the map. Gives the new ones and those with another address.
+    /// Makes the nodes those of the map. Returns the new ones and those with another address.
     pub(super) fn follow(&self, wanted: &BTreeMap<String, Address>) -> Vec<Newcomer> {
         let mut newcomers = Vec::new();
         self.state.send_if_modified(|state| {
@@ -99,7 +99,7 @@ impl Index {
         }
     }
 
-    /// The agent of a node has said something, by this channel.
+    /// The agent of a node has reported, on this channel.
     pub(super) fn report(&self, name: &str, address: &str, channel: Option<&Channel>, report: NodeReport) {
         self.update(name, address, |node, channels| {
             node.link = Link::Ready;
@@ -118,7 +118,8 @@ impl Index {
         });
     }
 
-    /// Only if the node still has that address: a task that was just cancelled must not speak for its successor.
+    /// Only if the node still has that address: a task that was just cancelled must not report for its
+    /// successor.
     fn update(
         &self,
         name: &str,
@@ -140,7 +141,7 @@ impl Index {
     }
 }
 
-/// Tells when something about the agents has changed.
+/// Reports when something about the agents has changed.
 pub struct Changes {
     receiver: watch::Receiver<State>,
 }
@@ -148,7 +149,7 @@ pub struct Changes {
 impl Changes {
     /// Returns at the next change since the last call.
     pub async fn next(&mut self) {
-        // The sender lives as long as the fleet, and with it everything that waits here.
+        // The sender lives as long as the fleet, and so does everything that waits here.
         if self.receiver.changed().await.is_err() {
             std::future::pending::<()>().await;
         }
@@ -171,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_is_woken_by_what_was_known_already() {
+    fn a_report_that_was_known_already_wakes_no_task() {
         let index = Index::default();
         let mut changes = index.changes();
         assert_eq!(index.undecided(), None);
@@ -191,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn a_task_of_an_old_address_is_ended_and_not_listened_to() {
+    fn a_task_of_an_old_address_is_ended_and_its_reports_are_ignored() {
         let index = Index::default();
         let old = index.follow(&wanted(&[("a", "h:1")])).remove(0);
         let new = index.follow(&wanted(&[("a", "h:2")])).remove(0);

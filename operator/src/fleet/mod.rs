@@ -1,4 +1,5 @@
-//! The agents: who they are, whether they answer, and what they say. One task per MigrationNode keeps a `Watch` open.
+//! The agents: who they are, whether they answer, and what they say. One task per MigrationNode keeps a
+//! `Watch` open.
 
 mod agent;
 mod call;
@@ -26,7 +27,7 @@ pub struct Address {
     pub peers: String,
 }
 
-/// All agents, and what they have said.
+/// All agents, and what they have reported.
 pub struct Fleet {
     index: Index,
     credentials: Credentials,
@@ -35,12 +36,14 @@ pub struct Fleet {
 }
 
 impl Fleet {
-    /// Without any node yet. The nodes' tasks run on `tasks`; `epoch` goes into every call that an agent acts by.
+    /// Without any node yet. The nodes' tasks run on `tasks`; `epoch` goes into every call that an agent acts
+    /// by.
     pub fn new(credentials: Credentials, epoch: Epoch, tasks: TaskTracker) -> Arc<Self> {
         Arc::new(Self { index: Index::default(), credentials, epoch, tasks })
     }
 
-    /// Makes the nodes those of the map: starts to follow new ones and those with another address, forgets others.
+    /// Makes the nodes those of the map: starts to follow new ones and those with another address, and
+    /// forgets others.
     pub fn follow(self: &Arc<Self>, wanted: &BTreeMap<String, Address>) {
         for newcomer in self.index.follow(wanted) {
             let fleet = Arc::clone(self);
@@ -56,13 +59,13 @@ impl Fleet {
         self.index.inventory()
     }
 
-    /// Nodes whose agents have neither answered nor failed to since the start; `None` if the nodes themselves are not
-    /// known yet. Empty: what is known is good enough to judge by.
+    /// Nodes whose agents have neither answered nor failed since the start; `None` if the nodes themselves
+    /// are not known yet. Empty: enough is known to plan.
     pub fn undecided(&self) -> Option<Vec<String>> {
         self.index.undecided()
     }
 
-    /// Tells when something has changed since it was asked last.
+    /// Reports when something has changed since the last look.
     pub fn changes(&self) -> Changes {
         self.index.changes()
     }

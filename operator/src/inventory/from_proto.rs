@@ -1,6 +1,7 @@
-//! An agent's description of its node, as it came over the wire, made into an inventory's own words.
+//! An agent's description of its node, converted from the wire into the inventory's own types.
 //!
-//! What an agent sends is input: a VM whose name could not name a Kubernetes object is left out, and the report says so.
+//! What an agent sends is input: a VM whose name could not name a Kubernetes object is left out, and the
+//! report says so.
 
 use std::collections::BTreeMap;
 
@@ -13,7 +14,7 @@ use crate::reason::camel_case_or;
 /// A description that cannot be used.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum ReportError {
-    /// It says nothing.
+    /// It is missing.
     #[error("the agent has sent an empty description of its node")]
     Empty,
     /// It is about another node.
@@ -23,7 +24,7 @@ pub enum ReportError {
     OtherNode {
         /// The MigrationNode's name.
         expected: String,
-        /// The agent's word.
+        /// What the agent says.
         said: String,
     },
 }
@@ -135,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn a_vm_that_could_not_name_an_object_is_left_out_and_that_is_said() {
+    fn a_vm_that_could_not_name_an_object_is_left_out_and_the_report_says_so() {
         for bad in ["", "Counter", "a/b", "-a", "a-", &"a".repeat(64)] {
             let description = proto::NodeDescription {
                 node: "n".into(),

@@ -1,4 +1,4 @@
-//! What the operator knows of nodes, VMs and devices: plain data, without Kubernetes, gRPC or a clock.
+//! What the operator knows about nodes, VMs and devices: plain data, without Kubernetes, gRPC or a clock.
 
 mod from_proto;
 
@@ -62,13 +62,13 @@ pub struct NodeReport {
     pub agent_version: String,
     /// The release of the node's kernel.
     pub kernel_release: String,
-    /// Another value means that the node has been booted in between.
+    /// Another value means that the node was booted meanwhile.
     pub boot_id: String,
     /// The VMs, by name.
     pub vms: BTreeMap<VmKey, Vm>,
     /// The VFIO devices, by name.
     pub devices: BTreeMap<String, Device>,
-    /// What the agent said that cannot be used, for a person.
+    /// What the agent reported and cannot be used, for a person.
     pub ignored: Vec<String>,
 }
 
@@ -95,7 +95,7 @@ pub struct Vm {
     pub vmm_kind: String,
     /// Names of its devices, in its monitor's order.
     pub devices: Vec<String>,
-    /// Why it cannot be migrated as it stands.
+    /// Why it cannot be migrated as it is.
     pub blockers: Vec<Blocker>,
     /// The content of its vm.json.
     pub vm_json: String,
@@ -109,7 +109,7 @@ pub struct Vm {
     pub qemu: Option<Box<QemuDescription>>,
 }
 
-/// Something that stands in the way of a migration.
+/// Something that prevents a migration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Blocker {
     /// CamelCase.
@@ -214,8 +214,9 @@ pub enum Whereabouts<'a> {
 
 /// Decides where a VM is.
 ///
-/// During a hand-over two agents report the VM for a moment: the source, where it is paused and held by the migration,
-/// and the destination. Then the one where it runs counts. Any other double report is for a person to clear up.
+/// During a hand-over two agents report the VM for a moment: the source, where it is paused and held by the
+/// migration, and the destination. Then the node where it runs counts. A person has to clear up any other
+/// double report.
 pub fn whereabouts<'a>(inventory: &'a Inventory, vm: &VmKey) -> Whereabouts<'a> {
     let reports = reports_of(inventory, vm);
     match reports.as_slice() {

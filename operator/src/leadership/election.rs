@@ -4,18 +4,18 @@ use std::time::Duration;
 
 /// A Lease as it was read.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Seen {
-    /// Who holds it; empty: nobody.
+pub struct LeaseState {
+    /// The holder's identity; empty if there is no holder.
     pub holder: String,
     /// When the holder renewed it last, by the holder's clock. Only ever compared with itself.
     pub renewed: String,
-    /// For how long the holder's word is good, by its own word.
+    /// How long the holder's claim is good without a renewal, as the holder says.
     pub duration: Option<Duration>,
     /// How often it has changed hands.
     pub transitions: i32,
 }
 
-/// What to do.
+/// What to do about the Lease.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Move {
     /// Take it, with this number of transitions.
@@ -23,39 +23,39 @@ pub enum Move {
         /// How often it will have changed hands then.
         transitions: i32,
     },
-    /// Somebody else has it.
+    /// Another operator has it.
     Wait {
-        /// Who.
+        /// Which one.
         holder: String,
     },
 }
 
-/// Somebody who wants the Lease.
+/// An operator that wants the Lease.
 #[derive(Debug)]
 pub struct Candidate {
     /// A name that no other process ever has.
     pub identity: String,
-    /// For how long its own word will be good.
+    /// How long its own claim will be good without a renewal.
     pub duration: Duration,
     /// What was seen last, and when it was first seen so.
-    seen: Option<(Seen, Duration)>,
+    last_seen: Option<(LeaseState, Duration)>,
 }
 
 impl Candidate {
-    /// Who has seen nothing yet.
+    /// A candidate that has seen nothing yet.
     #[must_use]
     pub fn new(identity: String, duration: Duration) -> Self {
-        Self { identity, duration, seen: None }
+        Self { identity, duration, last_seen: None }
     }
 
     /// Decides. `now`: time since some fixed moment, by a clock that only goes forward.
-    pub fn consider(&mut self, seen: Option<Seen>, now: Duration) -> Move {
+    pub fn consider(&mut self, seen: Option<LeaseState>, now: Duration) -> Move {
         let Some(seen) = seen else { return Move::Take { transitions: 0 } };
-        let since = match &self.seen {
+        let since = match &self.last_seen {
             Some((before, since)) if *before == seen => *since,
             _ => now,
         };
-        self.seen = Some((seen.clone(), since));
+        self.last_seen = Some((seen.clone(), since));
         let good_for = seen.duration.unwrap_or(self.duration);
         if seen.holder.is_empty() || now.saturating_sub(since) > good_for {
             return Move::Take { transitions: seen.transitions.saturating_add(1) };
@@ -64,8 +64,8 @@ impl Candidate {
     }
 }
 
-/// The fewest transitions whose epoch (one more) is higher than `known`, and which are higher than it themselves. `None`:
-/// a Lease cannot count so far.
+/// The fewest transitions that are higher than `known`; so is their epoch, which is one more. `None`: a Lease
+/// cannot count that far.
 #[must_use]
 pub fn transitions_above(known: u64) -> Option<i32> {
     i32::try_from(known.checked_add(1)?).ok()
@@ -77,8 +77,13 @@ mod tests {
 
     const TERM: Duration = Duration::from_secs(15);
 
-    fn seen(holder: &str, renewed: &str) -> Option<Seen> {
-        Some(Seen { holder: holder.into(), renewed: renewed.into(), duration: Some(TERM), transitions: 4 })
+    fn seen(holder: &str, renewed: &str) -> Option<LeaseState> {
+        Some(LeaseState {
+            holder: holder.into(),
+            renewed: renewed.into(),
+            duration: Some(TERM),
+            transitions: 4,
+        })
     }
 
     fn at(second: u64) -> Duration {
@@ -93,7 +98,7 @@ mod tests {
     }
 
     #[test]
-    fn a_holder_is_waited_for_as_long_as_it_renews_whatever_its_clock_says() {
+    fn a_candidate_waits_as_long_as_the_holder_renews_whatever_its_clock_says() {
         let mut candidate = Candidate::new("b".into(), TERM);
         // Its clock is far behind, and goes on.
         for second in 0..100 {
@@ -104,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn a_holder_that_does_not_renew_is_given_its_whole_term_from_when_that_was_seen() {
+    fn a_holder_that_does_not_renew_keeps_its_whole_term_from_when_that_was_seen() {
         let mut candidate = Candidate::new("b".into(), TERM);
         let waits = Move::Wait { holder: "a".into() };
         assert_eq!(candidate.consider(seen("a", "1"), at(100)), waits);
@@ -121,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn the_epoch_is_raised_above_what_an_agent_knows_as_far_as_a_lease_can_count() {
+    fn the_epoch_rises_above_what_an_agent_knows_as_far_as_a_lease_can_count() {
         assert_eq!(transitions_above(7), Some(8));
         assert_eq!(transitions_above(u64::MAX), None);
         assert_eq!(transitions_above(1 << 31), None);

@@ -9,17 +9,17 @@ use kube::Api;
 use kube::api::PostParams;
 use tokio::time::timeout;
 
-use super::election::{Candidate, Seen};
+use super::election::{Candidate, LeaseState};
 
 pub(super) use k8s_openapi::api::coordination::v1::Lease;
 
 /// How long the API server may take for one answer: less than any renew deadline that makes sense.
 const LEASE_REQUEST_TIMEOUT: Duration = Duration::from_secs(4);
 
-/// What came in the way of a Lease.
+/// Why a Lease could not be read or written.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum LeaseError {
-    /// Somebody else has it.
+    /// Another operator has it.
     #[error("{holder} holds it")]
     Taken { holder: String },
     /// The API server does not answer.
@@ -28,17 +28,17 @@ pub(super) enum LeaseError {
     /// Anything else.
     #[error("the API server says: {0}")]
     Ask(#[source] Box<kube::Error>),
-    /// A Lease counts only so far.
+    /// A Lease's counter has an upper bound.
     #[error("an agent has seen the epoch {known}, which is more than a Lease can count")]
     EpochTooHigh { known: u64 },
 }
 
 /// The Lease as this operator has written it last.
-pub(super) struct Held {
+pub(super) struct HeldLease {
     lease: Lease,
 }
 
-impl Held {
+impl HeldLease {
     /// Transitions plus 1: 0 would be "no operator is involved".
     pub(super) fn epoch(&self) -> u64 {
         u64::try_from(transitions_of(&self.lease)).unwrap_or_default() + 1
@@ -49,7 +49,7 @@ impl Held {
     }
 }
 
-/// A name for this process that no other has, nor will have.
+/// A name for this process that no other process ever has.
 pub(super) fn identity() -> String {
     let read = |path| std::fs::read_to_string(path).map(|text| text.trim().to_owned()).unwrap_or_default();
     let host = std::env::var("HOSTNAME").unwrap_or_else(|_| read("/proc/sys/kernel/hostname"));
@@ -58,10 +58,10 @@ pub(super) fn identity() -> String {
 }
 
 /// What a Lease says.
-pub(super) fn seen(lease: &Lease) -> Seen {
+pub(super) fn state_of(lease: &Lease) -> LeaseState {
     let spec = lease.spec.clone().unwrap_or_default();
     let seconds = spec.lease_duration_seconds.and_then(|seconds| u64::try_from(seconds).ok());
-    Seen {
+    LeaseState {
         holder: holder(lease).to_owned(),
         renewed: spec.renew_time.map(|time| time.0.to_string()).unwrap_or_default(),
         duration: seconds.map(Duration::from_secs),
@@ -81,14 +81,14 @@ pub(super) async fn read(api: &Api<Lease>, name: &str) -> Result<Option<Lease>, 
     request(api.get_opt(name)).await
 }
 
-/// Writes us in as the holder. If somebody else was faster, the API server refuses it by the resource version.
+/// Makes this operator the holder. If another one was faster, the API server refuses by the resource version.
 pub(super) async fn take(
     api: &Api<Lease>,
     name: &str,
     found: Option<Lease>,
     candidate: &Candidate,
     transitions: i32,
-) -> Result<Held, LeaseError> {
+) -> Result<HeldLease, LeaseError> {
     let now = MicroTime(Timestamp::now());
     let spec = LeaseSpec {
         holder_identity: Some(candidate.identity.clone()),
@@ -106,15 +106,15 @@ pub(super) async fn take(
             request(api.replace(name, &PostParams::default(), &taken)).await?
         }
     };
-    Ok(Held { lease })
+    Ok(HeldLease { lease })
 }
 
 /// Renews it, and sets its transitions where that is wanted.
 pub(super) async fn renew(
     api: &Api<Lease>,
-    held: &Held,
+    held: &HeldLease,
     transitions: Option<i32>,
-) -> Result<Held, LeaseError> {
+) -> Result<HeldLease, LeaseError> {
     let mut lease = held.lease.clone();
     if let Some(spec) = &mut lease.spec {
         spec.renew_time = Some(MicroTime(Timestamp::now()));
@@ -122,14 +122,14 @@ pub(super) async fn renew(
     }
     let name = lease.metadata.name.clone().unwrap_or_default();
     match request(api.replace(&name, &PostParams::default(), &lease)).await {
-        Ok(lease) => return Ok(Held { lease }),
+        Ok(lease) => return Ok(HeldLease { lease }),
         Err(LeaseError::Ask(error)) if is(&error, 409) || is(&error, 404) => {}
         Err(error) => return Err(error),
     }
-    // Somebody has written to it, or deleted it.
+    // It was written to or deleted meanwhile.
     let lease = match read(api, &name).await? {
         Some(now) if holder(&now) == held.holder() => {
-            // We are its holder still: it is written over, and its count never goes back.
+            // This operator still holds it: it is overwritten, and its count never goes back.
             if let Some(spec) = &mut lease.spec {
                 spec.lease_transitions = spec.lease_transitions.max(Some(transitions_of(&now)));
             }
@@ -138,20 +138,20 @@ pub(super) async fn renew(
         }
         Some(now) => {
             let holder = holder(&now);
-            let holder = if holder.is_empty() { "nobody" } else { holder };
+            let holder = if holder.is_empty() { "no operator" } else { holder };
             return Err(LeaseError::Taken { holder: holder.to_owned() });
         }
         None => {
-            // Without it the count would begin anew.
+            // Written again, since its count would start over otherwise.
             lease.metadata = ObjectMeta { name: Some(name), ..ObjectMeta::default() };
             request(api.create(&PostParams::default(), &lease)).await?
         }
     };
-    Ok(Held { lease })
+    Ok(HeldLease { lease })
 }
 
 /// Leaves it without a holder.
-pub(super) async fn release(api: &Api<Lease>, held: &Held) -> Result<(), LeaseError> {
+pub(super) async fn release(api: &Api<Lease>, held: &HeldLease) -> Result<(), LeaseError> {
     let mut lease = held.lease.clone();
     if let Some(spec) = &mut lease.spec {
         spec.holder_identity = None;

@@ -1,14 +1,15 @@
 //! Which of several operators acts: the holder of a `coordination.k8s.io/v1` Lease.
 //!
-//! [`election`] decides (pure), `lease` reads and writes. As in client-go, whether another holder's lease has run out is judged
-//! by this process's own monotonic clock: from when it saw the Lease change last, never by the times that stand in it. So
-//! clocks that disagree do no harm.
+//! [`election`] decides (pure), `lease` reads and writes. As in client-go, this process judges by its own
+//! monotonic clock whether another holder's Lease has run out: from when it saw the Lease change last, never
+//! by the times in the Lease. So clocks that disagree do no harm.
 //!
 //! ```text
-//!  Wait ──(free, or not renewed for its duration)──▶ lead, every `retry`: renew ──(not for `renew_deadline`)──▶ lost
+//!  wait ──(free, or not renewed for its duration)──▶ lead and renew ──(not renewed for `renew_deadline`)──▶ lost
 //! ```
-//! The deadline is shorter than the duration: a leader that cannot renew has stopped before another may begin. Whoever loses
-//! the Lease ends; it does not try again in the same process, where something of the old leadership might live on.
+//! The deadline is shorter than the duration: a leader that cannot renew has stopped before another may
+//! begin. An operator that loses the Lease ends; it does not try again in the same process, where something
+//! of the old leadership might live on.
 
 pub mod election;
 mod lease;
@@ -21,20 +22,20 @@ use tokio_util::sync::CancellationToken;
 
 use crate::epoch::{Epoch, EpochSource};
 use election::{Candidate, Move};
-use lease::{Held, LeaseError};
+use lease::{HeldLease, LeaseError};
 
-/// Where the Lease is, and in which times it is held.
+/// Where the Lease is, and the times by which it is held.
 #[derive(Debug, Clone)]
 pub struct Terms {
     /// Its namespace.
     pub namespace: String,
     /// Its name.
     pub name: String,
-    /// For how long others wait after the last renewal. Whole seconds.
+    /// How long others wait after the last renewal. Whole seconds.
     pub duration: Duration,
-    /// After how long without a renewal the leader gives up.
+    /// How long the leader goes on without a renewal.
     pub renew_deadline: Duration,
-    /// The pause between two renewals, and between two looks of whoever waits.
+    /// The pause between two renewals, and between two looks of an operator that waits.
     pub retry: Duration,
 }
 
@@ -43,8 +44,8 @@ pub struct Terms {
 pub enum TermsError {
     /// A second leader could begin before the first has stopped.
     #[error(
-        "the lease's renew deadline ({deadline:?}) must be shorter than its duration ({duration:?}), which is whole seconds, \
-         and longer than the pause between two tries ({retry:?})"
+        "the lease's renew deadline ({deadline:?}) must be shorter than its duration ({duration:?}), which \
+         is whole seconds, and longer than the pause between two tries ({retry:?})"
     )]
     Order {
         /// The duration.
@@ -69,9 +70,9 @@ impl Terms {
     }
 }
 
-/// The leadership is lost. Whatever acts by it must have ended when this is told.
+/// The leadership is lost. All that acts by it must have ended when this is returned.
 #[derive(Debug, thiserror::Error)]
-pub enum Lost {
+pub enum LeadershipLost {
     /// The API server did not take a renewal in time.
     #[error("the Lease {name} could not be renewed within {} ms: {error}", deadline.as_millis())]
     NotRenewed {
@@ -79,7 +80,7 @@ pub enum Lost {
         name: String,
         /// The time.
         deadline: Duration,
-        /// What came of the last try.
+        /// How the last try failed.
         error: String,
     },
     /// Another operator holds the Lease.
@@ -96,20 +97,20 @@ pub enum Lost {
 pub struct Leadership {
     terms: Terms,
     api: Api<lease::Lease>,
-    held: Held,
+    held: HeldLease,
     /// When the last renewal that was taken had been sent.
     renewed: Instant,
     epoch: EpochSource,
 }
 
 impl Leadership {
-    /// Waits until this operator leads. `None`: it was stopped before.
+    /// Waits until this operator leads. `None`: `stop` came first.
     pub async fn acquire(client: &Client, terms: Terms, stop: &CancellationToken) -> Option<(Self, Epoch)> {
         let api = Api::namespaced(client.clone(), &terms.namespace);
         let identity = lease::identity();
         let mut candidate = Candidate::new(identity.clone(), terms.duration);
         let began = Instant::now();
-        let mut told = String::new();
+        let mut reported = String::new();
         loop {
             let asked = Instant::now();
             let state = match try_to_lead(&api, &terms, &mut candidate, began).await {
@@ -122,12 +123,12 @@ impl Leadership {
                     format!("{holder} leads; waiting for the Lease {}", terms.name)
                 }
                 Err(error) => {
-                    format!("the Lease {} could not be asked for; trying again: {error}", terms.name)
+                    format!("the Lease {} could not be read or taken; trying again: {error}", terms.name)
                 }
             };
-            if state != told {
+            if state != reported {
                 tracing::info!("{state}");
-                told = state;
+                reported = state;
             }
             tokio::select! {
                 () = sleep(terms.retry) => {}
@@ -137,19 +138,19 @@ impl Leadership {
     }
 
     /// Keeps the Lease, and raises its transitions when asked to. Ends only when the leadership is lost.
-    pub async fn keep(&mut self) -> Lost {
+    pub async fn keep(&mut self) -> LeadershipLost {
         let mut error = "no answer".to_owned();
         loop {
             let deadline = self.renewed + self.terms.renew_deadline;
             tokio::select! {
                 () = tokio::time::sleep_until(deadline) => {
                     let (name, deadline) = (self.terms.name.clone(), self.terms.renew_deadline);
-                    return Lost::NotRenewed { name, deadline, error };
+                    return LeadershipLost::NotRenewed { name, deadline, error };
                 }
                 result = self.renew_after_a_pause() => match result {
                     Ok(()) => {}
                     Err(LeaseError::Taken { holder }) => {
-                        return Lost::Taken { name: self.terms.name.clone(), holder };
+                        return LeadershipLost::Taken { name: self.terms.name.clone(), holder };
                     }
                     Err(other) => {
                         error = other.to_string();
@@ -185,7 +186,8 @@ impl Leadership {
         Ok(())
     }
 
-    /// Gives the Lease back, so that nobody has to wait for it. Only when all that acted by it has ended.
+    /// Gives the Lease back, so that no other operator has to wait for it. Only when all that acted by it has
+    /// ended.
     pub async fn release(self) {
         match lease::release(&self.api, &self.held).await {
             Ok(()) => tracing::info!(lease = self.terms.name, "the lease has been given back"),
@@ -199,7 +201,7 @@ impl Leadership {
 /// What came of one look at the Lease.
 enum Bid {
     /// This operator has it.
-    Won(Box<Held>),
+    Won(Box<HeldLease>),
     /// Another operator has it.
     Waiting {
         /// Which one.
@@ -215,7 +217,7 @@ async fn try_to_lead(
     began: Instant,
 ) -> Result<Bid, LeaseError> {
     let found = lease::read(api, &terms.name).await?;
-    let seen = found.as_ref().map(lease::seen);
+    let seen = found.as_ref().map(lease::state_of);
     match candidate.consider(seen, began.elapsed()) {
         Move::Take { transitions } => lease::take(api, &terms.name, found, candidate, transitions)
             .await

@@ -52,7 +52,8 @@ pub(super) async fn abort(fleet: &Fleet, accepted: &Accepted, request: AbortRequ
     }
 }
 
-/// Whether the point of no return has passed, or the source cannot give up for another reason: its journal says which.
+/// Whether the point of no return has passed, or the source cannot give up for another reason: its journal
+/// says which.
 async fn refused_or_too_late(fleet: &Fleet, accepted: &Accepted, error: CallError) -> AbortAnswer {
     match record_at(fleet, accepted, End::Source).await {
         Some(Record::Committed | Record::Released) => AbortAnswer::TooLate(error),

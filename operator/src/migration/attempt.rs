@@ -1,4 +1,5 @@
-//! What this task knows about one attempt of a migration. When another attempt begins, it is replaced as a whole.
+//! What this task knows about one attempt of a migration. When another attempt begins, it is replaced as a
+//! whole.
 
 use slackwater_handover::resolver::Decision;
 

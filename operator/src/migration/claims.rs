@@ -1,8 +1,8 @@
 //! Which VMs and devices belong to accepted migrations: what keeps a VM from being migrated twice at once.
 //!
-//! In the operator's memory, and rebuilt from the statuses when it starts. It is ahead of everything else: of the API
-//! server's watch, which reports late what was just written, and of the agents, which report late what was just
-//! reserved.
+//! In the operator's memory, and rebuilt from the statuses when it starts. It is ahead of everything else: of
+//! the API server's watch, which reports late what was just written, and of the agents, which report late
+//! what was just reserved.
 
 use std::collections::BTreeMap;
 
@@ -33,7 +33,8 @@ impl Claims {
         self.changed.send_replace(());
     }
 
-    /// Plans against all other claims and, if there is a plan, claims its VM and devices, with nothing in between.
+    /// Plans against all other claims and, if there is a plan, claims its VM and devices, with nothing in
+    /// between.
     ///
     /// # Errors
     /// The planner's refusal.

@@ -14,8 +14,8 @@ use super::step::{Step, next};
 use super::tracked::has_finalizer;
 use crate::conditions::Stamp;
 
-/// Brings every VMMigration as far as it goes. Ends when the watch does. Dropping the future leaves the migrations to
-/// the agents: the next operator joins them.
+/// Brings every VMMigration as far as it goes. Ends when the watch does. Dropping the future leaves the
+/// migrations to the agents: the next operator joins them.
 pub async fn run(context: Context) {
     let mut migrations = context.migrations.clone();
     if !migrations.ready().await {
@@ -25,8 +25,9 @@ pub async fn run(context: Context) {
     context.claims.restore(migrations.all().iter().map(Arc::as_ref));
 
     let mut tasks = JoinSet::new();
-    // UIDs with a task, and the version of the object for which the last task of each was started. A task's own writes
-    // come back through the watch: its end is no reason to start another before something has changed.
+    // UIDs with a task, and the version of the object for which the last task of each was started. A task's
+    // own writes come back through the watch: its end is no reason to start another before something has
+    // changed.
     let mut busy: BTreeSet<String> = BTreeSet::new();
     let mut started: BTreeMap<String, Option<String>> = BTreeMap::new();
     loop {

@@ -1,4 +1,5 @@
-//! Takes the steps of one migration, in the order that [`step`](super::step) draws, until nothing is left to do.
+//! Takes the steps of one migration, in the order that [`step`](super::step) draws, until nothing is left to
+//! do.
 
 use std::sync::Arc;
 

@@ -1,5 +1,5 @@
-//! The part of a migration that the source's agent runs: asking it, following its events, joining again when the stream
-//! breaks, asking both ends when it does not go on, and giving up when the user wants that.
+//! The part of a migration that the source's agent runs: asking it, following its events, joining again when
+//! the stream breaks, asking both ends when it does not go on, and giving up when the user wants that.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,8 +25,8 @@ const LAST_EVENT_TIMEOUT: Duration = Duration::from_secs(10);
 const REFUSED_ABORT_PAUSE: Duration = Duration::from_secs(5);
 /// At most this many events are taken in before the status is written.
 const BATCH: usize = 256;
-/// How often the source is joined again after its journal says that the migration is settled. After that, what its
-/// journal says is all there is.
+/// How often the source is joined again after its journal says that the migration is settled. After that,
+/// what its journal says is all there is.
 const JOINS_AFTER_THE_END: u32 = 3;
 
 /// How following a stream of events ended.
@@ -63,7 +63,7 @@ type Batch = Vec<Result<MigrationEvent, CallError>>;
 
 /// What runs beside a stream of events.
 #[derive(Default)]
-struct Beside {
+struct SideTasks {
     /// Asking the source to give up.
     abort: Option<BoxFuture<'static, AbortAnswer>>,
     /// Asking both ends what they have journalled.
@@ -73,7 +73,7 @@ struct Beside {
 }
 
 /// What happens next while a stream is followed.
-enum Next {
+enum Wakeup {
     /// Events have arrived. `None`: the stream has ended.
     Events(Option<Batch>),
     /// A VMMigration has changed.
@@ -235,40 +235,40 @@ impl Run {
     async fn follow(&mut self, accepted: &Accepted, events: Events) -> Followed {
         self.attempt.trace.begin_again();
         let mut batches = events.ready_chunks(BATCH);
-        let mut beside = Beside::default();
+        let mut side_tasks = SideTasks::default();
         loop {
-            self.begin_beside(accepted, &mut beside).await;
-            match self.next(&mut batches, &mut beside).await {
-                Next::Events(Some(batch)) => {
+            self.start_side_tasks(accepted, &mut side_tasks).await;
+            match self.wait(&mut batches, &mut side_tasks).await {
+                Wakeup::Events(Some(batch)) => {
                     if let Some(end) = self.take_in(batch).await {
                         return end;
                     }
                 }
-                Next::Events(None) => {
+                Wakeup::Events(None) => {
                     let message = "the stream of events ended before the migration did".to_owned();
                     return Followed::Broken(CallError::Broken { reason: None, message });
                 }
-                Next::ObjectChanged => {
+                Wakeup::ObjectChanged => {
                     self.tracked.look();
                     if self.tracked.is_forgotten() {
                         return Followed::Finished;
                     }
                     self.note_spec().await;
                 }
-                Next::AbortAnswered(AbortAnswer::Ended) => {
+                Wakeup::AbortAnswered(AbortAnswer::Ended) => {
                     self.attempt.given_up = true;
-                    beside.last_event = Some(tokio::time::sleep(LAST_EVENT_TIMEOUT).boxed());
+                    side_tasks.last_event = Some(tokio::time::sleep(LAST_EVENT_TIMEOUT).boxed());
                 }
-                Next::AbortAnswered(AbortAnswer::TooLate(error)) => self.abort_too_late(&error).await,
-                Next::AbortAnswered(AbortAnswer::Refused(error)) => {
+                Wakeup::AbortAnswered(AbortAnswer::TooLate(error)) => self.abort_too_late(&error).await,
+                Wakeup::AbortAnswered(AbortAnswer::Refused(error)) => {
                     self.abort_refused(&error).await;
-                    beside.abort = Some(self.abort_after(accepted, REFUSED_ABORT_PAUSE));
+                    side_tasks.abort = Some(self.abort_after(accepted, REFUSED_ABORT_PAUSE));
                 }
-                Next::RoundEnded(round) => {
+                Wakeup::RoundEnded(round) => {
                     // The stream reports how the migration ended.
                     self.take_in_round(round).await;
                 }
-                Next::NoLastEvent => {
+                Wakeup::NoLastEvent => {
                     return Followed::NoOutcome("it was given up, and has reported no more".to_owned());
                 }
             }
@@ -276,27 +276,27 @@ impl Run {
     }
 
     /// Begins what is wanted and not under way yet.
-    async fn begin_beside(&mut self, accepted: &Accepted, beside: &mut Beside) {
-        if self.wants_abort() && beside.abort.is_none() {
+    async fn start_side_tasks(&mut self, accepted: &Accepted, side_tasks: &mut SideTasks) {
+        if self.wants_abort() && side_tasks.abort.is_none() {
             self.tracked.draft_now().abort_requested();
             self.tracked.write_progress().await;
-            beside.abort = Some(self.abort_after(accepted, Duration::ZERO));
+            side_tasks.abort = Some(self.abort_after(accepted, Duration::ZERO));
         }
-        if self.is_stuck() && beside.round.is_none() {
+        if self.is_stuck() && side_tasks.round.is_none() {
             let next = self.attempt.inquiry.next_round();
             let fleet = Arc::clone(&self.context.fleet);
-            beside.round = Some(run_round(fleet, accepted.clone(), next).boxed());
+            side_tasks.round = Some(run_round(fleet, accepted.clone(), next).boxed());
         }
     }
 
     /// Waits for what happens next. Nothing is lost of what is under way.
-    async fn next(&mut self, batches: &mut ReadyChunks<Events>, beside: &mut Beside) -> Next {
+    async fn wait(&mut self, batches: &mut ReadyChunks<Events>, side_tasks: &mut SideTasks) -> Wakeup {
         tokio::select! {
-            batch = batches.next() => Next::Events(batch),
-            () = self.tracked.changed() => Next::ObjectChanged,
-            answer = finished(&mut beside.abort) => Next::AbortAnswered(answer),
-            round = finished(&mut beside.round) => Next::RoundEnded(round),
-            () = finished(&mut beside.last_event) => Next::NoLastEvent,
+            batch = batches.next() => Wakeup::Events(batch),
+            () = self.tracked.changed() => Wakeup::ObjectChanged,
+            answer = finished(&mut side_tasks.abort) => Wakeup::AbortAnswered(answer),
+            round = finished(&mut side_tasks.round) => Wakeup::RoundEnded(round),
+            () = finished(&mut side_tasks.last_event) => Wakeup::NoLastEvent,
         }
     }
 

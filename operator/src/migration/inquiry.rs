@@ -1,5 +1,6 @@
-//! Asking both ends what they have journalled, as long as a migration does not go on by itself, and doing what the
-//! [resolver](super::resolver) says: in rounds. A round relays what the last one found, pauses, and asks both ends at once.
+//! Asking both ends what they have journalled, as long as a migration does not go on by itself, and doing
+//! what the [resolver](super::resolver) says. A round relays what the last one found, pauses, and asks both
+//! ends at once.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,15 +18,15 @@ use crate::fleet::Fleet;
 /// Between two rounds.
 const ROUND_PAUSES: Pauses = Pauses::new(Duration::from_millis(500), Duration::from_secs(5));
 
-/// How long an end may be unreachable before the status shows that as a doubt: an agent that is being restarted, or a
-/// broken stream, is no doubt.
+/// How long an end may be unreachable before the status shows that as a doubt: an agent that is being
+/// restarted, or a broken stream, is no doubt.
 const SHOW_UNREACHABLE_AFTER: Duration = Duration::from_secs(15);
 
 /// What both ends answered.
 #[derive(Debug)]
 pub(super) struct Round {
-    source: Heard,
-    target: Heard,
+    pub(super) source: Heard,
+    pub(super) target: Heard,
 }
 
 /// One end's record, on its way to the other end.
@@ -100,7 +101,8 @@ impl Inquiry {
         self.hurry();
     }
 
-    /// The source has come to another phase, which ends its own doubt, whether the status has shown it or not.
+    /// The source has come to another phase, which ends its own doubt, whether the status has shown it or
+    /// not.
     pub(super) fn source_goes_on(&mut self, committed: bool) {
         self.source_doubt = None;
         self.source_began(committed);
@@ -116,8 +118,8 @@ impl Inquiry {
         self.backoff.reset();
     }
 
-    /// What to relay in the next round, and how long to wait before both ends are asked. Each pause is longer than the
-    /// last.
+    /// What to relay in the next round, and how long to wait before both ends are asked. Each pause is longer
+    /// than the last.
     pub(super) fn next_round(&mut self) -> NextRound {
         NextRound { relays: std::mem::take(&mut self.relays), pause: self.backoff.next_pause() }
     }

@@ -11,7 +11,8 @@ use super::step::Wish;
 use crate::inventory::{Link, Node, Vm, VmState};
 use crate::plan::plan;
 
-/// The longest pause before the object is looked at again while an attempt waits for its time: the clock may be set.
+/// The longest pause before the object is looked at again while an attempt waits for its time: the clock may
+/// be set.
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
 
 impl Run {
@@ -74,7 +75,8 @@ impl Run {
         self.tracked.write().await;
     }
 
-    /// Waits until every agent has answered or failed once. `false`: the migration was deleted or cancelled meanwhile.
+    /// Waits until every agent has answered or failed once. `false`: the migration was deleted or cancelled
+    /// meanwhile.
     async fn agents_have_been_asked(&mut self) -> bool {
         let mut changes = self.context.fleet.changes();
         loop {
@@ -116,7 +118,8 @@ impl Run {
         self.tracked.write().await;
     }
 
-    /// The VM as the source reports it, when both agents have been asked. `None`: something else has to be done first.
+    /// The VM as the source reports it, when both agents have been asked. `None`: something else has to be
+    /// done first.
     async fn vm_at_source(&mut self, accepted: &Accepted) -> Option<Vm> {
         let mut changes = self.context.fleet.changes();
         loop {

@@ -1,4 +1,4 @@
-//! What the agents are asked, made from a VMMigration's status alone: a restarted operator asks in the same words.
+//! What the agents are asked, made from a VMMigration's status alone: a restarted operator asks for the same.
 
 use std::time::Duration;
 
@@ -12,10 +12,10 @@ use slackwater_proto::node as proto;
 use crate::inventory::{Vm, VmKey};
 use crate::plan::{Refusal, Request};
 
-/// How long the target bears the source's silence before it gives a reservation back by itself.
+/// How long the target waits for the silent source before it gives a reservation back by itself.
 const SILENCE_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// Reads a spec. The API server checks most of it already, and an old one not all.
+/// Reads a spec. The API server checks most of it already; an old one does not check all.
 ///
 /// # Errors
 /// [`Refusal::InvalidSpec`]
@@ -50,7 +50,7 @@ pub fn read_spec(namespace: &str, spec: &VMMigrationSpec) -> Result<Request, Ref
     })
 }
 
-/// An accepted migration, as the agents are told of it.
+/// An accepted migration, with all that the agents have to know about it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Accepted {
     /// The VMMigration's UID.
@@ -59,7 +59,7 @@ pub struct Accepted {
     pub vm: VmKey,
     /// Its node.
     pub source: String,
-    /// Where it goes.
+    /// The node that it goes to.
     pub target: String,
     target_address: String,
     attempt: u32,
@@ -96,7 +96,7 @@ impl Accepted {
         })
     }
 
-    /// The epoch is that of whoever sends it: see [`Fleet`](crate::fleet::Fleet).
+    /// Without an epoch: [`Fleet`](crate::fleet::Fleet) fills in its own.
     fn migration(&self) -> proto::MigrationRef {
         proto::MigrationRef { id: self.id.clone(), attempt: self.attempt, operator_epoch: 0 }
     }
@@ -140,7 +140,7 @@ impl Accepted {
         proto::AbortRequest { migration: Some(self.migration()), why: why.to_owned() }
     }
 
-    /// For either end. `peer`: the other end's word.
+    /// For either end. `peer`: the other end's record.
     pub fn resolve(&self, peer: Option<proto::JournalState>) -> proto::ResolveRequest {
         proto::ResolveRequest { migration: Some(self.migration()), peer }
     }
@@ -170,7 +170,7 @@ fn milliseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// How long the target bears the source's silence, for messages.
+/// How long the target waits for the silent source, for messages.
 pub fn silence_timeout() -> String {
     format_duration(SILENCE_TIMEOUT)
 }
@@ -189,36 +189,36 @@ mod tests {
     }
 
     #[test]
-    fn a_timeout_that_makes_no_sense_is_refused_with_its_value_and_what_would_be_right() {
-        let said = |timeout: &str| read_spec("demo", &spec(timeout)).unwrap_err().to_string();
+    fn a_bad_timeout_is_refused_with_its_value_and_what_would_be_right() {
+        let refusal = |timeout: &str| read_spec("demo", &spec(timeout)).unwrap_err().to_string();
         assert_eq!(
-            said("5 min"),
-            "spec.preCommitTimeout: \"5 min\" is not a duration; write hours, minutes, seconds and milliseconds in that \
-             order, as in 5m, 1m30s or 500ms."
+            refusal("5 min"),
+            "spec.preCommitTimeout: \"5 min\" is not a duration; write hours, minutes, seconds and \
+             milliseconds in that order, as in 5m, 1m30s or 500ms."
         );
-        assert_eq!(said("500ms"), "spec.preCommitTimeout is 500ms; it must be from 1s to 24h.");
-        assert_eq!(said("24h0m1s"), "spec.preCommitTimeout is 24h0m1s; it must be from 1s to 24h.");
+        assert_eq!(refusal("500ms"), "spec.preCommitTimeout is 500ms; it must be from 1s to 24h.");
+        assert_eq!(refusal("24h0m1s"), "spec.preCommitTimeout is 24h0m1s; it must be from 1s to 24h.");
         assert!(read_spec("demo", &spec("24h")).is_ok());
     }
 
     #[test]
-    fn a_budget_that_makes_no_sense_is_refused_with_its_value_and_what_would_be_right() {
+    fn a_bad_budget_is_refused_with_its_value_and_what_would_be_right() {
         let read = |budget: &str| {
             read_spec("demo", &VMMigrationSpec { downtime_budget: budget.into(), ..spec("5m") })
         };
-        let said = |budget: &str| read(budget).unwrap_err().to_string();
+        let refusal = |budget: &str| read(budget).unwrap_err().to_string();
         assert_eq!(
-            said("300"),
-            "spec.downtimeBudget: \"300\" is not a duration; write hours, minutes, seconds and milliseconds in that order, as \
-             in 5m, 1m30s or 500ms."
+            refusal("300"),
+            "spec.downtimeBudget: \"300\" is not a duration; write hours, minutes, seconds and milliseconds \
+             in that order, as in 5m, 1m30s or 500ms."
         );
-        assert_eq!(said("0ms"), "spec.downtimeBudget is 0ms; it must be from 1ms to 60s.");
-        assert_eq!(said("1m1ms"), "spec.downtimeBudget is 1m1ms; it must be from 1ms to 60s.");
+        assert_eq!(refusal("0ms"), "spec.downtimeBudget is 0ms; it must be from 1ms to 60s.");
+        assert_eq!(refusal("1m1ms"), "spec.downtimeBudget is 1m1ms; it must be from 1ms to 60s.");
         assert!(read("1ms").is_ok() && read("60s").is_ok());
     }
 
     #[test]
-    fn the_source_is_told_of_the_budget_and_the_default_is_300_ms_and_to_give_up() {
+    fn the_source_gets_the_budget_and_the_default_is_300_ms_and_to_abort() {
         let asked = |spec: VMMigrationSpec| {
             let status = VMMigrationStatus {
                 observed_spec: Some(spec),
@@ -243,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn the_agents_are_asked_from_the_status_alone_with_the_attempt_that_stands_in_it() {
+    fn the_agents_are_asked_from_the_status_alone_with_its_attempt() {
         let status = VMMigrationStatus {
             observed_spec: Some(spec("1m30s")),
             source_node: Some("node-a".into()),

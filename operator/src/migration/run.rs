@@ -1,6 +1,7 @@
 //! One migration under way, and settling it with both ends: what every step of it needs.
 //!
-//! `prepare`, `follow` and `release` are the steps; `drive` takes them in the order that [`step`](super::step) draws.
+//! `prepare`, `follow` and `release` are the steps; `drive` takes them in the order that
+//! [`step`](super::step) draws.
 
 use std::sync::Arc;
 
@@ -66,7 +67,8 @@ impl Run {
 
     /// Judges a round and shows what came of it.
     pub(super) async fn take_in_round(&mut self, round: Round) -> Option<Settlement> {
-        tracing::debug!(migration = self.tracked.name(), ?round, "both ends were asked");
+        let (source, target) = (&round.source, &round.target);
+        tracing::debug!(migration = self.tracked.name(), ?source, ?target, "both ends were asked");
         let settled = self.attempt.inquiry.judge(round);
         self.show_doubt();
         self.note_spec().await;
@@ -77,8 +79,8 @@ impl Run {
     /// Shows whether the migration is in doubt, by all that is known.
     pub(super) fn show_doubt(&mut self) {
         let inquiry = &self.attempt.inquiry;
-        // What an earlier operator has found out stays until this one has asked, too. The same goes for what this one
-        // shows, while an end may just be restarting.
+        // What an earlier operator has found out stays until this one has asked, too. The same goes for what
+        // this one shows, while an end may just be restarting.
         if self.tracked.draft().is_in_doubt() && (!inquiry.resolver().has_judged() || inquiry.is_patient()) {
             return;
         }

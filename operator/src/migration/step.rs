@@ -1,5 +1,5 @@
-//! What comes next for a VMMigration: a pure function of its status, so that a restarted operator goes on where the last
-//! one stopped.
+//! What comes next for a VMMigration: a pure function of its status, so that a restarted operator goes on
+//! where the last one stopped.
 //!
 //! ```text
 //!                 refused, cancelled ───────────────────────────────────────────▶ Done
@@ -10,11 +10,12 @@
 //!      │     ReleasingNeverStarted   ReleasingAbortedAtSource ─ Release ─▶ Released ─▶ Done
 //!      └──────────────────────── Retry, while attempts remain ────────────────┘
 //! ```
-//! Each state is written to the API server **before** the call that it is about. So `Requested` says that the source has
-//! not been asked for anything, and that is what makes `NEVER_STARTED` a true word to the target.
+//! Each state is written to the API server **before** the call that it is about. So `Requested` says that the
+//! source has not been asked for anything, and only that makes it true to tell the target `NEVER_STARTED`.
 
 use slackwater_api::{Reservation, VMMigrationStatus};
 use slackwater_proto::node::ReleaseReason;
+use strum::VariantArray;
 
 /// What comes next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,14 +36,14 @@ pub enum Step {
     Done,
 }
 
-/// What its user wants.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What the user wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, VariantArray)]
 pub enum Wish {
-    /// That it is carried out.
+    /// The migration is to be carried out.
     Migrate,
-    /// That it is given up: it was cancelled.
+    /// The migration is to be given up: it was cancelled.
     Cancel,
-    /// That it is given up, and nothing is left of it: it was deleted.
+    /// The migration is to be given up, and nothing is to be left of it: it was deleted.
     Delete,
 }
 
@@ -71,13 +72,13 @@ pub fn next(status: &VMMigrationStatus, wish: Wish) -> Step {
         Some(Reservation::Released) if ended => Step::Done,
         Some(Reservation::Released) if wish != Wish::Migrate => Step::GiveUp,
         Some(Reservation::Released) => Step::Retry,
-        // Version 0.1.0 took a doubt for an end.
+        // Version 0.1.0 treated a doubt as an end.
         Some(Reservation::Kept) if !ended => Step::Migrate,
         Some(Reservation::Used | Reservation::Kept) => Step::Done,
     }
 }
 
-/// The migration has been accepted, and its VM and the devices at the target are still spoken for.
+/// The migration has been accepted, and its VM and the devices at the target still belong to it.
 pub fn holds_claim(status: &VMMigrationStatus) -> bool {
     match status.reservation {
         None | Some(Reservation::Used) => false,
@@ -101,14 +102,14 @@ mod tests {
         VMMigrationStatus { reservation: Some(reservation), ..Default::default() }
     }
 
-    fn over(reservation: Option<Reservation>) -> VMMigrationStatus {
+    fn ended(reservation: Option<Reservation>) -> VMMigrationStatus {
         let completion_time =
             Some(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(jiff::Timestamp::UNIX_EPOCH));
         VMMigrationStatus { reservation, completion_time, ..Default::default() }
     }
 
     #[test]
-    fn a_deleted_or_cancelled_migration_is_never_planned_nor_reserved_for() {
+    fn a_deleted_or_cancelled_migration_is_neither_planned_nor_reserved() {
         assert_eq!(next(&VMMigrationStatus::default(), Wish::Delete), Step::Done);
         assert_eq!(next(&VMMigrationStatus::default(), Wish::Cancel), Step::GiveUp);
         for wish in [Wish::Delete, Wish::Cancel] {
@@ -118,24 +119,24 @@ mod tests {
     }
 
     #[test]
-    fn after_the_source_may_have_been_asked_the_target_never_hears_never_started() {
-        for wish in [Wish::Migrate, Wish::Cancel, Wish::Delete] {
+    fn once_the_source_may_have_been_asked_the_target_is_not_told_never_started() {
+        for wish in Wish::VARIANTS.iter().copied() {
             assert_eq!(next(&with(Reservation::Held), wish), Step::Migrate);
         }
     }
 
     #[test]
-    fn what_an_older_operator_left_in_doubt_is_taken_up_again() {
+    fn a_doubt_that_an_older_operator_left_is_taken_up_again() {
         assert_eq!(next(&with(Reservation::Kept), Wish::Migrate), Step::Migrate);
-        assert_eq!(next(&over(Some(Reservation::Kept)), Wish::Migrate), Step::Done);
+        assert_eq!(next(&ended(Some(Reservation::Kept)), Wish::Migrate), Step::Done);
         assert!(holds_claim(&with(Reservation::Kept)));
     }
 
     #[test]
-    fn between_two_attempts_the_vm_stays_spoken_for() {
+    fn between_two_attempts_the_vm_stays_claimed() {
         assert_eq!(next(&with(Reservation::Released), Wish::Migrate), Step::Retry);
         assert!(holds_claim(&with(Reservation::Released)));
-        assert_eq!(next(&over(Some(Reservation::Released)), Wish::Migrate), Step::Done);
-        assert!(!holds_claim(&over(Some(Reservation::Released))));
+        assert_eq!(next(&ended(Some(Reservation::Released)), Wish::Migrate), Step::Done);
+        assert!(!holds_claim(&ended(Some(Reservation::Released))));
     }
 }

@@ -7,21 +7,22 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use slackwater_api::{DeviceMigration, DeviceStep, TimelineEntry, format_duration};
 use slackwater_proto::node::{DeviceStateChange, MigrationEvent, Phase, migration_event::What};
 
-/// At most this many steps of a device, and entries of the timeline, go into a status: an object has an upper size.
+/// At most this many steps of a device, and entries of the timeline, go into a status: an object has an upper
+/// size.
 const SHOWN: usize = 64;
 
 /// The names of `enum vfio_device_mig_state` (include/uapi/linux/vfio.h), by number.
 const KERNEL_STATES: [&str; 8] =
     ["ERROR", "STOP", "RUNNING", "STOP_COPY", "RESUMING", "RUNNING_P2P", "PRE_COPY", "PRE_COPY_P2P"];
 
-/// The events of one attempt, each once, in the order in which they were told.
+/// The events of one attempt, each once, in the order in which they were reported.
 ///
-/// An agent that is joined again tells all from the start. One that has been restarted numbers anew, and may tell less than it
-/// did before; what it told before is kept.
+/// An agent that is joined again reports all from the start. An agent that was restarted numbers its events
+/// from 1 again, and may report less than it did before; what it reported before is kept.
 #[derive(Debug, Clone, Default)]
 pub struct Trace {
     events: Vec<MigrationEvent>,
-    /// Of the stream that is being listened to.
+    /// Of the current stream.
     last_sequence: u64,
     /// How many of the events came by earlier streams.
     earlier: usize,
@@ -34,7 +35,7 @@ impl Trace {
         self.earlier = self.events.len();
     }
 
-    /// Takes the next event. `false`: it has been seen before.
+    /// Takes the next event. `false`: it is known already.
     pub fn push(&mut self, event: MigrationEvent) -> bool {
         if event.sequence <= self.last_sequence {
             return false;
@@ -46,19 +47,19 @@ impl Trace {
         if self.events.iter().take(self.earlier).any(is_same) {
             return false;
         }
-        // Of these the last word counts, and nobody keeps it.
+        // Only the latest of these counts, and none is kept.
         if !matches!(event.what, Some(What::Progress(_) | What::Estimate(_))) {
             self.events.push(event);
         }
         true
     }
 
-    /// The stream that is being listened to has told nothing yet.
+    /// The current stream has reported nothing yet.
     pub fn is_silent(&self) -> bool {
         self.last_sequence == 0
     }
 
-    /// What happened when: what a status shows already, and what is new. Each phase is reached once.
+    /// What happened when: what a status shows already, and what is new. Each phase appears once per node.
     pub fn timeline(&self, shown: &[TimelineEntry]) -> Vec<TimelineEntry> {
         let mut timeline = shown.to_vec();
         let earlier = shown.first().and_then(start_of);
@@ -93,14 +94,14 @@ impl Trace {
             }),
             _ => None,
         };
-        // What the target did before the source connected to it is told late.
+        // What the target did before the source connected to it is reported late.
         let mut events: Vec<_> = self.events.iter().collect();
         events.sort_by_key(|event| event.unix_ns);
         events.into_iter().filter_map(step).take(SHOWN).collect()
     }
 
-    /// Since the first of all events, those that were told to an earlier operator included. The agent that streams them has put
-    /// both nodes' times on its own wall clock.
+    /// Since the first of all events, including those that an earlier operator took in. The agent that
+    /// streams them has converted both nodes' times to its own wall clock.
     fn elapsed(&self, event: &MigrationEvent, earlier: Option<i64>) -> String {
         let start = self.events.iter().map(|event| event.unix_ns).chain(earlier).min();
         let elapsed = event.unix_ns.saturating_sub(start.unwrap_or(event.unix_ns));
@@ -108,7 +109,7 @@ impl Trace {
     }
 }
 
-/// A phase stands in a timeline.
+/// A timeline shows a phase.
 pub fn is_shown(timeline: &[TimelineEntry], phase: &str, node: &str) -> bool {
     timeline.iter().any(|entry| entry.phase == phase && entry.node == node)
 }
@@ -174,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_told_late_stands_where_it_happened() {
+    fn what_is_reported_late_is_shown_where_it_happened() {
         let mut trace = Trace::default();
         trace.push(event(1, "a", 200, change("x", 6)));
         trace.push(event(2, "b", 100, change("y", 4)));
@@ -192,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn an_event_told_again_is_not_counted_again() {
+    fn a_repeated_event_is_not_counted_again() {
         let mut trace = Trace::default();
         assert!(trace.push(event(1, "a", 0, phase(Phase::Connected))));
         assert!(!trace.push(event(1, "a", 0, phase(Phase::Connected))));
@@ -207,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn what_an_agent_told_before_it_was_restarted_is_kept() {
+    fn what_an_agent_reported_before_it_was_restarted_is_kept() {
         let mut trace = Trace::default();
         trace.push(event(1, "a", 10, phase(Phase::Connected)));
         trace.push(event(2, "a", 50, change("x", 3)));
@@ -239,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_that_are_not_known_are_shown_as_numbers() {
+    fn unknown_numbers_are_shown_as_numbers() {
         assert_eq!(state_name(7), "PRE_COPY_P2P");
         assert_eq!(state_name(8), "state 8");
         assert_eq!(phase_name(99), "phase 99");

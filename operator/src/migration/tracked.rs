@@ -1,8 +1,8 @@
-//! One VMMigration as its task follows it: what the watch says about it, its status under construction, and writing the
-//! status and the finalizer.
+//! One VMMigration as its task follows it: what the watch says about it, its status under construction, and
+//! writing the status and the finalizer.
 //!
-//! What must survive a crash is written before it is acted upon, and that write is repeated until the API server takes
-//! it. Progress is written when that works.
+//! What must survive a crash is written before it is acted upon, and that write is repeated until the API
+//! server takes it. Progress is written when that works.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,8 +21,8 @@ use crate::conditions::Stamp;
 
 /// Before a call to the API server or to an agent is repeated.
 pub(super) const RETRY_PAUSES: Pauses = Pauses::new(Duration::from_millis(500), Duration::from_secs(10));
-/// The shortest pause, even where an agent has something new to say: an agent that comes and goes must not be asked in a
-/// tight loop.
+/// The shortest pause, even where an agent has something new to say: an agent that comes and goes must not be
+/// asked in a tight loop.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(500);
 
 /// A VMMigration, and what its task has found out about it.
@@ -54,8 +54,8 @@ impl TrackedMigration {
         }
     }
 
-    /// Begins with what the API server has now: the watch can be behind what an earlier task, or an earlier operator, has
-    /// written. `false`: the object is gone.
+    /// Begins with what the API server has now: the watch can be behind what an earlier task, or an earlier
+    /// operator, has written. `false`: the object is gone.
     pub(super) async fn read_again(&mut self) -> bool {
         let mut backoff = RETRY_PAUSES.begin();
         loop {

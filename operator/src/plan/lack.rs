@@ -1,4 +1,5 @@
-//! What a node lacks for a VM's devices: per model how many are free, how many are needed, and where the others are.
+//! What a node lacks for a VM's devices: per model how many are free, how many are needed, and where the
+//! others are.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -6,7 +7,7 @@ use std::fmt;
 use slackwater_api::MigrationFeature;
 
 use super::Checks;
-use super::matching::{NEEDED, Taken, Wanted, is_alike};
+use super::fit::{NEEDED, Taken, Wanted, is_alike};
 use crate::inventory::Device;
 
 /// Devices that a node lacks.

@@ -1,12 +1,14 @@
 //! The planner: which device takes over from which, on which node; or why there can be no migration.
 //!
-//! A pure function of what the operator knows. It refuses everything that is known to fail **before** any device is
-//! touched, and says what is wrong, which value, and what would help. The agents check the same again for themselves.
+//! A pure function of what the operator knows. It refuses everything that is known to fail **before** any
+//! device is touched, and says what is wrong, which value, and what would help. The agents check the same
+//! again for themselves.
 //!
 //! ```text
-//!  where is the VM? ─▶ is it free to move? ─▶ can it be migrated at all? ─▶ where to? ─▶ do the devices match?
+//!  where is the VM? ─▶ is it free to move? ─▶ can it be migrated at all? ─▶ which node? ─▶ do devices match?
 //! ```
 
+mod fit;
 mod lack;
 mod matching;
 mod refusal;
@@ -19,8 +21,8 @@ use crate::inventory::{
     Blocker, DeviceFeatures, Inventory, Link, Node, Vm, VmKey, VmReport, Whereabouts, reports_of, whereabouts,
 };
 
+use fit::{Taken, Wanted};
 pub use lack::Lack;
-use matching::{Taken, Wanted};
 pub use refusal::Refusal;
 
 /// What a user asks for.
@@ -92,8 +94,8 @@ pub struct Pair {
 
 /// Plans a migration.
 ///
-/// Without a target in the request, the first node by name whose free devices match is taken: the same input always
-/// gives the same plan.
+/// Without a target in the request, the first node by name whose free devices match is taken: the same input
+/// always gives the same plan.
 ///
 /// # Errors
 /// [`Refusal`]: why it cannot work.

@@ -12,7 +12,8 @@ const LISTED: usize = 5;
 
 /// A request that cannot work. Nothing has been touched.
 ///
-/// The name of a variant is its reason in a condition, unless it says otherwise. Troubleshooting is listed by it.
+/// The name of a variant is its reason in a condition, unless it says otherwise. Troubleshooting is listed by
+/// it.
 #[derive(Debug, Clone, PartialEq, Eq, IntoStaticStr)]
 pub enum Refusal {
     /// A value of the spec makes no sense.
@@ -152,7 +153,7 @@ impl fmt::Display for Refusal {
             ),
             Self::MigrationInProgress { vm, by } => write!(
                 f,
-                "VM {vm} is already being migrated by {by}. Wait for its end, or delete it to give it up."
+                "VM {vm} is already being migrated by {by}. Wait until it has ended, or delete it to give it up."
             ),
             Self::NotMigratable { vm, node, blockers } => {
                 write!(f, "VM {vm} on {node} cannot be migrated: ")?;
@@ -165,8 +166,8 @@ impl fmt::Display for Refusal {
             }
             Self::PeerToPeerUnsupported { vm, devices } => write!(
                 f,
-                "VM {vm} has several devices, and these cannot be quiesced before they are stopped, since their drivers \
-                 do not support P2P: {}. {ASSUME_ISOLATED}",
+                "VM {vm} has several devices, and these cannot be quiesced before they are stopped, since \
+                 their drivers do not support P2P: {}. {ASSUME_ISOLATED}",
                 list(devices)
             ),
             Self::TargetNotFound { target, known } if known.is_empty() => write!(

@@ -86,7 +86,7 @@ fn devices_are_paired_in_the_order_of_the_vm() {
 }
 
 #[test]
-fn without_a_target_the_first_node_by_name_that_fits_is_taken() {
+fn without_a_target_the_planner_takes_the_first_fitting_node_by_name() {
     let mut inventory = two_nodes();
     let b = inventory.remove("node-b").unwrap();
     inventory.insert("node-d".into(), b.clone());
@@ -97,7 +97,7 @@ fn without_a_target_the_first_node_by_name_that_fits_is_taken() {
 }
 
 #[test]
-fn a_vm_that_no_node_reports_is_refused_with_those_that_may_be_meant() {
+fn a_vm_that_no_node_reports_is_refused_with_the_vms_that_may_be_meant() {
     let request = Request { vm: key("conter"), ..request() };
     let mut inventory = two_nodes();
     assert_refused(
@@ -141,7 +141,7 @@ fn a_vm_in_the_middle_of_a_hand_over_is_being_migrated_and_not_reported_twice() 
         &request(),
         &inventory,
         "MigrationInProgress",
-        "VM demo/counter is already being migrated by id u-1. Wait for its end, or delete it to give it up.",
+        "VM demo/counter is already being migrated by id u-1. Wait until it has ended, or delete it to give it up.",
     );
 }
 
@@ -209,9 +209,9 @@ fn several_devices_without_p2p_are_refused_unless_stated_to_be_isolated_and_one_
         &request(),
         &inventory,
         "PeerToPeerUnsupported",
-        "VM demo/counter has several devices, and these cannot be quiesced before they are stopped, since their drivers \
-         do not support P2P: a1 (mtty), a2 (mtty). If its devices never talk to each other, state so by \
-         spec.peerToPeer: AssumeIsolated.",
+        "VM demo/counter has several devices, and these cannot be quiesced before they are stopped, since \
+         their drivers do not support P2P: a1 (mtty), a2 (mtty). If its devices never talk to each other, \
+         state so by spec.peerToPeer: AssumeIsolated.",
     );
     let isolated = Request { peer_to_peer: PeerToPeer::AssumeIsolated, ..request() };
     assert!(plan(&isolated, &inventory, &[], Checks::default()).is_ok());
@@ -268,7 +268,7 @@ fn a_target_that_is_unknown_or_the_source_or_silent_is_refused() {
 }
 
 #[test]
-fn a_target_with_one_device_too_few_is_told_how_many_and_who_has_the_other() {
+fn a_target_with_one_device_too_few_is_refused_with_the_count_and_the_other_holder() {
     let mut inventory = two_nodes();
     let b = node(vec![("b1", device("mtty-1", ALL, "")), ("b2", device("mtty-1", ALL, "VM demo/other"))]);
     inventory.insert("node-b".into(), b);
@@ -276,8 +276,8 @@ fn a_target_with_one_device_too_few_is_told_how_many_and_who_has_the_other() {
         &request(),
         &inventory,
         "NoMatchingDevices",
-        "The devices of VM demo/counter have no match: node-b has 1 free mtty-1 (driver mtty), 2 needed, not free there: \
-         b2: VM demo/other. Free the devices, or name another node.",
+        "The devices of VM demo/counter have no match: node-b has 1 free mtty-1 (driver mtty), 2 needed, not \
+         free there: b2: VM demo/other. Free the devices, or name another node.",
     );
 }
 
@@ -290,8 +290,8 @@ fn another_model_does_not_match_unless_a_test_says_so() {
         &request(),
         &inventory,
         "NoMatchingDevices",
-        "The devices of VM demo/counter have no match: node-b has no free mtty-1 (driver mtty), 2 needed, free there of \
-         other models: 2 mtty-2. Free the devices, or name another node.",
+        "The devices of VM demo/counter have no match: node-b has no free mtty-1 (driver mtty), 2 needed, \
+         free there of other models: 2 mtty-2. Free the devices, or name another node.",
     );
     let plan = plan(&request(), &inventory, &[], Checks { device_model: false }).unwrap();
     assert_eq!(targets(&plan), ["b1", "b2"]);
@@ -326,7 +326,7 @@ fn devices_that_another_migration_was_given_are_not_given_again() {
 }
 
 #[test]
-fn without_any_fitting_node_each_is_told_what_it_lacks() {
+fn without_any_fitting_node_the_refusal_says_what_each_node_lacks() {
     let mut inventory = two_nodes();
     inventory.insert("node-b".into(), node(vec![]));
     let mut c = node(vec![]);
@@ -345,7 +345,7 @@ fn without_any_fitting_node_each_is_told_what_it_lacks() {
 }
 
 #[test]
-fn the_first_fitting_device_is_left_to_the_one_that_needs_it() {
+fn the_first_fitting_device_is_left_to_the_device_that_needs_it() {
     assert_eq!(assign(&[vec![0, 1], vec![0]]), [Some(1), Some(0)]);
     assert_eq!(assign(&[vec![0], vec![0]]), [Some(0), None]);
 }

@@ -1,7 +1,8 @@
-//! What the agents say, shown in Kubernetes: the status of each MigrationNode, and one AssignedVM for each VM.
+//! What the agents report, shown in Kubernetes: the status of each MigrationNode, and one AssignedVM for each
+//! VM.
 //!
-//! `node_status` and `vm_status` are pure: they say what should stand there. `nodes` and `vms` compare that with what does,
-//! and write the difference.
+//! `node_status` and `vm_status` are pure: they decide what each status should be. `nodes` and `vms` compare
+//! that with what it is, and write the difference.
 
 mod node_status;
 pub mod nodes;
@@ -11,7 +12,7 @@ pub mod vms;
 use std::time::Duration;
 
 /// The pause before a write that failed is tried again.
-const RETRY: Duration = Duration::from_secs(2);
+const RETRY_PAUSE: Duration = Duration::from_secs(2);
 
 /// The API has no unsigned numbers.
 fn count(items: usize) -> i32 {

@@ -8,7 +8,7 @@ use super::count;
 use crate::conditions::{self, Finding, Stamp, Status};
 use crate::inventory::{Device, DeviceFeatures, Link, Node};
 
-/// What the status should be. Of a node that does not answer, the last report stays.
+/// What the status should be. The last report of a node that does not answer stays.
 pub(super) fn node_status(node: &Node, previous: &[Condition], stamp: Stamp) -> MigrationNodeStatus {
     let mut status = MigrationNodeStatus {
         observed_generation: stamp.generation,
@@ -103,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn a_silent_node_is_not_ready_in_words_and_keeps_its_last_report() {
+    fn a_silent_node_is_not_ready_with_a_message_and_keeps_its_last_report() {
         let status = node_status(&node(Link::Down { error: "connection refused".into() }), &[], STAMP);
         let ready = conditions::find(&status.conditions, READY).unwrap();
         assert_eq!((ready.status.as_str(), ready.reason.as_str()), ("False", "AgentUnreachable"));

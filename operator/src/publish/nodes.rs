@@ -1,4 +1,4 @@
-//! MigrationNodes: which agents to follow, and what to show of them.
+//! MigrationNodes: which agents to follow, and what to show about them.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -12,10 +12,10 @@ use crate::cluster::{Cluster, Observed, WriteError};
 use crate::conditions::Stamp;
 use crate::fleet::{Address, Fleet};
 
-/// Follows the agents that the MigrationNodes name, and shows what they say. Ends when the watch does.
+/// Follows the agents that the MigrationNodes name, and shows what they report. Ends when the watch does.
 ///
-/// MigrationNodes are written by hand for now; agents that are found by their EndpointSlice join the map that `follow` is
-/// given.
+/// Administrators write MigrationNodes by hand for now. Agents that are found by their EndpointSlice would
+/// join the map that `follow` takes.
 pub async fn run(cluster: Cluster, mut nodes: Observed<MigrationNode>, fleet: Arc<Fleet>) {
     let mut changes = fleet.changes();
     if !nodes.ready().await {
@@ -35,7 +35,7 @@ pub async fn run(cluster: Cluster, mut nodes: Observed<MigrationNode>, fleet: Ar
         tokio::select! {
             alive = nodes.changed() => if !alive { return },
             () = changes.next() => {}
-            () = tokio::time::sleep(super::RETRY), if again => {}
+            () = tokio::time::sleep(super::RETRY_PAUSE), if again => {}
         }
     }
 }

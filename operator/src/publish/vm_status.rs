@@ -1,4 +1,4 @@
-//! The status of an AssignedVM: where the VM is, and whether it can be migrated, before anyone tries.
+//! The status of an AssignedVM: where the VM is, and whether it can be migrated, before a user tries.
 
 use slackwater_api::condition::{MIGRATABLE, READY};
 use slackwater_api::{AssignedVMStatus, MigrationReference, PeerToPeer, VmDevice, VmState};
@@ -18,7 +18,7 @@ pub(super) fn vm_status(
     stamp: Stamp,
 ) -> AssignedVMStatus {
     let mut status = match whereabouts(inventory, key) {
-        Whereabouts::At(report) => described(report),
+        Whereabouts::At(report) => describe(report),
         // There is no report, or no way to say which one is right: what was known last stays.
         Whereabouts::Several(_) | Whereabouts::Nowhere => previous.clone(),
     };
@@ -26,7 +26,7 @@ pub(super) fn vm_status(
     status.migration = migration_of(key, inventory, migrations);
 
     let ready = ready(key, inventory, previous);
-    // About a VM that cannot be seen nothing more is known than that.
+    // Nothing more is known about a VM that cannot be seen.
     let migratable = match ready.status {
         Status::Unknown => ready.clone(),
         Status::True | Status::False => migratable(key, inventory, migrations),
@@ -65,7 +65,7 @@ fn ready(key: &VmKey, inventory: &Inventory, previous: &AssignedVMStatus) -> Fin
     }
 }
 
-/// Of a VM that one reachable node has.
+/// Ready, for a VM that one reachable node has.
 fn ready_at(node: &str, vm: &Vm) -> Finding {
     match vm.state {
         inventory::VmState::Running => {
@@ -115,7 +115,7 @@ fn migration_of(
 }
 
 /// A status without conditions, as the node of the VM describes it.
-fn described(VmReport { name, node, vm }: VmReport<'_>) -> AssignedVMStatus {
+fn describe(VmReport { name, node, vm }: VmReport<'_>) -> AssignedVMStatus {
     let device = |device_name: &String| {
         let known = node.report.as_ref().and_then(|report| report.devices.get(device_name));
         VmDevice {
@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn a_blocker_is_shown_before_anyone_tries() {
+    fn a_blocker_is_shown_before_a_user_tries() {
         let blocker = Blocker {
             reason: "MemoryNotShared".into(),
             message: "x".into(),
@@ -220,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn a_vm_of_a_silent_node_is_unknown_and_one_that_its_node_has_no_more_is_not_reported() {
+    fn a_vm_of_a_silent_node_is_unknown_and_a_vm_that_left_its_node_is_not_reported() {
         let before = fresh(&at(vec![("node-a", node(Some(vm())))]));
         let mut silent = node(Some(vm()));
         silent.link = Link::Down { error: "timeout".into() };

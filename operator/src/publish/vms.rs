@@ -9,7 +9,7 @@ use kube::ResourceExt;
 use slackwater_api::condition::READY;
 use slackwater_api::{AssignedVM, AssignedVMStatus, MigrationNode};
 
-use super::RETRY;
+use super::RETRY_PAUSE;
 use super::vm_status::vm_status;
 use crate::cluster::{Cluster, Observed, WriteError};
 use crate::conditions::{self, Stamp};
@@ -20,8 +20,8 @@ use crate::notice::Notice;
 use crate::plan::OtherMigration;
 use crate::reason::NOT_REPORTED;
 
-/// For how long a VM that its node does not have any more is shown as such: in a hand-over the word of the one node can
-/// come after that of the other.
+/// How long a VM that its node does not have any more is shown as such: in a hand-over, the report of the one
+/// node can arrive after that of the other.
 const GRACE: Duration = Duration::from_secs(5);
 
 /// Keeps the AssignedVMs as the agents report the VMs. Ends when a watch does.
@@ -33,8 +33,8 @@ pub async fn run(
     claims: Arc<Claims>,
 ) {
     let mut changes = fleet.changes();
-    let mut claimed = claims.changes();
-    let mut told = BTreeSet::new();
+    let mut claim_changes = claims.changes();
+    let mut reported_missing = BTreeSet::new();
     if !vms.ready().await {
         return;
     }
@@ -43,22 +43,23 @@ pub async fn run(
             vms.all().into_iter().map(|vm| (key(&vm), vm)).collect();
         let inventory = fleet.inventory();
         let migrations = claims.all();
-        let keys: BTreeSet<VmKey> = reported(&inventory).chain(objects.keys().cloned()).collect();
+        let keys: BTreeSet<VmKey> = reported_vms(&inventory).chain(objects.keys().cloned()).collect();
         let mut again = false;
-        // Before every agent has been asked once, a VM that is not reported may still be.
+        // Before every agent has answered or failed once, a VM that no agent has reported may still exist.
         let settled = fleet.undecided().is_some_and(|undecided| undecided.is_empty());
         for vm in keys {
             let object = objects.get(&vm).map(Arc::as_ref);
             match sync(&cluster, &vm, object, &inventory, &migrations, settled).await {
                 Ok(Synced::Settled) => {
-                    told.remove(&vm);
+                    reported_missing.remove(&vm);
                 }
                 Ok(Synced::LookAgain) => again = true,
                 Err(error) => {
                     again = true;
                     tracing::warn!(%vm, %error, "an AssignedVM could not be written");
-                    if matches!(error, WriteError::NoNamespace { .. }) && told.insert(vm.clone()) {
-                        tell_no_namespace(&cluster, &vm, &inventory, &nodes).await;
+                    let no_namespace = matches!(error, WriteError::NoNamespace { .. });
+                    if no_namespace && reported_missing.insert(vm.clone()) {
+                        report_no_namespace(&cluster, &vm, &inventory, &nodes).await;
                     }
                 }
             }
@@ -66,8 +67,8 @@ pub async fn run(
         tokio::select! {
             alive = vms.changed() => if !alive { return },
             () = changes.next() => {}
-            () = claimed.next() => {}
-            () = tokio::time::sleep(RETRY), if again => {}
+            () = claim_changes.next() => {}
+            () = tokio::time::sleep(RETRY_PAUSE), if again => {}
         }
     }
 }
@@ -83,10 +84,11 @@ fn key(vm: &AssignedVM) -> VmKey {
     VmKey { namespace: vm.namespace().unwrap_or_default(), name: vm.name_any() }
 }
 
-fn reported(inventory: &Inventory) -> impl Iterator<Item = VmKey> {
+fn reported_vms(inventory: &Inventory) -> impl Iterator<Item = VmKey> {
     inventory.values().filter_map(|node| node.report.as_ref()).flat_map(|report| report.vms.keys().cloned())
 }
 
+/// Brings one AssignedVM up to date. `settled`: every agent has answered or failed once.
 async fn sync(
     cluster: &Cluster,
     vm: &VmKey,
@@ -111,7 +113,7 @@ async fn sync(
         return Ok(Synced::LookAgain);
     }
     if unreported && since_unreported(&previous, now).is_some_and(|since| since >= GRACE) {
-        tracing::info!(%vm, node = previous.node_name, "the VM is gone, so is its AssignedVM");
+        tracing::info!(%vm, node = previous.node_name, "the VM is gone; removing its AssignedVM");
         cluster.remove_vm(object).await?;
         return Ok(Synced::Settled);
     }
@@ -128,14 +130,14 @@ fn is_unreported(status: &AssignedVMStatus) -> bool {
     conditions::has_reason(&status.conditions, READY, NOT_REPORTED)
 }
 
-/// How long an object has said that its VM is not reported.
+/// How long the object has said that no agent reports its VM.
 fn since_unreported(status: &AssignedVMStatus, now: Timestamp) -> Option<Duration> {
     let ready = conditions::find(&status.conditions, READY).filter(|ready| ready.reason == NOT_REPORTED)?;
     let since: SignedDuration = now.duration_since(ready.last_transition_time.0);
     Duration::try_from(since).ok()
 }
 
-async fn tell_no_namespace(
+async fn report_no_namespace(
     cluster: &Cluster,
     vm: &VmKey,
     inventory: &Inventory,
@@ -143,7 +145,8 @@ async fn tell_no_namespace(
 ) {
     let reports = crate::inventory::reports_of(inventory, vm);
     let note = format!(
-        "VM {vm} cannot be shown, nor migrated: there is no namespace {:?}. Create it; this is tried again until then.",
+        "VM {vm} cannot be shown, nor migrated: there is no namespace {:?}. Create it; the operator tries \
+         again until then.",
         vm.namespace
     );
     for report in reports {

@@ -1,8 +1,8 @@
-//! Figures from several rounds: the median, and how far they lie apart.
+//! Figures from several rounds: the median, and their range.
 
 use serde::Serialize;
 
-/// What several rounds gave.
+/// The figures of several rounds.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Spread {
     /// How many.
@@ -16,7 +16,7 @@ pub struct Spread {
 }
 
 impl Spread {
-    /// Of these figures; none of none.
+    /// Of these figures. `None` if there are none.
     #[must_use]
     pub fn of(figures: impl IntoIterator<Item = f64>) -> Option<Self> {
         let mut sorted: Vec<f64> = figures.into_iter().collect();
@@ -27,7 +27,7 @@ impl Spread {
         Some(Self { rounds, median: f64::midpoint(*below, *above), min, max })
     }
 
-    /// This median by the other; none where there is nothing to divide by.
+    /// This median divided by the other. `None` if the other is not positive.
     #[must_use]
     pub fn ratio_to(&self, other: &Self) -> Option<f64> {
         (other.median > 0.0).then(|| self.median / other.median)

@@ -1,13 +1,13 @@
-//! The blackout of a migration, taken apart by the two kernels' traces: the same marks for whoever moved the VM.
+//! The blackout of a migration, split up by the two kernels' traces. The marks are the same for both movers.
 //!
 //! ```text
 //! source       last vCPU run ─ all in STOP_COPY ─ first read of final data
-//!                                                           │  two clocks
-//! destination                                    last write of device data ─ first leaves RESUMING ─ all in STOP
-//!                                                             ─ first leaves STOP ─ all RUNNING ─ first vCPU run
+//!                                                   │  two clocks
+//! destination                            last write of device data ─ first leaves RESUMING ─ all in STOP
+//!                                                     ─ first leaves STOP ─ all RUNNING ─ first vCPU run
 //! ```
 //!
-//! Between two marks lies a [`BlackoutPart`]; the parts add up to the blackout.
+//! Between two marks is a [`BlackoutPart`]; the parts add up to the blackout.
 
 use serde::Serialize;
 use slackwater_lab::witness::{AccessKind, Change, State, Trace};
@@ -17,28 +17,29 @@ use strum::VariantArray;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, VariantArray)]
 #[serde(rename_all = "kebab-case")]
 pub enum BlackoutPart {
-    /// The vCPUs stand; the devices are stopped.
+    /// The vCPUs are paused; the devices are being stopped.
     Stop,
-    /// All devices stand in STOP_COPY; nothing is read yet.
+    /// All devices are in STOP_COPY; nothing is read yet.
     Gate,
-    /// The final data are read, carried and written. It goes from one node's clock to the other's.
+    /// The final data are read, sent and written. It spans both nodes' clocks.
     Carry,
-    /// The devices have all of their data; the rest of the VM is loaded, and that is noticed.
+    /// The devices have all of their data; the rest of the VM is loaded, and this is noticed.
     Load,
-    /// The devices are led from RESUMING to STOP. QEMU alone does so on the way to RUNNING: for it, this is its first device's way.
+    /// The devices go from RESUMING to STOP. Plain QEMU does this on the way to RUNNING: for it, this is the
+    /// first device only.
     Check,
-    /// All devices stand in STOP; the two ends agree on who runs the VM.
+    /// All devices are in STOP; the two ends agree on who runs the VM.
     HandOver,
-    /// The devices are led to RUNNING.
+    /// The devices go to RUNNING.
     Wake,
     /// The devices run; the vCPUs do not yet.
     Cont,
 }
 
 impl BlackoutPart {
-    /// Its name, and from what to what it is.
+    /// Its name, and the marks at which it begins and ends.
     #[must_use]
-    pub fn told(self) -> (&'static str, &'static str) {
+    pub fn describe(self) -> (&'static str, &'static str) {
         match self {
             Self::Stop => ("stop", "last vCPU run -> all devices in STOP_COPY"),
             Self::Gate => ("gate", "-> first read of final data"),
@@ -70,7 +71,7 @@ pub struct DestinationMarks {
     pub written_ns: u64,
     /// The first device begins to leave RESUMING.
     pub leaving_ns: u64,
-    /// The last device has come to STOP; or the first leaves it, if that was before.
+    /// The last device reaches STOP, or the first leaves it, whichever is earlier.
     pub in_stop_ns: u64,
     /// The first device begins to leave STOP.
     pub waking_ns: u64,
@@ -85,15 +86,16 @@ pub struct DestinationMarks {
 pub struct Blackout {
     /// From the source's last vCPU run to the destination's first, milliseconds.
     pub blackout_ms: f64,
-    /// From the first device that stood at the source to the last that ran at the destination, milliseconds.
+    /// From the first device that stopped at the source to the last that ran at the destination,
+    /// milliseconds.
     pub devices_ms: f64,
-    /// By how much these, and the part that goes from one clock to the other, may be wrong, milliseconds either way.
+    /// The error of these, and of the part that spans both clocks, milliseconds either way.
     pub clock_error_ms: f64,
     /// The parts, milliseconds, in the order of [`BlackoutPart`].
     pub parts_ms: Vec<(BlackoutPart, f64)>,
 }
 
-/// A mark that cannot be found, or does not fit the others.
+/// A mark that is missing, or contradicts another.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MarkError {
     /// No such event.
@@ -109,13 +111,13 @@ pub enum MarkError {
     Order {
         /// Where.
         node: String,
-        /// What ought to be first.
+        /// What must be first.
         earlier: &'static str,
-        /// When it was.
+        /// Its time.
         earlier_ns: u64,
-        /// What ought to be next.
+        /// What must follow.
         later: &'static str,
-        /// When that was.
+        /// Its time.
         later_ns: u64,
     },
 }
@@ -210,7 +212,7 @@ impl Blackout {
     }
 }
 
-/// Every arc that a device was led through; resets are none.
+/// Every arc of a device, without resets.
 fn arcs(trace: &Trace) -> impl Iterator<Item = &Change> {
     trace.devices.values().flat_map(|device| &device.changes).filter(|change| change.from.is_some())
 }
@@ -235,7 +237,7 @@ fn in_order(trace: &Trace, marks: &[(&'static str, u64)]) -> Result<(), MarkErro
     Ok(())
 }
 
-/// A node's time on this machine's clock, as well as it is known.
+/// A node's time on this machine's clock: the best estimate.
 fn middle(trace: &Trace, node_ns: u64) -> i128 {
     let (early, late) = trace.clock.host_interval(node_ns);
     i128::midpoint(early.into(), late.into())
@@ -301,7 +303,7 @@ mod tests {
         trace("a", vec![saved(0), saved(1)], &[(0, 5 * MS), (6 * MS, 10 * MS)])
     }
 
-    /// As the agent leads it: all to STOP, and later all on.
+    /// As the agent does it: all to STOP, and later all further.
     fn checked() -> Trace {
         let loaded = |late: u64| {
             let arcs = [
@@ -365,7 +367,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_or_in_the_wrong_order_is_told_by_name() {
+    fn an_error_names_the_mark_that_is_missing_or_in_the_wrong_order() {
         let mut silent = checked();
         silent.vcpus.runs.clear();
         let missing = MarkError::Missing { node: "b".to_owned(), what: "run of a vCPU" };

@@ -7,9 +7,9 @@ use strum::VariantArray;
 
 use super::figures::Spread;
 use super::marks::BlackoutPart;
-use super::moved::{Moved, Mover};
+use super::measurement::{Measurement, Mover};
 
-/// The aim: so much of QEMU's own downtime may the product's own steps cost.
+/// The aim: the product's own steps may cost this share of QEMU's own downtime.
 pub const AIM: f64 = 0.10;
 
 /// A figure that both movers have, or one of them.
@@ -34,71 +34,82 @@ pub struct Summary {
     pub parts: Vec<Row>,
     /// The agents' own steps, milliseconds.
     pub steps: Vec<Row>,
-    /// By how much the product's blackout is longer than plain's, milliseconds, by the medians.
+    /// By how much the product's median blackout is longer than plain's, milliseconds.
     pub cost_ms: Option<f64>,
-    /// The same, by plain's own downtime as QEMU says it.
+    /// The same, as a share of plain's median downtime as QEMU reports it.
     pub cost: Option<f64>,
 }
 
 impl Row {
-    fn of(what: impl Into<String>, moved: &[&Moved], figure: impl Fn(&Moved) -> Option<f64>) -> Self {
-        let of =
-            |mover| Spread::of(moved.iter().filter(|one| one.mover == mover).filter_map(|one| figure(one)));
+    fn of(
+        what: impl Into<String>,
+        measurements: &[&Measurement],
+        figure: impl Fn(&Measurement) -> Option<f64>,
+    ) -> Self {
+        let of = |mover| {
+            Spread::of(measurements.iter().filter(|one| one.mover == mover).filter_map(|one| figure(one)))
+        };
         Self { what: what.into(), plain: of(Mover::Plain), product: of(Mover::Product) }
     }
 
-    /// The product's median by plain's.
+    /// The product's median divided by plain's.
     #[must_use]
     pub fn ratio(&self) -> Option<f64> {
         self.product?.ratio_to(&self.plain?)
     }
 
-    /// The product's median less plain's.
+    /// The product's median minus plain's.
     #[must_use]
     pub fn difference(&self) -> Option<f64> {
         Some(self.product?.median - self.plain?.median)
     }
 }
 
-/// Milliseconds that QEMU gives as whole ones.
+/// QEMU's whole milliseconds as a figure.
 #[allow(clippy::cast_precision_loss, reason = "no downtime has 2^53 milliseconds")]
 fn whole(ms: u64) -> f64 {
     ms as f64
 }
 
 impl Summary {
-    /// Of the migrations with so many devices.
+    /// Summarises the migrations with this number of devices.
     #[must_use]
-    pub fn of(devices: usize, moved: &[Moved]) -> Self {
-        let moved: Vec<&Moved> = moved.iter().filter(|one| one.devices == devices).collect();
-        let blackout =
-            Row::of("blackout: last vCPU run -> first vCPU run", &moved, |one| Some(one.kernels.blackout_ms));
-        let downtime = Row::of("QEMU's own downtime", &moved, |one| Some(whole(one.qemu.downtime_ms)));
+    pub fn of(devices: usize, measurements: &[Measurement]) -> Self {
+        let measurements: Vec<&Measurement> =
+            measurements.iter().filter(|one| one.devices == devices).collect();
+        let blackout = Row::of("blackout: last vCPU run -> first vCPU run", &measurements, |one| {
+            Some(one.kernels.blackout_ms)
+        });
+        let downtime = Row::of("QEMU's own downtime", &measurements, |one| Some(whole(one.qemu.downtime_ms)));
         let cost_ms = blackout.difference();
         let cost = cost_ms.zip(downtime.plain).map(|(cost_ms, downtime)| cost_ms / downtime.median);
         let figures = vec![
             blackout,
-            Row::of("devices: first stops -> last RUNNING", &moved, |one| Some(one.kernels.devices_ms)),
+            Row::of("devices: first stops -> last RUNNING", &measurements, |one| {
+                Some(one.kernels.devices_ms)
+            }),
             downtime,
-            Row::of("status.timings.blackout", &moved, |one| Some(one.told.as_ref()?.blackout_ms)),
-            Row::of("total: asked for -> seen to be done", &moved, |one| Some(one.total_ms)),
-            Row::of("QEMU's own total-time", &moved, |one| Some(whole(one.qemu.total_ms))),
-            Row::of("status.timings.total", &moved, |one| Some(one.told.as_ref()?.total_ms)),
-            Row::of("clocks known to", &moved, |one| Some(one.kernels.clock_error_ms)),
+            Row::of("status.timings.blackout", &measurements, |one| Some(one.reported.as_ref()?.blackout_ms)),
+            Row::of("total: asked for -> seen to be done", &measurements, |one| Some(one.total_ms)),
+            Row::of("QEMU's own total-time", &measurements, |one| Some(whole(one.qemu.total_ms))),
+            Row::of("status.timings.total", &measurements, |one| Some(one.reported.as_ref()?.total_ms)),
+            Row::of("clocks known to", &measurements, |one| Some(one.kernels.clock_error_ms)),
         ];
         let part = |part: BlackoutPart| {
-            let (name, from_to) = part.told();
-            let figure =
-                |one: &Moved| one.kernels.parts_ms.iter().find(|(own, _)| *own == part).map(|(_, ms)| *ms);
-            Row::of(format!("{name:<9} {from_to}"), &moved, figure)
+            let (name, from_to) = part.describe();
+            let figure = |one: &Measurement| {
+                one.kernels.parts_ms.iter().find(|(own, _)| *own == part).map(|(_, ms)| *ms)
+            };
+            Row::of(format!("{name:<9} {from_to}"), &measurements, figure)
         };
-        let names = moved.iter().find_map(|one| Some(&one.told.as_ref()?.steps_ms)).into_iter().flatten();
+        let names =
+            measurements.iter().find_map(|one| Some(&one.reported.as_ref()?.steps_ms)).into_iter().flatten();
         let step = |(name, _): &(&'static str, f64)| {
-            let figure = |one: &Moved| {
-                let found = one.told.as_ref()?.steps_ms.iter().find(|(own, _)| own == name);
+            let figure = |one: &Measurement| {
+                let found = one.reported.as_ref()?.steps_ms.iter().find(|(own, _)| own == name);
                 found.map(|(_, ms)| *ms)
             };
-            Row::of(*name, &moved, figure)
+            Row::of(*name, &measurements, figure)
         };
         Self {
             devices,
@@ -112,7 +123,7 @@ impl Summary {
 
     /// Tables for people.
     #[must_use]
-    pub fn told(&self) -> String {
+    pub fn to_text(&self) -> String {
         let mut text = String::new();
         let mut table = |title: String, rows: &[Row]| {
             let _ = writeln!(
@@ -137,7 +148,8 @@ impl Summary {
             let percent = cost * 100.0;
             let _ = writeln!(
                 text,
-                "  Slackwater's blackout is {cost_ms:+.1} ms: {percent:+.0} % of QEMU's own downtime (aim: at most {aim:.0} %, {met})"
+                "  Slackwater's blackout is {cost_ms:+.1} ms: {percent:+.0} % of QEMU's own downtime \
+                 (aim: at most {aim:.0} %, {met})"
             );
         }
         text
@@ -151,12 +163,16 @@ fn spread(figures: Option<Spread>) -> String {
 #[cfg(test)]
 mod tests {
     use super::super::marks::Blackout;
-    use super::super::moved::{QemuTimes, Told};
+    use super::super::measurement::{QemuTimes, ReportedTimes};
     use super::*;
 
-    fn moved(mover: Mover, blackout_ms: f64, downtime_ms: u64) -> Moved {
-        let told = Told { blackout_ms: blackout_ms + 5.0, total_ms: 900.0, steps_ms: vec![("gate: x", 7.0)] };
-        Moved {
+    fn measurement(mover: Mover, blackout_ms: f64, downtime_ms: u64) -> Measurement {
+        let reported = ReportedTimes {
+            blackout_ms: blackout_ms + 5.0,
+            total_ms: 900.0,
+            steps_ms: vec![("gate: x", 7.0)],
+        };
+        Measurement {
             mover,
             devices: 2,
             round: 1,
@@ -169,18 +185,18 @@ mod tests {
             },
             qemu: QemuTimes { downtime_ms, total_ms: 500 },
             total_ms: 2000.0,
-            told: (mover == Mover::Product).then_some(told),
+            reported: (mover == Mover::Product).then_some(reported),
         }
     }
 
     #[test]
-    fn what_the_product_costs_is_its_longer_blackout_by_qemus_own_downtime() {
+    fn the_products_cost_is_its_longer_blackout_divided_by_qemus_own_downtime() {
         let all = [
-            moved(Mover::Plain, 100.0, 80),
-            moved(Mover::Product, 120.0, 110),
-            moved(Mover::Plain, 104.0, 80),
-            moved(Mover::Product, 116.0, 110),
-            Moved { devices: 4, ..moved(Mover::Product, 9000.0, 9000) },
+            measurement(Mover::Plain, 100.0, 80),
+            measurement(Mover::Product, 120.0, 110),
+            measurement(Mover::Plain, 104.0, 80),
+            measurement(Mover::Product, 116.0, 110),
+            Measurement { devices: 4, ..measurement(Mover::Product, 9000.0, 9000) },
         ];
         let summary = Summary::of(2, &all);
         assert_eq!(summary.cost_ms, Some(16.0));
@@ -188,7 +204,7 @@ mod tests {
         assert_eq!(summary.figures[0].ratio(), Some(118.0 / 102.0));
         assert_eq!(summary.parts[0].difference(), Some(2.0));
         assert_eq!(summary.steps[0].plain, None);
-        let text = summary.told();
+        let text = summary.to_text();
         assert!(
             text.contains("+16.0 ms: +20 % of QEMU's own downtime (aim: at most 10 %, not met)"),
             "{text}"
@@ -198,8 +214,8 @@ mod tests {
 
     #[test]
     fn where_one_mover_has_no_figure_nothing_is_compared() {
-        let summary = Summary::of(2, &[moved(Mover::Product, 120.0, 110)]);
+        let summary = Summary::of(2, &[measurement(Mover::Product, 120.0, 110)]);
         assert_eq!((summary.cost_ms, summary.cost), (None, None));
-        assert!(!summary.told().contains("aim"));
+        assert!(!summary.to_text().contains("aim"));
     }
 }

@@ -1,4 +1,4 @@
-//! The rounds: two nodes, one VM of each size, moved to and fro by both movers in turns.
+//! The rounds: two nodes, one VM of each size, moved back and forth by both movers in turns.
 
 use std::time::{Duration, Instant};
 
@@ -8,23 +8,23 @@ use slackwater_api::VMMigration;
 use slackwater_node_agent::vmm::budget::DEFAULT_BANDWIDTH;
 
 use super::marks::{Blackout, DestinationMarks, SourceMarks};
-use super::moved::{Moved, Mover, QemuTimes, Told, steps};
-use slackwater_lab::cluster::{Cluster, QemuVm, SOON, has_condition};
+use super::measurement::{Measurement, Mover, QemuTimes, ReportedTimes, steps};
+use slackwater_lab::cluster::{Cluster, QemuVm, TIMEOUT, has_condition};
 use slackwater_lab::witness::Trace;
 use slackwater_lab::{LabConfig, Node, NodeConfig};
 
 const NODES: [&str; 2] = ["node-a", "node-b"];
-/// Of QEMU's plain migration, on the link between the nodes.
+/// The port of QEMU's plain migration, on the link between the nodes.
 const PLAIN_PORT: u16 = 4444;
-/// What both ends of a plain migration have switched on.
+/// Capabilities that are on at both ends of a plain migration.
 const PLAIN_ON: [&str; 2] = ["events", "return-path"];
-/// And off: a QEMU that the product has moved has them still.
+/// And off: the product leaves them on in a QEMU that it has moved.
 const PLAIN_OFF: [&str; 3] = ["pause-before-switchover", "switchover-ack", "late-block-activate"];
 
-/// What is to be measured.
+/// What to measure.
 #[derive(Clone, Debug)]
 pub struct Plan {
-    /// The VM; its number of devices is that of each size in turn.
+    /// The VM. `sizes` replaces its number of devices.
     pub vm: QemuVm,
     /// Numbers of devices.
     pub sizes: Vec<usize>,
@@ -42,28 +42,28 @@ pub struct Bench {
     migrations: u32,
 }
 
-/// From where to where.
+/// The direction of a migration.
 #[derive(Clone, Copy)]
-struct Way {
+struct Route {
     from: &'static str,
     to: &'static str,
 }
 
-/// What is known of a migration by what it did.
-struct Measured {
+/// The times of one migration.
+struct Times {
     kernels: Blackout,
     qemu: QemuTimes,
     total_ms: f64,
-    told: Option<Told>,
+    reported: Option<ReportedTimes>,
 }
 
-impl Way {
+impl Route {
     fn back(self) -> Self {
         Self { from: self.to, to: self.from }
     }
 }
 
-/// The order of the movers in a round: the first of one is the last of the next, so that neither has always the same way, nor
+/// The order of the movers in a round. It alternates, so that neither mover always has the same direction or
 /// always comes first.
 fn order(round: usize) -> [Mover; 2] {
     if round.is_multiple_of(2) { [Mover::Product, Mover::Plain] } else { [Mover::Plain, Mover::Product] }
@@ -81,29 +81,33 @@ impl Bench {
         Ok(Self { cluster, plan, most, migrations: 0 })
     }
 
-    /// Measures the VM with so many devices, and gives each migration to `tell` when it has been measured.
+    /// Measures the VM with this number of devices, and passes each measurement to `report`.
     ///
     /// # Errors
     /// When a migration fails, or cannot be measured.
-    pub async fn measure(&mut self, devices: usize, mut tell: impl FnMut(Moved)) -> anyhow::Result<()> {
-        let mut way = Way { from: NODES[0], to: NODES[1] };
+    pub async fn measure(
+        &mut self,
+        devices: usize,
+        mut report: impl FnMut(Measurement),
+    ) -> anyhow::Result<()> {
+        let mut route = Route { from: NODES[0], to: NODES[1] };
         let vm = QemuVm { devices, ..self.plan.vm.clone() }.with_second_monitor();
-        self.cluster.start_qemu(vm, way.from).await?;
+        self.cluster.start_qemu(vm, route.from).await?;
         for round in 1..=self.plan.rounds {
             for mover in order(round) {
                 let measured = match mover {
-                    Mover::Plain => self.plain(way, devices).await,
-                    Mover::Product => self.product(way, devices).await,
+                    Mover::Plain => self.plain(route, devices).await,
+                    Mover::Product => self.product(route, devices).await,
                 };
-                let Measured { kernels, qemu, total_ms, told } =
+                let Times { kernels, qemu, total_ms, reported } =
                     measured.with_context(|| format!("{devices} devices, round {round}, {mover:?}"))?;
-                let from = way.from.to_owned();
-                tell(Moved { mover, devices, round, from, kernels, qemu, total_ms, told });
-                way = way.back();
+                let from = route.from.to_owned();
+                report(Measurement { mover, devices, round, from, kernels, qemu, total_ms, reported });
+                route = route.back();
             }
         }
-        self.cluster.kill_vmm(way.from).await?;
-        Ok(self.cluster.qemu()?.forget(self.node(way.from)?).await?)
+        self.cluster.kill_vmm(route.from).await?;
+        Ok(self.cluster.qemu()?.forget(self.node(route.from)?).await?)
     }
 
     fn node(&self, name: &str) -> anyhow::Result<&Node> {
@@ -114,26 +118,27 @@ impl Bench {
     async fn traces(
         &self,
         watching: &slackwater_lab::cluster::Watching,
-        way: Way,
+        route: Route,
         devices: usize,
     ) -> anyhow::Result<[Trace; 2]> {
         let (source, destination) = self.cluster.traces(watching).await?;
         let names =
             |node: &str| anyhow::Ok(self.node(node)?.devices().get(..devices).context("too few devices")?);
-        Ok([source.of_devices(names(way.from)?)?, destination.of_devices(names(way.to)?)?])
+        Ok([source.of_devices(names(route.from)?)?, destination.of_devices(names(route.to)?)?])
     }
 
-    async fn plain(&self, way: Way, devices: usize) -> anyhow::Result<Measured> {
-        let (vm, from, to) = (self.cluster.qemu()?, self.node(way.from)?, self.node(way.to)?);
-        // Its agent has seen the VM: by the end of the VM's process it will see that the devices are free.
-        self.cluster.until_vm_at(way.from).await?;
-        let watching = self.cluster.watch(way.from, way.to).await?;
+    async fn plain(&self, route: Route, devices: usize) -> anyhow::Result<Times> {
+        let (vm, from, to) = (self.cluster.qemu()?, self.node(route.from)?, self.node(route.to)?);
+        // Its agent must know the VM, so that it notices from the end of its process that the devices are
+        // free.
+        self.cluster.until_vm_at(route.from).await?;
+        let watching = self.cluster.watch(route.from, route.to).await?;
         let begin = Instant::now();
         vm.await_migration_and_run(to).await?;
-        let switched = |names: &[&str], state: bool| -> Vec<Value> {
+        let capability = |names: &[&str], state: bool| -> Vec<Value> {
             names.iter().map(|name| json!({"capability": name, "state": state})).collect()
         };
-        let capabilities = [switched(&PLAIN_ON, true), switched(&PLAIN_OFF, false)].concat();
+        let capabilities = [capability(&PLAIN_ON, true), capability(&PLAIN_OFF, false)].concat();
         for node in [from, to] {
             vm.execute(node, "migrate-set-capabilities", json!({ "capabilities": capabilities })).await?;
         }
@@ -145,32 +150,32 @@ impl Bench {
         vm.execute(from, "migrate-set-parameters", parameters).await?;
         let uri = format!("tcp:{}:{PLAIN_PORT}", to.link_address().ip());
         vm.execute(to, "migrate-incoming", json!({ "uri": uri })).await?;
-        // Nobody asks anything while it lasts: an emulated processor has no time for that.
+        // No polling meanwhile: an emulated processor has no time for it.
         let command = ["slackwater-lab-node", "qmp-migrate", &vm.monitor(), &uri];
-        let answer = from.exec_for(&command, b"", SOON).await?.success()?;
-        let qemu = QemuTimes::of_answer(&serde_json::from_str(&answer)?)?;
+        let answer = from.exec_for(&command, b"", TIMEOUT).await?.success()?;
+        let qemu = QemuTimes::from_answer(&serde_json::from_str(&answer)?)?;
         let status = vm.execute(to, "query-status", json!({})).await?;
         ensure!(
             status.get("status") == Some(&json!("running")),
             "the destination's QEMU does not run: {status}"
         );
         let total_ms = milliseconds(begin.elapsed());
-        let [source, destination] = self.traces(&watching, way, devices).await?;
+        let [source, destination] = self.traces(&watching, route, devices).await?;
         let kernels = Blackout::of(&source, &destination)?;
         vm.execute(from, "quit", json!({})).await?;
         vm.forget(from).await?;
-        self.cluster.goes_on_at(way.to, &watching.before).await?;
+        self.cluster.continues_at(route.to, &watching.before).await?;
         vm.publish(to).await?;
-        Ok(Measured { kernels, qemu, total_ms, told: None })
+        Ok(Times { kernels, qemu, total_ms, reported: None })
     }
 
-    async fn product(&mut self, way: Way, devices: usize) -> anyhow::Result<Measured> {
+    async fn product(&mut self, route: Route, devices: usize) -> anyhow::Result<Times> {
         self.migrations += 1;
         let name = format!("bench-{}", self.migrations);
-        self.cluster.until_vm_at(way.from).await?;
-        self.cluster.until_free(way.to, i32::try_from(self.most)?).await?;
-        let watching = self.cluster.watch(way.from, way.to).await?;
-        let (to, limit) = (way.to, self.plan.downtime_limit_ms);
+        self.cluster.until_vm_at(route.from).await?;
+        self.cluster.until_free(route.to, i32::try_from(self.most)?).await?;
+        let watching = self.cluster.watch(route.from, route.to).await?;
+        let (to, limit) = (route.to, self.plan.downtime_limit_ms);
         let begin = Instant::now();
         self.cluster
             .migrate(&name, &format!("target: {{nodeName: {to}}}, downtimeBudget: {limit}ms"))
@@ -181,25 +186,25 @@ impl Bench {
             migration.status.as_ref().map(|status| status.conditions.clone()).unwrap_or_default();
         let succeeded = has_condition(&conditions, "Succeeded", "True") == Some(true);
         ensure!(succeeded, "the migration did not succeed: {conditions:#?}");
-        let [source, destination] = self.traces(&watching, way, devices).await?;
+        let [source, destination] = self.traces(&watching, route, devices).await?;
         let kernels = Blackout::of(&source, &destination)?;
-        let qemu = QemuTimes::of_log(&self.cluster.agent_log(way.from).await)?;
-        let told = self.told(&migration, &source, &destination).await?;
-        self.cluster.goes_on_at(way.to, &watching.before).await?;
-        Ok(Measured { kernels, qemu, total_ms, told: Some(told) })
+        let qemu = QemuTimes::from_log(&self.cluster.agent_log(route.from).await)?;
+        let reported = self.reported(&migration, &source, &destination).await?;
+        self.cluster.continues_at(route.to, &watching.before).await?;
+        Ok(Times { kernels, qemu, total_ms, reported: Some(reported) })
     }
 
-    async fn told(
+    async fn reported(
         &self,
         migration: &VMMigration,
         source: &Trace,
         destination: &Trace,
-    ) -> anyhow::Result<Told> {
+    ) -> anyhow::Result<ReportedTimes> {
         let status = migration.status.as_ref().context("no status")?;
         let timings = status.timings.as_ref().context("the status has no timings")?;
         let events = self.cluster.events(migration).await?;
         let (source, destination) = (SourceMarks::of(source)?, DestinationMarks::of(destination)?);
-        Ok(Told {
+        Ok(ReportedTimes {
             blackout_ms: duration_ms(&timings.blackout)?,
             total_ms: duration_ms(&timings.total)?,
             steps_ms: steps(&events, &source, &destination)?,
@@ -211,13 +216,16 @@ fn milliseconds(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
 }
 
-/// A duration as the status has it, `87.412ms` or `2.013s`, in milliseconds. The API's own reader takes what users write: no fractions.
+/// A duration of the status, `87.412ms` or `2.013s`, in milliseconds. The API's own parser accepts no
+/// fractions.
 fn duration_ms(text: &str) -> anyhow::Result<f64> {
     let read = [("ms", 1.0), ("s", 1e3)].iter().find_map(|(unit, factor)| {
         let number: f64 = text.strip_suffix(unit)?.parse().ok()?;
         Some(number * factor)
     });
-    read.with_context(|| format!("{text:?} is no duration of the status: 87.412ms or 2.013s would be one"))
+    read.with_context(|| {
+        format!("{text:?} is not a duration of the status: expected one like 87.412ms or 2.013s")
+    })
 }
 
 #[cfg(test)]
@@ -225,10 +233,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_mover_goes_both_ways_and_comes_first_as_often() {
+    fn each_mover_has_both_directions_and_comes_first_equally_often() {
         let sequence: Vec<Mover> = (1..=4).flat_map(order).collect();
         let there = sequence.iter().step_by(2).filter(|mover| **mover == Mover::Plain).count();
-        assert_eq!(there, 2, "of four ways there two are plain's: {sequence:?}");
+        assert_eq!(there, 2, "of four migrations in one direction two are plain's: {sequence:?}");
         assert_eq!(order(1), [Mover::Plain, Mover::Product]);
         assert_eq!(order(2), [Mover::Product, Mover::Plain]);
     }

@@ -13,7 +13,7 @@ pub struct LabConfig {
     pub control_plane: bool,
     /// What is in the nodes' image besides the workspace's programs.
     pub image: Image,
-    /// The size of the disk that VMs in all nodes can reach, in MiB; none: there is no such disk.
+    /// The size in MiB of the disk that VMs in all nodes can reach. `None`: there is no such disk.
     pub shared_disk_mib: Option<u32>,
 }
 
@@ -30,14 +30,14 @@ impl LabConfig {
         self
     }
 
-    /// The same with a shared disk of so many MiB.
+    /// The same with a shared disk of this size in MiB.
     #[must_use]
     pub fn with_shared_disk(mut self, mib: u32) -> Self {
         self.shared_disk_mib = Some(mib);
         self
     }
 
-    /// Refuses what cannot be started. Names go into paths, host names and QEMU's arguments.
+    /// Rejects a configuration that cannot be started. Names go into paths, host names and QEMU's arguments.
     pub(crate) fn check(&self) -> Result<(), LabError> {
         let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
         let refuse = |text: String| Err(LabError::Configuration(text));

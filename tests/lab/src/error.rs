@@ -5,7 +5,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// A failure of the lab itself, named by what was being done. What a program in a node answers is not one of them.
+/// A failure of the lab itself, named by the action that failed. What a program in a node answers is not one
+/// of them.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LabError {
@@ -46,34 +47,34 @@ pub enum LabError {
     Refused {
         /// Which.
         node: String,
-        /// In the service's words.
+        /// The service's message.
         message: String,
     },
-    /// A program was expected to succeed.
+    /// A program that had to succeed failed.
     #[error("{program} ended with {ending}: {stderr}")]
     ProgramFailed {
         /// Its name.
         program: String,
         /// How it ended.
         ending: String,
-        /// What it said.
+        /// Its standard error.
         stderr: String,
     },
-    /// Something took longer than it may.
+    /// An action took longer than its limit.
     #[error("{action} took longer than {seconds} s")]
-    TooLate {
+    TimedOut {
         /// What was being done.
         action: String,
-        /// How long it may take.
+        /// The limit.
         seconds: u64,
     },
-    /// The configuration cannot be carried out.
+    /// The configuration is invalid.
     #[error("the lab's configuration: {0}")]
     Configuration(String),
     /// A certificate could not be made.
     #[error("making the certificate of {subject}")]
     Certificate {
-        /// Whose.
+        /// The subject of the certificate.
         subject: String,
         /// Why it failed.
         source: rcgen::Error,
@@ -81,7 +82,7 @@ pub enum LabError {
     /// The control plane did not come up.
     #[error("the control plane: {0}")]
     ControlPlane(String),
-    /// The witness did not see all of it.
+    /// The witness's record is incomplete.
     #[error("the witness of node {node}: {reason}")]
     Witness {
         /// Which.

@@ -18,7 +18,7 @@ use crate::node::{Boot, Node};
 /// A running lab.
 #[derive(Debug)]
 pub struct Lab {
-    // In the order in which they go when the lab is dropped: the folder last.
+    // In the order in which they are dropped with the lab: the folder last.
     nodes: Vec<Node>,
     control_plane: Option<ControlPlane>,
     shared_disk: Option<SharedDisk>,
@@ -27,10 +27,11 @@ pub struct Lab {
 }
 
 impl Lab {
-    /// Starts what the configuration names, and waits until all of it is up.
+    /// Starts everything in the configuration, and waits until all of it is up.
     ///
     /// # Errors
-    /// When the configuration makes no sense, something is not installed or built, or a part does not come up.
+    /// When the configuration is invalid, something is not installed or built, or a component does not come
+    /// up.
     pub async fn start(config: LabConfig) -> Result<Self, LabError> {
         config.check()?;
         let folder = LabFolder::make()?;
@@ -71,7 +72,7 @@ impl Lab {
         self.control_plane.as_ref().ok_or_else(none)
     }
 
-    /// The file that the shared disk is.
+    /// The file behind the shared disk.
     ///
     /// # Errors
     /// When the configuration asked for none.
@@ -86,8 +87,8 @@ impl Lab {
         &self.nodes
     }
 
-    /// Unplugs a node's cable on the link between the nodes: nothing that it sends arrives, and nothing reaches it. The lab
-    /// itself still does.
+    /// Unplugs a node's cable on the link between the nodes: nothing that it sends arrives, and nothing
+    /// reaches it. The lab itself still does.
     ///
     /// # Errors
     /// When there is no such node, or its QEMU refuses.
@@ -95,7 +96,7 @@ impl Lab {
         self.node(node)?.set_link(false).await
     }
 
-    /// Plugs it again.
+    /// Plugs the node's cable in again.
     ///
     /// # Errors
     /// When there is no such node, or its QEMU refuses.

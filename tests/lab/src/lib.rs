@@ -1,5 +1,5 @@
-//! The lab: nodes (QEMU machines with Debian's kernel and VFIO devices that migrate), the link between them, and a Kubernetes
-//! control plane, all on this machine, on its loopback interface and on Unix sockets only.
+//! The lab: nodes (QEMU machines with Debian's kernel and VFIO devices that migrate), the link between them,
+//! and a Kubernetes control plane, all on this machine, on its loopback interface and on Unix sockets only.
 //!
 //! ```no_run
 //! # async fn example() -> Result<(), slackwater_lab::LabError> {
@@ -17,8 +17,8 @@
 //! # }
 //! ```
 //!
-//! What a lab starts ends with it: when it is dropped, and when its process ends in whatever way. Its folder is removed, too,
-//! unless [`KEEP_VARIABLE`] is set.
+//! Everything that a lab starts ends with it: when it is dropped, and when its process ends for any reason.
+//! Its folder is removed, too, unless [`host::KEEP_VARIABLE`] is set.
 //!
 //! | room | what it has |
 //! |---|---|

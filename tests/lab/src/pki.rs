@@ -1,4 +1,4 @@
-//! Certificates for the lab: an authority, and what it issues.
+//! Certificates for the lab: a certificate authority (CA), and what it issues.
 
 use std::{
     fs,
@@ -15,7 +15,7 @@ use rcgen::{
 
 use crate::error::LabError;
 
-/// An authority.
+/// A certificate authority.
 #[derive(Debug)]
 pub struct Pki {
     issuer: Issuer<'static, KeyPair>,
@@ -31,7 +31,8 @@ pub struct Issued {
     pub key_pem: String,
 }
 
-/// What a certificate is to say. The named constructors of [`Pki`] make the right ones; tests make wrong ones from this.
+/// The content of a certificate. [`Subject::agent`] and [`Subject::operator`] are correct ones; tests build
+/// wrong ones.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Subject {
     /// Common name.
@@ -42,9 +43,9 @@ pub struct Subject {
     pub names: Vec<String>,
     /// URIs among the alternative names.
     pub uris: Vec<String>,
-    /// Whether it is good for a TLS server.
+    /// Whether a TLS server may use it.
     pub server: bool,
-    /// Whether it is good for a TLS client.
+    /// Whether a TLS client may use it.
     pub client: bool,
 }
 
@@ -75,7 +76,7 @@ impl Subject {
 }
 
 impl Pki {
-    /// A new authority of this name.
+    /// A new authority with this name.
     ///
     /// # Errors
     /// When no key or certificate can be made.
@@ -96,7 +97,7 @@ impl Pki {
         &self.ca_pem
     }
 
-    /// For the agent of a node.
+    /// A certificate for the agent of a node.
     ///
     /// # Errors
     /// When it cannot be made.
@@ -104,7 +105,7 @@ impl Pki {
         self.issue(&Subject::agent(node))
     }
 
-    /// For the operator.
+    /// A certificate for the operator.
     ///
     /// # Errors
     /// When it cannot be made.
@@ -112,7 +113,7 @@ impl Pki {
         self.issue(&Subject::operator())
     }
 
-    /// For anybody.
+    /// A certificate for this subject.
     ///
     /// # Errors
     /// When it cannot be made.

@@ -12,16 +12,16 @@ pub trait Registers: Send + Sync {
     /// Reads `data.len()` bytes from register `offset` on.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// The kernel's error.
     fn read(&self, offset: u64, data: &mut [u8]) -> io::Result<()>;
     /// Writes `data` from register `offset` on.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// The kernel's error.
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()>;
 }
 
-/// A port access that a device did not carry out.
+/// A port access that a device refused.
 #[derive(Debug, thiserror::Error)]
 #[error("device {device} did not {verb} {bytes} byte(s) of register {offset}")]
 pub struct AccessError {
@@ -32,10 +32,10 @@ pub struct AccessError {
     source: io::Error,
 }
 
-/// What a write to a port was.
+/// The meaning of a write to a port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Written {
-    /// A device's register, or a port where there is nothing.
+pub enum PortWrite {
+    /// A write to a device's register, or to a port without a device.
     Register,
     /// The guest's round has ended.
     Pace,
@@ -52,7 +52,7 @@ impl PortBus {
         Self { devices }
     }
 
-    /// Where the guest sees device number `index`, for people.
+    /// The guest's address of device number `index`, for messages.
     pub fn guest_address(index: usize) -> String {
         format!("pio {:#x}", usize::from(PORT_BASE) + index * usize::from(PORT_STRIDE))
     }
@@ -68,7 +68,7 @@ impl PortBus {
     /// The guest reads from `port`. Where there is no register it reads all ones, as on a PC.
     ///
     /// # Errors
-    /// If the device does not carry it out.
+    /// If the device refuses it.
     pub fn read(&self, port: u16, data: &mut [u8]) -> Result<(), AccessError> {
         let bytes = data.len();
         match self.find(port, bytes) {
@@ -89,10 +89,10 @@ impl PortBus {
     /// The guest writes to `port`.
     ///
     /// # Errors
-    /// If the device does not carry it out.
-    pub fn write(&self, port: u16, data: &[u8]) -> Result<Written, AccessError> {
+    /// If the device refuses it.
+    pub fn write(&self, port: u16, data: &[u8]) -> Result<PortWrite, AccessError> {
         if port == PACE_PORT {
-            return Ok(Written::Pace);
+            return Ok(PortWrite::Pace);
         }
         let bytes = data.len();
         if let Some((device, registers, offset)) = self.find(port, bytes) {
@@ -104,7 +104,7 @@ impl PortBus {
                 source,
             })?;
         }
-        Ok(Written::Register)
+        Ok(PortWrite::Register)
     }
 }
 
@@ -147,8 +147,8 @@ pub(super) mod tests {
     fn every_device_has_its_own_ports() {
         let devices = [Arc::new(FakeUart::default()), Arc::new(FakeUart::default())];
         let bus = PortBus::new(devices.iter().map(|device| device.clone() as Arc<dyn Registers>).collect());
-        assert_eq!(bus.write(0x1007, &[1]).unwrap(), Written::Register);
-        assert_eq!(bus.write(0x1010, &[2, 3]).unwrap(), Written::Register);
+        assert_eq!(bus.write(0x1007, &[1]).unwrap(), PortWrite::Register);
+        assert_eq!(bus.write(0x1010, &[2, 3]).unwrap(), PortWrite::Register);
         assert_eq!(devices[0].0.lock().unwrap().registers, [0, 0, 0, 0, 0, 0, 0, 1]);
         assert_eq!(devices[1].0.lock().unwrap().registers, [2, 3, 0, 0, 0, 0, 0, 0]);
         let mut byte = [0];
@@ -157,7 +157,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn where_there_is_no_register_the_guest_reads_ones_and_writes_nothing() {
+    fn without_a_register_the_guest_reads_ones_and_a_write_has_no_effect() {
         let device = Arc::new(FakeUart::default());
         let bus = PortBus::new(vec![device.clone()]);
         for (port, bytes) in [(0x1008, 1), (0x1007, 2), (0x1017, 1), (0xfff, 1), (0xffff, 1)] {
@@ -171,7 +171,7 @@ pub(super) mod tests {
 
     #[test]
     fn the_pace_port_belongs_to_no_device() {
-        assert_eq!(PortBus::new(vec![]).write(PACE_PORT, &[0]).unwrap(), Written::Pace);
+        assert_eq!(PortBus::new(vec![]).write(PACE_PORT, &[0]).unwrap(), PortWrite::Pace);
     }
 
     #[test]

@@ -16,7 +16,7 @@ use super::bus::Registers;
 use super::ram::GuestRam;
 use super::sys::{self, DeviceMemory, Region};
 
-/// Why the devices could not be had.
+/// Why the devices could not be opened.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DevicesError {
@@ -35,7 +35,7 @@ pub enum DevicesError {
         #[source]
         source: io::Error,
     },
-    /// sysfs does not tell which device it is.
+    /// The device could not be found in sysfs.
     #[error("cannot find out which device {} is", path.display())]
     FindName {
         /// The cdev.
@@ -73,7 +73,8 @@ pub enum DevicesError {
     },
 }
 
-/// An open device, bound to an iommufd. Migration ioctls work on its descriptor. Closing it leaves its state as it is.
+/// An open device, bound to an iommufd. Migration ioctls work on its descriptor. Closing it leaves its state
+/// as it is.
 #[derive(Debug)]
 pub struct VfioDevice {
     file: File,
@@ -137,11 +138,11 @@ pub struct Devices {
 impl Devices {
     /// Opens the devices at these cdevs, in this order, and maps `ram` to them.
     ///
-    /// With `reset`, each is reset: its migration state is RUNNING then, whoever used it before and however that ended.
-    /// Without it nothing about a device changes.
+    /// With `reset`, each is reset: its migration state is RUNNING then, independent of its previous use.
+    /// Without it, the devices keep their state.
     ///
     /// # Errors
-    /// The first thing that failed; all devices are closed again then.
+    /// The first failure. All devices are closed again then.
     pub fn open(cdevs: &[PathBuf], ram: &Arc<GuestRam>, reset: bool) -> Result<Self, DevicesError> {
         let iommufd = IommuFd::new().map_err(DevicesError::AllocateAddressSpace)?;
         let mut ioas = iommu_ioas_alloc { size: size_of::<iommu_ioas_alloc>() as u32, ..Default::default() };
@@ -161,7 +162,7 @@ impl Devices {
         Ok(Self { list, _memory: memory })
     }
 
-    /// The devices, in the order in which they were given.
+    /// The devices, in the order of `cdevs`.
     pub fn list(&self) -> &[Arc<VfioDevice>] {
         &self.list
     }

@@ -1,6 +1,6 @@
-//! The guest: its program, where its data lies, and what can be read from it.
+//! The guest: its program, the layout of its data, and its report.
 //!
-//! The program runs in real mode, with interrupts off and all segments at 0, for ever:
+//! The program runs in real mode, with interrupts off and all segments at 0, in an endless loop:
 //! ```text
 //! write the low byte of `count` to every device's register
 //! for ever:
@@ -11,8 +11,8 @@
 //!         write new, read it back into the device's record; it must be new: else the device's errors += 1
 //!     write to the pace port: the VMM may idle here
 //! ```
-//! So one lost, doubled or mixed-up register, one lost page, or a count that does not fit the registers shows as an error within
-//! one round, wherever in the round the vCPU was stopped.
+//! So a lost, duplicated or swapped register, a lost page, or a count that does not match the registers shows
+//! as an error within one round, wherever in the round the vCPU was stopped.
 //!
 //! The register is the scratch register of a 16550 UART, which keeps any byte (and does nothing else).
 
@@ -22,15 +22,16 @@ use serde::{Deserialize, Serialize};
 pub const CODE: u64 = 0x1000;
 /// Guest physical address of the guest's data: [`MAGIC`], then the fields below.
 pub const DATA: u64 = 0x2000;
-/// What stands at [`DATA`] once the guest has been set up.
+/// The bytes at [`DATA`] once the guest has been set up.
 pub const MAGIC: [u8; 8] = *b"SLKWGST1";
 /// u16: how many devices the guest has.
 const DEVICES: u64 = 0x2008;
 /// u64: rounds begun.
 const COUNT: u64 = 0x2010;
-/// u32: pages of RAM found with another stamp than expected.
+/// u32: pages of RAM with an unexpected stamp.
 const RAM_ERRORS: u64 = 0x2018;
-/// One record of [`RECORD_BYTES`] for each device: u8 the register as read back last, 3 bytes nothing, u32 errors.
+/// One record of [`RECORD_BYTES`] for each device: u8 the register as read back last, 3 bytes nothing, u32
+/// errors.
 const RECORDS: u64 = 0x2020;
 const RECORD_BYTES: usize = 8;
 /// The pages that the guest stamps in turn: 128 of 4 KiB.
@@ -47,11 +48,11 @@ pub const PORT_BASE: u16 = 0x1000;
 pub const PORT_STRIDE: u16 = 0x10;
 /// The register that the guest uses, counted from the device's first: the scratch register of a 16550.
 pub const SCRATCH_REGISTER: u16 = 7;
-/// A write here says that a round has ended.
+/// The guest writes here when a round has ended.
 pub const PACE_PORT: u16 = 0x80;
 
 /// The program. Offsets are from [`CODE`]; a relative jump counts from the instruction after it.
-#[rustfmt::skip] // The comments stand in columns.
+#[rustfmt::skip] // The comments are in columns.
 const PROGRAM: &[&[u8]] = &[
     // start: every device's register := low byte of count
     &[0xa0, 0x10, 0x20],                   // 00 mov   al, [COUNT]
@@ -103,43 +104,44 @@ const PROGRAM: &[&[u8]] = &[
     &[0xeb, 0x96],                         // 78 jmp   round (10)
 ];
 
-/// Pieces of RAM, each with its guest physical address, that make a fresh guest of `devices` devices.
+/// The RAM content of a fresh guest with `devices` devices: pieces, each with its guest physical address.
 pub fn image(devices: u16) -> Vec<(u64, Vec<u8>)> {
     let mut data = MAGIC.to_vec();
     data.extend_from_slice(&devices.to_le_bytes());
     let stamps = (0..STAMP_PAGES).map(|page| {
-        // The round before the first that uses the page. Round 0 is never run, so page 0 comes first in round 128.
+        // The round before the first that uses the page. Round 0 is never run, so page 0 comes first in round
+        // 128.
         let stamp = if page == 0 { 0 } else { page.wrapping_sub(STAMP_PAGES) };
         (STAMPS + u64::from(page) * 4096, stamp.to_le_bytes().to_vec())
     });
     [(CODE, PROGRAM.concat()), (DATA, data)].into_iter().chain(stamps).collect()
 }
 
-/// What the guest has written down of itself.
+/// The guest's report, as it keeps it in its RAM.
 ///
 /// Read while the vCPU runs, `count` may be ahead of a device's `register`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
     /// Rounds that the guest has begun.
     pub count: u64,
-    /// Everything that the guest found wrong: `ram_errors` and all devices' errors.
+    /// All errors that the guest found: `ram_errors` and all devices' errors.
     pub errors: u64,
-    /// RAM pages found with another content than the guest left there.
+    /// RAM pages that did not hold what the guest had written.
     pub ram_errors: u32,
     /// In the order of the VMM's devices.
     pub devices: Vec<DeviceReport>,
 }
 
-/// What the guest has written down of one device.
+/// The guest's report about one device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceReport {
     /// The register as it was read back last: the low byte of a count.
     pub register: u8,
-    /// How often the register held something else than the guest had put there.
+    /// How often the register did not hold what the guest had written.
     pub errors: u32,
 }
 
-/// Why a guest's data says nothing.
+/// Why there is no report in a guest's data.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ReportError {
@@ -153,15 +155,15 @@ pub enum ReportError {
         found: [u8; 8],
     },
     /// More devices than a guest can have.
-    #[error("the guest says that it has {found} devices; {MAX_DEVICES} is the most")]
+    #[error("the guest reports {found} devices; {MAX_DEVICES} is the most")]
     Devices {
-        /// What it says.
+        /// The number in its data.
         found: u16,
     },
 }
 
 impl Report {
-    /// Reads what the guest has written down. `read(gpa, bytes)` fills `bytes` from guest RAM.
+    /// Reads the guest's report. `read(gpa, bytes)` fills `bytes` from guest RAM.
     ///
     /// # Errors
     /// If reading fails, or there is no guest of this VMM.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, Msrs, kvm_clock_data};
 use kvm_ioctls::{Cap, Kvm, VcpuExit};
 
-use super::bus::{PortBus, Written};
+use super::bus::{PortBus, PortWrite};
 use super::guest;
 use super::machine_state::{MSRS, MachineState, StatePart};
 use super::ram::GuestRam;
@@ -16,10 +16,10 @@ use super::vcpu::{Machine, MachineError, Step};
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SetUpError {
-    /// KVM said no.
-    #[error("KVM does not {step}")]
+    /// KVM refused.
+    #[error("KVM cannot {step}")]
     Kvm {
-        /// What was wanted.
+        /// The step that failed.
         step: &'static str,
         /// Why not.
         #[source]
@@ -40,45 +40,48 @@ pub struct KvmMachine {
 }
 
 impl KvmMachine {
-    /// A machine whose vCPU is as KVM makes it: for [`Self::set_up_guest`], or [`Machine::restore`].
+    /// A machine whose vCPU is in KVM's initial state: for [`Self::set_up_guest`], or [`Machine::restore`].
     ///
     /// # Errors
-    /// If KVM does not give one.
+    /// If KVM does not provide one.
     pub fn new(ram: Arc<GuestRam>, bus: PortBus) -> Result<Self, SetUpError> {
         let failed = |step| move |source| SetUpError::Kvm { step, source };
-        let kvm = Kvm::new().map_err(failed("open (/dev/kvm)"))?;
+        let kvm = Kvm::new().map_err(failed("be opened (/dev/kvm)"))?;
         if !kvm.check_extension(Cap::ImmediateExit) {
             return Err(SetUpError::NoImmediateExit);
         }
-        let vm = kvm.create_vm().map_err(failed("make a VM"))?;
-        // Where Intel's processors keep a task state segment for real mode: in a hole of the guest's address space.
-        vm.set_tss_address(0xfffb_d000).map_err(failed("take the address of a task state segment"))?;
-        let mut vm = VmOnRam::new(vm, ram).map_err(failed("make a vCPU with memory"))?;
+        let vm = kvm.create_vm().map_err(failed("create a VM"))?;
+        // Where Intel's processors keep a task state segment for real mode: in a hole of the guest's address
+        // space.
+        vm.set_tss_address(0xfffb_d000).map_err(failed("set the address of a task state segment"))?;
+        let mut vm = VmOnRam::new(vm, ram).map_err(failed("create a vCPU with memory"))?;
         let cpuid =
-            kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("tell what it supports"))?;
-        vm.vcpu().set_cpuid2(&cpuid).map_err(failed("take a CPUID"))?;
+            kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("report the supported CPUID"))?;
+        vm.vcpu().set_cpuid2(&cpuid).map_err(failed("set the CPUID"))?;
         Ok(Self { vm, bus })
     }
 
-    /// Writes a fresh guest of `devices` devices into RAM, which is zero, and lets the vCPU stand at its first instruction.
+    /// Writes a fresh guest with `devices` devices into RAM, which must be zero, and sets the vCPU to its
+    /// first instruction.
     ///
     /// # Errors
-    /// If RAM or KVM do not take it.
+    /// If RAM cannot be written, or KVM refuses.
     pub fn set_up_guest(&mut self, devices: u16) -> Result<(), SetUpError> {
         for (gpa, bytes) in guest::image(devices) {
             self.vm.ram().write(gpa, &bytes).map_err(SetUpError::WriteGuest)?;
         }
         let failed = |step| move |source| SetUpError::Kvm { step, source };
         let vcpu = self.vm.vcpu();
-        // After its reset a vCPU is in real mode, at the top of the address space. All data segments are at 0.
-        let mut sregs = vcpu.get_sregs().map_err(failed("give the system registers"))?;
+        // After its reset a vCPU is in real mode, at the top of the address space. All data segments are at
+        // 0.
+        let mut sregs = vcpu.get_sregs().map_err(failed("read the system registers"))?;
         (sregs.cs.base, sregs.cs.selector) = (0, 0);
-        vcpu.set_sregs(&sregs).map_err(failed("take the system registers"))?;
-        let mut regs = vcpu.get_regs().map_err(failed("give the registers"))?;
+        vcpu.set_sregs(&sregs).map_err(failed("set the system registers"))?;
+        let mut regs = vcpu.get_regs().map_err(failed("read the registers"))?;
         regs.rip = guest::CODE;
         // Bit 1 is always set; interrupts are off.
         regs.rflags = 1 << 1;
-        vcpu.set_regs(&regs).map_err(failed("take the registers"))
+        vcpu.set_regs(&regs).map_err(failed("set the registers"))
     }
 
     /// Enters KVM_RUN once. `None`: it was interrupted.
@@ -90,8 +93,8 @@ impl KvmMachine {
             }
             Ok(VcpuExit::IoOut(port, data)) => {
                 match self.bus.write(port, data).map_err(MachineError::Access)? {
-                    Written::Register => Ok(Some(Step::Next)),
-                    Written::Pace => Ok(Some(Step::Idle)),
+                    PortWrite::Register => Ok(Some(Step::Next)),
+                    PortWrite::Pace => Ok(Some(Step::Idle)),
                 }
             }
             Ok(VcpuExit::Intr) => Ok(None),
@@ -108,10 +111,10 @@ impl Machine for KvmMachine {
     }
 
     fn settle(&mut self) -> Result<(), MachineError> {
-        // KVM completes a port access only when KVM_RUN is entered again (Documentation/virt/kvm/api.rst, KVM_EXIT_IO):
-        // before that an IN's data is not in the registers, and the instruction pointer may stand before or behind the access.
-        // With immediate_exit it does so, and comes back with EINTR without running the guest. One instruction may have several
-        // accesses, hence the loop.
+        // KVM completes a port access only when KVM_RUN is entered again (Documentation/virt/kvm/api.rst,
+        // KVM_EXIT_IO): before that an IN's data is not in the registers, and the instruction pointer may be
+        // before or after the access. With immediate_exit it does so, and comes back with EINTR without
+        // running the guest. One instruction may have several accesses, hence the loop.
         self.vm.vcpu().set_kvm_immediate_exit(1);
         let settled = loop {
             match self.enter() {
@@ -137,12 +140,13 @@ impl Machine for KvmMachine {
             debug_regs: vcpu.get_debug_regs().map_err(failed(StatePart::DebugRegs))?,
             events: vcpu.get_vcpu_events().map_err(failed(StatePart::Events))?,
             mp_state: vcpu.get_mp_state().map_err(failed(StatePart::MpState))?,
-            // The flags say how the time was read, which is nothing to set: the guest's time goes on from here.
+            // The flags describe how the time was read and are not restored: the guest's time continues from
+            // here.
             clock: kvm_clock_data { clock: clock.clock, ..Default::default() },
             ..Default::default()
         };
         let got = vcpu.get_msrs(&mut msrs).map_err(failed(StatePart::Msrs))?;
-        expect_all(got, "give")?;
+        expect_all(got, "read")?;
         for (msr, entry) in state.msrs.iter_mut().zip(msrs.as_slice()) {
             *msr = *entry;
         }
@@ -153,8 +157,8 @@ impl Machine for KvmMachine {
         let failed = |part: StatePart| move |source| MachineError::SetState { part: part.name(), source };
         self.vm.vm().set_clock(&state.clock).map_err(failed(StatePart::Clock))?;
         let vcpu = self.vm.vcpu();
-        // The system registers first: what the others may be depends on them. XCR0 before the FPU state that it delimits. Events
-        // last, since setting registers drops pending exceptions.
+        // The system registers first: what the others may be depends on them. XCR0 before the FPU state that
+        // it delimits. Events last, since setting registers drops pending exceptions.
         vcpu.set_sregs(&state.sregs).map_err(failed(StatePart::Sregs))?;
         vcpu.set_regs(&state.regs).map_err(failed(StatePart::Regs))?;
         vcpu.set_xcrs(&state.xcrs).map_err(failed(StatePart::Xcrs))?;
@@ -163,7 +167,7 @@ impl Machine for KvmMachine {
         vcpu.set_debug_regs(&state.debug_regs).map_err(failed(StatePart::DebugRegs))?;
         let msrs = msr_list(state).map_err(failed(StatePart::Msrs))?;
         let set = vcpu.set_msrs(&msrs).map_err(failed(StatePart::Msrs))?;
-        expect_all(set, "take")?;
+        expect_all(set, "set")?;
         vcpu.set_mp_state(state.mp_state).map_err(failed(StatePart::MpState))?;
         vcpu.set_vcpu_events(&state.events).map_err(failed(StatePart::Events))
     }

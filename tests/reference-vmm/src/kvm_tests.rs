@@ -1,5 +1,5 @@
-//! The guest on a real KVM, with devices of these tests. Where there is no /dev/kvm these tests have nothing to try and say so;
-//! the end-to-end tests of the lab run the same guest in a node, which always has one.
+//! The guest on a real KVM, with fake devices. Without /dev/kvm these tests are skipped and print so;
+//! the end-to-end tests run the same guest in a node of the lab, which always has one.
 
 use std::time::Duration;
 
@@ -19,7 +19,7 @@ impl Vm {
     /// `None` where there is no KVM.
     fn new(devices: usize) -> Option<Self> {
         if let Err(error) = Kvm::new() {
-            eprintln!("not tried: no /dev/kvm here ({error})");
+            eprintln!("skipped: no /dev/kvm here ({error})");
             return None;
         }
         let ram = Arc::new(GuestRam::new(MIN_RAM_BYTES).unwrap());
@@ -65,7 +65,7 @@ impl Vm {
 }
 
 #[test]
-fn the_guest_counts_and_finds_nothing_wrong() {
+fn the_guest_counts_and_finds_no_error() {
     let Some(mut vm) = Vm::fresh(3) else { return };
     vm.run_until_count(600);
     let report = vm.report();
@@ -77,7 +77,7 @@ fn the_guest_counts_and_finds_nothing_wrong() {
 }
 
 #[test]
-fn a_new_guest_does_not_mind_what_its_devices_held_before() {
+fn a_new_guest_ignores_what_its_devices_held_before() {
     let Some(mut vm) = Vm::fresh(2) else { return };
     vm.uarts[1].0.lock().unwrap().registers[7] = 0x5a;
     vm.run_until_count(10);
@@ -110,7 +110,8 @@ fn the_count_carries_into_its_upper_half() {
     let Some(mut vm) = Vm::fresh(1) else { return };
     vm.run_until_count(5);
     while vm.machine.step().unwrap() != Step::Idle {}
-    // The low half of the count is what registers and stamps are compared with, so they go wrong once and twice.
+    // The low half of the count is what registers and stamps are compared with, so they go wrong once and
+    // twice.
     vm.ram.write(0x2010, &0xffff_fff0_u32.to_le_bytes()).unwrap();
     vm.run_until_count(0x1_0000_0010);
     assert_eq!(vm.report().count >> 32, 1);
@@ -136,7 +137,7 @@ fn a_vm_that_moves_at_any_port_access_loses_and_repeats_nothing() {
     while vm.machine.step().unwrap() != Step::Idle {}
     let report = vm.report();
     assert_eq!(report.errors, 0, "{report:?}");
-    // A register that keeps what it is given does not mind an access that is repeated. Other devices do.
+    // A register that keeps its value does not show a repeated access. Other devices do.
     for uart in &vm.uarts {
         let uart = *uart.0.lock().unwrap();
         assert_eq!(
@@ -148,7 +149,7 @@ fn a_vm_that_moves_at_any_port_access_loses_and_repeats_nothing() {
 }
 
 #[test]
-fn a_vm_that_moves_without_its_devices_state_finds_that_out() {
+fn a_vm_that_moves_without_its_devices_state_finds_errors() {
     let Some(mut vm) = Vm::fresh(2) else { return };
     vm.run_until_count(40);
     while vm.machine.step().unwrap() != Step::Idle {}

@@ -1,39 +1,41 @@
-//! Which call of the contract is legal when. Pure: [`State::after`] says what a call makes of a state, or why it is out of order.
+//! Which call of the contract is legal in which state. Pure: [`State::after`] returns the next state, or why
+//! the call is out of order.
 //!
 //! ```text
 //!            Resume               StartSave                      FinishSave
-//!  Paused ◀─────────▶ Running      (either) ──▶ Saving{paused} ──────────────▶ Finishing ──▶ Paused   all has been given
+//!  Paused ◀─────────▶ Running      (either) ──▶ Saving{paused} ──────────────▶ Finishing ──▶ Paused
 //!            Pause                    ▲                │                           │
-//!                                     └────────────────┴───── AbortSave, or the ───┘ reader of the stream is gone
+//!                                     └────────────────┴───── AbortSave, or the ───┘ stream is closed
 //!
-//!  Incoming ── StartLoad ──▶ Loading ── understood ──▶ Loaded ── FinishLoad ──▶ Paused
+//!  Incoming ── StartLoad ──▶ Loading ── valid ───────▶ Loaded ── FinishLoad ──▶ Paused
 //!      ▲                        │
 //!      └──────── refused ───────┘
 //! ```
-//! Pause and Resume say how the VM shall stand, so repeating one is no error. AbortSave without a save has nothing to do: a save
-//! also ends by itself when its reader goes, and the caller cannot know which came first. Describe and Quit are always legal.
+//! Pause and Resume set a state, so they may be repeated. AbortSave without a save does nothing: a save also
+//! ends by itself when its reader closes the stream, and the caller cannot know which came first. Describe
+//! and Quit are always legal.
 
 use std::fmt;
 
-/// Where a VMM stands.
+/// The state of a VMM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum State {
     /// The vCPU runs.
     Running,
-    /// The vCPU stands still; it can be resumed.
+    /// The vCPU is paused; it can be resumed.
     Paused,
-    /// StartSave has been called: nothing is given yet. The vCPU runs unless `paused`.
+    /// StartSave has been called: nothing is written yet. The vCPU runs unless `paused`.
     Saving {
         /// Pause has been called.
         paused: bool,
     },
-    /// FinishSave has been called: RAM and machine are being given.
+    /// FinishSave has been called: RAM and machine are being written.
     Finishing,
-    /// Started to take over a VM; nothing has come yet.
+    /// Started to take over a VM; nothing has been received yet.
     Incoming,
-    /// StartLoad has been called: the VM is coming.
+    /// StartLoad has been called: the VM is being received.
     Loading,
-    /// All of it has come and been understood.
+    /// All of it has been received and is valid.
     Loaded,
 }
 
@@ -51,18 +53,18 @@ pub enum Call {
     Resume,
 }
 
-/// A call that is not legal now. Nothing has changed.
+/// A call that is not legal in this state. Nothing has changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{call:?} is out of order: {state}; {}", call.expects())]
 pub struct OutOfOrder {
     /// What was called.
     pub call: Call,
-    /// Where the VMM stands.
+    /// The state of the VMM.
     pub state: State,
 }
 
 impl State {
-    /// The state once `call` has been carried out. A save or a load that begins ends later: [`Self::save_ended`],
+    /// The state after `call`. A save or a load that it starts ends later: [`Self::save_ended`],
     /// [`Self::load_ended`].
     ///
     /// # Errors
@@ -96,7 +98,7 @@ impl State {
         })
     }
 
-    /// The state once a save has ended, in whatever way.
+    /// The state after a save has ended, with any result.
     #[must_use]
     pub fn save_ended(self) -> Self {
         match self {
@@ -106,11 +108,11 @@ impl State {
         }
     }
 
-    /// The state once a load has ended: `understood`, or not.
+    /// The state after a load has ended. `valid`: everything was received and is valid.
     #[must_use]
-    pub fn load_ended(self, understood: bool) -> Self {
+    pub fn load_ended(self, valid: bool) -> Self {
         match self {
-            Self::Loading if understood => Self::Loaded,
+            Self::Loading if valid => Self::Loaded,
             Self::Loading => Self::Incoming,
             Self::Running
             | Self::Paused
@@ -129,10 +131,10 @@ impl fmt::Display for State {
             Self::Paused => "the VM is paused and no save has begun",
             Self::Saving { paused: false } => "a save has begun and the VM is running",
             Self::Saving { paused: true } => "a save has begun and the VM is paused",
-            Self::Finishing => "FinishSave is giving the VM's state",
-            Self::Incoming => "the VMM was started to take over a VM, of which nothing has come",
-            Self::Loading => "StartLoad is taking the VM's state",
-            Self::Loaded => "the VM's state has come and waits for FinishLoad",
+            Self::Finishing => "FinishSave is sending the VM's state",
+            Self::Incoming => "the VMM was started to take over a VM, of which nothing has been received",
+            Self::Loading => "StartLoad is receiving the VM's state",
+            Self::Loaded => "the VM's state has been received and waits for FinishLoad",
         })
     }
 }
@@ -213,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn a_migration_and_a_rollback_go_through() {
+    fn a_migration_and_a_rollback_are_legal() {
         let run =
             |state: State, calls: &[Call]| calls.iter().try_fold(state, |state, call| state.after(*call));
         let saved = run(Running, &[StartSave, Pause, FinishSave]).unwrap().save_ended();

@@ -1,4 +1,4 @@
-//! What a vCPU and its clock consist of: everything of a machine that is neither RAM nor a device.
+//! The state of a vCPU and its clock: everything of a machine that is neither RAM nor a device.
 
 use kvm_bindings::{
     kvm_clock_data, kvm_debugregs, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events,
@@ -7,12 +7,14 @@ use kvm_bindings::{
 use strum::VariantArray;
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
-/// The MSRs that are saved (EFER and the APIC base are part of sregs), by their numbers in Linux' msr-index.h: TSC,
-/// SYSENTER_CS, SYSENTER_ESP, SYSENTER_EIP, PAT, STAR, LSTAR, CSTAR, SYSCALL_MASK, KERNEL_GS_BASE.
+/// The MSRs that are saved (EFER and the APIC base are part of sregs), by their numbers in Linux'
+/// msr-index.h: TSC, SYSENTER_CS, SYSENTER_ESP, SYSENTER_EIP, PAT, STAR, LSTAR, CSTAR, SYSCALL_MASK,
+/// KERNEL_GS_BASE.
 pub const MSRS: [u32; 10] =
     [0x10, 0x174, 0x175, 0x176, 0x277, 0xc000_0081, 0xc000_0082, 0xc000_0083, 0xc000_0084, 0xc000_0102];
 
-/// One part of a [`MachineState`], with the number by which a saved VM names it. They are saved in this order.
+/// One part of a [`MachineState`], with the number by which a saved VM names it. They are saved in this
+/// order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, VariantArray)]
 #[repr(u32)]
 #[allow(missing_docs)]
@@ -29,7 +31,7 @@ pub enum StatePart {
 }
 
 impl StatePart {
-    /// Its name, for people.
+    /// Its name, for messages.
     pub fn name(self) -> &'static str {
         match self {
             Self::Regs => "registers",
@@ -45,7 +47,8 @@ impl StatePart {
     }
 }
 
-/// A vCPU between two instructions, and the VM's clock. All zeros by default, which is no state that a vCPU can be in.
+/// A vCPU between two instructions, and the VM's clock. The default is all zeros, which is not a valid state
+/// of a vCPU.
 #[derive(Debug)]
 #[allow(missing_docs)]
 pub struct MachineState {
@@ -93,7 +96,7 @@ impl MachineState {
         }
     }
 
-    /// Sets one part from its bytes. `false`, and nothing has changed, if they are not as many as the part has.
+    /// Sets one part from its bytes. `false` if the length is wrong: nothing has changed then.
     pub fn set_part(&mut self, part: StatePart, bytes: &[u8]) -> bool {
         fn put<T: FromBytes>(field: &mut T, bytes: &[u8]) -> bool {
             T::read_from_bytes(bytes).map(|value| *field = value).is_ok()
@@ -117,7 +120,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_part_comes_back_and_no_part_takes_another_length() {
+    fn every_part_is_restored_and_no_part_accepts_another_length() {
         let mut from = MachineState::default();
         for (index, &part) in StatePart::VARIANTS.iter().enumerate() {
             let bytes: Vec<u8> = (0..from.part(part).len()).map(|at| (at + index) as u8).collect();

@@ -1,4 +1,4 @@
-//! The lab's VMM: see `slackwater_reference_vmm`.
+//! The program of the reference VMM: see `slackwater_reference_vmm`.
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
@@ -6,7 +6,8 @@ use slackwater_reference_vmm::outside;
 use slackwater_reference_vmm::run::{self, Options};
 use tracing_subscriber::EnvFilter;
 
-/// A small virtual machine monitor for tests. Its guest counts, and checks its RAM and its devices on every count.
+/// A small virtual machine monitor for tests. Its guest counts, and checks its RAM and its devices on every
+/// count.
 #[derive(Parser)]
 #[command(version)]
 struct Cli {
@@ -18,7 +19,7 @@ struct Cli {
 enum Command {
     /// Run a VM and serve the VMM contract, until Quit or SIGTERM.
     Run(Options),
-    /// Print, as JSON, what the guest of a VMM that runs has written down.
+    /// Print the report of the guest of a running VMM, as JSON.
     Guest {
         /// Process id of the VMM.
         #[arg(long)]

@@ -1,4 +1,5 @@
-//! Reading a guest's data from outside: out of the RAM of a VMM that runs, through `/proc`, whatever the VMM itself says.
+//! Reads a guest's data from outside: from the RAM of a running VMM through `/proc`, independent of the VMM's
+//! own answers.
 
 use std::fs::{self, File};
 use std::io;
@@ -12,7 +13,7 @@ use super::ram::MEMFD_NAME;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum OutsideError {
-    /// There is no such process, or it is not ours to look at.
+    /// There is no such process, or this user may not inspect it.
     #[error("cannot list the descriptors of process {pid}")]
     ListDescriptors {
         /// The process.
@@ -22,7 +23,7 @@ pub enum OutsideError {
         source: io::Error,
     },
     /// The process has no guest RAM.
-    #[error("process {pid} has no descriptor of memfd:{MEMFD_NAME}: it is no VMM of the lab")]
+    #[error("process {pid} has no descriptor of memfd:{MEMFD_NAME}: it is not a reference VMM")]
     NoRam {
         /// The process.
         pid: u32,
@@ -47,10 +48,10 @@ pub enum OutsideError {
     },
 }
 
-/// What the guest of the VMM with process id `pid` has written down, as of now.
+/// The current report of the guest of the VMM with process id `pid`.
 ///
 /// # Errors
-/// If the process is not there, may not be looked at (that takes the same user, or root), or has no guest.
+/// If there is no such process, it may not be inspected (only by the same user, or root), or it has no guest.
 pub fn report(pid: u32) -> Result<Report, OutsideError> {
     report_from(pid, MEMFD_NAME)
 }
@@ -84,7 +85,7 @@ mod tests {
 
     #[test]
     fn a_guest_is_read_from_outside_by_the_name_of_its_ram() {
-        // A name of its own: other tests of this process have guests too.
+        // A unique name: other tests of this process have guests, too.
         let ram = File::from(memfd_create("ram-read-from-outside", MemfdFlags::CLOEXEC).unwrap());
         ram.set_len(guest::MIN_RAM_BYTES).unwrap();
         let report = || report_from(std::process::id(), "ram-read-from-outside");

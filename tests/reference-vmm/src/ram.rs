@@ -1,6 +1,7 @@
 //! Guest RAM: a memfd, mapped into this process for KVM and the devices.
 //!
-//! The VMM itself reads and writes it through the descriptor, so that no reference to memory that a guest changes exists.
+//! The VMM itself reads and writes it through the descriptor, so that no Rust reference to memory that a
+//! guest changes exists.
 
 use std::fs::File;
 use std::io;
@@ -10,13 +11,27 @@ use memmap2::MmapRaw;
 use rustix::fs::{MemfdFlags, SeekFrom, memfd_create, seek};
 use rustix::io::Errno;
 
-use super::saved::RamSource;
-
 /// The name of the memfd: `/proc/PID/fd` shows it as `/memfd:guest-ram (deleted)`.
 pub const MEMFD_NAME: &str = "guest-ram";
 
 /// Bytes of a page.
 pub const PAGE_BYTES: usize = 4096;
+
+/// Guest RAM, as a save reads it.
+pub trait RamSource {
+    /// The first address from `gpa` on that may hold a byte other than zero. `None`: all is zero up to the
+    /// end.
+    ///
+    /// # Errors
+    /// The kernel's error.
+    fn next_used(&self, gpa: u64) -> io::Result<Option<u64>>;
+
+    /// Fills `bytes` from guest physical address `gpa` on.
+    ///
+    /// # Errors
+    /// UnexpectedEof if that is beyond the end of RAM.
+    fn read(&self, gpa: u64, bytes: &mut [u8]) -> io::Result<()>;
+}
 
 /// Guest RAM from guest physical address 0, zero at first.
 #[derive(Debug)]
@@ -30,7 +45,7 @@ impl GuestRam {
     /// RAM of `bytes` bytes, a multiple of [`PAGE_BYTES`].
     ///
     /// # Errors
-    /// If the kernel does not give the memory.
+    /// If the memory cannot be allocated.
     pub fn new(bytes: u64) -> io::Result<Self> {
         let file = File::from(memfd_create(MEMFD_NAME, MemfdFlags::CLOEXEC)?);
         file.set_len(bytes)?;
@@ -69,12 +84,12 @@ impl GuestRam {
         self.file.write_all_at(bytes, gpa)
     }
 
-    /// Makes all of it zero again.
+    /// Sets all of it to zero.
     ///
     /// # Errors
     /// If reading or writing fails.
     pub fn clear(&self) -> io::Result<()> {
-        // No hole is punched: a page that a device has pinned would then be another than the guest's.
+        // Do not punch a hole: a page that a device has pinned would then differ from the guest's.
         let zero = [0; PAGE_BYTES];
         let mut gpa = 0;
         while let Some(used) = self.next_used(gpa)? {
@@ -87,7 +102,7 @@ impl GuestRam {
 }
 
 impl RamSource for GuestRam {
-    /// The kernel knows which pages have never been touched: a guest that uses little of its RAM is saved in little time.
+    /// The kernel knows which pages were never written: a guest that uses little of its RAM is saved quickly.
     fn next_used(&self, gpa: u64) -> io::Result<Option<u64>> {
         match seek(&self.file, SeekFrom::Data(gpa)) {
             Ok(used) => Ok(Some(used)),
@@ -115,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_that_nobody_has_touched_are_known() {
+    fn pages_that_were_never_written_are_known() {
         let ram = GuestRam::new(16 << 20).unwrap();
         assert_eq!(ram.next_used(0).unwrap(), None);
         ram.write(5 << 20, &[0]).unwrap();

@@ -1,6 +1,5 @@
-//! The process: from an argument vector to a served socket, and its end.
+//! The process: from its arguments to a served socket, and its end.
 
-use std::error::Error;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -24,7 +23,7 @@ use super::guest::{MAX_DEVICES, MIN_RAM_BYTES};
 use super::kvm::{KvmMachine, SetUpError};
 use super::lifecycle::State;
 use super::ram::GuestRam;
-use super::service::{LabVmm, Vm};
+use super::service::{ReferenceVmm, Vm};
 use super::vcpu::{Vcpu, VcpuError};
 
 /// How to run a VMM.
@@ -33,7 +32,8 @@ pub struct Options {
     /// Unix socket at which the VMM contract is served.
     #[arg(long)]
     pub socket: PathBuf,
-    /// VFIO character device, as /dev/vfio/devices/vfio0; repeated, or with commas, for several, in the VM's order.
+    /// VFIO character device, as /dev/vfio/devices/vfio0; repeated, or with commas, for several, in the VM's
+    /// order.
     #[arg(long = "device", value_name = "CDEV", value_delimiter = ',', required = true)]
     pub devices: Vec<PathBuf>,
     /// Guest RAM in MiB.
@@ -42,43 +42,44 @@ pub struct Options {
     /// Microseconds for which the guest idles after each count. 0: it counts as fast as it can.
     #[arg(long, default_value_t = 10_000)]
     pub pace_us: u64,
-    /// Take over a VM: wait for StartLoad, and leave the devices as they are. Without it, reset them and start a fresh guest.
+    /// Take over a VM: wait for StartLoad, and do not reset the devices. Without this, reset them and start a
+    /// fresh guest.
     #[arg(long)]
     pub incoming: bool,
 }
 
-/// Why a VMM ended, or did not begin.
+/// Why a VMM ended, or did not start.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RunError {
-    /// More than the guest can have.
+    /// More devices than the guest can have.
     #[error("{found} devices, expected at most {MAX_DEVICES}")]
     TooManyDevices {
-        /// How many were given.
+        /// The number of devices.
         found: usize,
     },
-    /// No guest RAM.
-    #[error("cannot have {bytes} bytes of guest RAM")]
+    /// Guest RAM could not be allocated.
+    #[error("cannot allocate {bytes} bytes of guest RAM")]
     AllocateRam {
-        /// How many were wanted.
+        /// The requested size.
         bytes: u64,
         /// Why not.
         #[source]
         source: io::Error,
     },
-    /// No devices.
-    #[error("cannot have the VM's devices")]
+    /// The devices could not be opened.
+    #[error("cannot open the VM's devices")]
     OpenDevices(#[source] DevicesError),
-    /// No machine.
+    /// KVM did not set up the machine.
     #[error("cannot set up the machine")]
     SetUpMachine(#[source] SetUpError),
     /// SIGTERM and SIGINT cannot be watched.
     #[error("cannot watch for signals")]
     WatchSignals(#[source] io::Error),
-    /// No thread, or no signal for it.
+    /// The thread, or its signal handler, could not be set up.
     #[error("cannot start the vCPU's thread")]
     StartVcpu(#[source] io::Error),
-    /// No socket.
+    /// The socket could not be bound.
     #[error("cannot listen on {}", path.display())]
     Listen {
         /// The socket.
@@ -90,12 +91,12 @@ pub enum RunError {
     /// Serving failed.
     #[error("cannot serve the contract")]
     Serve(#[source] ServeError),
-    /// The vCPU could not go on.
+    /// The vCPU could not continue.
     #[error("the VM has crashed")]
     Crash(#[source] VcpuError),
 }
 
-/// How long calls may take to end once the VMM is to end.
+/// How long open calls may take when the VMM ends.
 const DRAIN: Duration = Duration::from_secs(2);
 
 /// Runs a VMM until Quit, SIGTERM or SIGINT.
@@ -103,7 +104,7 @@ const DRAIN: Duration = Duration::from_secs(2);
 /// # Errors
 /// If the VMM cannot be set up, or the VM crashes.
 pub async fn run(options: Options) -> Result<(), RunError> {
-    // The socket is for its owner from its first moment on, not only from a chmod on.
+    // Only the owner may use the socket, from its creation on and not only after a chmod.
     rustix::process::umask(Mode::RWXG | Mode::RWXO | Mode::XUSR);
     let mut terminate = signal(SignalKind::terminate()).map_err(RunError::WatchSignals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(RunError::WatchSignals)?;
@@ -114,7 +115,7 @@ pub async fn run(options: Options) -> Result<(), RunError> {
         .filter(|_| found <= MAX_DEVICES)
         .ok_or(RunError::TooManyDevices { found })?;
     let bytes = u64::from(options.ram_mib) << 20;
-    const { assert!(MIN_RAM_BYTES <= 1 << 20, "1 MiB is the least that can be asked for") };
+    const { assert!(MIN_RAM_BYTES <= 1 << 20, "1 MiB is the smallest size that can be requested") };
     let ram = Arc::new(GuestRam::new(bytes).map_err(|source| RunError::AllocateRam { bytes, source })?);
     let assigned = Devices::open(&options.devices, &ram, !options.incoming).map_err(RunError::OpenDevices)?;
     let bus = assigned.list().iter().map(|device| Arc::clone(device) as Arc<dyn Registers>).collect();
@@ -133,7 +134,7 @@ pub async fn run(options: Options) -> Result<(), RunError> {
         State::Running
     };
     let quit = CancellationToken::new();
-    let service = LabVmm::new(Vm { vcpu, ram, devices: describe(&assigned) }, state, quit.clone());
+    let service = ReferenceVmm::new(Vm { vcpu, ram, devices: describe(&assigned) }, state, quit.clone());
     info!(socket = %options.socket.display(), ?state, devices, "serving");
 
     let until = async {
@@ -141,15 +142,15 @@ pub async fn run(options: Options) -> Result<(), RunError> {
             () = quit.cancelled() => {}
             _ = terminate.recv() => info!("SIGTERM"),
             _ = interrupt.recv() => info!("SIGINT"),
-            // How it ended is asked again below.
+            // Its result is read again below.
             _ = service.vcpu().ended() => {}
         }
-        // A stream of a save ends with this.
+        // This also ends the stream of a save.
         quit.cancel();
     };
     let served = serve_unix(listener, Routes::new(vmm_server(service.clone())), until, DRAIN).await;
     service.vcpu().stop().await;
-    // It may be gone already.
+    // It may have been removed already.
     std::fs::remove_file(&options.socket).unwrap_or_default();
     served.map_err(RunError::Serve)?;
     service.vcpu().ended().await.map_err(RunError::Crash)
@@ -164,24 +165,12 @@ fn describe(devices: &Devices) -> Vec<Device> {
     devices.list().iter().enumerate().map(device).collect()
 }
 
-/// Listens on `path`, in the place of a socket that a VMM left behind on which nobody listens.
+/// Listens on `path`, and replaces a stale socket that an earlier VMM left there.
 fn listen(path: &Path) -> io::Result<UnixListener> {
     match UnixStream::connect(path) {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path)?,
-        // In use or not there: what bind says is right.
+        // In use, or not there: bind reports that.
         Ok(_) | Err(_) => {}
     }
     bind_unix(path)
-}
-
-/// An error and all that caused it, in one line.
-pub fn with_sources(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        source = error.source();
-    }
-    text
 }

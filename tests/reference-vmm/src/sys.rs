@@ -1,5 +1,6 @@
-//! The VMM's only unsafe code: the ioctls that hand memory to the kernel, and those of VFIO that no library offers as needed
-//! (vfio-ioctls resets only what advertises a reset, which mtty does not, and swallows errors of register accesses).
+//! The VMM's only unsafe code: the ioctls that hand memory to the kernel, and those of VFIO that no library
+//! offers as needed (vfio-ioctls resets only what advertises a reset, which mtty does not, and swallows
+//! errors of register accesses).
 
 #![allow(unsafe_code)]
 
@@ -22,7 +23,8 @@ use vfio_bindings::bindings::vfio::{
 
 use super::ram::GuestRam;
 
-/// A VM with one vCPU whose memory is `ram`. It holds the RAM: the kernel writes there for as long as either descriptor is open.
+/// A VM with one vCPU whose memory is `ram`. It holds the RAM: the kernel writes there for as long as either
+/// descriptor is open.
 #[derive(Debug)]
 pub(super) struct VmOnRam {
     vcpu: VcpuFd,
@@ -40,9 +42,10 @@ impl VmOnRam {
             memory_size: ram.bytes(),
             userspace_addr: ram.address() as u64,
         };
-        // SAFETY: the address and size are those of a mapping that lives as long as `ram`, of which the value returned keeps a
-        // reference until both descriptors are closed (fields are dropped in the order of their declaration). No Rust reference
-        // into the mapping exists anywhere: GuestRam is accessed through its descriptor.
+        // SAFETY: the address and size are those of a mapping that lives as long as `ram`, of which the value
+        // returned keeps a reference until both descriptors are closed (fields are dropped in the order of
+        // their declaration). No Rust reference into the mapping exists anywhere: GuestRam is accessed
+        // through its descriptor.
         unsafe { vm.set_user_memory_region(region) }?;
         let vcpu = vm.create_vcpu(0)?;
         Ok(Self { vcpu, vm, ram })
@@ -62,8 +65,8 @@ impl VmOnRam {
 
     /// KVM_SET_XSAVE.
     pub(super) fn set_xsave(&self, xsave: &kvm_xsave) -> Result<(), kvm_ioctls::Error> {
-        // SAFETY: the kernel reads more than `kvm_xsave` has only if a dynamic feature (AMX) has been enabled for this process by
-        // arch_prctl, which nobody does here.
+        // SAFETY: the kernel reads more than `kvm_xsave` has only if a dynamic feature (AMX) has been enabled
+        // for this process by arch_prctl, which this program does not do.
         unsafe { self.vcpu.set_xsave(xsave) }
     }
 }
@@ -91,8 +94,9 @@ impl DeviceMemory {
             iova: 0,
             ..Default::default()
         };
-        // Not marked unsafe by its crate, but devices write there: the address and size are those of a mapping that lives as long
-        // as `ram`, of which the value returned keeps a reference until the iommufd is closed.
+        // Not marked unsafe by its crate, but devices write there: the address and size are those of a
+        // mapping that lives as long as `ram`, of which the value returned keeps a reference until the
+        // iommufd is closed.
         iommufd.map_iommu_ioas(&map)?;
         Ok(Self { iommufd, ioas, _ram: ram })
     }
@@ -111,9 +115,11 @@ impl DeviceMemory {
             pt_id: self.ioas,
             ..Default::default()
         };
-        // SAFETY: VFIO_DEVICE_BIND_IOMMUFD reads and writes a vfio_device_bind_iommufd, which `argsz` delimits.
+        // SAFETY: VFIO_DEVICE_BIND_IOMMUFD reads and writes a vfio_device_bind_iommufd, which `argsz`
+        // delimits.
         unsafe { ioctl(device, Updater::<BIND, _>::new(&mut bind)) }?;
-        // SAFETY: VFIO_DEVICE_ATTACH_IOMMUFD_PT reads and writes a vfio_device_attach_iommufd_pt, which `argsz` delimits.
+        // SAFETY: VFIO_DEVICE_ATTACH_IOMMUFD_PT reads and writes a vfio_device_attach_iommufd_pt, which
+        // `argsz` delimits.
         unsafe { ioctl(device, Updater::<ATTACH, _>::new(&mut attach)) }?;
         Ok(())
     }
@@ -136,7 +142,8 @@ pub(super) fn region(device: BorrowedFd<'_>, index: u32) -> io::Result<Region> {
     const REGION_INFO: Opcode = opcode::none(VFIO_TYPE, VFIO_BASE + 8);
     let mut info =
         vfio_region_info { argsz: size_of::<vfio_region_info>() as u32, index, ..Default::default() };
-    // SAFETY: VFIO_DEVICE_GET_REGION_INFO reads and writes a vfio_region_info, and capabilities behind it only within `argsz`.
+    // SAFETY: VFIO_DEVICE_GET_REGION_INFO reads and writes a vfio_region_info, and capabilities behind it
+    // only within `argsz`.
     unsafe { ioctl(device, Updater::<REGION_INFO, _>::new(&mut info)) }?;
     Ok(Region { offset: info.offset, bytes: info.size })
 }

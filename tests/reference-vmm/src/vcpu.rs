@@ -1,9 +1,10 @@
-//! The thread that runs the vCPU, and what can be asked of it from elsewhere.
+//! The thread that runs the vCPU, and the requests that it takes from other threads.
 //!
-//! The thread owns the machine. It looks for requests between two exits of the vCPU; a signal brings the vCPU out of KVM_RUN so
-//! that it does so at once. When a pause is answered, the vCPU is out of KVM_RUN, the port access by which it left is complete
-//! (an IN's data is in its registers, an OUT is done and will not be repeated), and the thread waits for a request: it touches
-//! neither the machine nor a device until it is told to.
+//! The thread owns the machine. It looks for requests between two exits of the vCPU; a signal brings the vCPU
+//! out of KVM_RUN so that it does so at once. When a pause is answered, the vCPU is out of KVM_RUN, the port
+//! access by which it left is complete (an IN's data is in its registers, an OUT is done and will not be
+//! repeated), and the thread waits for a request: it touches neither the machine nor a device until the next
+//! request.
 
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, TryRecvError};
@@ -17,33 +18,33 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 use super::bus::AccessError;
 use super::machine_state::MachineState;
 
-/// What is left of a step of the machine.
+/// What to do after a step of the machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
     /// Go on.
     Next,
-    /// The guest has nothing to do for the length of its pace.
+    /// The guest is idle for its pace.
     Idle,
 }
 
-/// What a machine did not do.
+/// Why a machine failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum MachineError {
     /// KVM_RUN failed.
     #[error("KVM cannot run the vCPU")]
     Run(#[source] kvm_ioctls::Error),
-    /// The guest did something that its program does not do.
+    /// The vCPU left the guest for a reason that the guest's program does not cause.
     #[error("the vCPU left the guest unexpectedly: {exit}")]
     UnexpectedExit {
         /// KVM's exit.
         exit: String,
     },
-    /// A device did not carry out a port access.
+    /// A device refused a port access.
     #[error("a port access of the guest failed")]
     Access(#[source] AccessError),
     /// A part of the state could not be read.
-    #[error("KVM does not give the vCPU's {part}")]
+    #[error("KVM cannot read the vCPU's {part}")]
     GetState {
         /// Which part.
         part: &'static str,
@@ -52,15 +53,15 @@ pub enum MachineError {
         source: kvm_ioctls::Error,
     },
     /// This processor lacks an MSR that is part of the state.
-    #[error("KVM does not {verb} MSR {index:#x}")]
+    #[error("KVM cannot {verb} MSR {index:#x}")]
     Msr {
         /// The MSR's number.
         index: u32,
-        /// What was wanted of it.
+        /// Whether it was to be read or written.
         verb: &'static str,
     },
     /// A part of the state was refused.
-    #[error("KVM does not take the vCPU's {part}")]
+    #[error("KVM cannot set the vCPU's {part}")]
     SetState {
         /// Which part.
         part: &'static str,
@@ -75,13 +76,13 @@ pub trait Machine: Send + 'static {
     /// Runs the vCPU until it leaves the guest, and does what the guest asked for.
     ///
     /// # Errors
-    /// If the machine cannot go on.
+    /// If the machine cannot continue.
     fn step(&mut self) -> Result<Step, MachineError>;
 
     /// Completes what the last step left incomplete in the vCPU, without running the guest.
     ///
     /// # Errors
-    /// If the machine cannot go on.
+    /// If the machine cannot continue.
     fn settle(&mut self) -> Result<(), MachineError>;
 
     /// The state of a settled machine.
@@ -104,8 +105,8 @@ pub enum VcpuError {
     /// The thread has ended.
     #[error("the vCPU has ended")]
     Ended,
-    /// The machine said no.
-    #[error("the machine did not do it")]
+    /// The machine failed.
+    #[error("the machine failed")]
     Machine(#[source] Arc<MachineError>),
 }
 
@@ -119,7 +120,7 @@ enum Request {
     Stop,
 }
 
-/// The vCPU's thread, as seen from elsewhere.
+/// A handle to the vCPU's thread.
 #[derive(Debug)]
 pub struct Vcpu {
     requests: Sender<Request>,
@@ -128,25 +129,25 @@ pub struct Vcpu {
     ended: watch::Receiver<Option<Result<(), Arc<MachineError>>>>,
 }
 
-/// How long to wait for an answer before the vCPU is kicked again: a signal that comes just before the thread enters KVM_RUN is
-/// lost.
+/// How long to wait for an answer before the vCPU is kicked again: a signal that comes just before the thread
+/// enters KVM_RUN is lost.
 const KICK_AGAIN: Duration = Duration::from_millis(10);
 
 /// The handler's only use is that the signal interrupts KVM_RUN instead of ending the process.
 extern "C" fn kicked(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
 
 impl Vcpu {
-    /// Starts the thread. The vCPU stands still until [`Self::resume`]. A guest that is idle waits for `pace`.
+    /// Starts the thread. The vCPU is paused until [`Self::resume`]. An idle guest waits for `pace`.
     ///
     /// # Errors
-    /// If the kernel gives no thread or signal.
+    /// If no thread or signal handler can be created.
     pub fn spawn(machine: impl Machine, pace: Duration) -> std::io::Result<Self> {
         register_signal_handler(SIGRTMIN(), kicked)
             .map_err(|error| std::io::Error::from_raw_os_error(error.errno()))?;
         let (requests, inbox) = mpsc::channel();
         let (end, ended) = watch::channel(None);
         let thread = Builder::new().name("vcpu0".into()).spawn(move || {
-            // The machine is gone, and with it all descriptors that it holds, when the end is known.
+            // Drop the machine and its descriptors before the end is published.
             let result = drive(machine, &inbox, pace).map_err(Arc::new);
             end.send_replace(Some(result));
         })?;
@@ -165,11 +166,11 @@ impl Vcpu {
     }
 
     fn kick(&self) {
-        // Fails only for a thread that has ended, which whoever waits for it notices.
+        // Fails only for a thread that has ended, which its waiters notice.
         self.thread.kill(SIGRTMIN()).unwrap_or_default();
     }
 
-    /// Returns when the vCPU stands still, as described above. It may do so already.
+    /// Returns when the vCPU is paused, as described above. It may be paused already.
     ///
     /// # Errors
     /// If the vCPU has ended.
@@ -177,7 +178,7 @@ impl Vcpu {
         self.ask(Request::Pause).await
     }
 
-    /// Lets the vCPU run. It may do so already.
+    /// Lets the vCPU run. It may be running already.
     ///
     /// # Errors
     /// If the vCPU has ended.
@@ -185,10 +186,10 @@ impl Vcpu {
         self.ask(Request::Resume).await
     }
 
-    /// The state of the machine, which is to be paused.
+    /// The state of the machine, which must be paused.
     ///
     /// # Errors
-    /// If the vCPU has ended, or does not give its state.
+    /// If the vCPU has ended, or its state cannot be read.
     pub async fn state(&self) -> Result<MachineState, VcpuError> {
         self.ask(Request::State).await?.map_err(|error| VcpuError::Machine(Arc::new(error)))
     }
@@ -205,7 +206,7 @@ impl Vcpu {
     /// Returns when the thread has ended, and how.
     ///
     /// # Errors
-    /// Why the machine could not go on, if that ended it.
+    /// Why the machine could not continue, if that ended it.
     pub async fn ended(&self) -> Result<(), VcpuError> {
         let mut ended = self.ended.clone();
         match ended.wait_for(Option::is_some).await.as_deref() {
@@ -243,7 +244,7 @@ fn drive(mut machine: impl Machine, inbox: &Receiver<Request>, pace: Duration) -
             inbox.try_recv()
         };
         idle = false;
-        // A requester that no longer waits for its answer is nothing to act on.
+        // A requester may have stopped waiting for its answer.
         match request {
             Ok(Request::Pause(answer)) => {
                 if running {

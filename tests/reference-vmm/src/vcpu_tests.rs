@@ -124,22 +124,22 @@ async fn a_pause_does_not_wait_for_the_end_of_the_guests_pace() {
 }
 
 #[tokio::test]
-async fn a_crash_ends_the_thread_and_is_told() {
+async fn a_crash_ends_the_thread_and_is_reported() {
     let fake = Fake::default();
     fake.0.lock().unwrap().crashes = true;
     let vcpu = Vcpu::spawn(fake, HOUR).unwrap();
     vcpu.resume().await.unwrap();
     let crash = vcpu.ended().await.unwrap_err();
     assert_eq!(
-        crate::run::with_sources(&crash),
-        "the machine did not do it: the vCPU left the guest unexpectedly: Shutdown"
+        crate::error_text::with_sources(&crash),
+        "the machine failed: the vCPU left the guest unexpectedly: Shutdown"
     );
     assert!(matches!(vcpu.pause().await, Err(VcpuError::Ended)));
     vcpu.stop().await;
 }
 
 #[tokio::test]
-async fn a_stopped_vcpu_has_given_up_its_machine() {
+async fn a_stopped_vcpu_has_dropped_its_machine() {
     let fake = Fake::default();
     let vcpu = Vcpu::spawn(fake.clone(), HOUR).unwrap();
     vcpu.resume().await.unwrap();

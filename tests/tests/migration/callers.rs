@@ -9,7 +9,7 @@ use slackwater_proto::tonic::{Code, Request};
 use slackwater_proto::transfer::{Attempt, HandoverRequest, Hello, handover_request};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_agent_serves_only_whom_it_should_and_says_why_not() {
+async fn an_agent_serves_only_authorised_callers_and_gives_the_reason_of_a_refusal() {
     let cluster = Cluster::start([NodeConfig::new("node-a", ["mtty-1"])]).await.unwrap();
     let address = cluster.lab.node("node-a").unwrap().agent_address().unwrap().to_string();
 
@@ -24,8 +24,8 @@ async fn an_agent_serves_only_whom_it_should_and_says_why_not() {
     };
     assert!(bare.is_none(), "a caller without a certificate was served");
 
-    // With one of another CA.
-    let stranger = Pki::new("somebody-else").unwrap().operator().unwrap();
+    // With a certificate of another CA.
+    let stranger = Pki::new("another-ca").unwrap().operator().unwrap();
     let error = match cluster.credentials(&stranger) {
         Ok(credentials) => connect(&credentials, &address, "node-a").await.unwrap_err(),
         Err(error) => panic!("{error:#}"),
@@ -48,16 +48,16 @@ async fn an_agent_serves_only_whom_it_should_and_says_why_not() {
     let refused = transfer_client(channel).handover(requests()).await.unwrap_err();
     assert_eq!(refused.code(), Code::PermissionDenied, "{refused}");
 
-    // As an agent for which nothing is reserved.
+    // As an agent without a reservation.
     let channel = connect(&cluster.credentials(&agent).unwrap(), &address, "node-a").await.unwrap();
     let refused = transfer_client(channel).handover(requests()).await.unwrap_err();
     assert_eq!(refused.code(), Code::NotFound, "{refused}");
 
-    // To a node of another name than the one that answers.
+    // To a node whose name differs from the agent's.
     let error = connect(&operator, &address, "node-b").await.unwrap_err().to_string();
     assert!(error.contains("node-b"), "{error}");
 
-    // The operator, with a request that makes no sense.
+    // The operator, with an invalid request.
     let issued = cluster.pki.operator().unwrap();
     let mut client = cluster.agent_client("node-a", &issued).await.unwrap();
     let refused = client.release(ReleaseRequest::default()).await.unwrap_err();

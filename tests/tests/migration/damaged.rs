@@ -4,7 +4,7 @@ use slackwater_lab::{LabConfig, NodeConfig};
 use crate::assert_failed;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_blob_that_is_damaged_on_the_way_is_never_loaded_and_the_vm_runs_on_where_it_was() {
+async fn a_blob_that_is_damaged_in_transit_is_never_loaded_and_the_vm_continues_at_the_source() {
     let two = || ["mtty-1", "mtty-1"];
     let nodes = [NodeConfig::new("node-a", two()), NodeConfig::new("node-b", two())];
     let cluster = Cluster::start(nodes).await.unwrap();
@@ -14,7 +14,7 @@ async fn a_blob_that_is_damaged_on_the_way_is_never_loaded_and_the_vm_runs_on_wh
         ("blob.1=corrupt", "BlobRejected", vec!["device 1", "digest"]),
         ("blob.0=truncate", "BlobRejected", vec!["device 0", "59 bytes", "60"]),
         ("blob.1=reorder", "BlobRejected", vec!["device 1", "begins at byte 24"]),
-        // Here the driver itself is the first to notice.
+        // Here the driver itself notices first.
         ("blob.0=extend", "DeviceFailed", vec!["5a1ac0de-0002-4000-8000-000000000000", "ENOMEM"]),
         ("blob.vmm=corrupt", "BlobRejected", vec!["RAM and machine state"]),
     ];
@@ -30,7 +30,7 @@ async fn a_blob_that_is_damaged_on_the_way_is_never_loaded_and_the_vm_runs_on_wh
         cluster.until_free("node-b", 2).await.unwrap();
         cluster.judge_rollback(&watching, &migration).await.unwrap();
     }
-    // Nothing is left of it: without a fault it works.
+    // Without a fault it works again.
     cluster.set_faults("node-a", "").await.unwrap();
     cluster.migrate("undamaged", "target: {nodeName: node-b}").await.unwrap();
     let migration = cluster.until_ended("undamaged").await.unwrap();
@@ -38,7 +38,7 @@ async fn a_blob_that_is_damaged_on_the_way_is_never_loaded_and_the_vm_runs_on_wh
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_device_of_another_type_is_refused_by_its_own_driver_in_its_own_words() {
+async fn a_device_of_another_type_is_refused_by_its_driver_with_its_error() {
     let nodes = [NodeConfig::new("node-a", ["mtty-1"]), NodeConfig::new("node-b", ["mtty-2"])];
     let cluster = Cluster::start_with(LabConfig::nodes(nodes), "ignore-device-model").await.unwrap();
     cluster.set_faults("node-b", "ignore-device-model=yes").await.unwrap();

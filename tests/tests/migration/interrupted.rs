@@ -6,7 +6,7 @@ use crate::assert_failed;
 
 const STALL: &str = "blob.vmm=stall";
 
-/// A migration that stands at slack water, with RAM on its way, for as long as the fault is set.
+/// A migration that is held at slack water, with RAM in transit, while the fault is set.
 async fn stalled(cluster: &Cluster, name: &str, fields: &str) -> VMMigration {
     cluster.set_faults("node-a", STALL).await.unwrap();
     cluster.migrate(name, &format!("target: {{nodeName: node-b}}, {fields}")).await.unwrap();
@@ -16,7 +16,7 @@ async fn stalled(cluster: &Cluster, name: &str, fields: &str) -> VMMigration {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_migration_that_is_interrupted_before_its_commit_leaves_the_vm_running_where_it_was() {
+async fn a_migration_that_is_interrupted_before_its_commit_leaves_the_vm_running_at_the_source() {
     let two = || ["mtty-1", "mtty-1"];
     let nodes = [NodeConfig::new("node-a", two()), NodeConfig::new("node-b", two())];
     let cluster = Cluster::start(nodes).await.unwrap();
@@ -42,7 +42,7 @@ async fn a_migration_that_is_interrupted_before_its_commit_leaves_the_vm_running
     cluster.lab.restore_link("node-b").await.unwrap();
     cluster.until_vm_at("node-a").await.unwrap();
 
-    // It is not committed in time; and while it lasts, the same VM is not migrated a second time.
+    // It is not committed in time; and meanwhile, the same VM is not migrated a second time.
     let watching = cluster.watch("node-a", "node-b").await.unwrap();
     stalled(&cluster, "slow", "preCommitTimeout: 20s").await;
     cluster.migrate("second", "target: {nodeName: node-b}").await.unwrap();
@@ -62,6 +62,6 @@ async fn a_migration_that_is_interrupted_before_its_commit_leaves_the_vm_running
     cluster.delete("deleted").await.unwrap();
     cluster.until_vm_at("node-a").await.unwrap();
     cluster.until_free("node-b", 2).await.unwrap();
-    cluster.goes_on_at("node-a", &before).await.unwrap();
+    cluster.continues_at("node-a", &before).await.unwrap();
     cluster.nothing_was_forbidden().unwrap();
 }

@@ -1,5 +1,5 @@
-//! Migrations on real parts, from `kubectl apply` to the end: kernel VFIO, KVM, etcd, kube-apiserver, helm, kubectl. What happened
-//! is judged by the kernels' own traces.
+//! Migrations from `kubectl apply` to the end, with real components: kernel VFIO, KVM, etcd, kube-apiserver,
+//! helm, kubectl. The kernels' traces show what happened.
 
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -23,10 +23,10 @@ fn condition(migration: &VMMigration, type_: &str) -> (String, String, String) {
     (found.status.clone(), found.reason.clone(), found.message.clone())
 }
 
-/// It failed, for this reason, with this in its message.
+/// Asserts that it failed before the commit, with this reason and these words in its message.
 fn assert_failed(migration: &VMMigration, reason: &str, words: &[&str]) {
-    let (status, given, message) = condition(migration, "Succeeded");
-    assert_eq!((status.as_str(), given.as_str()), ("False", reason), "{message}");
+    let (status, actual, message) = condition(migration, "Succeeded");
+    assert_eq!((status.as_str(), actual.as_str()), ("False", reason), "{message}");
     for word in words {
         assert!(message.contains(word), "{message:?} does not say {word:?}");
     }

@@ -3,7 +3,7 @@ use slackwater_lab::cluster::{Cluster, LabVm, has_condition};
 use slackwater_lab::witness::PeerToPeer;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_vm_moves_with_its_devices_and_back_again_and_its_count_goes_on() {
+async fn a_vm_moves_with_its_devices_and_back_and_continues_to_count() {
     let two = || ["mtty-1", "mtty-1"];
     // With a CPU for each device's thread.
     let nodes = ["node-a", "node-b"].map(|name| NodeConfig { cpus: 2, ..NodeConfig::new(name, two()) });
@@ -11,10 +11,10 @@ async fn a_vm_moves_with_its_devices_and_back_again_and_its_count_goes_on() {
     LabVm::counter(2).start(cluster.lab.node("node-a").unwrap()).await.unwrap();
     cluster.until_vm_at("node-a").await.unwrap();
 
-    // The second way names no target: there is one that fits.
-    let ways =
+    // The migration back names no target: exactly one node fits.
+    let directions =
         [("there", "node-a", "node-b", "target: {nodeName: node-b}"), ("back", "node-b", "node-a", "")];
-    for (name, from, to, fields) in ways {
+    for (name, from, to, fields) in directions {
         let watching = cluster.watch(from, to).await.unwrap();
         cluster.migrate(name, fields).await.unwrap();
         let migration = cluster.until_ended(name).await.unwrap();
@@ -38,7 +38,7 @@ async fn a_vm_moves_with_its_devices_and_back_again_and_its_count_goes_on() {
                 (to, "RUNNING_P2P"),
                 (to, "RUNNING"),
             ];
-            assert_eq!(states, expected, "the timeline, in the order in which it happened");
+            assert_eq!(states, expected, "the timeline is in order");
         }
         cluster.until_vm_at(to).await.unwrap();
         cluster.until_free(from, 2).await.unwrap();

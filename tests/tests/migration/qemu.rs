@@ -3,17 +3,17 @@ use slackwater_lab::guests::lines::check_disk;
 use slackwater_lab::witness::PeerToPeer;
 use slackwater_lab::{LabConfig, NodeConfig};
 
-/// Two nodes with two devices each, and room for a VM of QEMU's.
+/// Two nodes with two devices each, and memory for a QEMU VM.
 fn nodes(vm: &QemuVm) -> LabConfig {
     let node = |name| NodeConfig::new(name, ["mtty-1", "mtty-1"]);
     vm.in_nodes(LabConfig::nodes([node("node-a"), node("node-b")])).unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_vm_of_qemus_moves_with_its_devices_and_back_again_and_its_count_goes_on() {
+async fn a_qemu_vm_moves_with_its_devices_and_back_and_continues_to_count() {
     let vm = QemuVm::counter(2).with_migration_events().by_descriptor();
     let mut cluster = Cluster::start_with(nodes(&vm), "").await.unwrap();
-    // Back it goes by several streams.
+    // It returns over several streams.
     cluster.kill_agent("node-b").await.unwrap();
     cluster.restart_agent_with("node-b", &["--migration-channels", "2"]).await.unwrap();
     cluster.start_qemu(vm, "node-a").await.unwrap();
@@ -40,11 +40,11 @@ async fn a_vm_of_qemus_moves_with_its_devices_and_back_again_and_its_count_goes_
     cluster.nothing_was_forbidden().unwrap();
 }
 
-/// Bytes per second. The state that the devices have when they stand, 36 bytes each, does not fit a budget of 1 ms then.
+/// Bytes per second. At this rate the final state of the devices, 36 bytes each, exceeds a budget of 1 ms.
 const NARROW: &str = "1000";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_budget_that_cannot_be_met_is_kept_by_giving_up_or_told_and_exceeded_as_its_user_wants() {
+async fn a_budget_that_cannot_be_met_aborts_the_migration_or_is_exceeded_as_its_user_wants() {
     let vm = QemuVm::counter(2).with_migration_events();
     let mut cluster = Cluster::start_with(nodes(&vm), "").await.unwrap();
     cluster.kill_agent("node-a").await.unwrap();
@@ -79,8 +79,8 @@ async fn a_budget_that_cannot_be_met_is_kept_by_giving_up_or_told_and_exceeded_a
     println!("{}", serde_json::to_string_pretty(&status).unwrap());
     assert_eq!(has_condition(&status.conditions, "Succeeded", "True"), Some(true), "{status:#?}");
     assert!(status.estimate.clone().unwrap().allowed.is_some(), "{status:#?}");
-    let told = cluster.event_reasons("bold").await.unwrap();
-    assert!(told.iter().any(|reason| reason == "BudgetExceeded"), "{told:?}");
+    let reasons = cluster.event_reasons("bold").await.unwrap();
+    assert!(reasons.iter().any(|reason| reason == "BudgetExceeded"), "{reasons:?}");
     cluster.until_vm_at("node-b").await.unwrap();
     println!("{}", cluster.judge_success(&watching, &migration, PeerToPeer::Required).await.unwrap());
     cluster.nothing_was_forbidden().unwrap();
@@ -108,14 +108,14 @@ async fn a_linux_loses_nothing_on_its_serial_ports_and_its_shared_disk_however_o
         cluster.migrate(&name, &format!("target: {{nodeName: {to}}}, downtimeBudget: 5s")).await.unwrap();
         let status = cluster.until_ended(&name).await.unwrap().status.unwrap();
         assert_eq!(has_condition(&status.conditions, "Succeeded", "True"), Some(true), "{status:#?}");
-        let after = cluster.goes_on_at(to, &watching.before).await.unwrap();
+        let after = cluster.continues_at(to, &watching.before).await.unwrap();
         assert_eq!(after.errors, 0, "{after:?}");
         println!("{number}: from {from} to {to}, {} lines, timings {:?}", after.count, status.timings);
         counted = after.count;
         cluster.until_vm_at(to).await.unwrap();
         (from, to) = (to, from);
     }
-    // Whoever writes is killed, and the disk is whole.
+    // The writer is killed, and the disk is consistent.
     cluster.kill_vmm(from).await.unwrap();
     let disk = std::fs::read(cluster.lab.shared_disk().unwrap()).unwrap();
     let written = check_disk(&disk).unwrap();

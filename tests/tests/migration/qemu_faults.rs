@@ -2,7 +2,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::api::Api;
 use serde_json::{Value, json};
 use slackwater_api::{AssignedVM, MigrationPhase, VMMigration};
-use slackwater_lab::cluster::{Cluster, NAMESPACE, QemuVm, SOON, Watching, has_condition};
+use slackwater_lab::cluster::{Cluster, NAMESPACE, QemuVm, TIMEOUT, Watching, has_condition};
 use slackwater_lab::witness::{PeerToPeer, Waking, quiesced_together, woke_together};
 use slackwater_lab::{LabConfig, NodeConfig};
 
@@ -10,7 +10,7 @@ use crate::assert_failed;
 
 const TO_B: &str = "target: {nodeName: node-b}";
 
-/// Two nodes with two devices each, and a VM of QEMU's at the first.
+/// Two nodes with two devices each, and a QEMU VM on the first.
 async fn start(vm: &QemuVm) -> Cluster {
     let node = |name| NodeConfig::new(name, ["mtty-1", "mtty-1"]);
     let config = vm.in_nodes(LabConfig::nodes([node("node-a"), node("node-b")])).unwrap();
@@ -24,7 +24,7 @@ fn succeeded(conditions: &[Condition]) -> bool {
     has_condition(conditions, "Succeeded", "True") == Some(true)
 }
 
-/// The VM moves, and the kernels' traces say that it did so as it should.
+/// The VM moves, and the kernels' traces show that the invariants hold.
 async fn moves(cluster: &Cluster, name: &str, from: &str, to: &str) {
     cluster.until_free(to, 2).await.unwrap();
     let watching = cluster.watch(from, to).await.unwrap();
@@ -37,19 +37,19 @@ async fn moves(cluster: &Cluster, name: &str, from: &str, to: &str) {
     println!("{name}:\n{verdict}");
 }
 
-/// Cancels a migration, and waits until its source is being asked to give it up.
+/// Cancels a migration, and waits until the operator asks its source to abort.
 async fn cancel(cluster: &Cluster, name: &str) {
     cluster.patch_spec(name, json!({"cancel": true})).await.unwrap();
     let aborting = |migration: &VMMigration| {
         has_condition(&migration.status.as_ref()?.conditions, "Succeeded", "Unknown/Aborting")
     };
-    let seen = cluster.until(cluster.migrations(), name, "being given up", aborting);
-    // Where nothing stands still it may have ended by then.
+    let seen = cluster.until(cluster.migrations(), name, "being aborted", aborting);
+    // If it was not halted, it may have ended by then.
     let ended = cluster.until_ended(name);
     tokio::select! { seen = seen => drop(seen.unwrap()), ended = ended => drop(ended.unwrap()) }
 }
 
-/// It was cancelled: the VM runs on where it was, and of the twin nothing is left.
+/// Asserts that it was cancelled: the VM continues at the source, and nothing is left of the twin.
 async fn was_cancelled(cluster: &Cluster, name: &str, watching: &Watching) -> VMMigration {
     let migration = cluster.until_ended(name).await.unwrap();
     assert_failed(&migration, "Aborted", &["cancel"]);
@@ -61,11 +61,11 @@ async fn was_cancelled(cluster: &Cluster, name: &str, watching: &Watching) -> VM
     migration
 }
 
-/// Bytes per second. No state fits a budget of 1 ms then.
+/// Bytes per second. At this rate any state exceeds a budget of 1 ms.
 const NARROW: &str = "1000";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_cancelled_migration_of_qemus_leaves_the_vm_running_whether_its_guest_ran_or_stood_at_the_gate() {
+async fn a_cancelled_migration_of_a_qemu_vm_leaves_it_running_before_and_at_the_gate() {
     let cluster = start(&QemuVm::counter(2).with_migration_events()).await;
 
     // At the gate: QEMU has stopped the VM, and waits for its agent.
@@ -74,13 +74,13 @@ async fn a_cancelled_migration_of_qemus_leaves_the_vm_running_whether_its_guest_
         let watching = cluster.watch("node-a", "node-b").await.unwrap();
         cluster.set_faults("node-a", &format!("halt.source={phase} {name}\n")).await.unwrap();
         cluster.migrate(&name, TO_B).await.unwrap();
-        cluster.until_agent_says("node-a", &format!("halted at {phase} {name}"), SOON).await.unwrap();
+        cluster.until_agent_says("node-a", &format!("halted at {phase} {name}"), TIMEOUT).await.unwrap();
         let answer = cluster.qemu().unwrap().report(cluster.lab.node("node-a").unwrap()).await.unwrap();
         cancel(&cluster, &name).await;
-        // Nothing tells when the call has come in at an agent that stands still.
+        // A halted agent does not report that it has received the call.
         tokio::time::sleep(std::time::Duration::from_secs(2)).await;
         let later = cluster.qemu().unwrap().report(cluster.lab.node("node-a").unwrap()).await.unwrap();
-        assert_eq!(later.count, answer.count, "the guest ran while its devices stood at the gate");
+        assert_eq!(later.count, answer.count, "the guest ran while its devices were held at the gate");
         cluster.set_faults("node-a", "").await.unwrap();
         was_cancelled(&cluster, &name, &watching).await;
     }
@@ -102,7 +102,7 @@ async fn a_cancelled_migration_of_qemus_leaves_the_vm_running_whether_its_guest_
         "the guest was stopped: {status:#?}"
     );
 
-    // What was cancelled may be tried anew.
+    // A cancelled migration may be repeated.
     cluster.kill_agent("node-a").await.unwrap();
     cluster.restart_agent("node-a").await.unwrap();
     cluster.until_vm_at("node-a").await.unwrap();
@@ -122,7 +122,7 @@ async fn with_twin(cluster: &Cluster, change: impl Fn(&mut Vec<Value>)) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_twin_that_qemu_cannot_start_is_told_in_qemus_words_and_nothing_is_touched() {
+async fn a_twin_that_qemu_cannot_start_is_reported_with_qemus_error_and_nothing_is_touched() {
     let cluster = start(&QemuVm::counter(2).with_migration_events()).await;
     let add = |more: &'static [&'static str]| {
         move |args: &mut Vec<Value>| args.extend(more.iter().map(|word| json!(word)))
@@ -151,11 +151,11 @@ async fn a_twin_that_qemu_cannot_start_is_told_in_qemus_words_and_nothing_is_tou
         assert!(cluster.vmms("node-b").await.unwrap().is_empty(), "{name}: a process is left");
         cluster.until_free("node-b", 2).await.unwrap();
         cluster.until_vm_at("node-a").await.unwrap();
-        cluster.goes_on_at("node-a", &watching.before).await.unwrap();
+        cluster.continues_at("node-a", &watching.before).await.unwrap();
         let (source, target) = cluster.traces(&watching).await.unwrap();
         let touched = source.devices.values().any(|device| !device.changes.is_empty());
         assert!(!touched, "{name}: {:#?}", source.devices);
-        // A reset is what a free device may get when it is opened.
+        // Opening a free device may reset it.
         let driven =
             target.devices.values().flat_map(|device| &device.changes).any(|change| change.from.is_some());
         assert!(!driven, "{name}: {:#?}", target.devices);
@@ -163,23 +163,23 @@ async fn a_twin_that_qemu_cannot_start_is_told_in_qemus_words_and_nothing_is_tou
         assert_eq!(left, "", "{name}: a directory is left");
     }
     with_twin(&cluster, |_| {}).await;
-    moves(&cluster, "mended", "node-a", "node-b").await;
+    moves(&cluster, "repaired", "node-a", "node-b").await;
     cluster.nothing_was_forbidden().unwrap();
 }
 
-/// Kilobytes that a process of a node has had at most, by its kernel.
+/// The peak memory of a process in a node in KiB, by its kernel.
 async fn peak_kib(cluster: &Cluster, node: &str, program: &str) -> u64 {
     let command = format!("grep VmHWM /proc/$(pidof {program} | cut -d ' ' -f 1)/status");
     let line = cluster.lab.node(node).unwrap().shell(&command).await.unwrap();
     line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
-/// How much the agent's memory may grow by two lines without an end, of which it reads 4 MiB each: some 30 MiB, as a buffer that
-/// grows is there twice for a moment.
+/// How much the agent's memory may grow from two endless lines, of which it reads 4 MiB each: some 30 MiB, as
+/// a growing buffer exists twice for a moment.
 const GROWTH_KIB: u64 = 64 << 10;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_babbles_on_a_monitors_socket_is_told_and_disturbs_no_other_vm() {
+async fn garbage_on_a_monitors_socket_is_reported_and_disturbs_no_other_vm() {
     let vm = QemuVm::counter(2).with_migration_events();
     let cluster = start(&vm).await;
     let node = cluster.lab.node("node-a").unwrap();
@@ -196,25 +196,25 @@ async fn what_babbles_on_a_monitors_socket_is_told_and_disturbs_no_other_vm() {
         node.shell(&format!("mkdir -p -m 700 {}", odd.directory())).await.unwrap();
         let command = ["slackwater-lab-node", "babble", &odd.socket(), what];
         let pid = node.spawn(&format!("babble-{what}"), &command, &[]).await.unwrap();
-        node.wait_line(&format!("babble-{what}"), "babbling", SOON).await.unwrap();
+        node.wait_line(&format!("babble-{what}"), "babbling", TIMEOUT).await.unwrap();
         odd.publish(node).await.unwrap();
-        let told = move |vm: &AssignedVM| {
+        let reports = move |vm: &AssignedVM| {
             let conditions = &vm.status.as_ref()?.conditions;
             let condition = conditions.iter().find(|condition| condition.type_ == "Migratable")?;
             Some(condition.status == "False" && condition.message.contains(words))
         };
         let api: Api<AssignedVM> = Api::namespaced(cluster.client.clone(), NAMESPACE);
-        let said = cluster.until(api, what, &format!("say {words:?}"), told).await.unwrap();
+        let said = cluster.until(api, what, &format!("say {words:?}"), reports).await.unwrap();
         println!("{what}: {:#?}", said.status.unwrap().conditions);
         babblers.push((odd, pid));
     }
-    // All babble on, and are asked again and again.
+    // All continue to send garbage, and the agent connects again and again.
     moves(&cluster, "undisturbed", "node-a", "node-b").await;
     let after_kib = peak_kib(&cluster, "node-a", "slackwater-node-agent").await;
     println!("the agent's peak: {before_kib} KiB before, {after_kib} KiB after");
     assert!(after_kib < before_kib + GROWTH_KIB, "from {before_kib} KiB to {after_kib} KiB");
 
-    // When a good one comes, it is served.
+    // When a real QEMU replaces one, it is served.
     let mut good = None;
     for (odd, pid) in babblers {
         node.kill(pid).await.unwrap();
@@ -232,7 +232,7 @@ async fn what_babbles_on_a_monitors_socket_is_told_and_disturbs_no_other_vm() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_vm_of_qemus_moves_both_ways_whose_devices_came_by_group_and_one_that_is_emulated() {
+async fn a_qemu_vm_with_devices_by_group_moves_both_ways_and_so_does_an_emulated_one() {
     let mut cluster = start(&QemuVm::counter(2).by_group()).await;
     moves(&cluster, "group-there", "node-a", "node-b").await;
     moves(&cluster, "group-back", "node-b", "node-a").await;
@@ -249,8 +249,8 @@ async fn a_vm_of_qemus_moves_both_ways_whose_devices_came_by_group_and_one_that_
         let conditions = cluster.until_ended(name).await.unwrap().status.unwrap().conditions;
         assert!(succeeded(&conditions), "{name}: {conditions:#?}");
         cluster.until_vm_at(to).await.unwrap();
-        cluster.goes_on_at(to, &watching.before).await.unwrap();
-        // The kernel sees nothing of an emulated vCPU. It sees the devices.
+        cluster.continues_at(to, &watching.before).await.unwrap();
+        // The kernel does not see an emulated vCPU, but it sees the devices.
         let (source, target) = cluster.traces(&watching).await.unwrap();
         quiesced_together(&source, PeerToPeer::Required).unwrap();
         woke_together(&target, Waking::AfterLoad, PeerToPeer::Required).unwrap();

@@ -1,4 +1,5 @@
-//! What would make a migration of a VM of QEMU's fail is told before it is tried, and before anything is touched.
+//! The reasons for which a migration of a QEMU VM would fail are reported before it starts, and before
+//! anything is touched.
 
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ use slackwater_lab::{LabConfig, Node, NodeConfig};
 
 use crate::{assert_failed, condition};
 
-/// Stands in for another QEMU.
+/// Pretends to be another version of QEMU.
 const OTHER_QEMU: &str = "slackwater-lab-other-qemu";
 const RULES: &str = "/etc/other-qemu";
 const DISK: &str = slackwater_lab::guests::counter::DISK;
@@ -25,31 +26,32 @@ fn nodes(vm: &QemuVm, without: &[&str]) -> LabConfig {
     config
 }
 
-/// A cluster whose VM runs at node-a, and has told what it is.
+/// A cluster whose VM runs at node-a, and whose agent has described its QEMU.
 async fn start(vm: QemuVm, without: &[&str]) -> Cluster {
     let mut cluster = Cluster::start_with(nodes(&vm, without), "").await.unwrap();
     cluster.start_qemu(vm, "node-a").await.unwrap();
     cluster.until_vm_at("node-a").await.unwrap();
-    let told = cluster.until_agent_says("node-a", "QEMU has told what it is", Duration::from_secs(60)).await;
-    println!("{}", told.unwrap());
+    let line = cluster.until_agent_says("node-a", "QEMU has told what it is", Duration::from_secs(60)).await;
+    println!("{}", line.unwrap());
     cluster
 }
 
-/// Migrates to node-b, and is refused there for this reason, with these words; the VM runs on, and nothing of a twin is left.
+/// Migrates to node-b, which refuses with this reason and these words. The VM continues, and nothing is left
+/// of a twin.
 async fn refused(cluster: &Cluster, name: &str, reason: &str, words: &[&str]) -> String {
     let there = cluster.lab.node("node-b").unwrap();
     let watch = witness::watch(there).await.unwrap();
     let before = cluster.guest("node-a").await.unwrap();
-    // Until the source's agent has told the operator, it is compared with nothing.
+    // There is no comparison until the source's agent has reported to the operator.
     until_described(cluster).await;
     cluster.migrate(name, "target: {nodeName: node-b}").await.unwrap();
     let migration = cluster.until_ended(name).await.unwrap();
     assert_failed(&migration, reason, words);
-    let (status, given, message) = condition(&migration, "Prepared");
-    assert_eq!((status.as_str(), given.as_str()), ("False", reason), "{message}");
+    let (status, actual, message) = condition(&migration, "Prepared");
+    assert_eq!((status.as_str(), actual.as_str()), ("False", reason), "{message}");
     println!("{message}");
     cluster.until_vm_at("node-a").await.unwrap();
-    cluster.goes_on_at("node-a", &before).await.unwrap();
+    cluster.continues_at("node-a", &before).await.unwrap();
     nothing_runs(there).await;
     cluster.until_free("node-b", 1).await.unwrap();
     let trace = watch.testimony(there).await.unwrap();
@@ -61,7 +63,7 @@ async fn refused(cluster: &Cluster, name: &str, reason: &str, words: &[&str]) ->
 async fn until_described(cluster: &Cluster) {
     let deadline = tokio::time::Instant::now() + Duration::from_secs(60);
     loop {
-        let described = cluster.described("node-a").await.unwrap();
+        let described = cluster.describe("node-a").await.unwrap();
         if described.vms.iter().any(|vm| vm.qemu.is_some()) {
             return;
         }
@@ -71,11 +73,12 @@ async fn until_described(cluster: &Cluster) {
 }
 
 async fn nothing_runs(node: &Node) {
-    let look = "pidof qemu-system-x86_64 real-qemu; ls -d /sys/fs/cgroup/slackwater/*/ /run/slackwater/probe 2>/dev/null; true";
+    let look = "pidof qemu-system-x86_64 real-qemu; \
+                ls -d /sys/fs/cgroup/slackwater/*/ /run/slackwater/probe 2>/dev/null; true";
     assert_eq!(node.shell(look).await.unwrap(), "", "something is left on {}", node.name());
 }
 
-/// From now on node-b's QEMU says other things.
+/// Replaces node-b's QEMU by one with other answers.
 async fn replace_qemu(cluster: &Cluster, rules: &str) {
     let node = cluster.lab.node("node-b").unwrap();
     node.put(RULES, 0o600, rules.as_bytes()).await.unwrap();
@@ -92,7 +95,7 @@ async fn until_migratable(cluster: &Cluster, wanted: &'static str) -> AssignedVM
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_keeps_a_targets_qemu_from_taking_a_vm_over_is_told_before_its_twin_is_started() {
+async fn what_a_targets_qemu_lacks_is_reported_before_the_twin_is_started() {
     let cluster = start(QemuVm::counter(1).with_second_monitor(), &[]).await;
     let (here, there) = (cluster.lab.node("node-a").unwrap(), cluster.lab.node("node-b").unwrap());
 
@@ -136,7 +139,7 @@ async fn what_keeps_a_targets_qemu_from_taking_a_vm_over_is_told_before_its_twin
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_guest_does_not_come_to_a_cpu_that_lacks_what_it_has_seen() {
+async fn a_guest_does_not_move_to_a_cpu_that_lacks_its_features() {
     let cluster = start(QemuVm::counter(1), &["aes", "movbe"]).await;
     let words = ["the guest sees 2 CPU features that cannot be had there under kvm: aes, movbe."];
     refused(&cluster, "lacking", "CPUFeaturesMissing", &words).await;

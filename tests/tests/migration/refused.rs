@@ -5,11 +5,11 @@ use slackwater_lab::witness;
 
 use crate::condition;
 
-/// Waits for a refusal and checks that it says what is wrong.
+/// Waits for a refusal and checks its reason and its message.
 async fn refused(cluster: &Cluster, name: &str, reason: &str, words: &[&str]) -> VMMigration {
     let migration = cluster.until_ended(name).await.unwrap();
-    let (status, given, message) = condition(&migration, "Accepted");
-    assert_eq!((status.as_str(), given.as_str()), ("False", reason), "{message}");
+    let (status, actual, message) = condition(&migration, "Accepted");
+    assert_eq!((status.as_str(), actual.as_str()), ("False", reason), "{message}");
     for word in words {
         assert!(message.contains(word), "{message:?} does not say {word:?}");
     }
@@ -17,7 +17,7 @@ async fn refused(cluster: &Cluster, name: &str, reason: &str, words: &[&str]) ->
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_cannot_work_is_refused_in_words_before_any_device_is_touched() {
+async fn an_impossible_migration_is_refused_with_a_reason_before_any_device_is_touched() {
     let nodes = [
         NodeConfig::new("node-a", ["mtty-1", "mtty-1"]),
         NodeConfig::new("node-b", ["mtty-1"]),
@@ -32,12 +32,12 @@ async fn what_cannot_work_is_refused_in_words_before_any_device_is_touched() {
     }
     let before = cluster.guest("node-a").await.unwrap();
 
-    let nobody = format!(
-        "apiVersion: slackwater.dev/v1alpha1\nkind: VMMigration\nmetadata: {{name: nobody, namespace: {NAMESPACE}}}\n\
-         spec: {{vmRef: {{kind: AssignedVM, name: nobody}}}}\n"
+    let unknown = format!(
+        "apiVersion: slackwater.dev/v1alpha1\nkind: VMMigration\nmetadata: {{name: unknown, namespace: {NAMESPACE}}}\n\
+         spec: {{vmRef: {{kind: AssignedVM, name: unknown}}}}\n"
     );
-    cluster.apply("nobody", &nobody).await.unwrap();
-    refused(&cluster, "nobody", "VMNotFound", &["nobody", "counter"]).await;
+    cluster.apply("unknown", &unknown).await.unwrap();
+    refused(&cluster, "unknown", "VMNotFound", &["unknown", "counter"]).await;
     let cases = [
         ("to-itself", "target: {nodeName: node-a}", "TargetIsSource", vec!["node-a"]),
         (
@@ -56,14 +56,14 @@ async fn what_cannot_work_is_refused_in_words_before_any_device_is_touched() {
     }
     let bad = cluster.migrate("no-time", "preCommitTimeout: soon").await;
     match bad {
-        // The API server's schema, where it has one for this.
+        // An API server that validates this with the schema refuses it.
         Err(error) => assert!(format!("{error:#}").contains("preCommitTimeout"), "{error:#}"),
         Ok(()) => {
             refused(&cluster, "no-time", "InvalidSpec", &["preCommitTimeout", "soon", "5m"]).await;
         }
     }
 
-    cluster.goes_on_at("node-a", &before).await.unwrap();
+    cluster.continues_at("node-a", &before).await.unwrap();
     for (node, watch) in watches {
         let trace = watch.testimony(node).await.unwrap();
         let touched: Vec<_> = trace.devices.iter().filter(|(_, seen)| !seen.changes.is_empty()).collect();

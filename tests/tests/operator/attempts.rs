@@ -32,14 +32,14 @@ async fn an_attempt_that_fails_is_followed_by_another_with_a_new_number_until_on
     assert_eq!((status.phase, status.attempt), (Some(MigrationPhase::Retrying), Some(1)));
     assert_eq!((status.attempts[0].attempt, status.attempts[0].reason.as_str()), (1, "ReserveRefused"));
 
-    // Meanwhile the VM is spoken for, and an operator that is restarted knows when to go on.
+    // Meanwhile the VM is claimed, and a restarted operator knows when to continue.
     world.migrate("another", |_| {}).await;
     world.until("another", "be refused", is("Accepted", "False/MigrationInProgress")).await;
-    world.told(NAMESPACE, "move-counter", &["Accepted", "AttemptFailed"]).await;
+    world.until_events(NAMESPACE, "move-counter", &["Accepted", "AttemptFailed"]).await;
     world.crash_and_restart_operator().await;
     world.b.script(|script| script.reserve = None);
 
-    world.a.joined(1).await;
+    world.a.until_joined(1).await;
     world.a.phase(Phase::Capturing);
     let second = world.until("move-counter", "be stopped", is("Stopped", "True")).await.status.unwrap();
     assert_eq!((second.attempt, second.timeline.len()), (Some(2), 1));
@@ -47,7 +47,7 @@ async fn an_attempt_that_fails_is_followed_by_another_with_a_new_number_until_on
     world.until("move-counter", "have failed twice", |m| Some(m.status.as_ref()?.attempts.len() == 2)).await;
     world.a.forget_events();
 
-    world.a.joined(2).await;
+    world.a.until_joined(2).await;
     world.a.phase(Phase::Committed);
     world.a.finish(Outcome::Succeeded, "", "");
     let done = world.until("move-counter", "have succeeded", is("Succeeded", "True")).await.status.unwrap();
@@ -69,6 +69,6 @@ async fn an_attempt_that_fails_is_followed_by_another_with_a_new_number_until_on
         "Stopped",
         "Succeeded",
     ];
-    world.told(NAMESPACE, "move-counter", &wanted).await;
+    world.until_events(NAMESPACE, "move-counter", &wanted).await;
     world.assert_nothing_was_forbidden();
 }

@@ -1,4 +1,4 @@
-//! The downtime budget: what the source is told of it, and what is shown of what it tells.
+//! The downtime budget: how it reaches the source, and how the source's estimates are shown.
 
 use slackwater_proto::node::{OnBudgetExceeded, Outcome, Phase};
 
@@ -6,7 +6,7 @@ use crate::fake_agent::Call;
 use crate::world::{NAMESPACE, World, is, message};
 
 #[tokio::test]
-async fn the_source_gets_the_budget_and_what_it_expects_and_allows_is_shown_and_told_once() {
+async fn the_source_gets_the_budget_and_its_estimate_is_shown_with_one_event() {
     let world = World::start().await;
     world
         .migrate("move-counter", |spec| {
@@ -16,10 +16,10 @@ async fn the_source_gets_the_budget_and_what_it_expects_and_allows_is_shown_and_
         .await;
     let asked = world
         .a
-        .called("migrate", |call| if let Call::Migrate(m) = call { Some(m.clone()) } else { None })
+        .until_called("migrate", |call| if let Call::Migrate(m) = call { Some(m.clone()) } else { None })
         .await;
     assert_eq!((asked.downtime_budget_ms, asked.on_budget_exceeded()), (250, OnBudgetExceeded::Proceed));
-    world.a.joined(1).await;
+    world.a.until_joined(1).await;
     world.a.phase(Phase::Connected);
     world.a.phase(Phase::PreCopy);
     world.a.estimate(412, 0);
@@ -39,14 +39,16 @@ async fn the_source_gets_the_budget_and_what_it_expects_and_allows_is_shown_and_
         "{said}"
     );
 
-    // All events are told again.
+    // All events are sent again.
     world.a.break_streams();
-    world.a.joined(2).await;
+    world.a.until_joined(2).await;
     world.a.estimate(600, 1000);
     let again = world.until("move-counter", "show the latest", shown("600ms")).await;
     assert_eq!(again.status.unwrap().estimate.unwrap().allowed.as_deref(), Some("1s"));
     world.a.finish(Outcome::RolledBack, "BudgetExceeded", "the guest would stand still for about 600ms");
     world.until("move-counter", "have ended", is("Succeeded", "False/BudgetExceeded")).await;
-    world.told(NAMESPACE, "move-counter", &["Accepted", "Prepared", "BudgetExceeded", "Failed"]).await;
+    world
+        .until_events(NAMESPACE, "move-counter", &["Accepted", "Prepared", "BudgetExceeded", "Failed"])
+        .await;
     world.assert_nothing_was_forbidden();
 }

@@ -1,5 +1,5 @@
-//! What two agents cannot settle between themselves: the operator asks both, relays, says what it waits for, and takes an
-//! administrator's word.
+//! Doubts that two agents cannot settle between themselves: the operator asks both, relays records, reports
+//! what it waits for, and accepts an administrator's statement.
 
 use serde_json::json;
 use slackwater_api::MigrationPhase;
@@ -9,12 +9,12 @@ use slackwater_proto::tonic::Status;
 use crate::fake_agent::Call;
 use crate::world::{NAMESPACE, World, is, message};
 
-/// A migration that the source has committed, with a target that nobody reaches.
+/// A migration that the source has committed, with a target that is cut off.
 async fn committed_and_cut_off() -> World {
     let mut world = World::start().await;
     world.migrate("move-counter", |_| {}).await;
-    world.a.joined(1).await;
-    world.a.journals(JournalRecord::Committed);
+    world.a.until_joined(1).await;
+    world.a.set_journal(JournalRecord::Committed);
     world.a.phase(Phase::Capturing);
     world.a.phase(Phase::Committed);
     world.b.stop();
@@ -24,7 +24,7 @@ async fn committed_and_cut_off() -> World {
 }
 
 #[tokio::test]
-async fn a_lost_target_leaves_it_in_doubt_until_it_is_back_and_then_it_goes_on_by_itself() {
+async fn a_lost_target_leaves_it_in_doubt_until_it_is_back_and_then_it_continues_by_itself() {
     let mut world = committed_and_cut_off().await;
     let doubtful =
         world.until("move-counter", "be in doubt", is("Succeeded", "Unknown/TargetUnreachable")).await;
@@ -41,31 +41,31 @@ async fn a_lost_target_leaves_it_in_doubt_until_it_is_back_and_then_it_goes_on_b
     let plane = world.lab.control_plane().unwrap();
     println!("{}", plane.kubectl(&["get", "vmmig", "-n", NAMESPACE, "-o", "wide"]).await.unwrap());
 
-    // An operator that is restarted finds it in doubt still.
+    // A restarted operator still finds it in doubt.
     world
-        .told(
+        .until_events(
             NAMESPACE,
             "move-counter",
             &["Accepted", "Prepared", "Stopped", "Committed", "InDoubt", "InDoubt"],
         )
         .await;
     world.crash_and_restart_operator().await;
-    world.a.joined(2).await;
+    world.a.until_joined(2).await;
 
-    // It is back, and waits: COMMITTED is relayed. Then it has started, and that is relayed.
-    world.b.journals(JournalRecord::Loaded);
+    // The target is back, and waits: COMMITTED is relayed. Then it has started: RUNNING is relayed.
+    world.b.set_journal(JournalRecord::Loaded);
     world.b.start_again().await;
-    let relayed = world.b.relayed(JournalRecord::Committed).await;
+    let relayed = world.b.until_relayed(JournalRecord::Committed).await;
     assert_eq!(relayed.stated_because, "");
     world.until("move-counter", "not be in doubt", is("InDoubt", "False/Settled")).await;
-    world.b.journals(JournalRecord::Running);
-    world.a.relayed(JournalRecord::Running).await;
+    world.b.set_journal(JournalRecord::Running);
+    world.a.until_relayed(JournalRecord::Running).await;
     world.a.phase(Phase::Started);
     world.a.finish(Outcome::Succeeded, "", "");
     let done = world.until("move-counter", "have succeeded", is("Succeeded", "True")).await;
     assert!(is("InDoubt", "False/Settled")(&done).unwrap());
     world
-        .told(
+        .until_events(
             NAMESPACE,
             "move-counter",
             &[
@@ -87,7 +87,7 @@ async fn a_lost_target_leaves_it_in_doubt_until_it_is_back_and_then_it_goes_on_b
 async fn a_target_that_discarded_is_relayed_and_the_vm_goes_back() {
     let mut world = committed_and_cut_off().await;
     world.b.script(|script| {
-        script.word = JournalState {
+        script.journal = JournalState {
             record: JournalRecord::Discarded.into(),
             ended: true,
             reason: "TwinExited".into(),
@@ -96,7 +96,7 @@ async fn a_target_that_discarded_is_relayed_and_the_vm_goes_back() {
         };
     });
     world.b.start_again().await;
-    let relayed = world.a.relayed(JournalRecord::Discarded).await;
+    let relayed = world.a.until_relayed(JournalRecord::Discarded).await;
     assert_eq!((relayed.reason.as_str(), relayed.message.as_str()), ("TwinExited", "the twin has exited"));
     world.a.phase(Phase::RollingBack);
     world.a.finish(Outcome::RolledBack, "TwinExited", "the twin has exited");
@@ -106,7 +106,7 @@ async fn a_target_that_discarded_is_relayed_and_the_vm_goes_back() {
 }
 
 #[tokio::test]
-async fn an_administrators_word_for_the_source_is_relayed_with_its_justification_and_recorded() {
+async fn an_administrators_statement_for_the_source_is_relayed_with_its_justification_and_recorded() {
     let world = committed_and_cut_off().await;
     world
         .patch(
@@ -116,17 +116,17 @@ async fn an_administrators_word_for_the_source_is_relayed_with_its_justification
             }}),
         )
         .await;
-    let relayed = world.a.relayed(JournalRecord::Discarded).await;
+    let relayed = world.a.until_relayed(JournalRecord::Discarded).await;
     assert_eq!(relayed.stated_because, "node-b was powered off at 12:04");
     world.until("move-counter", "have accepted it", is("ResolveAccepted", "True/Stated")).await;
 
-    // A decision is made once.
+    // A decision cannot be changed.
     world.patch("move-counter", json!({"resolve": {"justification": "on second thoughts"}})).await;
     world.until("move-counter", "ignore that", is("Accepted", "True/SpecChangeIgnored")).await;
 
     world.a.script(|script| {
-        script.word.record = JournalRecord::Aborted.into();
-        script.word.ended = true;
+        script.journal.record = JournalRecord::Aborted.into();
+        script.journal.ended = true;
     });
     world.a.phase(Phase::RollingBack);
     world.a.phase(Phase::RolledBack);
@@ -144,10 +144,10 @@ async fn an_administrators_word_for_the_source_is_relayed_with_its_justification
 }
 
 #[tokio::test]
-async fn a_resolve_that_does_not_fit_or_lacks_a_statement_is_refused_in_words_and_changes_nothing() {
+async fn a_resolve_that_does_not_fit_or_lacks_a_statement_is_refused_with_a_reason_and_changes_nothing() {
     let world = World::start().await;
     world.migrate("move-counter", |_| {}).await;
-    world.a.joined(1).await;
+    world.a.until_joined(1).await;
     let why = "the node was powered off at noon";
     let resolve = |run_on: &str, never_started: bool, justification: &str| {
         json!({"resolve": {
@@ -162,8 +162,8 @@ async fn a_resolve_that_does_not_fit_or_lacks_a_statement_is_refused_in_words_an
     assert!(message(&refused, "ResolveAccepted").contains("not in doubt"));
     assert_eq!(refused.status.unwrap().phase, Some(MigrationPhase::Copying));
 
-    // The target waits, and the source has not been heard to commit and cannot be asked.
-    world.b.journals(JournalRecord::Loaded);
+    // The target waits. The source has not reported a commit, and does not answer.
+    world.b.set_journal(JournalRecord::Loaded);
     world.a.script(|script| {
         script.resolve = Some(Status::unavailable("busy"));
         script.migrate = Some(Status::unavailable("busy"));
@@ -172,7 +172,7 @@ async fn a_resolve_that_does_not_fit_or_lacks_a_statement_is_refused_in_words_an
     let doubtful = world.until("move-counter", "be in doubt", is("InDoubt", "True/SourceUnreachable")).await;
     let said = message(&doubtful, "InDoubt");
     assert!(said.contains("{runOn: Destination, sourceNeverResumes: true, justification: "), "{said}");
-    // What was refused is not kept for later.
+    // A refused resolve is not kept for later.
     assert!(is("ResolveAccepted", "False/NotInDoubt")(&doubtful).unwrap());
 
     world.patch("move-counter", resolve("Source", true, "the node was powered off at one")).await;
@@ -187,7 +187,7 @@ async fn a_resolve_that_does_not_fit_or_lacks_a_statement_is_refused_in_words_an
     let warned = world.events("move-counter").await;
     assert_eq!(warned.iter().filter(|(reason, _)| reason == "ResolveRefused").count(), 4, "{warned:?}");
 
-    // What the schema refuses does not even come to the operator.
+    // What the schema forbids does not reach the operator.
     let plane = world.lab.control_plane().unwrap();
     let short = "{\"spec\":{\"resolve\":{\"runOn\":\"Source\",\"justification\":\"short\"}}}";
     let error = plane
@@ -197,11 +197,11 @@ async fn a_resolve_that_does_not_fit_or_lacks_a_statement_is_refused_in_words_an
         .to_string();
     assert!(error.contains("justification"), "{error}");
 
-    // And with all that it needs it is acted upon.
+    // A complete resolve is carried out.
     world.patch("move-counter", json!({"resolve": {"sourceNeverResumes": true, "justification": why}})).await;
-    let relayed = world.b.relayed(JournalRecord::Committed).await;
+    let relayed = world.b.until_relayed(JournalRecord::Committed).await;
     assert_eq!(relayed.stated_because, why);
-    world.b.journals(JournalRecord::Running);
+    world.b.set_journal(JournalRecord::Running);
     world.until("move-counter", "not be in doubt", is("InDoubt", "False/Settled")).await;
     world.a.assert_nothing_was_relayed();
     world.assert_nothing_was_forbidden();
@@ -218,31 +218,31 @@ async fn a_deleted_migration_that_is_in_doubt_stays_until_it_is_settled() {
             message(migration, "InDoubt").contains("The object was deleted, and stays until this is settled"),
         )
     };
-    world.until("move-counter", "say that it stays", stays).await;
+    world.until("move-counter", "report that it stays", stays).await;
     world.migrate("again", |_| {}).await;
     world.until("again", "be refused", is("Accepted", "False/MigrationInProgress")).await;
 
-    world.b.journals(JournalRecord::Running);
+    world.b.set_journal(JournalRecord::Running);
     world.b.start_again().await;
-    world.a.relayed(JournalRecord::Running).await;
+    world.a.until_relayed(JournalRecord::Running).await;
     world.a.finish(Outcome::Succeeded, "", "");
-    world.is_gone(&object).await;
+    world.until_gone(&object).await;
     assert!(world.b.calls().iter().all(|call| !matches!(call, Call::Release(_))));
     world.assert_nothing_was_forbidden();
 }
 
 #[tokio::test]
-async fn a_journal_that_cannot_be_written_is_told_in_the_agents_words_and_clears_with_the_next_phase() {
+async fn a_journal_that_cannot_be_written_is_a_doubt_with_the_agents_message_until_the_next_phase() {
     let world = World::start().await;
     world.migrate("move-counter", |_| {}).await;
-    world.a.joined(1).await;
-    world.a.journals(JournalRecord::Saving);
+    world.a.until_joined(1).await;
+    world.a.set_journal(JournalRecord::Saving);
     world.a.phase(Phase::Capturing);
     world.a.doubt("JournalFailed", "writing /var/lib/slackwater/1.json failed: no space left on device");
     let doubtful = world.until("move-counter", "be in doubt", is("InDoubt", "True/JournalFailed")).await;
     assert!(message(&doubtful, "InDoubt").contains("no space left on device"));
     world.a.phase(Phase::RollingBack);
-    world.until("move-counter", "go on", is("InDoubt", "False/Settled")).await;
+    world.until("move-counter", "continue", is("InDoubt", "False/Settled")).await;
     world.a.finish(Outcome::RolledBack, "JournalFailed", "no space left on device");
     world.until("move-counter", "have failed", is("Succeeded", "False/JournalFailed")).await;
     world.assert_nothing_was_forbidden();
@@ -252,7 +252,7 @@ async fn a_journal_that_cannot_be_written_is_told_in_the_agents_words_and_clears
 async fn a_journal_that_cannot_be_read_is_a_doubt_that_names_the_file_at_any_phase_and_at_either_end() {
     let world = World::start().await;
     world.migrate("move-counter", |_| {}).await;
-    world.a.joined(1).await;
+    world.a.until_joined(1).await;
     world.a.phase(Phase::PreCopy);
     world
         .until("move-counter", "be copying", |m| Some(m.status.as_ref()?.phase? == MigrationPhase::Copying))
@@ -268,21 +268,21 @@ async fn a_journal_that_cannot_be_read_is_a_doubt_that_names_the_file_at_any_pha
         world.until("move-counter", "be in doubt", is("InDoubt", "True/SourceJournalUnreadable")).await;
     assert!(message(&doubtful, "InDoubt").contains("source.journal cannot be read: its CRC is wrong"));
 
-    // It is mended, and the source goes on; then the destination's is found damaged.
+    // It is restored, and the source continues; then the destination's is found damaged.
     world.b.script(|script| script.resolve = unreadable("target.journal"));
     world.a.script(|script| {
         script.migrate = None;
         script.resolve = None;
     });
-    world.a.journals(JournalRecord::Committed);
+    world.a.set_journal(JournalRecord::Committed);
     world.a.phase(Phase::Committed);
     world.a.doubt("PeerLost", "node-b has not been heard for 7 s");
     let doubtful =
         world.until("move-counter", "be in doubt", is("InDoubt", "True/TargetJournalUnreadable")).await;
     assert!(message(&doubtful, "InDoubt").contains("target.journal cannot be read: its CRC is wrong"));
     world.b.script(|script| script.resolve = None);
-    world.b.journals(JournalRecord::Running);
-    world.a.relayed(JournalRecord::Running).await;
+    world.b.set_journal(JournalRecord::Running);
+    world.a.until_relayed(JournalRecord::Running).await;
     world.a.finish(Outcome::Succeeded, "", "");
     world.until("move-counter", "have succeeded", is("Succeeded", "True")).await;
     world.b.assert_nothing_was_relayed();
@@ -290,7 +290,7 @@ async fn a_journal_that_cannot_be_read_is_a_doubt_that_names_the_file_at_any_pha
 }
 
 #[tokio::test]
-async fn a_migration_in_doubt_whose_finalizer_is_removed_is_forgotten_and_the_vm_can_be_asked_for_again() {
+async fn a_migration_in_doubt_whose_finalizer_is_removed_is_forgotten_and_the_vm_can_be_migrated_again() {
     let world = committed_and_cut_off().await;
     world.a.script(|script| script.abort = Some(Status::failed_precondition("the migration is committed")));
     let object = world.migrations().get("move-counter").await.unwrap();
@@ -298,14 +298,14 @@ async fn a_migration_in_doubt_whose_finalizer_is_removed_is_forgotten_and_the_vm
     let stays = |migration: &slackwater_api::VMMigration| {
         Some(message(migration, "InDoubt").contains("Removing its finalizer by hand"))
     };
-    world.until("move-counter", "say how it would go", stays).await;
+    world.until("move-counter", "report how to remove it", stays).await;
     let none = "{\"metadata\":{\"finalizers\":null}}";
     let plane = world.lab.control_plane().unwrap();
     plane
         .kubectl(&["patch", "vmmig", "move-counter", "-n", NAMESPACE, "--type=merge", "-p", none])
         .await
         .unwrap();
-    world.is_gone(&object).await;
+    world.until_gone(&object).await;
     world.wait_for_log("operator", "it is forgotten").await;
     world.migrate("again", |_| {}).await;
     let judged =

@@ -1,4 +1,4 @@
-//! An agent that does what a test tells it, served as a real one is: gRPC with mutual TLS.
+//! An agent that follows a test's script, served like a real one: gRPC with mutual TLS.
 
 use std::future::pending;
 use std::net::TcpListener;
@@ -33,7 +33,7 @@ pub(crate) enum Call {
     Migrate(MigrateRequest),
     Abort(AbortRequest),
     Release(ReleaseRequest),
-    /// Only what was relayed: of mere questions there are many.
+    /// Only relayed records: plain questions are frequent.
     Resolve(ResolveRequest),
 }
 
@@ -45,18 +45,18 @@ pub(crate) struct Script {
     pub(crate) abort: Option<Status>,
     pub(crate) release: Option<Status>,
     pub(crate) resolve: Option<Status>,
-    /// The highest epoch that it has seen: whoever comes with a lower one is refused.
+    /// The highest epoch that it has seen: a call with a lower one is refused.
     pub(crate) known_epoch: u64,
-    /// What stands in its journal.
-    pub(crate) word: JournalState,
+    /// The content of its journal.
+    pub(crate) journal: JournalState,
 }
 
 struct State {
     description: watch::Sender<NodeDescription>,
     calls: watch::Sender<Vec<Call>>,
-    /// The events of the one attempt that a test plays.
+    /// The events of the attempt.
     events: watch::Sender<Vec<MigrationEvent>>,
-    /// Another number breaks every open stream of events.
+    /// A change of this number breaks every open stream of events.
     breaks: watch::Sender<u32>,
     script: Mutex<Script>,
     /// Its wall clock, in events.
@@ -103,8 +103,8 @@ pub(crate) fn device(name: &str, model: &str, holder: &str) -> DeviceDescription
     }
 }
 
-/// A word of a journal.
-pub(crate) fn word(record: JournalRecord) -> JournalState {
+/// A journal with this record.
+pub(crate) fn journal_state(record: JournalRecord) -> JournalState {
     JournalState { record: record.into(), ..Default::default() }
 }
 
@@ -135,7 +135,7 @@ impl FakeAgent {
         agent
     }
 
-    /// A runtime of its own is the agent's process, as it were: all of its connections end with it.
+    /// The agent has a runtime of its own in place of a process: all of its connections end with it.
     fn serve(&mut self, listener: TcpListener) {
         let process = Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         listener.set_nonblocking(true).unwrap();
@@ -148,7 +148,7 @@ impl FakeAgent {
         self.process = Some(process);
     }
 
-    /// Ends the agent's process: its connections break, its address refuses. What it knows stays.
+    /// Ends the agent: its connections break, its address refuses. Its state is kept.
     pub(crate) fn stop(&mut self) {
         if let Some(process) = self.process.take() {
             process.shutdown_background();
@@ -159,7 +159,7 @@ impl FakeAgent {
     pub(crate) async fn start_again(&mut self) {
         self.stop();
         let listener = loop {
-            // The old listener goes when its runtime's thread comes to it.
+            // The old listener closes some time after its runtime was shut down.
             match TcpListener::bind(&self.address) {
                 Ok(listener) => break listener,
                 Err(_) => tokio::task::yield_now().await,
@@ -168,7 +168,7 @@ impl FakeAgent {
         self.serve(listener);
     }
 
-    /// Changes what the agent says of its node, and tells everybody who watches.
+    /// Changes the agent's description of its node, and notifies all watchers.
     pub(crate) fn describe(&self, change: impl FnOnce(&mut NodeDescription)) {
         self.state.description.send_modify(change);
     }
@@ -181,8 +181,8 @@ impl FakeAgent {
         self.state.calls.borrow().clone()
     }
 
-    /// Returns when the agent has got a call that `is` holds for: the first such.
-    pub(crate) async fn called<T>(&self, what: &str, is: impl Fn(&Call) -> Option<T>) -> T {
+    /// Waits for the first call for which `is` returns a value.
+    pub(crate) async fn until_called<T>(&self, what: &str, is: impl Fn(&Call) -> Option<T>) -> T {
         let mut calls = self.state.calls.subscribe();
         let found = async {
             loop {
@@ -194,41 +194,41 @@ impl FakeAgent {
         };
         let found = tokio::time::timeout(Duration::from_secs(30), found).await;
         found.unwrap_or_else(|_| {
-            panic!("{} was not asked to {what}; it was asked {:#?}", self.node, self.calls())
+            panic!("{} got no call to {what}; its calls are {:#?}", self.node, self.calls())
         })
     }
 
-    /// The journal says this from now on.
-    pub(crate) fn journals(&self, record: JournalRecord) {
-        self.script(|script| script.word = word(record));
+    /// Sets the journal's record.
+    pub(crate) fn set_journal(&self, record: JournalRecord) {
+        self.script(|script| script.journal = journal_state(record));
     }
 
-    /// Returns when the other end's word has been relayed: the first that has this record.
-    pub(crate) async fn relayed(&self, record: JournalRecord) -> JournalState {
+    /// Waits until the operator has relayed this record of the other end, and returns its journal.
+    pub(crate) async fn until_relayed(&self, record: JournalRecord) -> JournalState {
         let is = |call: &Call| match call {
             Call::Resolve(ResolveRequest { peer: Some(peer), .. }) if peer.record() == record => {
                 Some(peer.clone())
             }
             _ => None,
         };
-        self.called(&format!("act upon {record:?}"), is).await
+        self.until_called(&format!("act upon {record:?}"), is).await
     }
 
-    /// Nobody has relayed anything.
+    /// Asserts that the operator has relayed no record.
     pub(crate) fn assert_nothing_was_relayed(&self) {
         assert!(!self.calls().iter().any(|call| matches!(call, Call::Resolve(_))), "{:#?}", self.calls());
     }
 
-    /// Returns when somebody has asked to migrate for the `count`-th time.
-    pub(crate) async fn joined(&self, count: usize) {
+    /// Waits until Migrate has been called `count` times.
+    pub(crate) async fn until_joined(&self, count: usize) {
         let mut calls = self.state.calls.subscribe();
         let joins =
             |calls: &Vec<Call>| calls.iter().filter(|call| matches!(call, Call::Migrate(_))).count() >= count;
         let joined = tokio::time::timeout(Duration::from_secs(30), calls.wait_for(joins)).await;
-        assert!(joined.is_ok(), "{} was asked {:#?}", self.node, self.calls());
+        assert!(joined.is_ok(), "the calls of {} are {:#?}", self.node, self.calls());
     }
 
-    /// Breaks every open stream of events; the migration goes on.
+    /// Breaks every open stream of events; the migration continues.
     pub(crate) fn break_streams(&self) {
         self.state.breaks.send_modify(|breaks| *breaks += 1);
     }
@@ -248,7 +248,7 @@ impl FakeAgent {
         self.event(&self.node, What::Estimate(estimate));
     }
 
-    /// Forgets the events that it has told, as a restarted agent does: the next is number 1 again.
+    /// Forgets past events, like a restarted agent: the next is number 1 again.
     pub(crate) fn forget_events(&self) {
         self.state.events.send_modify(Vec::clear);
     }
@@ -301,7 +301,8 @@ impl State {
         self.calls.send_modify(|calls| calls.push(call));
     }
 
-    /// As a real agent fences: remembers the highest epoch, and refuses a lower one by naming it.
+    /// Fences like a real agent: remembers the highest epoch, and refuses a lower one with an error that
+    /// names it.
     fn fence(&self, migration: Option<&MigrationRef>) -> Result<(), Status> {
         let epoch = migration.map(|migration| migration.operator_epoch).unwrap_or_default();
         let mut script = self.script.lock().unwrap();
@@ -319,25 +320,26 @@ impl State {
         of(&self.script.lock().unwrap()).clone().map_or(Ok(()), Err)
     }
 
-    /// All events from the first, then those to come, up to the end of the migration or the next break.
+    /// All past and future events, up to the end of the migration or the next break.
     fn follow(self: &Arc<Self>) -> impl Stream<Item = Result<MigrateResponse, Status>> + use<> {
         let (events, mut breaks) = (self.events.subscribe(), self.breaks.subscribe());
         breaks.mark_unchanged();
-        stream::unfold((events, breaks, 0_usize, false), |(mut events, mut breaks, told, over)| async move {
+        stream::unfold((events, breaks, 0_usize, false), |(mut events, mut breaks, sent, over)| async move {
             if over {
                 return None;
             }
             loop {
-                let next = events.borrow_and_update().get(told).cloned();
+                let next = events.borrow_and_update().get(sent).cloned();
                 if let Some(event) = next {
                     let over = matches!(event.what, Some(What::Finished(_)));
                     let response = MigrateResponse { event: Some(event) };
-                    return Some((Ok(response), (events, breaks, told + 1, over)));
+                    return Some((Ok(response), (events, breaks, sent + 1, over)));
                 }
                 tokio::select! {
                     changed = events.changed() => changed.ok()?,
                     _ = breaks.changed() => {
-                        return Some((Err(Status::unavailable("the test broke the stream")), (events, breaks, told, true)));
+                        let broken = Err(Status::unavailable("the test broke the stream"));
+                        return Some((broken, (events, breaks, sent, true)));
                     }
                 }
             }
@@ -378,8 +380,8 @@ impl NodeAgent for Service {
         self.0.record(Call::Migrate(request));
         self.0.answer(|script| &script.migrate)?;
         let mut script = self.0.script.lock().unwrap();
-        if script.word == JournalState::default() {
-            script.word = word(JournalRecord::Saving);
+        if script.journal == JournalState::default() {
+            script.journal = journal_state(JournalRecord::Saving);
         }
         drop(script);
         Ok(Response::new(self.0.follow().boxed()))
@@ -390,16 +392,17 @@ impl NodeAgent for Service {
         self.0.fence(request.migration.as_ref())?;
         self.0.record(Call::Abort(request));
         self.0.answer(|script| &script.abort)?;
-        if self.0.script.lock().unwrap().word == JournalState::default() {
-            // It knows nothing of it, and has nothing to give up.
+        if self.0.script.lock().unwrap().journal == JournalState::default() {
+            // It does not know the migration and has nothing to abort.
             return Ok(Response::new(AbortResponse {}));
         }
-        self.0.script.lock().unwrap().word = JournalState { ended: true, ..word(JournalRecord::Aborted) };
+        self.0.script.lock().unwrap().journal =
+            JournalState { ended: true, ..journal_state(JournalRecord::Aborted) };
         let node = self.0.description.borrow().node.clone();
         let finished = Finished {
             outcome: Outcome::RolledBack.into(),
             reason: "Aborted".into(),
-            message: "it was asked to give up".into(),
+            message: "it was asked to abort".into(),
             ..Default::default()
         };
         self.0.event(&node, What::Finished(finished));
@@ -420,7 +423,7 @@ impl NodeAgent for Service {
             self.0.record(Call::Resolve(request));
         }
         self.0.answer(|script| &script.resolve)?;
-        let own = self.0.script.lock().unwrap().word.clone();
+        let own = self.0.script.lock().unwrap().journal.clone();
         Ok(Response::new(ResolveResponse { own: Some(own) }))
     }
 }

@@ -1,4 +1,4 @@
-//! Two operators, one leader, and what the agents are told of that.
+//! Two operators, one leader, and the epochs in their calls to the agents.
 
 use kube::api::{DeleteParams, PostParams};
 use slackwater_proto::node::{JournalRecord, Outcome, Phase};
@@ -25,14 +25,14 @@ async fn when_the_leader_is_killed_the_second_takes_over_and_calls_with_a_higher
     let mut world = World::start().await;
     let second = world.start_another_operator("second");
     world.migrate("move-counter", |_| {}).await;
-    world.a.joined(1).await;
+    world.a.until_joined(1).await;
     world.a.phase(Phase::PreCopy);
     world.until("move-counter", "be prepared", is("Prepared", "True")).await;
     world.wait_for_log("second", "waiting for the Lease").await;
 
     world.kill_operator().await;
-    world.a.joined(2).await;
-    world.a.journals(JournalRecord::Committed);
+    world.a.until_joined(2).await;
+    world.a.set_journal(JournalRecord::Committed);
     world.a.phase(Phase::Committed);
     world.a.phase(Phase::Started);
     world.a.finish(Outcome::Succeeded, "", "");
@@ -46,7 +46,7 @@ async fn when_the_leader_is_killed_the_second_takes_over_and_calls_with_a_higher
 }
 
 #[tokio::test]
-async fn an_operator_that_is_stopped_gives_the_lease_back_and_one_that_loses_it_ends_with_an_error() {
+async fn a_stopped_operator_releases_the_lease_and_one_that_loses_it_ends_with_an_error() {
     let mut world = World::start().await;
     let held = world.leases().get("slackwater-operator").await.unwrap().spec.unwrap();
     assert_eq!((held.lease_transitions, held.lease_duration_seconds), (Some(0), Some(3)));
@@ -56,17 +56,20 @@ async fn an_operator_that_is_stopped_gives_the_lease_back_and_one_that_loses_it_
 
     world.crash_and_restart_operator().await;
     world.wait_for_log("operator", "epoch=2").await;
-    // Somebody takes it by force.
+    // Another holder takes the Lease by force.
     loop {
         let mut lease = world.leases().get("slackwater-operator").await.unwrap();
-        lease.spec.as_mut().unwrap().holder_identity = Some("somebody-else".into());
+        lease.spec.as_mut().unwrap().holder_identity = Some("another-operator".into());
         if world.leases().replace("slackwater-operator", &PostParams::default(), &lease).await.is_ok() {
             break;
         }
     }
     assert_eq!(world.operator_ended().await, Some(1));
     let log = world.log();
-    assert!(log.contains("the leadership is lost") && log.contains("is held by somebody-else now"), "{log}");
+    assert!(
+        log.contains("the leadership is lost") && log.contains("is held by another-operator now"),
+        "{log}"
+    );
     world.assert_nothing_was_forbidden();
 }
 
@@ -76,7 +79,7 @@ async fn an_operator_whose_lease_was_deleted_raises_its_epoch_above_what_the_age
     world.a.script(|script| script.known_epoch = 41);
     world.b.script(|script| script.known_epoch = 7);
     world.migrate("move-counter", |_| {}).await;
-    world.a.joined(1).await;
+    world.a.until_joined(1).await;
     world.a.finish(Outcome::Succeeded, "", "");
     world.until("move-counter", "have succeeded", is("Succeeded", "True")).await;
     assert_eq!(epochs(&world.b.calls()), [9]);
@@ -84,7 +87,7 @@ async fn an_operator_whose_lease_was_deleted_raises_its_epoch_above_what_the_age
     let held = world.leases().get("slackwater-operator").await.unwrap().spec.unwrap();
     assert_eq!(held.lease_transitions, Some(42));
 
-    // One that is deleted under the leader is written again, and counts on.
+    // A Lease that is deleted under its leader is written again, with a count that continues.
     world.leases().delete("slackwater-operator", &DeleteParams::default()).await.unwrap();
     world.lease("be written again", |lease| Some(lease.spec.as_ref()?.lease_transitions? == 42)).await;
     world.kill_operator().await;

@@ -1,5 +1,5 @@
-//! The operator against a real API server (1.20), with agents that the tests play: what it asks of whom and when, and what it
-//! shows. That the agents then do it is shown elsewhere, on real devices.
+//! The operator against a real API server (1.20), with fake agents: which calls it makes and when, and which
+//! status it writes. Other tests show on real devices that the agents carry out these calls.
 
 #![allow(
     clippy::expect_used,
@@ -9,11 +9,11 @@
     reason = "a test fails by panicking"
 )]
 
+mod aborting;
 mod attempts;
 mod budget;
 mod doubt;
 mod fake_agent;
-mod giving_up;
 mod joining;
 mod leading;
 mod refusals;

@@ -1,4 +1,4 @@
-//! What cannot work is refused before any agent is asked for anything.
+//! An impossible migration is refused before any call to an agent.
 
 use slackwater_api::{PeerToPeer, Target};
 use slackwater_proto::node::Outcome;
@@ -7,15 +7,15 @@ use crate::fake_agent::{Call, device, vm};
 use crate::world::{NAMESPACE, World, condition, is, message};
 
 #[tokio::test]
-async fn a_spec_that_cannot_work_is_refused_in_words_and_no_agent_is_asked() {
+async fn an_impossible_spec_is_refused_with_a_reason_and_no_agent_is_called() {
     let world = World::start().await;
     let refused = async |name: &'static str, reason: &'static str, words: &str| {
         let object = world.until(name, "be refused", is("Accepted", reason)).await;
         assert!(message(&object, "Accepted").contains(words), "{}", message(&object, "Accepted"));
         assert_eq!(message(&object, "Accepted"), message(&object, "Succeeded"));
         assert!(object.status.as_ref().unwrap().completion_time.is_some());
-        assert!(object.metadata.finalizers.is_none(), "nothing was asked for it, so it may go");
-        world.told(NAMESPACE, name, &["Refused"]).await;
+        assert!(object.metadata.finalizers.is_none(), "no agent was called for it, so it may be deleted");
+        world.until_events(NAMESPACE, name, &["Refused"]).await;
     };
 
     world.migrate("unknown-vm", |spec| spec.vm_ref.name = "conter".into()).await;
@@ -56,7 +56,7 @@ async fn a_spec_that_cannot_work_is_refused_in_words_and_no_agent_is_asked() {
     let not_migratable = |vm: &slackwater_api::AssignedVM| {
         condition(&vm.status.as_ref()?.conditions, "Migratable", "False/PeerToPeerUnsupported")
     };
-    world.vm("counter", "say before anyone tries that it lacks P2P", not_migratable).await;
+    world.vm("counter", "report before a migration that it lacks P2P", not_migratable).await;
     world.migrate("no-p2p", |_| {}).await;
     refused("no-p2p", "False/PeerToPeerUnsupported", "a1 (mtty), a2 (mtty)").await;
 
@@ -64,7 +64,7 @@ async fn a_spec_that_cannot_work_is_refused_in_words_and_no_agent_is_asked() {
     let twice = |vm: &slackwater_api::AssignedVM| {
         condition(&vm.status.as_ref()?.conditions, "Ready", "False/VMReportedTwice")
     };
-    world.vm("counter", "say that it is reported twice", twice).await;
+    world.vm("counter", "show that it is reported twice", twice).await;
     world.migrate("two-of-them", |spec| spec.peer_to_peer = PeerToPeer::AssumeIsolated).await;
     refused("two-of-them", "False/VMReportedTwice", "node-a, node-b").await;
 
@@ -75,9 +75,9 @@ async fn a_spec_that_cannot_work_is_refused_in_words_and_no_agent_is_asked() {
 #[tokio::test]
 async fn the_same_vm_is_never_migrated_twice_at_once() {
     let world = World::start().await;
-    // At once, so that neither stands in the other's snapshot.
+    // At the same time, so that neither is in the other's snapshot.
     tokio::join!(world.migrate("first", |_| {}), world.migrate("second", |_| {}));
-    world.a.joined(1).await;
+    world.a.until_joined(1).await;
     let both = ["first", "second"];
     let judged = async |name: &'static str| {
         let judged = world
@@ -102,7 +102,7 @@ async fn the_same_vm_is_never_migrated_twice_at_once() {
 }
 
 #[tokio::test]
-async fn what_the_schema_forbids_the_api_server_refuses_and_a_changed_spec_is_ignored_in_words() {
+async fn the_api_server_refuses_what_the_schema_forbids_and_a_changed_spec_is_ignored_with_a_message() {
     let world = World::start().await;
     let plane = world.lab.control_plane().unwrap();
     for (field, value) in [
@@ -112,8 +112,8 @@ async fn what_the_schema_forbids_the_api_server_refuses_and_a_changed_spec_is_ig
     ] {
         let spec = format!("{{\"vmRef\": {{\"name\": \"counter\"}}, \"{field}\": {value}}}");
         let manifest = format!(
-            "{{\"apiVersion\": \"slackwater.dev/v1alpha1\", \"kind\": \"VMMigration\", \"metadata\": {{\"name\": \"bad\", \
-             \"namespace\": \"demo\"}}, \"spec\": {spec}}}"
+            "{{\"apiVersion\": \"slackwater.dev/v1alpha1\", \"kind\": \"VMMigration\", \
+             \"metadata\": {{\"name\": \"bad\", \"namespace\": \"demo\"}}, \"spec\": {spec}}}"
         );
         let path = world.folder().join("bad.json");
         std::fs::write(&path, manifest).unwrap();
@@ -122,7 +122,7 @@ async fn what_the_schema_forbids_the_api_server_refuses_and_a_changed_spec_is_ig
     }
 
     world.migrate("changed", |_| {}).await;
-    world.a.joined(1).await;
+    world.a.until_joined(1).await;
     plane
         .kubectl(&[
             "patch",
@@ -137,7 +137,7 @@ async fn what_the_schema_forbids_the_api_server_refuses_and_a_changed_spec_is_ig
         .await
         .unwrap();
     let changed = world
-        .until("changed", "say that the change is ignored", is("Accepted", "True/SpecChangeIgnored"))
+        .until("changed", "report that the change is ignored", is("Accepted", "True/SpecChangeIgnored"))
         .await;
     assert!(message(&changed, "Accepted").starts_with("spec.preCommitTimeout was changed afterwards"));
     assert_eq!(changed.status.unwrap().observed_spec.unwrap().pre_commit_timeout, "5m");

@@ -22,7 +22,7 @@ fn vm_has(
 }
 
 #[tokio::test]
-async fn nodes_and_vms_are_shown_as_they_are_with_what_stands_in_the_way_and_removed_when_gone() {
+async fn nodes_and_vms_are_shown_with_their_blockers_and_removed_when_gone() {
     let mut world = World::start().await;
     let node = world.node("node-a", "be Ready", ready("True")).await.status.unwrap();
     assert_eq!((node.agent_version.as_deref(), node.boot_id.as_deref()), (Some("0.1.0-fake"), Some("b00t")));
@@ -36,13 +36,12 @@ async fn nodes_and_vms_are_shown_as_they_are_with_what_stands_in_the_way_and_rem
             lifted_by_assume_isolated: false,
         }];
     });
-    let blocked =
-        world.vm("counter", "say what stands in the way", vm_has("Migratable", "False/VmmTooOld")).await;
+    let blocked = world.vm("counter", "report its blocker", vm_has("Migratable", "False/VmmTooOld")).await;
     let status = blocked.status.clone().unwrap();
     assert_eq!((status.device_count, status.ram_bytes), (Some(2), Some(64 << 20)));
     assert!(status.conditions.iter().any(|c| c.message.contains("upgrade it")));
 
-    // Somebody else answers at the address, or nobody: said in words.
+    // Another server answers at the address, or none.
     world.b.stop();
     let down = world.node("node-b", "not be Ready", ready("False/AgentUnreachable")).await;
     let message = down.status.unwrap().conditions[0].message.clone();
@@ -52,7 +51,7 @@ async fn nodes_and_vms_are_shown_as_they_are_with_what_stands_in_the_way_and_rem
 
     // A VM whose namespace is not there yet.
     world.b.describe(|node| node.vms = vec![vm("later", "early", &[])]);
-    let note = world.told("kube-system", "node-b", &["NamespaceMissing"]).await.concat();
+    let note = world.until_events("kube-system", "node-b", &["NamespaceMissing"]).await.concat();
     assert!(note.contains("VM later/early cannot be shown") && note.contains("\"later\""), "{note}");
     world.lab.control_plane().unwrap().kubectl(&["create", "namespace", "later"]).await.unwrap();
     let later: Api<AssignedVM> = Api::namespaced(world.client.clone(), "later");
@@ -65,7 +64,7 @@ async fn nodes_and_vms_are_shown_as_they_are_with_what_stands_in_the_way_and_rem
 
     // A VM that has ended.
     world.a.describe(|node| node.vms.clear());
-    world.vm("counter", "say that it is not there", vm_has("Ready", "False/NotReported")).await;
+    world.vm("counter", "report that it is gone", vm_has("Ready", "False/NotReported")).await;
     let vms: Api<AssignedVM> = Api::namespaced(world.client.clone(), NAMESPACE);
     let uid = blocked.uid().unwrap();
     let gone = await_condition(vms, "counter", is_deleted(&uid));
@@ -77,7 +76,7 @@ async fn nodes_and_vms_are_shown_as_they_are_with_what_stands_in_the_way_and_rem
 }
 
 #[tokio::test]
-async fn an_agent_of_another_node_is_not_believed() {
+async fn an_agent_that_claims_another_node_is_rejected() {
     let world = World::start().await;
     world.b.describe(|node| node.node = "node-c".into());
     let down = world.node("node-b", "not be Ready", ready("False/AgentUnreachable")).await;

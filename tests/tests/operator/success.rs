@@ -12,10 +12,12 @@ async fn an_applied_migration_is_planned_prepared_committed_and_shown_with_its_t
     let (a, b) = (&world.a, &world.b);
     let object = world.migrate("move-counter", |_| {}).await;
 
-    let reserve =
-        b.called("reserve", |call| if let Call::Reserve(r) = call { Some(r.clone()) } else { None }).await;
-    let migrate =
-        a.called("migrate", |call| if let Call::Migrate(m) = call { Some(m.clone()) } else { None }).await;
+    let reserve = b
+        .until_called("reserve", |call| if let Call::Reserve(r) = call { Some(r.clone()) } else { None })
+        .await;
+    let migrate = a
+        .until_called("migrate", |call| if let Call::Migrate(m) = call { Some(m.clone()) } else { None })
+        .await;
     let reference = reserve.migration.clone().unwrap();
     assert_eq!((Some(reference.id.clone()), reference.attempt), (object.metadata.uid.clone(), 1));
     assert_eq!(
@@ -34,7 +36,7 @@ async fn an_applied_migration_is_planned_prepared_committed_and_shown_with_its_t
     assert_eq!(pairs, [("a1", "b1"), ("a2", "b2")]);
     assert_eq!(migrate.pre_commit_timeout_ms, 300_000);
 
-    // What the agents are asked stands in the status before they are asked.
+    // The status has the plan before the agents are called.
     let asked = world.until("move-counter", "Prepared", is("Prepared", "True")).await;
     let status = asked.status.unwrap();
     assert_eq!((status.attempt, status.reservation), (Some(1), Some(Reservation::Held)));
@@ -57,7 +59,7 @@ async fn an_applied_migration_is_planned_prepared_committed_and_shown_with_its_t
     a.phase(Phase::Loaded);
     a.phase(Phase::Committed);
     world.until("move-counter", "Committed", is("Committed", "True")).await;
-    // The source reports the VM until it is released, and the target does already.
+    // The source reports the VM until it is released, and so does the target already.
     a.describe(|node| {
         for vm in &mut node.vms {
             vm.state = VmState::Paused.into();
@@ -107,11 +109,15 @@ async fn an_applied_migration_is_planned_prepared_committed_and_shown_with_its_t
         table.lines().find(|line| line.contains("move-counter")).unwrap().split_whitespace().collect();
     assert_eq!(row[1..6], ["counter", "node-a", "node-b", "Succeeded", "87.412ms"]);
     world
-        .told(NAMESPACE, "move-counter", &["Accepted", "Prepared", "Stopped", "Committed", "Succeeded"])
+        .until_events(
+            NAMESPACE,
+            "move-counter",
+            &["Accepted", "Prepared", "Stopped", "Committed", "Succeeded"],
+        )
         .await;
     assert!(b.calls().iter().all(|call| !matches!(call, Call::Release(_))), "{:?}", b.calls());
 
-    // What has ended leaves nothing behind: the object goes at once, operator or not.
+    // Without a finalizer the object can be deleted, also without an operator.
     world
         .until("move-counter", "lose its finalizer", |m| {
             Some(m.metadata.finalizers.as_ref().is_none_or(Vec::is_empty))

@@ -1,5 +1,5 @@
-//! A real API server with the chart installed by a real helm, the operator's own program with the rights that the chart gave
-//! its account, and two agents that a test plays.
+//! A real API server with the chart installed by a real helm, the operator's program with the rights of the
+//! account from the chart, and two fake agents.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -29,12 +29,12 @@ use crate::fake_agent::{FakeAgent, device, vm};
 pub(crate) const NAMESPACE: &str = "demo";
 const SYSTEM: &str = "slackwater-system";
 const ACCOUNT: &str = "slackwater-operator";
-/// How long the operator may take to show something. Generous: two CPUs may run much else.
-const SOON: Duration = Duration::from_secs(60);
+/// How long the operator may take to report a state. Generous: two CPUs may be busy.
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 pub(crate) struct World {
     pub(crate) client: Client,
-    /// Runs demo/counter on a1 and a2.
+    /// The VM demo/counter runs here, on a1 and a2.
     pub(crate) a: FakeAgent,
     /// Has b1 and b2 free.
     pub(crate) b: FakeAgent,
@@ -89,7 +89,7 @@ impl World {
         self.lab.folder()
     }
 
-    /// Ends the operator as a crash would, and starts another.
+    /// Kills the operator like a crash, and starts another.
     pub(crate) async fn crash_and_restart_operator(&mut self) {
         self.kill_operator().await;
         self.operator = start_operator(self.lab.folder(), &self.kubeconfig, "operator");
@@ -100,23 +100,23 @@ impl World {
         start_operator(self.lab.folder(), &self.kubeconfig, name)
     }
 
-    /// Ends the operator as a crash would.
+    /// Kills the operator like a crash.
     pub(crate) async fn kill_operator(&mut self) {
-        // One that has ended already cannot be killed.
+        // An operator that has ended already cannot be killed.
         self.operator.kill().await.ok();
     }
 
-    /// Asks the operator to stop, as a supervisor does, and returns when it has.
+    /// Stops the operator with SIGTERM, and returns when it has ended.
     pub(crate) async fn stop_operator(&mut self) {
         let pid = rustix::process::Pid::from_raw(self.operator.id().unwrap() as i32).unwrap();
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
-        let status = tokio::time::timeout(SOON, self.operator.wait()).await.unwrap().unwrap();
+        let status = tokio::time::timeout(TIMEOUT, self.operator.wait()).await.unwrap().unwrap();
         assert!(status.success(), "{status}\n{}", self.log());
     }
 
     /// Returns, with its exit code, when the operator has ended by itself.
     pub(crate) async fn operator_ended(&mut self) -> Option<i32> {
-        let ended = tokio::time::timeout(SOON, self.operator.wait()).await;
+        let ended = tokio::time::timeout(TIMEOUT, self.operator.wait()).await;
         ended.unwrap_or_else(|_| panic!("the operator goes on\n{}", self.log())).unwrap().code()
     }
 
@@ -155,17 +155,17 @@ impl World {
         self.migrations().delete(name, &DeleteParams::default()).await.unwrap();
     }
 
-    pub(crate) async fn is_gone(&self, object: &VMMigration) {
+    pub(crate) async fn until_gone(&self, object: &VMMigration) {
         let uid = object.uid().unwrap();
         let gone = is_deleted(&uid);
         let name = object.name_any();
-        let gone = tokio::time::timeout(SOON, await_condition(self.migrations(), &name, gone)).await;
+        let gone = tokio::time::timeout(TIMEOUT, await_condition(self.migrations(), &name, gone)).await;
         if gone.is_err() {
             panic!("{name} is still there\n{}", self.log());
         }
     }
 
-    /// Returns the VMMigration when it is as wanted.
+    /// Waits until a condition on a VMMigration holds.
     pub(crate) async fn until(
         &self,
         name: &str,
@@ -210,7 +210,7 @@ impl World {
             + 'static,
     {
         let met = Wanted(is);
-        match tokio::time::timeout(SOON, await_condition(api.clone(), name, met)).await {
+        match tokio::time::timeout(TIMEOUT, await_condition(api.clone(), name, met)).await {
             Ok(object) => object.unwrap().unwrap(),
             Err(_) => {
                 let now = api.get_opt(name).await.unwrap();
@@ -220,29 +220,32 @@ impl World {
         }
     }
 
-    /// The notes of the events in `namespace` about an object, oldest first, as soon as their reasons are `wanted`.
+    /// Waits until the events in `namespace` about an object have the `wanted` reasons, and returns their
+    /// notes, oldest first.
     ///
-    /// An event is posted after the status that it tells of, so whoever has seen the status waits for it.
-    pub(crate) async fn told(&self, namespace: &str, about: &str, wanted: &[&str]) -> Vec<String> {
+    /// An event is posted after the status that it reports, so a test that has seen the status must wait for
+    /// it.
+    pub(crate) async fn until_events(&self, namespace: &str, about: &str, wanted: &[&str]) -> Vec<String> {
         let events: Api<Event> = Api::namespaced(self.client.clone(), namespace);
         let mut seen = BTreeMap::new();
-        let told = async {
+        let posted = async {
             let mut changes = pin!(watcher(events, watcher::Config::default()).applied_objects());
             while let Some(event) = changes.try_next().await.unwrap() {
                 if event.regarding.as_ref().and_then(|to| to.name.as_deref()) != Some(about) {
                     continue;
                 }
-                let posted = event.event_time.as_ref().map(|time| time.0);
-                let told = (event.reason.clone().unwrap_or_default(), event.note.clone().unwrap_or_default());
-                seen.insert((posted, event.name_any()), told);
+                let time = event.event_time.as_ref().map(|time| time.0);
+                let content =
+                    (event.reason.clone().unwrap_or_default(), event.note.clone().unwrap_or_default());
+                seen.insert((time, event.name_any()), content);
                 if seen.values().map(|(reason, _)| reason.as_str()).eq(wanted.iter().copied()) {
                     return;
                 }
             }
         };
-        if tokio::time::timeout(SOON, told).await.is_err() {
+        if tokio::time::timeout(TIMEOUT, posted).await.is_err() {
             panic!(
-                "{wanted:?} were to be told about {about}, and these were: {seen:#?}\nthe operator said\n{}",
+                "expected the events {wanted:?} about {about}, found: {seen:#?}\nthe operator said\n{}",
                 self.log()
             )
         }
@@ -257,26 +260,26 @@ impl World {
         std::fs::read_to_string(self.lab.folder().join(format!("{name}.log"))).unwrap_or_default()
     }
 
-    /// Returns when an operator has logged this.
+    /// Waits until an operator has logged this text.
     pub(crate) async fn wait_for_log(&self, name: &str, text: &str) {
-        let mut looks = tokio::time::interval(Duration::from_millis(100));
+        let mut polls = tokio::time::interval(Duration::from_millis(100));
         let logged = async {
             while !self.log_of(name).contains(text) {
-                looks.tick().await;
+                polls.tick().await;
             }
         };
-        let logged = tokio::time::timeout(SOON, logged).await;
+        let logged = tokio::time::timeout(TIMEOUT, logged).await;
         assert!(logged.is_ok(), "{name} did not log {text:?}:\n{}", self.log_of(name));
     }
 
-    /// Reasons and notes of the events about an object, in no order.
+    /// Reasons and notes of the events about an object, unordered.
     pub(crate) async fn events(&self, about: &str) -> Vec<(String, String)> {
         let events: Api<Event> = Api::namespaced(self.client.clone(), NAMESPACE);
         let events = events.list(&ListParams::default()).await.unwrap();
         let is_about =
             |event: &Event| event.regarding.as_ref().and_then(|to| to.name.as_deref()) == Some(about);
-        let told = |event: Event| (event.reason.unwrap_or_default(), event.note.unwrap_or_default());
-        events.items.into_iter().filter(is_about).map(told).collect()
+        let content = |event: Event| (event.reason.unwrap_or_default(), event.note.unwrap_or_default());
+        events.items.into_iter().filter(is_about).map(content).collect()
     }
 
     pub(crate) async fn lease(
@@ -287,7 +290,7 @@ impl World {
         self.wait(self.leases(), "slackwater-operator", wanted, is).await
     }
 
-    /// The rights that the chart gives were enough for everything that the operator did.
+    /// The rights from the chart were sufficient for every request of the operator.
     pub(crate) fn assert_nothing_was_forbidden(&self) {
         let account = format!("system:serviceaccount:{SYSTEM}:{ACCOUNT}");
         let requests = self.lab.control_plane().unwrap().audit().unwrap();
@@ -319,7 +322,7 @@ pub(crate) fn message(migration: &VMMigration, type_: &str) -> String {
     conditions.iter().find(|condition| condition.type_ == type_).unwrap().message.clone()
 }
 
-/// How long another operator waits for the Lease of one that was killed: as short as whole seconds let it be.
+/// How long another operator waits for the Lease of a killed one: as short as whole seconds allow.
 const LEASE: [&str; 6] = ["--lease-duration", "3s", "--lease-renew-deadline", "2s", "--lease-retry", "250ms"];
 
 /// Starts an operator that logs to `<name>.log`.

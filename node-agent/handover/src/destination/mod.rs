@@ -1,19 +1,24 @@
 //! The destination's half of the hand-over, pure.
 //!
 //! ```text
-//! New ▶ Recording ▶ StartingTwin ▶ Preparing ▶ Reserved ▶ Loading ▶ Finishing ▶ Verifying ─▶ RecordingLoaded ▶ Loaded
-//!          └──────────────┴────────────┴─────────┴──────────┴───────────┘                    │      │      │ COMMIT
-//!                 ▼ any failure, or the source lost             ▼ a failure, or the source's word   │      ▼
-//!             Discarding ▶ Finished ◀──────────────────────────────────────────────────────────────── Confirming
-//!                                                                                                   ▼ the twin answers
-//!                                                                                             RecordingStarting
-//!                                                                                                   ▼ only forward
-//!                               Finished ◀ RecordingRunning ◀ Resuming ◀ Waking ◀ WakingP2p ◀ Starting
+//! New ▶ Recording ▶ StartingTwin ▶ Preparing ▶ Reserved ▶ Loading ▶ Finishing ▶ Verifying
+//!          └──────────────┴────────────┴─────────┴──────────┴───────────┘            ▼
+//!                          │ any failure, or the source is lost                RecordingLoaded
+//!                          ▼                                                         ▼
+//!        Finished ◀ Discarding ◀── a failure, or the source's word ────────────── Loaded
+//!                          ▲                                                         │ COMMIT
+//!                          │                                                         ▼
+//!                          └── a failure, or the source's word ─────────────── Confirming
+//!                                                                                    │ the twin answers
+//!                                       only forward from here ── RecordingStarting ◀┘
+//!                                                                         ▼
+//!      Finished ◀ RecordingRunning ◀ Resuming ◀ Waking ◀ WakingP2p ◀ Starting
 //! ```
 //!
-//! No device leaves RESUMING before every blob's length and digest have been verified and the VMM has loaded (I5); none
-//! leaves STOP before all have left RESUMING, none enters RUNNING before all are in RUNNING_P2P, and the vCPUs resume last (I4).
-//! From Loaded on nothing is discarded on the destination's own judgement; from Starting on, nothing is discarded at all.
+//! No device leaves RESUMING before every blob's length and digest have been verified and the VMM has loaded
+//! (I5); none leaves STOP before all have left RESUMING, none enters RUNNING before all are in RUNNING_P2P,
+//! and the vCPUs resume last (I4). From Loaded on nothing is discarded on the destination's own judgement;
+//! from Starting on, nothing is discarded at all.
 
 mod recovery;
 
@@ -26,10 +31,11 @@ use crate::policy::Driver;
 use crate::state::{Features, MigrationState};
 use crate::{Blob, Failure, Reason, Record, Word, blobs};
 
-/// How often a device is told again to start after it has refused: from STARTING on there is no way back to fall to.
+/// How often a device is ordered to start before that counts as refused: from STARTING on there is no way
+/// back.
 const START_TRIES: u32 = 3;
 
-/// Where the destination stands.
+/// How far the destination has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Phase {
     /// Nothing has been done.
@@ -79,13 +85,14 @@ pub enum Event {
     Start,
     /// The twin answers, and its devices have been borrowed.
     TwinReady,
-    /// A device has been read back where it was told to go.
+    /// A device has been read back where it was to go.
     DeviceReached(usize, MigrationState),
-    /// A device did not get where it was told to go; where it was found, if it could be read.
+    /// A device did not get where it was to go; where it was found, if it could be read.
     DeviceFailed(usize, Option<MigrationState>, Failure),
     /// The source said Hello.
     PeerConnected,
-    /// A blob has arrived whole, its length and digest are what the source announced, and all of it has been handed on.
+    /// A blob has arrived whole, its length and digest are what the source announced, and all of it has been
+    /// handed on.
     BlobVerified(Blob),
     /// The VMM has RAM and machine state in place.
     LoadFinished,
@@ -99,7 +106,7 @@ pub enum Event {
     CommitReceived,
     /// The source keeps the VM: its own word, or the operator's who has it from the source.
     AbortReceived(Failure),
-    /// The source cannot be heard any more.
+    /// The connection to the source is lost.
     PeerLost(Failure),
     /// The twin has answered: it is there to be started.
     TwinConfirmed,
@@ -116,16 +123,16 @@ pub enum Event {
 /// What is to be done. Each is answered by one event, or by a failure, unless it says otherwise.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Effect {
-    /// Tell whoever watches. No answer.
+    /// Report the phase to the watchers. No answer.
     Report(Phase),
     /// Prepare the network identity, start the twin paused, borrow its devices. [`Event::TwinReady`]
     StartTwin,
     /// [`Event::DeviceReached`], [`Event::DeviceFailed`]
     SetState(usize, MigrationState),
-    /// Lead a device that its VMM has loaded from RESUMING to STOP: its driver says whether it takes its state.
-    /// [`Event::DeviceReached`], [`Event::DeviceFailed`]
+    /// Lead a device that its VMM has loaded from RESUMING to STOP: its driver says whether it takes its
+    /// state. [`Event::DeviceReached`], [`Event::DeviceFailed`]
     Check(usize),
-    /// Answer the reservation: the devices stand in RESUMING. No answer.
+    /// Answer the reservation: the devices are in RESUMING. No answer.
     ConfirmReserved,
     /// No answer.
     SendReady,
@@ -133,23 +140,25 @@ pub enum Effect {
     FinishLoad,
     /// [`Event::Recorded`], [`Event::RecordFailed`]
     Record(Record),
-    /// The same, after a pause: it has just failed, and must succeed. [`Event::Recorded`], [`Event::RecordFailed`]
+    /// The same, after a pause: it has just failed, and must succeed. [`Event::Recorded`],
+    /// [`Event::RecordFailed`]
     RecordAgain(Record),
-    /// No answer; the peer may not hear it.
+    /// No answer; the message may not arrive.
     SendLoaded,
     /// Ask the twin anything at all. [`Event::TwinConfirmed`]
     ConfirmTwin,
-    /// No answer; the peer may not hear it.
+    /// No answer; the message may not arrive.
     SendStarting,
     /// [`Event::IdentityActivated`]
     ActivateIdentity,
     /// [`Event::Resumed`]
     Resume,
-    /// No answer; the peer may not hear it.
+    /// No answer; the message may not arrive.
     SendStarted,
-    /// No answer; the peer may not hear it.
+    /// No answer; the message may not arrive.
     SendFailed(Failure),
-    /// Stop receiving, reset the devices that hold foreign data, end the twin, give everything back. [`Event::Discarded`]
+    /// Stop receiving, reset the devices that hold foreign data, end the twin, give everything back.
+    /// [`Event::Discarded`]
     Discard,
     /// It is over here. No answer.
     Finish(End),
@@ -183,13 +192,14 @@ pub struct Destination {
     twin_confirmed: bool,
     /// The twin is being started: nothing of it can be cleared away before that has ended.
     twin_pending: bool,
-    /// What had been recorded before the agent began again, and whether the twin is still there.
+    /// The last record of the agent before, if this one has restarted, and whether the twin is still there.
     recovered: Option<(Record, bool)>,
     failure: Option<Failure>,
 }
 
 impl Destination {
-    /// A destination for devices with these features, driven by `driver`, which are in RUNNING when the twin has opened them.
+    /// A destination for devices with these features, driven by `driver`, which are in RUNNING when the twin
+    /// has opened them.
     pub fn new(features: &[Features], driver: Driver) -> Self {
         Self {
             phase: Phase::New,
@@ -210,7 +220,7 @@ impl Destination {
         }
     }
 
-    /// Where it stands.
+    /// How far it has come.
     pub fn phase(&self) -> Phase {
         self.phase
     }
@@ -348,16 +358,18 @@ impl Destination {
 
     fn fail(&mut self, failure: Failure, effects: &mut Vec<Effect>) {
         match self.phase {
-            // The VM has run here, and that is what is being recorded; that it runs no more is seen by whoever looks for it.
+            // The VM has run here, and that is what is being recorded. The inventory shows that it does not
+            // run any more.
             Phase::RecordingRunning => {}
-            // Whether STARTING stands in the journal is known in a moment, and decides.
+            // The journal shows in a moment whether it holds STARTING, and that decides.
             Phase::RecordingStarting => self.failure = self.failure.take().or(Some(failure)),
             _ if self.may_have_run() => self.stuck(failure, effects),
             _ => self.discard(failure, effects),
         }
     }
 
-    /// A twin may have died a moment ago, unnoticed so far. After STARTING that costs the VM; before it, the source still has it.
+    /// A twin may have died a moment ago, unnoticed so far. After STARTING that costs the VM; before it, the
+    /// source still has it.
     fn commit(&mut self, effects: &mut Vec<Effect>) {
         if self.phase == Phase::Loaded {
             self.enter(Phase::Confirming, effects);
@@ -373,7 +385,7 @@ impl Destination {
                 self.finish(End::Discarded(failure), effects);
             }
             (Record::Loaded, Phase::RecordingLoaded) => self.discard(failure, effects),
-            // It does not stand there, nothing has been started, and there is nothing left to start.
+            // The journal does not hold it, nothing has been started, and there is nothing left to start.
             (Record::Starting, Phase::RecordingStarting) if self.failure.is_some() => {
                 let failure = self.failure.take().unwrap_or(failure);
                 self.discard(failure, effects);
@@ -392,7 +404,8 @@ impl Destination {
         self.finish(End::Stuck(failure), effects);
     }
 
-    /// Nothing has started: all that was reserved is given back. The source is told when that stands in the journal.
+    /// Nothing has started: all that was reserved is given back. The source hears of it when the journal
+    /// holds that.
     fn discard(&mut self, failure: Failure, effects: &mut Vec<Effect>) {
         if self.phase != Phase::Discarding {
             self.enter(Phase::Discarding, effects);
@@ -461,7 +474,7 @@ impl Destination {
             }
             Phase::Starting if self.identity_active => {
                 self.enter(Phase::WakingP2p, effects);
-                // One that runs already was woken by an agent that has begun again since.
+                // One that runs already was woken by an agent that has restarted since.
                 self.order(effects, |track| {
                     (track.features.p2p && track.at != MigrationState::Running)
                         .then_some(MigrationState::RunningP2p)

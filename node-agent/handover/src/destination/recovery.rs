@@ -1,4 +1,4 @@
-//! The destination of an agent that has begun again, from what the one before it had recorded.
+//! The destination of an agent that has restarted, from what the one before it had recorded.
 
 use super::{Destination, Effect, End, Phase};
 use crate::policy::Driver;
@@ -47,7 +47,7 @@ impl Destination {
             }
             Record::Starting if !twin_there => self.stuck(gone(Reason::StartFailed), effects),
             Record::Starting if self.devices.iter().any(|(_, track)| track.broken) => {
-                let message = "a device of the twin stands in ERROR, or cannot be read";
+                let message = "a device of the twin is in ERROR, or cannot be read";
                 self.stuck(Failure::new(Reason::StartFailed, message), effects);
             }
             Record::Starting => {
@@ -60,7 +60,8 @@ impl Destination {
                 effects.push(Effect::Discard);
                 self.failure = Some(failure);
             }
-            // Before LOADED its streams have died with the agent; or a device has left STOP, which nobody here has told it.
+            // Before LOADED its streams have died with the agent; or a device has left STOP without an order
+            // from here.
             _ => self.discard(failure, effects),
         }
     }

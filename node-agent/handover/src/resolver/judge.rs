@@ -92,7 +92,8 @@ impl Resolver {
             Some(Record::Loaded) if self.decided_for(End::Source) => Verdict::wait(),
             Some(Record::Loaded) => Verdict::tell_target(source),
             None => Verdict::doubt(DoubtReason::TargetForgot, ""),
-            // RESERVED is a word from before LOADED that was long on its way; the others are no destination's.
+            // RESERVED is a word from before LOADED that was long on its way; the others are no
+            // destination's.
             _ => Verdict::wait(),
         }
     }
@@ -126,7 +127,8 @@ impl Resolver {
             Heard::Says(word) => match word.record {
                 Some(Record::Loaded) => Verdict::doubt(DoubtReason::SourceUnreachable, why),
                 None if self.committed => Verdict::doubt(DoubtReason::TargetForgot, why),
-                // It has started, or never will, and the source hears of it when it is back; or it has not come that far.
+                // It has started, or never will, and the source hears of it when it is back; or it has not
+                // come that far.
                 _ => Verdict::wait(),
             },
             Heard::Unreadable(other) if self.committed => {
@@ -148,7 +150,8 @@ impl Resolver {
             End::Source if self.doubt.is_some() && source_may_be_told(source, target).is_ok() => {
                 Some(Effect::TellSource(stated(Record::Discarded)))
             }
-            // DISCARDED may be on its way to the source already. What the destination journals upon this decides.
+            // DISCARDED may be on its way to the source already. What the destination journals upon this
+            // decides.
             End::Source if waits_at_both(source, target) => Some(Effect::TellTarget(stated(Record::Aborted))),
             End::Destination if self.doubt.is_some() && target_may_be_told(source, target).is_ok() => {
                 Some(Effect::TellTarget(stated(Record::Committed)))
@@ -158,8 +161,8 @@ impl Resolver {
     }
 }
 
-/// The source cannot be asked, or has nothing journalled, or has found that its VMM was gone when it came back: as an administrator
-/// had stated who let the destination start the VM.
+/// The source cannot be asked, or has nothing journalled, or has found that its VMM was gone when it came
+/// back: as an administrator had stated who let the destination start the VM.
 fn is_gone(source: &Heard) -> bool {
     match source {
         Heard::Silent(_) => true,

@@ -1,11 +1,12 @@
-//! What two agents cannot settle between themselves, the operator does: it asks both what they have journalled and relays the
-//! answer. Where one of them cannot be asked, it says so, and waits for that node or for an administrator's word.
+//! What two agents cannot settle between themselves, the operator does: it asks both what they have
+//! journalled and relays the answer. Where one of them cannot be asked, it says so, and waits for that node
+//! or for an administrator's word.
 //!
-//! Plain data and decisions: `step(self, event) -> (self, effects)`, without a clock, gRPC or Kubernetes. A model checker runs
-//! this same code.
+//! Plain data and decisions: `step(self, event) -> (self, effects)`, without a clock, gRPC or Kubernetes. A
+//! model checker runs this same code.
 //!
-//! The operator asks in rounds. When both ends have been heard (what they say, or that they cannot be asked) the pair is judged
-//! and then forgotten, so that nothing is ever decided by a word of an earlier round:
+//! The operator asks in rounds. When both ends have answered (or turned out not to be reachable) the pair is
+//! judged and then forgotten, so that nothing is ever decided by a word of an earlier round:
 //!
 //! | source | destination | what is done |
 //! |---|---|---|
@@ -22,13 +23,14 @@
 //! | no record | LOADED | **in doubt**: `SourceForgot` |
 //! | no record | RUNNING, or STARTING that has ended | settled, by the destination's word |
 //! | no record, known to have begun | any other | **in doubt**: `SourceForgot` |
-//! | no record, never heard to have begun | RESERVED, DISCARDED, none | settled: it never began |
+//! | no record, not known to have begun | RESERVED, DISCARDED, none | settled: it never began |
 //! | any, ended | any | settled, by the source's own word |
 //!
-//! Relayed are records that their owner has made durable, and nothing else, with one exception: an administrator's [`Decision`],
-//! in doubt and where it [fits](Resolver::fits). A decision for the source stays in force: COMMITTED is not relayed any more,
-//! since the DISCARDED that was stated to the source may still be on its way. A destination that turns up LOADED after all is
-//! told ABORTED instead, and what it journals upon that decides.
+//! Relayed are records that their owner has made durable, and nothing else, with one exception: an
+//! administrator's [`Decision`], in doubt and where it [fits](Resolver::fits). A decision for the source
+//! stays in force: COMMITTED is not relayed any more, since the DISCARDED that was stated to the source may
+//! still be on its way. A destination that turns up LOADED after all is sent ABORTED instead, and what it
+//! journals then decides.
 
 mod judge;
 #[cfg(test)]
@@ -54,10 +56,11 @@ pub struct Decision {
     pub justification: String,
 }
 
-/// What the operator hears.
+/// What the operator learns.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Event {
-    /// The source has told that it began, or has committed: on its stream of events, or in an earlier life of the operator.
+    /// The source has reported that it began, or has committed: on its stream of events, or to the operator
+    /// before a restart.
     SourceTold {
         /// It has passed its point of no return.
         committed: bool,
@@ -119,8 +122,8 @@ impl DoubtReason {
 /// How it has ended, by what is journalled.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Settlement {
-    /// The source has nothing to go back on: it was never asked, or never began. What is reserved may be given back as never
-    /// started.
+    /// The source has nothing to undo: it was never asked, or never began. What is reserved may be given back
+    /// as never started.
     NeverBegan,
     /// The source has given it up, and is done with that.
     GivenUp(Option<Failure>),
@@ -141,7 +144,7 @@ pub enum Effect {
     Doubt {
         /// Why.
         reason: DoubtReason,
-        /// Why an end cannot be asked, in the words that were heard.
+        /// Why an end cannot be asked, in the words of the error.
         why: String,
     },
     /// It is not in doubt any more.
@@ -155,7 +158,7 @@ pub enum Effect {
 pub enum Unfit {
     /// Nothing is in doubt.
     NotInDoubt,
-    /// The end that would have to act cannot be told.
+    /// The end that would have to act cannot be reached.
     CannotBeTold(End),
     /// The end that would have to act does not wait for anybody's word.
     DoesNotWait(End),
@@ -165,7 +168,7 @@ pub enum Unfit {
     Started,
 }
 
-/// What was heard of one end in a round.
+/// What one end answered in a round.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Heard {
     /// Its word.
@@ -204,7 +207,7 @@ pub struct Resolver {
     target: Option<Heard>,
     /// The pair that was judged last.
     judged: Option<(Journal, Journal)>,
-    /// The source is known to have begun, from whatever was heard so far.
+    /// The source is known to have begun, from all answers so far.
     began: bool,
     /// The source is known to have committed.
     committed: bool,
@@ -213,7 +216,7 @@ pub struct Resolver {
 }
 
 impl Resolver {
-    /// Takes in what was heard, and says what is to be done.
+    /// Takes an answer into account, and returns what is to be done.
     #[must_use]
     pub fn step(mut self, event: Event) -> (Self, Vec<Effect>) {
         match event {
@@ -258,7 +261,7 @@ impl Resolver {
         self.committed
     }
 
-    /// Both ends have been heard at least once, so that [`fits`](Self::fits) means something.
+    /// Both ends have answered at least once, so that [`fits`](Self::fits) means something.
     #[must_use]
     pub fn has_judged(&self) -> bool {
         self.judged.is_some()

@@ -12,7 +12,7 @@ const TARGET: [Option<Record>; 6] = [
     Some(Record::Discarded),
 ];
 
-/// All that an end can be heard to say, and its silence.
+/// All that an end can answer, and its silence.
 fn all_of(records: &[Option<Record>]) -> Vec<Heard> {
     let mut all = vec![Heard::Silent("unreachable".into()), Heard::Unreadable("bad CRC".into())];
     for record in records {
@@ -86,7 +86,8 @@ fn doubt(reason: DoubtReason) -> Effect {
     Effect::Doubt { reason, why: why.into() }
 }
 
-/// Every resolver that comes out of up to two rounds of anything, with every decision before, between and after.
+/// Every resolver that comes out of up to two rounds of anything, with every decision before, between and
+/// after.
 fn reachable() -> Vec<Resolver> {
     let (sources, targets) = (all_of(&SOURCE), all_of(&TARGET));
     let mut seen = std::collections::HashSet::from([Resolver::default()]);
@@ -258,7 +259,7 @@ fn a_journal_that_cannot_be_read_is_a_doubt_wherever_somebody_waits_for_it() {
     }
     let waits = says(Record::Committed);
     assert_eq!(doubt(&waits, &unreadable()), Some(DoubtReason::TargetJournalUnreadable));
-    // Before the commit the source gives up by itself, and after the release nobody waits.
+    // Before the commit the source gives up by itself, and after the release neither end waits.
     for s in [Record::Saving, Record::Aborted, Record::Released] {
         assert_eq!(doubt(&says(s), &unreadable()), None, "{s:?}");
     }

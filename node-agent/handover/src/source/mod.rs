@@ -1,18 +1,24 @@
 //! The source's half of the hand-over, pure.
 //!
-//! [`Source::step`] takes an event into account and then goes as far as what is known allows. Two rules carry it:
-//! a phase is left only when every device has been *read back* where the phase wants it, and before the point of no return any
-//! failure leads to [`Phase::Settling`], from which the rollback starts when nothing is in flight any more.
+//! [`Source::step`] takes an event into account and then goes as far as what is known allows. Two rules carry
+//! it: a phase is left only when every device has been *read back* where the phase wants it, and before the
+//! point of no return any failure leads to [`Phase::Settling`], from which the rollback starts when nothing
+//! is in flight any more.
 //!
 //! ```text
-//! New ▶ Saving ▶ Connecting ▶ PreCopying ▶ Pausing ▶ Quiescing ▶ Stopping ▶ Capturing ▶ Committing ▶ AwaitingStarted ▶ Releasing ▶ Finished
-//!          └─────────┴────────────┴───────────┴───────────┴───────────┴──────────┘               │
-//!                                     ▼ any failure                                              ▼ DISCARDED at the destination
-//!                                  Settling ▶ LeavingCapture ▶ WakingP2p ▶ Mending ▶ Waking ▶ Resuming ▶ Finished
+//! New ▶ Saving ▶ Connecting ▶ PreCopying ▶ Pausing ▶ Quiescing ▶ Stopping ▶ Capturing ▶ Committing
+//!          └─────────┴────────────┴───────────┴──────────┴───────────┴──────────┘           ▼
+//!                                     │ any failure          AwaitingStarted ▶ Releasing ▶ Finished
+//!                                     ▼                             │ DISCARDED at the destination
+//!                                  Settling ◀───────────────────────┘
+//!                                     ▼
+//!                   LeavingCapture ▶ WakingP2p ▶ Mending ▶ Waking ▶ Resuming ▶ Finished
 //! ```
 //!
-//! A peer that is lost after the commit settles nothing: the source asks what it has journalled until that is known.
+//! A peer that is lost after the commit settles nothing: the source asks what it has journalled until that is
+//! known.
 
+mod progress;
 mod recovery;
 mod rollback;
 #[cfg(test)]
@@ -20,14 +26,15 @@ mod tests;
 
 use std::collections::BTreeSet;
 
-pub use recovery::Found;
+use self::progress::{PeerProgress, SaveProgress, Streams, Vcpus, VmmProgress};
+pub use self::recovery::Found;
 
 use crate::devices::{Devices, Track};
 use crate::policy::{Driver, StopPlan};
 use crate::state::{Features, MigrationState};
 use crate::{Blob, Failure, Reason, Record, Word, blobs};
 
-/// Where the source stands.
+/// How far the source has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Phase {
     /// Nothing has been asked of anybody.
@@ -48,7 +55,8 @@ pub enum Phase {
     Capturing,
     /// COMMITTED is being recorded.
     Committing,
-    /// COMMIT has been sent. Nothing here may ever resume on the source's own judgement: only on the destination's DISCARDED.
+    /// COMMIT has been sent. Nothing here may ever resume on the source's own judgement: only on the
+    /// destination's DISCARDED.
     AwaitingStarted,
     /// The VM runs elsewhere; what is left here is being given back.
     Releasing,
@@ -79,9 +87,9 @@ pub enum Event {
     SaveStarted,
     /// What is left to send is little enough for the blackout.
     Converged,
-    /// A device has been read back where it was told to go, or has been reset to RUNNING.
+    /// A device has been read back where it was to go, or has been reset to RUNNING.
     DeviceReached(usize, MigrationState),
-    /// A device did not get where it was told to go; where it was found, if it could be read.
+    /// A device did not get where it was to go; where it was found, if it could be read.
     DeviceFailed(usize, Option<MigrationState>, Failure),
     /// A device has given all of its initial data.
     PreCopied(usize),
@@ -89,9 +97,9 @@ pub enum Event {
     Paused,
     /// A blob has been sent whole, and the destination has verified it.
     BlobSent(Blob),
-    /// The VMM says that its save has come to its end: it will not take its VM back by itself any more.
+    /// The VMM says that its save has ended: it will not take its VM back by itself any more.
     SaveFinished,
-    /// The destination has loaded everything and stands in STOP.
+    /// The destination has loaded everything, and its devices are in STOP.
     Loaded,
     /// A record is on stable storage.
     Recorded(Record),
@@ -99,7 +107,7 @@ pub enum Event {
     RecordFailed(Record, Failure),
     /// The destination's answer to [`Effect::AskPeer`]: what it has journalled.
     PeerSays(Word),
-    /// The same, as somebody relays it. It answers no question.
+    /// The same, as the operator relays it. It answers no question.
     Relayed(Word),
     /// The destination was asked what it has journalled, and did not answer.
     PeerSilent(Failure),
@@ -113,7 +121,8 @@ pub enum Event {
     StreamsClosed,
     /// The vCPUs run again.
     Resumed,
-    /// Something failed that belongs to no device: a call to the VMM, a blob, the peer, a deadline, or somebody's wish.
+    /// Something failed that belongs to no device: a call to the VMM, a blob, the peer, a deadline, or a
+    /// user's request.
     Failed(Failure),
     /// A call to the VMM that was in flight failed, so it cannot be known whether the vCPUs run.
     PauseFailed(Failure),
@@ -126,24 +135,25 @@ pub enum Event {
 /// What is to be done. Each is answered by one event, or by a failure, unless it says otherwise.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Effect {
-    /// Tell whoever watches. No answer.
+    /// Report the phase to the watchers. No answer.
     Report(Phase),
     /// Open the hand-over with the destination and a stream for every blob. [`Event::PeerReady`]
     Connect,
     /// [`Event::Recorded`], [`Event::RecordFailed`]
     Record(Record),
-    /// The same, after a pause: it has just failed, and must succeed. [`Event::Recorded`], [`Event::RecordFailed`]
+    /// The same, after a pause: it has just failed, and must succeed. [`Event::Recorded`],
+    /// [`Event::RecordFailed`]
     RecordAgain(Record),
-    /// Ask the destination what it has journalled, and say that this end is committed; after a pause, if it was asked before.
-    /// [`Event::PeerSays`], [`Event::PeerSilent`]
+    /// Ask the destination what it has journalled, and say that this end is committed; after a pause, if it
+    /// was asked before. [`Event::PeerSays`], [`Event::PeerSilent`]
     AskPeer,
-    /// Tell whoever watches what keeps the migration from its end. No answer.
+    /// Report to the watchers what keeps the migration from its end. No answer.
     Doubt(Failure),
     /// [`Event::SaveStarted`]
     StartSave,
     /// Wait until a VMM that drives its devices is ready for the blackout. [`Event::Converged`]
     Converge,
-    /// Read where a device stands that its VMM drives. [`Event::DeviceReached`], [`Event::DeviceFailed`]
+    /// Read the state of a device that its VMM drives. [`Event::DeviceReached`], [`Event::DeviceFailed`]
     ReadState(usize),
     /// [`Event::DeviceReached`], [`Event::DeviceFailed`]
     SetState(usize, MigrationState),
@@ -151,14 +161,14 @@ pub enum Effect {
     PreCopy(usize),
     /// [`Event::Paused`], [`Event::PauseFailed`]
     Pause,
-    /// Let the VMM give its final state, and send it. [`Event::BlobSent`] and [`Event::SaveFinished`]: a stream ends, too, when a VMM
-    /// gives its save up.
+    /// Let the VMM give its final state, and send it. [`Event::BlobSent`] and [`Event::SaveFinished`]: a
+    /// stream ends, too, when a VMM gives its save up.
     FinishSave,
     /// Read and send a device's final data. [`Event::BlobSent`]
     Capture(usize),
     /// No answer.
     SendCommit,
-    /// No answer; the peer may not hear it.
+    /// No answer; the message may not arrive.
     SendAbort(String),
     /// Stop sending, close the data descriptors, abort the VMM's save. [`Event::StreamsClosed`]
     CloseStreams,
@@ -185,13 +195,6 @@ pub enum End {
     Lost(Failure),
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Vcpus {
-    Running,
-    Pausing,
-    Paused,
-}
-
 /// The source of one attempt.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Source {
@@ -199,57 +202,39 @@ pub struct Source {
     plan: StopPlan,
     driver: Driver,
     devices: Devices,
-    vcpus: Vcpus,
-    peer_ready: bool,
-    save_started: bool,
-    converging: bool,
-    converged: bool,
-    pre_copied: BTreeSet<usize>,
-    sent: BTreeSet<Blob>,
-    save_finished: bool,
-    loaded: bool,
+    vmm: VmmProgress,
+    save: SaveProgress,
+    streams: Streams,
+    peer: PeerProgress,
     recorded: BTreeSet<Record>,
-    streams_closed: bool,
+    /// Devices that had to be reset on the way back.
     reset: BTreeSet<usize>,
-    touched: bool,
-    vmm_gone: bool,
-    asking: bool,
-    doubt: Option<Reason>,
-    /// What had been recorded before the agent began again.
+    /// The last record of the agent before, if this one has restarted.
     recovered: Option<Record>,
     failure: Option<Failure>,
 }
 
 impl Source {
-    /// A source whose devices, with these features and driven by `driver`, have all been read back in RUNNING.
+    /// A source whose devices, with these features and driven by `driver`, have all been read back in
+    /// RUNNING.
     pub fn new(features: &[Features], plan: StopPlan, driver: Driver) -> Self {
         Self {
             phase: Phase::New,
             plan,
             driver,
             devices: Devices::new(features, MigrationState::Running),
-            vcpus: Vcpus::Running,
-            peer_ready: false,
-            save_started: false,
-            converging: false,
-            converged: false,
-            pre_copied: BTreeSet::new(),
-            sent: BTreeSet::new(),
-            save_finished: false,
-            loaded: false,
+            vmm: VmmProgress::default(),
+            save: SaveProgress::default(),
+            streams: Streams::default(),
+            peer: PeerProgress::default(),
             recorded: BTreeSet::new(),
-            streams_closed: false,
             reset: BTreeSet::new(),
-            touched: false,
-            vmm_gone: false,
-            asking: false,
-            doubt: None,
             recovered: None,
             failure: None,
         }
     }
 
-    /// Where it stands.
+    /// How far it has come.
     pub fn phase(&self) -> Phase {
         self.phase
     }
@@ -288,9 +273,9 @@ impl Source {
                 }
             },
             Event::Start => {}
-            Event::PeerReady => self.peer_ready = true,
-            Event::SaveStarted => self.save_started = true,
-            Event::Converged => self.converged = true,
+            Event::PeerReady => self.peer.ready = true,
+            Event::SaveStarted => self.save.started = true,
+            Event::Converged => self.save.converged = true,
             Event::DeviceReached(index, state) => {
                 self.devices.read_back(index, state);
                 if self.phase == Phase::PreCopying && state == MigrationState::PreCopy {
@@ -302,14 +287,14 @@ impl Source {
             }
             Event::DeviceFailed(index, found, failure) => self.device_failed(index, found, failure, effects),
             Event::PreCopied(index) => {
-                self.pre_copied.insert(index);
+                self.streams.pre_copied.insert(index);
             }
-            Event::Paused => self.vcpus = Vcpus::Paused,
+            Event::Paused => self.vmm.vcpus = Vcpus::Paused,
             Event::BlobSent(blob) => {
-                self.sent.insert(blob);
+                self.streams.sent.insert(blob);
             }
-            Event::SaveFinished => self.save_finished = true,
-            Event::Loaded => self.loaded = true,
+            Event::SaveFinished => self.save.finished = true,
+            Event::Loaded => self.peer.loaded = true,
             Event::Recorded(record) => {
                 self.recorded.insert(record);
                 if (record, self.phase) == (Record::Aborted, Phase::Settling) {
@@ -333,7 +318,7 @@ impl Source {
                 }
             }
             Event::StartOverdue(failure) => {
-                if self.phase == Phase::AwaitingStarted && self.doubt.is_none() {
+                if self.phase == Phase::AwaitingStarted && self.peer.doubt.is_none() {
                     self.doubt(failure, effects);
                 }
             }
@@ -343,37 +328,36 @@ impl Source {
                     self.finish(End::Succeeded, effects);
                 }
             }
-            Event::StreamsClosed => self.streams_closed = true,
+            Event::StreamsClosed => self.streams.closed = true,
             Event::Resumed => {
-                self.vcpus = Vcpus::Running;
+                self.vmm.vcpus = Vcpus::Running;
                 if self.phase == Phase::Resuming {
                     self.finish_rollback(effects);
                 }
             }
             Event::Failed(failure) => self.fail(failure, effects),
             Event::PauseFailed(failure) => {
-                self.vcpus = Vcpus::Paused;
+                self.vmm.vcpus = Vcpus::Paused;
                 self.fail(failure, effects);
             }
-            // It was never paused, so it runs, as long as its process lives. A VMM that drives its devices stops its vCPUs by itself.
+            // It was never paused, so it runs, as long as its process lives. A VMM that drives its devices
+            // stops its vCPUs by itself.
             Event::ResumeFailed(_)
-                if self.driver == Driver::Agent && self.vcpus == Vcpus::Running && !self.vmm_gone =>
+                if self.driver == Driver::Agent && self.vmm.vcpus == Vcpus::Running && !self.vmm.gone =>
             {
                 self.finish_rollback(effects);
             }
             Event::ResumeFailed(failure) => self.rollback_failed(failure, effects),
             Event::VmmExited => {
-                self.vmm_gone = true;
-                if self.vcpus == Vcpus::Pausing {
-                    self.vcpus = Vcpus::Paused;
+                self.vmm.gone = true;
+                if self.vmm.vcpus == Vcpus::Pausing {
+                    self.vmm.vcpus = Vcpus::Paused;
                 }
-                // A call that broke off may have been heard of first: this is why it did.
+                // The failure of a call may have been noticed first: this is its cause.
                 self.failure.take_if(|failure| failure.reason == Reason::VmmFailed);
-                // Once the destination has all of it, the VM is better served by going on.
+                // Once the destination has all of it, going on saves the VM.
                 if !(self.phase == Phase::Capturing && self.all_sent() && self.vmm_has_let_go()) {
-                    let message =
-                        "the VMM's process ended while its VM was being migrated, and the VM with it";
-                    self.fail(Failure::new(Reason::VmmExited, message), effects);
+                    self.fail(rollback::vmm_exited(), effects);
                 }
             }
         }
@@ -391,18 +375,18 @@ impl Source {
             | Phase::Stopping
             | Phase::Capturing => self.settle(failure, effects),
             Phase::AwaitingStarted => match failure.reason {
-                // What happens to this end is of no matter any more.
+                // What happens to this end changes nothing any more.
                 Reason::TimedOut | Reason::Aborted | Reason::VmmFailed | Reason::VmmExited => {}
-                _ if self.asking => {}
+                _ if self.peer.asking => {}
                 _ => {
-                    self.asking = true;
+                    self.peer.asking = true;
                     if failure.reason == Reason::PeerLost {
                         self.doubt(failure, effects);
                     }
                     effects.push(Effect::AskPeer);
                 }
             },
-            // Whoever is lost now is lost when COMMITTED is on stable storage.
+            // It takes effect when COMMITTED is on stable storage.
             Phase::Committing => self.failure = self.failure.take().or(Some(failure)),
             // A rollback is under way, or there is only forward.
             Phase::Releasing
@@ -423,8 +407,8 @@ impl Source {
         }
     }
 
-    /// Acts by what the destination has journalled. Before the commit that is of no matter, and after STARTED neither.
-    /// True if it settles nothing.
+    /// Acts on what the destination has journalled. Before the commit, and after STARTED, that changes
+    /// nothing. True if it settles nothing.
     fn peer_says(&mut self, word: Word, effects: &mut Vec<Effect>) -> bool {
         if self.phase != Phase::AwaitingStarted {
             return false;
@@ -455,7 +439,7 @@ impl Source {
                         (Reason::TargetSlow, "the destination answers, and has not started the VM yet")
                     }
                 };
-                if self.doubt.is_some() || reason == Reason::TargetForgot {
+                if self.peer.doubt.is_some() || reason == Reason::TargetForgot {
                     self.doubt(Failure::new(reason, message), effects);
                 }
                 return true;
@@ -467,7 +451,7 @@ impl Source {
     fn record_failed(&mut self, record: Record, failure: Failure, effects: &mut Vec<Effect>) {
         match (record, self.phase) {
             (Record::Saving, Phase::Saving) => self.finish(End::Refused(failure), effects),
-            // It may stand in the journal all the same. Nothing resumes before ABORTED does.
+            // The journal may hold it all the same. Nothing resumes before the journal holds ABORTED.
             (Record::Committed, Phase::Committing) => self.settle(failure, effects),
             (Record::Aborted, Phase::Settling) | (Record::Released, Phase::Releasing) => {
                 self.doubt(failure, effects);
@@ -477,10 +461,10 @@ impl Source {
         }
     }
 
-    /// Tells what keeps the migration from its end, once.
+    /// Reports what keeps the migration from its end, once.
     fn doubt(&mut self, failure: Failure, effects: &mut Vec<Effect>) {
-        if self.doubt.as_ref() != Some(&failure.reason) {
-            self.doubt = Some(failure.reason.clone());
+        if self.peer.doubt.as_ref() != Some(&failure.reason) {
+            self.peer.doubt = Some(failure.reason.clone());
             effects.push(Effect::Doubt(failure));
         }
     }
@@ -517,8 +501,8 @@ impl Source {
                 self.phase = Phase::Connecting;
                 effects.push(Effect::Connect);
             }
-            Phase::Connecting if self.peer_ready => {
-                self.touched = true;
+            Phase::Connecting if self.peer.ready => {
+                self.vmm.touched = true;
                 self.enter(Phase::PreCopying, effects);
                 effects.push(Effect::StartSave);
                 let uses = self.plan != StopPlan::StopFirst && self.driver == Driver::Agent;
@@ -526,16 +510,16 @@ impl Source {
                     (uses && track.features.pre_copy).then_some(MigrationState::PreCopy)
                 });
             }
-            Phase::PreCopying if self.save_started && self.driver == Driver::Vmm && !self.converging => {
-                self.converging = true;
+            Phase::PreCopying if self.save.started && self.driver == Driver::Vmm && !self.save.converging => {
+                self.save.converging = true;
                 effects.push(Effect::Converge);
             }
-            Phase::PreCopying if self.save_started && self.devices.settled() && self.all_pre_copied() => {
-                self.vcpus = Vcpus::Pausing;
+            Phase::PreCopying if self.save.started && self.devices.settled() && self.all_pre_copied() => {
+                self.vmm.vcpus = Vcpus::Pausing;
                 self.enter(Phase::Pausing, effects);
                 effects.push(Effect::Pause);
             }
-            Phase::Pausing if self.vcpus == Vcpus::Paused => {
+            Phase::Pausing if self.vmm.vcpus == Vcpus::Paused => {
                 self.enter(Phase::Quiescing, effects);
                 let plan = self.plan;
                 if self.driver == Driver::Agent {
@@ -551,7 +535,7 @@ impl Source {
                 effects.push(Effect::FinishSave);
                 effects.extend((0..self.device_blobs()).map(Effect::Capture));
             }
-            Phase::Capturing if self.loaded && self.all_sent() && self.vmm_has_let_go() => {
+            Phase::Capturing if self.peer.loaded && self.all_sent() && self.vmm_has_let_go() => {
                 self.phase = Phase::Committing;
                 effects.push(Effect::Record(Record::Committed));
             }
@@ -576,11 +560,11 @@ impl Source {
 
     fn all_pre_copied(&self) -> bool {
         let device = |(index, track): (usize, &Track)| {
-            track.at != MigrationState::PreCopy || self.pre_copied.contains(&index)
+            track.at != MigrationState::PreCopy || self.streams.pre_copied.contains(&index)
         };
         match self.driver {
             Driver::Agent => self.devices.iter().all(device),
-            Driver::Vmm => self.converged,
+            Driver::Vmm => self.save.converged,
         }
     }
 
@@ -594,16 +578,17 @@ impl Source {
     }
 
     fn all_sent(&self) -> bool {
-        blobs(self.device_blobs()).all(|blob| self.sent.contains(&blob))
+        blobs(self.device_blobs()).all(|blob| self.streams.sent.contains(&blob))
     }
 
-    /// The VM cannot come to life here any more but by a rollback. A VMM that drives its devices may have taken it back, and let its
-    /// guest run, before it ended: only its own word excludes that.
+    /// The VM cannot run here any more, except after a rollback. A VMM that drives its devices may have taken
+    /// it back, and let its guest run, before it ended: only its own word excludes that.
     fn vmm_has_let_go(&self) -> bool {
-        self.save_finished || (self.vmm_gone && self.driver == Driver::Agent)
+        self.save.finished || (self.vmm.gone && self.driver == Driver::Agent)
     }
 
-    /// Starts a step of all devices. One that its VMM drives is only looked at: it should be there, or be on its way by itself.
+    /// Starts a step of all devices. One that its VMM drives is only looked at: it should be there, or be on
+    /// its way by itself.
     fn order(&mut self, effects: &mut Vec<Effect>, target: impl Fn(&Track) -> Option<MigrationState>) {
         let driver = self.driver;
         effects.extend(self.devices.order(target).into_iter().map(|(index, to)| match driver {
@@ -626,14 +611,15 @@ impl Source {
 /// The gate: nothing of the VM is captured.
 fn not_at_slack_water(index: usize, state: MigrationState) -> Failure {
     let message = format!(
-        "at the source, the VM's device {index} was read back in {} when all of them should have been stopped, so nothing was \
-         captured",
+        "at the source, the VM's device {index} was read back in {} when all of them should have been \
+         stopped, so nothing was captured",
         state.name()
     );
     Failure::new(Reason::DeviceFailed, message)
 }
 
-/// Whether a device is at slack water. QEMU leaves a device without pre-copy in STOP until it reads its state.
+/// Whether a device is at slack water. QEMU leaves a device without pre-copy in STOP until it reads its
+/// state.
 fn stopped(driver: Driver, state: MigrationState) -> bool {
     state == MigrationState::StopCopy || (driver == Driver::Vmm && state == MigrationState::Stop)
 }

@@ -1,6 +1,7 @@
-//! The source of an agent that has begun again, from what the one before it had recorded.
+//! The source of an agent that has restarted, from what the one before it had recorded.
 
-use super::{Effect, Phase, Source, Vcpus};
+use super::progress::Vcpus;
+use super::{Effect, Phase, Source};
 use crate::policy::{Driver, StopPlan};
 use crate::state::{Features, MigrationState};
 use crate::{Failure, Record};
@@ -19,8 +20,8 @@ pub struct Found {
 }
 
 impl Source {
-    /// A source whose agent has restarted. The streams of the agent before have died with it, so before the commit there is
-    /// only the way back.
+    /// A source whose agent has restarted. The streams of the agent before have died with it, so before the
+    /// commit there is only the way back.
     pub fn recover(features: &[Features], plan: StopPlan, driver: Driver, found: Found) -> Self {
         let Found { record, devices, vmm_gone, failure } = found;
         let mut source = Self::new(features, plan, driver);
@@ -31,9 +32,9 @@ impl Source {
             }
         }
         // Whether they run is not known; to resume a VM, the VMM is asked first.
-        source.vcpus = Vcpus::Paused;
-        source.touched = true;
-        source.vmm_gone = vmm_gone;
+        source.vmm.vcpus = Vcpus::Paused;
+        source.vmm.touched = true;
+        source.vmm.gone = vmm_gone;
         source.recovered = Some(record);
         source.failure = Some(failure);
         source
@@ -44,7 +45,7 @@ impl Source {
         match record {
             Record::Committed => {
                 self.failure = None;
-                self.asking = true;
+                self.peer.asking = true;
                 self.enter(Phase::AwaitingStarted, effects);
                 effects.push(Effect::AskPeer);
             }

@@ -1,12 +1,14 @@
 //! The way back: from whatever has been done so far to a VM that runs here with all its devices.
 
-use super::{Effect, End, Phase, Source, Vcpus};
+use super::progress::Vcpus;
+use super::{Effect, End, Phase, Source};
 use crate::policy::Driver;
 use crate::state::MigrationState;
 use crate::{Failure, Reason, Record};
 
 impl Source {
-    /// The migration is given up. Nothing goes back before everything in flight has ended and ABORTED is recorded.
+    /// The migration is given up. Nothing goes back before everything in flight has ended and ABORTED is
+    /// recorded.
     pub(super) fn settle(&mut self, failure: Failure, effects: &mut Vec<Effect>) {
         effects.extend([
             Effect::Report(Phase::Settling),
@@ -43,7 +45,7 @@ impl Source {
                 self.order(effects, |_| Some(MigrationState::Running));
             }
             Phase::Waking if self.devices.all_at(|state| state == MigrationState::Running) => {
-                if self.touched {
+                if self.vmm.touched {
                     self.resume(effects);
                 } else {
                     self.finish_rollback(effects);
@@ -54,15 +56,15 @@ impl Source {
         true
     }
 
-    /// Asked even if the vCPUs were never paused: a VMM that has died since is not known of yet. One that drives its devices wakes
-    /// them first.
+    /// Asked even if the vCPUs were never paused: a VMM that has died since is not known of yet. One that
+    /// drives its devices wakes them first.
     fn resume(&mut self, effects: &mut Vec<Effect>) {
         self.phase = Phase::Resuming;
         effects.push(Effect::Resume);
     }
 
     fn begin_rollback(&mut self, effects: &mut Vec<Effect>) -> bool {
-        if self.vmm_gone {
+        if self.vmm.gone {
             let failure = self.take_failure();
             self.finish(End::Lost(failure), effects);
             return false;
@@ -78,8 +80,8 @@ impl Source {
 
     fn nothing_in_flight(&self) -> bool {
         self.devices.settled()
-            && self.vcpus != Vcpus::Pausing
-            && self.streams_closed
+            && self.vmm.vcpus != Vcpus::Pausing
+            && self.streams.closed
             && self.recorded.contains(&Record::Aborted)
     }
 
@@ -105,12 +107,12 @@ impl Source {
                 failure.message.push_str(&told);
             }
         }
-        self.finish(if self.touched { End::RolledBack(failure) } else { End::Refused(failure) }, effects);
+        self.finish(if self.vmm.touched { End::RolledBack(failure) } else { End::Refused(failure) }, effects);
     }
 
     pub(super) fn rollback_failed(&mut self, why: Failure, effects: &mut Vec<Effect>) {
         let first = self.take_failure();
-        if self.vmm_gone {
+        if self.vmm.gone {
             self.finish(End::Lost(vmm_exited()), effects);
             return;
         }
@@ -126,7 +128,7 @@ impl Source {
     pub(super) fn take_failure(&mut self) -> Failure {
         match self.failure.take() {
             Some(failure) => failure,
-            None if self.vmm_gone => vmm_exited(),
+            None if self.vmm.gone => vmm_exited(),
             None => Failure::new(Reason::Aborted, "the migration was given up"),
         }
     }

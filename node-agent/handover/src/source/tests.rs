@@ -3,8 +3,8 @@ use crate::policy::{Driver, StopPlan};
 use crate::state::{Features, MigrationState};
 use crate::{Blob, Record};
 
-/// A source whose shell does at once what it is told, and whose VMM has given all it has: it is verified at the destination. Neither
-/// has the destination loaded it, nor has the VMM said that its save has ended.
+/// A source whose effects all succeed at once, and whose VMM has given all it has: it is verified at the
+/// destination. Neither has the destination loaded it, nor has the VMM said that its save has ended.
 struct AllSent {
     machine: Source,
     records: Vec<Record>,

@@ -1,18 +1,19 @@
-//! What becomes of a world in which nothing goes wrong any more.
+//! What a world comes to in which nothing goes wrong any more.
 
 use slackwater_handover::source;
 
 use crate::operator::{Deed, Statements};
 use crate::steps::{Handover, Step};
-use crate::world::{Config, Side, World};
+use crate::world::{Again, Config, LeftOver, Save, Side, World};
 
 /// More steps than any healed world takes to come to rest.
 const REST: usize = 500;
 
 impl Handover {
-    /// Whether `holds` once nothing goes wrong any more: both agents are up, everything that was begun ends well, and the operator does
-    /// what there is to do. Both hear what the other has journalled, or hear it by the operator's resolver alone. Asked only of worlds in
-    /// which nothing but asking goes on: every other world leads to one of these by itself.
+    /// Whether `holds` once nothing goes wrong any more: both agents are up, everything that was begun ends
+    /// well, and the operator does what there is to do. Both hear what the other has journalled, or hear it
+    /// by the operator's resolver alone. Asked only of worlds in which nothing but asking goes on: every
+    /// other world leads to one of these by itself.
     pub(crate) fn when_healed(&self, world: &World, holds: fn(&World) -> bool) -> bool {
         !waits(world) || holds(&self.healed(world, true))
     }
@@ -23,7 +24,13 @@ impl Handover {
     }
 
     fn healed(&self, world: &World, power: bool) -> World {
-        let calm = Config { faults: 0, attempts: world.attempt, doubts: false, ..self.0.clone() };
+        let calm = Config {
+            faults: 0,
+            attempts: world.attempt,
+            again: Again::Never,
+            doubts: false,
+            ..self.0.clone()
+        };
         let calm = Handover(Config { statements: Statements::None, ..calm });
         let mut world = World { faults_left: 0, power_left: 0, ..world.clone() };
         world.link_down = self.0.relayed;
@@ -55,6 +62,7 @@ impl Handover {
         self.effects(world, &mut steps);
         self.messages(world, &mut steps);
         steps.retain(|step| *step != Step::Cut);
+        self.left_over(world, false, &mut steps);
         self.operator(world, &mut steps);
         steps.into_iter().find_map(|step| {
             let mut next = world.clone();
@@ -85,7 +93,15 @@ impl Handover {
 
 /// Nothing goes on but asking.
 fn waits(world: &World) -> bool {
+    let asks_at_most = |todo: &[source::Effect]| todo.iter().all(|effect| *effect == source::Effect::AskPeer);
+    let left_over_waits = match &world.left_over {
+        None => true,
+        Some(LeftOver::Source(end)) => asks_at_most(&end.todo),
+        Some(LeftOver::Destination { end, .. }) => end.todo.is_empty(),
+    };
     world.stream.is_none()
         && world.destination.todo.is_empty()
-        && world.source.todo.iter().all(|effect| *effect == source::Effect::AskPeer)
+        && world.save != Save::Draining
+        && asks_at_most(&world.source.todo)
+        && left_over_waits
 }

@@ -1,6 +1,7 @@
-//! The protocol, broken in five ways. Each is made outside the two machines, in what carries their effects out or brings them
-//! their events, so that the machines of the product have no switch for it.
+//! The protocol, broken in nine ways. Each is made outside the two machines, in what performs their effects
+//! or brings them their events, so that the machines of the product have no switch for it.
 
+use slackwater_handover::state::MigrationState;
 use slackwater_handover::{Failure, Reason, Record, Word, destination, source};
 
 use crate::world::Forth;
@@ -8,26 +9,34 @@ use crate::world::Forth;
 /// A way to break the protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mutant {
-    /// S sends COMMIT when it asks for COMMITTED to be recorded.
+    /// The source sends COMMIT when it asks for COMMITTED to be recorded.
     CommitBeforeFsync,
-    /// S takes a deadline after COMMITTED for D's DISCARDED.
+    /// The source takes a deadline after COMMITTED for the destination's DISCARDED.
     ResumeOnTimeout,
-    /// D takes S's silence after LOADED for its own failure.
+    /// The destination takes the source's silence after LOADED for a failure of its own.
     DiscardByTimeout,
-    /// D, where it cannot start, journals DISCARDED and gives everything back.
+    /// The destination, where it cannot start, journals DISCARDED and gives everything back.
     DiscardAfterStarting,
     /// Neither end looks at the attempt of what it hears.
     OlderAttempt,
+    /// The source takes the end of the VMM's stream for the end of its save.
+    StreamEndsTheSave,
+    /// The source's devices go to STOP_COPY at once, without waiting for each other in STOP.
+    StopWithoutBarrier,
+    /// An agent that restarts lets the VM run before it has recorded ABORTED.
+    WakeAtRestart,
+    /// An end that an earlier migration has left open takes the words of a later one for its own.
+    LaterMigration,
 }
 
 impl Mutant {
-    /// What S sends besides, when it asks for this.
+    /// What the source sends besides, when it asks for this.
     pub(crate) fn sends_early(mutant: Option<Self>, effect: &source::Effect) -> Option<Forth> {
         (mutant == Some(Self::CommitBeforeFsync) && *effect == source::Effect::Record(Record::Committed))
             .then_some(Forth::Commit)
     }
 
-    /// What S is told when a deadline passes.
+    /// What the source hears when a deadline passes.
     pub(crate) fn deadline(mutant: Option<Self>, phase: source::Phase) -> source::Event {
         if mutant == Some(Self::ResumeOnTimeout) && phase == source::Phase::AwaitingStarted {
             source::Event::PeerSays(Word::at(Record::Discarded))
@@ -36,7 +45,7 @@ impl Mutant {
         }
     }
 
-    /// What D is told when S is silent.
+    /// What the destination hears when the source is silent.
     pub(crate) fn silence(mutant: Option<Self>, phase: destination::Phase) -> destination::Event {
         let failure = Failure::new(Reason::SourceSilent, "");
         if mutant == Some(Self::DiscardByTimeout) && phase == destination::Phase::Loaded {
@@ -46,7 +55,7 @@ impl Mutant {
         }
     }
 
-    /// What D does instead of this.
+    /// What the destination does instead of this.
     pub(crate) fn instead(
         mutant: Option<Self>,
         effects: Vec<destination::Effect>,
@@ -64,5 +73,28 @@ impl Mutant {
     /// Whether something said of attempt `of` is heard by an end that is at `at`.
     pub(crate) fn is_heard(mutant: Option<Self>, of: u32, at: u32) -> bool {
         of == at || mutant == Some(Self::OlderAttempt)
+    }
+
+    /// The same, by an end that an earlier migration has left open.
+    pub(crate) fn is_heard_by_left_over(mutant: Option<Self>, of: u32, at: u32) -> bool {
+        of == at || mutant == Some(Self::LaterMigration)
+    }
+
+    /// Whether the VMM's save counts as ended with its stream.
+    pub(crate) fn takes_the_stream_for_the_save(mutant: Option<Self>) -> bool {
+        mutant == Some(Self::StreamEndsTheSave)
+    }
+
+    /// Where a device of the source goes when it is to go to `to`.
+    pub(crate) fn moves_to(mutant: Option<Self>, to: MigrationState) -> MigrationState {
+        match to {
+            MigrationState::Stop if mutant == Some(Self::StopWithoutBarrier) => MigrationState::StopCopy,
+            to => to,
+        }
+    }
+
+    /// Whether an agent that restarts lets the VM run first.
+    pub(crate) fn wakes_at_restart(mutant: Option<Self>) -> bool {
+        mutant == Some(Self::WakeAtRestart)
     }
 }

@@ -1,5 +1,6 @@
-//! The operator, where S and D have nothing but one stream between them: its own resolver asks both and relays, and everything it
-//! says may be lost, late or repeated. It may be started again at any time, and an administrator may decide.
+//! The operator, where S and D have nothing but one stream between them: its own resolver asks both and
+//! relays, and everything it says may be lost, late or repeated. It may be started again at any time, and an
+//! administrator may decide.
 
 use std::collections::BTreeSet;
 
@@ -24,8 +25,9 @@ pub(crate) enum Statements {
     Blind,
 }
 
-/// The operator. What of it outlives its process is `committed`, `decision` and `done`. Of a round that has been judged it keeps no
-/// more than that, either: what else a resolver keeps, it would learn again by the next round, as one that has begun again does.
+/// The operator. What of it outlives its process is `committed`, `decision` and `done`. Of a round that has
+/// been judged it keeps no more than that, either: what else a resolver keeps, it would learn again by the
+/// next round, as one that has begun again does.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) struct Operator {
     pub resolver: Resolver,
@@ -141,7 +143,7 @@ impl Handover {
     }
 
     fn may_be_stated(&self, world: &World, run_on: Side) -> bool {
-        let destination_off = world.destination.off && !world.has_started;
+        let destination_off = world.destination.off && world.started.is_empty();
         let source_off = world.source.off && world.woken < world.attempt;
         match (self.0.statements, run_on) {
             (Statements::None, _) => false,
@@ -184,7 +186,8 @@ impl World {
                 };
                 for effect in self.operator.hear(attempt, event) {
                     match effect {
-                        // After a decision for D, a source that comes back has given up what it had not committed.
+                        // After a decision for D, a source that comes back has given up what it had not
+                        // committed.
                         Effect::Doubt { reason: DoubtReason::Forked, .. }
                             if self.operator.decision.is_none() =>
                         {
@@ -216,8 +219,8 @@ impl World {
                     ..Word::at(relay.record)
                 };
                 match relay.to {
-                    Side::Source => self.tell_source(config, source::Event::Relayed(word)),
-                    Side::Destination => self.tell_destination(config, destination::Event::PeerSays(word)),
+                    Side::Source => self.source_event(config, source::Event::Relayed(word)),
+                    Side::Destination => self.destination_event(config, destination::Event::PeerSays(word)),
                 }
             }
             Deed::BeginsAgain => self.operator.recall(attempt),

@@ -1,13 +1,12 @@
 //! What must hold, wherever the world goes.
 
 use slackwater_handover::Record;
-use slackwater_handover::state::MigrationState;
 use stateright::Property;
 
 use crate::steps::Handover;
-use crate::world::{Ended, Line, Process, Said, Side, World};
+use crate::world::{Ended, LeftOver, Line, Process, Said, Side, World};
 
-/// A rule that is broken by a deed, at the moment of the deed.
+/// A rule that an action breaks, at the moment of the action.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum Rule {
     NoFork,
@@ -21,19 +20,30 @@ pub(crate) enum Rule {
     HalfRollback,
     AskedTwice,
     SeesFork,
+    QuiesceTogether,
+    SlackWater,
+    WakeTogether,
+    IllegalMove,
 }
 
-pub(crate) const TWO_RUNNERS: &str = "never two runners";
+pub(crate) const TWO_RUNNERS: &str = "I1: never two runners";
 pub(crate) const NO_FORK: &str =
-    "S wakes nothing after STARTING at D, and D starts nothing after S has woken";
+    "I1: S wakes nothing after STARTING at D, and D starts nothing after S has woken";
 pub(crate) const ABORTED_FIRST: &str = "nothing resumes at S before ABORTED is durable";
 pub(crate) const STARTING_FIRST: &str = "nothing starts at D before STARTING is durable";
 pub(crate) const COMMITTED_FIRST: &str = "COMMIT leaves only when COMMITTED is durable";
 pub(crate) const DISCARDED_TOO_LATE: &str = "DISCARDED is never journalled after STARTING";
 pub(crate) const GIVEN_UP_ALONE: &str = "from LOADED on, a whole copy is given up only on S's word";
 pub(crate) const RELEASED_TOO_EARLY: &str = "S is released only when RUNNING is durable at D";
-pub(crate) const BELIEVED_UNVERIFIED: &str = "no blob is believed that was not verified";
-pub(crate) const HALF_ROLLBACK: &str = "after a rollback the VM runs at S with every device RUNNING";
+pub(crate) const BELIEVED_UNVERIFIED: &str =
+    "I5: no blob is believed that was not verified, and no device that was not checked";
+pub(crate) const HALF_ROLLBACK: &str = "I6: after a rollback the VM runs at S with every device RUNNING";
+pub(crate) const QUIESCE_TOGETHER: &str =
+    "I2: no device stops before all have reached the barrier of the plan";
+pub(crate) const SLACK_WATER: &str =
+    "I3: nothing final is captured before the vCPUs and all devices are stopped";
+pub(crate) const WAKE_TOGETHER: &str = "I4: devices wake together, and the vCPUs last";
+pub(crate) const ILLEGAL_MOVE: &str = "no device is asked for a state that it cannot reach";
 pub(crate) const ASKED_TWICE: &str = "S asks one question at a time";
 pub(crate) const SOMEBODY_RUNS: &str =
     "while both VMMs live and agents and operator reach each other, exactly one runs again";
@@ -45,7 +55,8 @@ pub(crate) const DECISION_HELPS: &str =
 pub(crate) const NOTHING_HELD: &str =
     "in the end both ends have ended, and D holds nothing unless it runs the VM";
 
-/// Situations that the model must reach, else it would show nothing, in the order of the faults that they take: 0, 1, 1, 1, 2.
+/// Situations that the model must reach, or it would show nothing, in the order of the faults that they take:
+/// 0, 1, 1, 1, 2.
 pub(crate) const REACHED: [&str; 5] = [
     "the VM arrives",
     "S takes the VM back after COMMITTED",
@@ -63,6 +74,13 @@ pub(crate) fn reachable(faults: u8) -> &'static [&'static str] {
     }
 }
 
+/// What a world with another migration must reach: the VM arrives by it, although one end of the first is
+/// still open.
+pub(crate) const AGAIN: [&str; 2] = [
+    "the VM arrives by another migration while the first one's destination is still open",
+    "the VM moves on while the first migration's source is still open",
+];
+
 macro_rules! kept {
     ($name:expr, $rule:expr) => {
         Property::always($name, |_, world: &World| !world.broken.contains(&$rule))
@@ -71,7 +89,7 @@ macro_rules! kept {
 
 pub(crate) fn all() -> Vec<Property<Handover>> {
     vec![
-        Property::always(TWO_RUNNERS, |_, world: &World| !(world.source.runs && world.destination.runs)),
+        Property::always(TWO_RUNNERS, |_, world: &World| world.runners() < 2),
         kept!(NO_FORK, Rule::NoFork),
         kept!(ABORTED_FIRST, Rule::AbortedFirst),
         kept!(STARTING_FIRST, Rule::StartingFirst),
@@ -82,6 +100,10 @@ pub(crate) fn all() -> Vec<Property<Handover>> {
         kept!(BELIEVED_UNVERIFIED, Rule::BelievedUnverified),
         kept!(HALF_ROLLBACK, Rule::HalfRollback),
         kept!(ASKED_TWICE, Rule::AskedTwice),
+        kept!(QUIESCE_TOGETHER, Rule::QuiesceTogether),
+        kept!(SLACK_WATER, Rule::SlackWater),
+        kept!(WAKE_TOGETHER, Rule::WakeTogether),
+        kept!(ILLEGAL_MOVE, Rule::IllegalMove),
         Property::always(SOMEBODY_RUNS, |model: &Handover, world: &World| {
             model.when_healed(world, somebody_runs)
         }),
@@ -111,6 +133,12 @@ pub(crate) fn all() -> Vec<Property<Handover>> {
                 && has_committed(world)
                 && world.destination.has_recorded(1, Record::Loaded)
         }),
+        Property::sometimes(AGAIN[0], |_, world: &World| {
+            arrived(world) && world.left_over.as_ref().is_some_and(|end| end.side() == Side::Destination)
+        }),
+        Property::sometimes(AGAIN[1], |_, world: &World| {
+            arrived(world) && world.left_over.as_ref().is_some_and(|end| end.side() == Side::Source)
+        }),
     ]
 }
 
@@ -118,7 +146,7 @@ fn arrived(world: &World) -> bool {
     world.destination.runs && ended(world) == Some(Ended::Succeeded)
 }
 
-/// S has been at COMMITTED, in the attempt of its journal.
+/// The source has been at COMMITTED, in the attempt of its journal.
 fn has_committed(world: &World) -> bool {
     world.source.journal.is_some_and(|line| {
         world.said.contains(&Said::ToDestination { attempt: line.attempt, record: Record::Committed })
@@ -129,15 +157,18 @@ fn ended(world: &World) -> Option<Ended> {
     world.source.journal.and_then(|line| line.ended)
 }
 
-/// A broken device at D can keep the VM from starting, and then nobody runs it: that is told, and no fault of the protocol.
-fn broken_at_destination(world: &World) -> bool {
-    world.device_fault == Some(Side::Destination)
-        && world.destination.journal.and_then(|line| line.ended) == Some(Ended::Lost)
+/// A broken device or a failed call can keep the VM from starting at the destination, or from resuming at the
+/// source. Then it runs nowhere, the status says so, and the protocol is not at fault.
+fn could_not_run(world: &World) -> bool {
+    let lost = |line: Option<Line>| line.and_then(|line| line.ended) == Some(Ended::Lost);
+    let failed_at = |side| world.device_fault == Some(side) || world.call_fault == Some(side);
+    (failed_at(Side::Destination) && lost(world.destination.journal))
+        || (failed_at(Side::Source) && lost(world.source.journal))
 }
 
 fn somebody_runs(world: &World) -> bool {
     let both_live = world.source.vmm != Process::Died && world.destination.vmm != Process::Died;
-    !both_live || broken_at_destination(world) || world.source.runs != world.destination.runs
+    !both_live || could_not_run(world) || world.runners() == 1
 }
 
 fn decision_helps(world: &World) -> bool {
@@ -147,6 +178,7 @@ fn decision_helps(world: &World) -> bool {
         Some(Side::Destination) => {
             world.destination.vmm == Process::Died
                 || world.device_fault.is_some()
+                || world.call_fault.is_some()
                 || world.destination.runs
                 || world
                     .said
@@ -161,15 +193,16 @@ fn copy_is_used(world: &World) -> bool {
         || world.twin_died
         || world.device_fault.is_some()
         || world.write_fault.is_some()
+        || world.call_fault.is_some()
         || world.destination.runs
         || world.source.runs
 }
 
 fn nothing_held(world: &World) -> bool {
     let over = |line: Option<Line>| line.is_none_or(|line| line.ended.is_some());
-    let at_rest = world.destination.vmm == Process::None
-        && world.destination.devices.iter().all(|at| *at == MigrationState::Running);
-    // It had started: what is left of it is for an administrator to look at.
+    let at_rest = world.destination.vmm == Process::None && world.destination.devices_run();
+    // It had started: an administrator looks at what is left of it.
     let started = world.destination.journal.is_some_and(|line| line.record != Record::Discarded);
-    over(world.source.journal) && over(world.destination.journal) && (at_rest || started)
+    let left_over = world.left_over.as_ref().and_then(LeftOver::journal);
+    over(world.source.journal) && over(world.destination.journal) && over(left_over) && (at_rest || started)
 }

@@ -3,16 +3,17 @@
 use std::fmt;
 
 use slackwater_handover::destination::{self, Destination};
-use slackwater_handover::policy::Driver;
 use slackwater_handover::source::{self, Source};
 use slackwater_handover::{Reason, Record};
 use stateright::{Model, Property};
 
-use crate::carry::{How, failure};
+use crate::effects::{How, failure};
+use crate::kinds::{Faults, Kind};
 use crate::mutants::Mutant;
 use crate::operator::{Deed, Operator};
 use crate::properties;
-use crate::world::{Config, Ended, Process, Said, Side, World};
+use crate::random::{is_fault, walk};
+use crate::world::{Again, Config, Ended, LeftOver, Line, Process, Said, Save, Side, World};
 
 /// Two agents, an operator, and everything that may happen to them.
 #[derive(Clone, Debug)]
@@ -21,29 +22,34 @@ pub(crate) struct Handover(pub Config);
 /// What may happen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Step {
-    /// The operator asks D to reserve.
+    /// The operator asks the destination to reserve.
     Reserve,
-    /// The operator asks S to migrate.
+    /// The operator asks the source to migrate.
     Migrate,
     /// The operator begins another attempt.
     TryAgain,
+    /// The user migrates the VM once more, although one end of the first migration is still open.
+    MigrateAgain,
     /// An effect ends, by its place among those that have begun.
     Effect(Side, usize, How),
+    /// The save of the source's VMM ends after its last byte, well or not.
+    EndSave(bool),
     /// The next message of the stream arrives at this side.
     Deliver(Side),
-    /// This side hears that the stream is broken.
+    /// This side notices that the stream is broken.
     Notice(Side),
-    /// What is said outside the stream arrives, as somebody relays it; or at D by S's question.
+    /// What is said outside the stream arrives, as the operator relays it; or at the destination by the
+    /// source's question.
     Hear(Said),
-    /// S's question is answered by this.
+    /// The source's question is answered by this.
     Answer(Said),
-    /// S's question is not answered.
+    /// The source's question is not answered.
     NoAnswer,
     Overdue,
     Cut,
-    /// A deadline before the commit passes, by S's clock.
+    /// A deadline before the commit passes, by the source's clock.
     Deadline,
-    /// S has been silent for too long, by D's clock.
+    /// The source has been silent for too long, by the destination's clock.
     Silence,
     Crash(Side),
     Restart(Side),
@@ -53,58 +59,57 @@ pub(crate) enum Step {
     PowerOff(Side),
     PowerOn(Side),
     Operator(Deed),
+    /// Something happens at the end that an earlier migration has left open.
+    LeftOver(LeftOverStep),
+}
+
+/// What may happen at the end that an earlier migration has left open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum LeftOverStep {
+    Effect(usize, How),
+    Hear(Said),
+    Answer(Said),
+    /// A deadline passes, or the other end has been silent for too long.
+    Patience,
+    Crash,
+    Restart,
 }
 
 impl Handover {
     pub(crate) fn effects(&self, world: &World, steps: &mut Vec<Step>) {
-        let faulty = world.faults_left > 0;
-        let device = faulty && world.device_fault.is_none();
-        let write = faulty && world.write_fault.is_none();
+        steps.extend(self.effects_at(world, Side::Source));
+        steps.extend(self.effects_at(world, Side::Destination));
+        if world.save == Save::Draining {
+            steps.push(Step::EndSave(true));
+            steps.extend(self.calls_may_fail(world).then_some(Step::EndSave(false)));
+        }
+    }
+
+    fn calls_may_fail(&self, world: &World) -> bool {
+        self.0.calls_fail && world.faults_left > 0 && world.call_fault.is_none()
+    }
+
+    fn effects_at(&self, world: &World, side: Side) -> Vec<Step> {
+        let may = Faults {
+            device: world.faults_left > 0 && world.device_fault.is_none(),
+            write: world.faults_left > 0 && world.write_fault.is_none(),
+            call: self.calls_may_fail(world),
+        };
+        let kinds: Vec<Option<Kind>> = match side {
+            Side::Source => world.source.todo.iter().map(Kind::of_source).collect(),
+            Side::Destination => world.destination.todo.iter().map(Kind::of_destination).collect(),
+        };
+        let mut steps = Vec::new();
         let mut recorded = false;
-        for (index, effect) in world.source.todo.iter().enumerate() {
-            let step = |how| Step::Effect(Side::Source, index, how);
-            match effect {
-                source::Effect::AskPeer => continue,
-                source::Effect::Record(_) | source::Effect::RecordAgain(_) | source::Effect::Finish(_) => {
-                    if std::mem::replace(&mut recorded, true) {
-                        continue;
-                    }
-                    if write && !matches!(effect, source::Effect::Finish(_)) {
-                        steps.extend([false, true].map(|stands| step(How::WriteFails { stands })));
-                    }
-                }
-                source::Effect::SetState(..) | source::Effect::Reset(_) if device => {
-                    steps.extend([None, Some(false), Some(true)].map(|found| step(How::DeviceFails(found))));
-                }
-                source::Effect::FinishSave | source::Effect::Capture(_) if device => {
-                    steps.push(step(How::DeviceFails(None)));
-                }
-                _ => {}
+        for (index, kind) in kinds.into_iter().enumerate() {
+            let Some(kind) = kind else { continue };
+            // The records of one journal keep their order.
+            if matches!(kind, Kind::Record | Kind::Finish) && std::mem::replace(&mut recorded, true) {
+                continue;
             }
-            steps.push(step(How::Well));
+            steps.extend(kind.ways(may).into_iter().map(|how| Step::Effect(side, index, how)));
         }
-        recorded = false;
-        for (index, effect) in world.destination.todo.iter().enumerate() {
-            let step = |how| Step::Effect(Side::Destination, index, how);
-            match effect {
-                destination::Effect::Record(_)
-                | destination::Effect::RecordAgain(_)
-                | destination::Effect::Finish(_) => {
-                    if std::mem::replace(&mut recorded, true) {
-                        continue;
-                    }
-                    if write && !matches!(effect, destination::Effect::Finish(_)) {
-                        steps.extend([false, true].map(|stands| step(How::WriteFails { stands })));
-                    }
-                }
-                destination::Effect::StartTwin if device => steps.push(step(How::DeviceFails(None))),
-                destination::Effect::SetState(..) if device => {
-                    steps.extend([None, Some(false), Some(true)].map(|found| step(How::DeviceFails(found))));
-                }
-                _ => {}
-            }
-            steps.push(step(How::Well));
-        }
+        steps
     }
 
     /// The stream, and what is said outside it.
@@ -147,11 +152,114 @@ impl Handover {
         }
     }
 
+    /// What may happen at the end that an earlier migration has left open; `faults`: agents may crash there,
+    /// too.
+    pub(crate) fn left_over(&self, world: &World, faults: bool, steps: &mut Vec<Step>) {
+        let Some(side) = world.left_over.as_ref().map(LeftOver::side) else { return };
+        let mut here = world.clone();
+        here.swap_left_over();
+        let mut push = |step| steps.push(Step::LeftOver(step));
+        for step in self.effects_at(&here, side) {
+            if let Step::Effect(_, index, how) = step
+                && (faults || how == How::Well)
+            {
+                push(LeftOverStep::Effect(index, how));
+            }
+        }
+        let (up, off, attempt, over) = match side {
+            Side::Source => {
+                let end = &here.source;
+                let waits = end.machine.as_ref().is_some_and(|m| m.phase() == source::Phase::AwaitingStarted);
+                (end.up, end.off, end.attempt, !waits)
+            }
+            Side::Destination => {
+                let end = &here.destination;
+                let waits = end.machine.as_ref().is_some_and(|m| m.phase() != destination::Phase::Finished);
+                (end.up, end.off, end.attempt, !waits)
+            }
+        };
+        for said in world.said.iter().copied().filter(|_| !over) {
+            let (of, to) = match said {
+                Said::ToSource { attempt, .. } => (attempt, Side::Source),
+                Said::ToDestination { attempt, .. } | Said::Release { attempt } => {
+                    (attempt, Side::Destination)
+                }
+            };
+            if to == side && Mutant::is_heard_by_left_over(self.0.mutant, of, attempt) {
+                match side {
+                    Side::Source if here.asks() => push(LeftOverStep::Answer(said)),
+                    _ => push(LeftOverStep::Hear(said)),
+                }
+            }
+        }
+        if !up && !off {
+            push(LeftOverStep::Restart);
+        }
+        // No source will ever connect to a destination that is left over, so its silence timer ends.
+        if !over && (faults || side == Side::Destination) {
+            push(LeftOverStep::Patience);
+        }
+        if faults && up && world.faults_left > 0 {
+            push(LeftOverStep::Crash);
+        }
+    }
+
+    fn take_left_over(&self, world: &mut World, step: LeftOverStep) {
+        let Some(side) = world.left_over.as_ref().map(LeftOver::side) else { return };
+        let config = &self.0;
+        world.swap_left_over();
+        match step {
+            LeftOverStep::Effect(index, how) => self.end_effect(world, side, index, how),
+            LeftOverStep::Hear(said) => world.hear(config, said, false),
+            LeftOverStep::Answer(said) => world.hear(config, said, true),
+            LeftOverStep::Patience => self.lose_patience(world, side),
+            LeftOverStep::Crash => {
+                world.faults_left -= 1;
+                match side {
+                    Side::Source => world.source.crash(),
+                    Side::Destination => world.destination.crash(),
+                }
+            }
+            LeftOverStep::Restart => world.restart(config, side),
+        }
+        world.swap_left_over();
+    }
+
+    fn end_effect(&self, world: &mut World, side: Side, index: usize, how: How) {
+        match how {
+            How::Well => {}
+            How::DeviceFails(_) => world.device_fault = Some(side),
+            How::WriteFails { .. } => world.write_fault = Some(side),
+            How::CallFails => world.call_fault = Some(side),
+        }
+        world.faults_left -= u8::from(how != How::Well);
+        match side {
+            Side::Source => world.perform_at_source(&self.0, index, how),
+            Side::Destination => world.perform_at_destination(&self.0, index, how),
+        }
+    }
+
+    /// A deadline passes at the source, or the destination has not heard from the source for too long.
+    fn lose_patience(&self, world: &mut World, side: Side) {
+        let config = &self.0;
+        match side {
+            Side::Source => {
+                if let Some(phase) = world.source.machine.as_ref().map(Source::phase) {
+                    world.source_event(config, Mutant::deadline(config.mutant, phase));
+                }
+            }
+            Side::Destination => {
+                if let Some(phase) = world.destination.machine.as_ref().map(Destination::phase) {
+                    world.destination_event(config, Mutant::silence(config.mutant, phase));
+                }
+            }
+        }
+    }
+
     pub(crate) fn operator(&self, world: &World, steps: &mut Vec<Step>) {
         let (source, destination) = (&world.source, &world.destination);
-        let over = |line: Option<crate::world::Line>| {
-            line.is_none_or(|line| line.attempt < world.attempt && line.ended.is_some())
-        };
+        let over =
+            |line: Option<Line>| line.is_none_or(|line| line.attempt < world.attempt && line.ended.is_some());
         if destination.up
             && destination.machine.as_ref().is_none_or(|m| m.phase() == destination::Phase::Finished)
             && (destination.attempt < world.attempt || destination.machine.is_none())
@@ -175,9 +283,26 @@ impl Handover {
         {
             steps.push(Step::TryAgain);
         }
+        if self.0.again == Again::Later && world.left_over.is_none() && self.may_migrate_again(world) {
+            steps.push(Step::MigrateAgain);
+        }
     }
 
-    fn misfortunes(&self, world: &World, steps: &mut Vec<Step>) {
+    /// The VM runs, and one end of the migration is still open in its journal: the destination's, which has
+    /// not heard that the source keeps the VM; or the source's, which has not heard that the VM has arrived.
+    fn may_migrate_again(&self, world: &World) -> bool {
+        let (source, destination) = (&world.source, &world.destination);
+        let stays = |ended| matches!(ended, Some(Ended::RolledBack | Ended::Refused));
+        let kept = source.journal.is_some_and(|line| stays(line.ended))
+            && source.runs
+            && Line::is_open(&destination.journal);
+        let arrived = destination.runs
+            && destination.journal.is_some_and(|line| line.ended == Some(Ended::Succeeded))
+            && Line::is_open(&source.journal);
+        world.attempt == self.0.attempts && (kept || arrived)
+    }
+
+    fn faults(&self, world: &World, steps: &mut Vec<Step>) {
         if let Some(machine) = &world.source.machine
             && machine.phase() != source::Phase::Finished
         {
@@ -213,42 +338,41 @@ impl Handover {
         let config = &self.0;
         match step {
             Step::Reserve => {
-                // Whatever is left of an earlier attempt's stream is read by nobody.
+                // What is left of an earlier attempt's stream has no reader any more.
                 world.hang_up(Side::Destination);
                 world.destination.todo.clear();
                 world.destination.attempt = world.attempt;
-                world.destination.machine = Some(Destination::new(&config.features(), Driver::Agent));
+                world.destination.machine = Some(config.new_destination());
                 world.verified.clear();
                 world.loaded = false;
-                world.tell_destination(config, destination::Event::Start);
+                world.destination_event(config, destination::Event::Start);
             }
-            // S refuses a VM that does not run, and the operator has D give back what it holds.
+            // The source refuses a VM that does not run, and the operator has the destination give back what
+            // it holds.
             Step::Migrate if !world.source.runs => {
                 world.said.insert(Said::Release { attempt: world.attempt });
             }
             Step::Migrate => {
                 world.hang_up(Side::Source);
                 world.source.todo.clear();
+                world.save = Save::None;
                 world.source.attempt = world.attempt;
-                world.source.machine = Some(Source::new(&config.features(), Config::plan(), Driver::Agent));
-                world.tell_source(config, source::Event::Start);
+                world.source.machine = Some(config.new_source());
+                world.source_event(config, source::Event::Start);
             }
             Step::TryAgain => {
                 world.attempt += 1;
                 let relayed = std::mem::take(&mut world.operator.relayed);
                 world.operator = Operator { relayed, ..Operator::default() };
             }
-            Step::Effect(side, index, how) => {
-                match how {
-                    How::Well => {}
-                    How::DeviceFails(_) => world.device_fault = Some(side),
-                    How::WriteFails { .. } => world.write_fault = Some(side),
+            Step::MigrateAgain => world.begin_another_migration(config),
+            Step::Effect(side, index, how) => self.end_effect(world, side, index, how),
+            Step::EndSave(well) => {
+                if !well {
+                    world.call_fault = Some(Side::Source);
+                    world.faults_left -= 1;
                 }
-                world.faults_left -= u8::from(how != How::Well);
-                match side {
-                    Side::Source => world.carry_out_at_source(config, index, how),
-                    Side::Destination => world.carry_out_at_destination(config, index, how),
-                }
+                world.end_save(config, well);
             }
             Step::Deliver(side) => world.deliver(config, side),
             Step::Notice(side) => world.notice(config, side),
@@ -258,29 +382,21 @@ impl Handover {
                 if let Some(index) =
                     world.source.todo.iter().position(|effect| *effect == source::Effect::AskPeer)
                 {
-                    world.carry_out_at_source(config, index, How::Well);
+                    world.perform_at_source(config, index, How::Well);
                 }
             }
             Step::Overdue => {
-                world.tell_source(config, source::Event::StartOverdue(failure(Reason::TargetSlow)));
+                world.source_event(config, source::Event::StartOverdue(failure(Reason::TargetSlow)));
             }
             Step::Cut => {
                 world.cut();
                 world.link_down = config.relayed;
             }
-            Step::Deadline => {
-                if let Some(phase) = world.source.machine.as_ref().map(Source::phase) {
-                    world.tell_source(config, Mutant::deadline(config.mutant, phase));
-                }
-            }
-            Step::Silence => {
-                if let Some(phase) = world.destination.machine.as_ref().map(Destination::phase) {
-                    world.tell_destination(config, Mutant::silence(config.mutant, phase));
-                }
-            }
+            Step::Deadline => self.lose_patience(world, Side::Source),
+            Step::Silence => self.lose_patience(world, Side::Destination),
             Step::Crash(side) => {
                 world.faults_left -= 1;
-                world.crash(side);
+                world.crash(config, side);
             }
             Step::Restart(side) => world.restart(config, side),
             Step::Kill(side) => {
@@ -289,13 +405,46 @@ impl Handover {
             }
             Step::PowerOff(side) => {
                 world.power_left -= 1;
-                world.power_off(side);
+                world.power_off(config, side);
             }
             Step::PowerOn(Side::Source) => world.source.off = false,
             Step::PowerOn(Side::Destination) => world.destination.off = false,
             Step::Operator(deed) => world.act(config, deed),
+            Step::LeftOver(step) => self.take_left_over(world, step),
         }
     }
+}
+
+/// The world in which a second migration begins, while this side of the first is still open.
+fn second_migration(config: &Config, open: Side) -> World {
+    let first = Config { again: Again::Later, faults: 0, power: 0, mutant: None, ..config.clone() };
+    let mut world = walk(&Handover(first), |world, steps| {
+        if world.left_over.is_some() {
+            return None;
+        }
+        let find = |wanted: fn(&Step) -> bool| steps.iter().copied().find(wanted);
+        let again = find(|step| *step == Step::MigrateAgain);
+        let loaded = world.destination.has_recorded(1, Record::Loaded);
+        let starting = world.destination.has_recorded(1, Record::Starting)
+            || world.destination.has_recorded(1, Record::Running);
+        let here = match open {
+            // The destination holds a whole copy, and hears no more of the source, which goes back.
+            Side::Destination if loaded => find(|step| *step == Step::Cut)
+                .or_else(|| find(|step| *step == Step::Notice(Side::Source)))
+                .or_else(|| find(|step| matches!(step, Step::Effect(Side::Source, _, How::Well)))),
+            // The destination runs the VM, and the source does not hear of it.
+            Side::Source if starting => {
+                find(|step| matches!(step, Step::Effect(Side::Destination, _, How::Well)))
+            }
+            _ => find(|step| !is_fault(*step)),
+        };
+        again.or(here)
+    })
+    .expect_kept();
+    assert_eq!(world.left_over.as_ref().map(LeftOver::side), Some(open), "{world:#?}");
+    world.faults_left = config.faults;
+    world.power_left = config.power;
+    world
 }
 
 impl Model for Handover {
@@ -303,16 +452,20 @@ impl Model for Handover {
     type Action = Step;
 
     fn init_states(&self) -> Vec<World> {
+        if self.0.again == Again::FromTheStart {
+            return [Side::Source, Side::Destination].map(|side| second_migration(&self.0, side)).to_vec();
+        }
         vec![World::new(&self.0)]
     }
 
     fn actions(&self, world: &World, steps: &mut Vec<Step>) {
-        // What has gone wrong is not gone on from: the first fault on a way is the one to look at.
+        // A world in which a rule is broken does not go on: the first fault on a way is the one to look at.
         if world.broken.is_empty() {
             self.operator(world, steps);
             self.effects(world, steps);
             self.messages(world, steps);
-            self.misfortunes(world, steps);
+            self.faults(world, steps);
+            self.left_over(world, true, steps);
             if self.0.relayed {
                 let mut deeds = Vec::new();
                 self.deeds(world, &mut deeds);

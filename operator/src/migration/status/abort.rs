@@ -57,8 +57,8 @@ impl Draft {
         }
     }
 
-    /// The user wanted the migration to be given up while nothing was under way: before it was planned, before the
-    /// source was asked for anything, or between two attempts.
+    /// The user wanted the migration to be given up while nothing was under way: before it was planned,
+    /// before the source was asked for anything, or between two attempts.
     pub fn give_up_before_asking(&mut self) {
         let why = self.why_given_up();
         match self.status.reservation {

@@ -31,8 +31,8 @@ pub enum Doubtful {
 }
 
 impl Doubtful {
-    /// The source's agent says that it cannot ask the target, or gets no good answer. When the operator has asked the
-    /// target itself, it knows more about that.
+    /// The source's agent says that it cannot ask the target, or gets no good answer. When the operator has
+    /// asked the target itself, it knows more about that.
     #[must_use]
     pub fn is_about_the_target(&self) -> bool {
         match self {

@@ -10,8 +10,8 @@ use slackwater_proto::node::Estimate;
 use super::Draft;
 
 impl Draft {
-    /// The VMM has reported what it expects, at `unix_ns`. `true`: the status has changed. An estimate that an agent
-    /// repeats after it was joined again changes nothing.
+    /// The VMM has reported what it expects, at `unix_ns`. `true`: the status has changed. An estimate that
+    /// an agent repeats after it was joined again changes nothing.
     pub fn update_estimate(&mut self, estimate: &Estimate, unix_ns: i64) -> bool {
         // A status keeps microseconds.
         let time = Timestamp::from_microsecond(unix_ns.div_euclid(1000)).unwrap_or(Timestamp::UNIX_EPOCH);

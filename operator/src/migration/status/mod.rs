@@ -1,10 +1,12 @@
-//! What a VMMigration's status says: a [`Draft`] with a method for each thing that can become known about a migration.
+//! What a VMMigration's status says: a [`Draft`] with a method for each thing that can become known about a
+//! migration.
 //!
-//! `(status, what became known) -> (status, notices)`, without Kubernetes, gRPC or a clock. A notice becomes a Kubernetes
-//! event. The draft knows its stamp: when the next thing became known, and about which generation of the spec.
+//! `(status, what became known) -> (status, notices)`, without Kubernetes, gRPC or a clock. A notice becomes
+//! a Kubernetes event. The draft knows its stamp: when the next thing became known, and about which
+//! generation of the spec.
 //!
-//! An agent that the operator joins again repeats all of its events from the start. What the status shows already changes
-//! nothing and gives no second notice.
+//! An agent that the operator joins again repeats all of its events from the start. What the status shows
+//! already changes nothing and gives no second notice.
 //!
 //! | file | what it is about |
 //! |---|---|

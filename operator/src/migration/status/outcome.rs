@@ -53,8 +53,9 @@ impl Draft {
         }
     }
 
-    /// The migration has ended by what the agents have journalled, and the source has reported no more than that.
-    /// `why`: the reason and the message with which the source's events could not be followed, if that is known.
+    /// The migration has ended by what the agents have journalled, and the source has reported no more than
+    /// that. `why`: the reason and the message with which the source's events could not be followed, if that
+    /// is known.
     pub fn settle(&mut self, how: &Settlement, why: Option<(&str, &str)>) {
         let (vm, source, target) = (self.vm.clone(), self.source(), self.target());
         let (reason, error) = why.unzip();

@@ -13,8 +13,8 @@ pub(super) fn as_accepted(spec: &VMMigrationSpec) -> VMMigrationSpec {
 }
 
 impl Draft {
-    /// Takes in a spec as it is now. A change that must not be is ignored, and the status says so: API servers before
-    /// 1.25 let it happen.
+    /// Takes in a spec as it is now. A change that must not be is ignored, and the status says so: API
+    /// servers before 1.25 let it happen.
     ///
     /// `true`: the status has changed.
     pub fn note_spec(&mut self, spec: &VMMigrationSpec) -> bool {

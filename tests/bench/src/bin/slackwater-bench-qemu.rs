@@ -1,5 +1,5 @@
-//! QEMU's plain migration and Slackwater's, side by side: one run, two nodes, the same guest, in turns. What is measured, and how,
-//! says `slackwater_bench`.
+//! QEMU's plain migration and Slackwater's, side by side: one run, two nodes, the same guest, in turns. See
+//! `slackwater_bench` for what is measured, and how.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -9,13 +9,13 @@ use anyhow::Context;
 use clap::{Parser, ValueEnum, value_parser};
 use serde_json::json;
 use slackwater_bench::report::{AIM, Summary};
-use slackwater_bench::{Bench, Moved, Plan};
+use slackwater_bench::{Bench, Measurement, Plan};
 use slackwater_lab::cluster::QemuVm;
 
 /// Measures the blackout and the total of QEMU's plain migration against Slackwater's.
 #[derive(Debug, Parser)]
 struct Arguments {
-    /// How often each of the two moves each VM.
+    /// How often each mover moves each VM.
     #[arg(long, default_value_t = 5, value_parser = value_parser!(u16).range(1..=1000))]
     rounds: u16,
     /// Numbers of devices.
@@ -43,12 +43,12 @@ enum Guest {
 #[tokio::main]
 async fn main() -> ExitCode {
     let begin = Instant::now();
-    let mut moved = Vec::new();
+    let mut measurements = Vec::new();
     let arguments = Arguments::parse();
-    let result = measure(&arguments, begin, &mut moved).await;
-    // What was measured until it failed is worth knowing, too.
-    let told = report(&arguments, begin, &moved);
-    match result.and(told) {
+    let result = measure(&arguments, begin, &mut measurements).await;
+    // Also print what was measured before a failure.
+    let reported = report(&arguments, begin, &measurements);
+    match result.and(reported) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("\nthe measurement failed: {error:#}");
@@ -70,7 +70,11 @@ fn plan(arguments: &Arguments) -> Plan {
     }
 }
 
-async fn measure(arguments: &Arguments, begin: Instant, moved: &mut Vec<Moved>) -> anyhow::Result<()> {
+async fn measure(
+    arguments: &Arguments,
+    begin: Instant,
+    measurements: &mut Vec<Measurement>,
+) -> anyhow::Result<()> {
     let plan = plan(arguments);
     let sizes = plan.sizes.clone();
     let mut bench = Bench::start(plan).await?;
@@ -78,7 +82,8 @@ async fn measure(arguments: &Arguments, begin: Instant, moved: &mut Vec<Moved>) 
         bench
             .measure(devices, |one| {
                 println!(
-                    "[{:6.1} s] {devices} devices, round {}, {:<7} from {}: blackout {:7.1} ms, QEMU's downtime {:5} ms, total {:7.1} ms",
+                    "[{:6.1} s] {devices} devices, round {}, {:<7} from {}: blackout {:7.1} ms, \
+                     QEMU's downtime {:5} ms, total {:7.1} ms",
                     begin.elapsed().as_secs_f64(),
                     one.round,
                     format!("{:?}", one.mover),
@@ -87,23 +92,24 @@ async fn measure(arguments: &Arguments, begin: Instant, moved: &mut Vec<Moved>) 
                     one.qemu.downtime_ms,
                     one.total_ms,
                 );
-                moved.push(one);
+                measurements.push(one);
             })
             .await?;
     }
     Ok(())
 }
 
-fn report(arguments: &Arguments, begin: Instant, moved: &[Moved]) -> anyhow::Result<()> {
+fn report(arguments: &Arguments, begin: Instant, measurements: &[Measurement]) -> anyhow::Result<()> {
     let sizes = arguments.devices.iter().map(|devices| usize::from(*devices));
-    let measured = sizes.filter(|devices| moved.iter().any(|one| one.devices == *devices));
-    let summaries: Vec<Summary> = measured.map(|devices| Summary::of(devices, moved)).collect();
+    let measured = sizes.filter(|devices| measurements.iter().any(|one| one.devices == *devices));
+    let summaries: Vec<Summary> = measured.map(|devices| Summary::of(devices, measurements)).collect();
     for summary in &summaries {
-        print!("{}", summary.told());
+        print!("{}", summary.to_text());
     }
     let optimized = !cfg!(debug_assertions);
     println!(
-        "\nNodes are emulated and share this machine's processors: compare within this run only. Optimized build: {optimized}. It took {:.0} s.",
+        "\nNodes are emulated and share this machine's processors: compare within this run only. \
+         Optimized build: {optimized}. It took {:.0} s.",
         begin.elapsed().as_secs_f64()
     );
     let Some(path) = &arguments.json else { return Ok(()) };
@@ -116,7 +122,7 @@ fn report(arguments: &Arguments, begin: Instant, moved: &[Moved]) -> anyhow::Res
         "seconds": begin.elapsed().as_secs_f64(),
         "aim": AIM,
         "summaries": summaries,
-        "migrations": moved,
+        "migrations": measurements,
     });
     std::fs::write(path, serde_json::to_vec_pretty(&content)?)
         .with_context(|| format!("writing {}", path.display()))

@@ -1,5 +1,6 @@
-//! The product's main job, shown on the lab: a VM with two assigned VFIO devices runs on one node, somebody applies a `VMMigration`,
-//! and the VM runs on with its devices on the other. It ends with 0 only if all of that was verified.
+//! The product's main job on the lab: a VM with two assigned VFIO devices runs on one node, a `VMMigration`
+//! is applied, and the VM continues with its devices on the other. The exit status is 0 only if all of that
+//! was verified.
 
 use std::process::ExitCode;
 use std::time::Instant;
@@ -28,14 +29,14 @@ struct Arguments {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Vmm {
-    /// The lab's own VMM, whose devices the agent drives; its guest counts.
+    /// The reference VMM, whose devices the agent drives; its guest counts.
     Lab,
-    /// QEMU, which drives its devices itself; its guest is a Linux that writes numbered lines through each device, a serial port, whose
-    /// loop-back it compares, and to a disk that both nodes reach.
+    /// QEMU, which drives its devices itself; its guest is a Linux that writes numbered lines through each
+    /// device, a serial port, whose loop-back it compares, and to a disk that both nodes reach.
     Qemu,
 }
 
-/// Of the disk that QEMU's guest writes to.
+/// The size of the disk that QEMU's guest writes to.
 const DISK_MIB: u32 = 16;
 
 /// Prints what is being done, and how long after the start.
@@ -60,7 +61,10 @@ async fn main() -> ExitCode {
 
 async fn demo(arguments: &Arguments) -> anyhow::Result<()> {
     let steps = Steps(Instant::now());
-    steps.say("starting etcd, kube-apiserver and the nodes; installing the chart with helm; starting operator and agents");
+    steps.say(
+        "starting etcd, kube-apiserver and the nodes; installing the chart with helm; \
+         starting operator and agents",
+    );
     let names = (b'a'..).take(arguments.nodes.into()).map(|letter| format!("node-{}", char::from(letter)));
     let types = || (0..arguments.devices).map(|_| "mtty-1");
     let nodes = LabConfig::nodes(names.map(|name| NodeConfig::new(name, types())));
@@ -77,7 +81,8 @@ async fn demo(arguments: &Arguments) -> anyhow::Result<()> {
             format!("starting the VM {NAMESPACE}/counter with {devices} assigned devices on node-a")
         }
         Vmm::Qemu => format!(
-            "starting QEMU's VM {NAMESPACE}/linux, a Linux with {devices} assigned serial ports and a shared disk, on node-a"
+            "starting QEMU's VM {NAMESPACE}/linux, a Linux with {devices} assigned serial ports and a shared disk, \
+             on node-a"
         ),
     });
     match arguments.vmm {
@@ -88,7 +93,7 @@ async fn demo(arguments: &Arguments) -> anyhow::Result<()> {
     show(&cluster).await?;
 
     let watching = cluster.watch("node-a", "node-b").await?;
-    steps.say(&format!("the guest on node-a counts: {}", told(&watching.before)));
+    steps.say(&format!("the guest on node-a counts: {}", describe(&watching.before)));
     steps.say("kubectl apply of this VMMigration:");
     let name = format!("move-{}", cluster.vm_name());
     let manifest = manifest(&name, cluster.vm_name());
@@ -105,7 +110,7 @@ async fn demo(arguments: &Arguments) -> anyhow::Result<()> {
     cluster.until_vm_at("node-b").await?;
     cluster.until_free("node-a", i32::from(arguments.devices)).await?;
     let verdict = cluster.judge_success(&watching, &migration, PeerToPeer::Required).await?;
-    steps.say(&format!("the guest on node-b counts: {}", told(&verdict.after)));
+    steps.say(&format!("the guest on node-b counts: {}", describe(&verdict.after)));
     show(&cluster).await?;
     timeline(&migration, &status);
 
@@ -154,16 +159,16 @@ fn indented(text: &str) -> String {
     text.lines().map(|line| format!("    {line}\n")).collect()
 }
 
-fn told(guest: &slackwater_reference_vmm::guest::Report) -> String {
-    let mut told = guest.count.to_string();
+fn describe(guest: &slackwater_reference_vmm::guest::Report) -> String {
+    let mut text = guest.count.to_string();
     for (number, device) in guest.devices.iter().enumerate() {
-        told += if number == 0 { ", registers " } else { " " };
-        told += &format!("{:#04x}", device.register);
+        text += if number == 0 { ", registers " } else { " " };
+        text += &format!("{:#04x}", device.register);
     }
-    format!("{told}, errors {}", guest.errors)
+    format!("{text}, errors {}", guest.errors)
 }
 
-/// What the status says happened when: phases, and each device's states.
+/// The timeline in the status: phases, and each device's states.
 fn timeline(migration: &VMMigration, status: &VMMigrationStatus) {
     println!("Timeline of {} (times since its start, on the source's clock)", migration.spec.vm_ref.name);
     for entry in &status.timeline {

@@ -1,5 +1,5 @@
-//! Plays the fault matrix on the lab and writes its table. It ends with 0 only if every cell that was run ended as it was written
-//! down.
+//! Plays the fault matrix on the lab and writes its table. Its exit status is 0 only if every cell that was
+//! run ended as expected.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -10,7 +10,8 @@ use slackwater_lab::faults::matrix::{self, Cell, Expected, VmmKind};
 use slackwater_lab::faults::report::{Outcome, markdown};
 use slackwater_lab::faults::stage::Stage;
 
-/// Plays every phase of a migration with everything that may befall it, on real kernels, and says how each ended.
+/// Plays every phase of a migration with every fault that can hit it, on real kernels, and reports how each
+/// ended.
 #[derive(Debug, Parser)]
 struct Arguments {
     /// Only these phases (reserve, save, quiesce, stop, capture, load, loaded, committed, starting, release).
@@ -56,7 +57,7 @@ async fn run(arguments: &Arguments) -> anyhow::Result<bool> {
         let mut stage = Stage::set(arguments.vmm).await?;
         for (number, cell) in (1..).zip(&wanted) {
             let outcome = stage.play(cell).await;
-            tell(number, wanted.len(), &outcome);
+            report(number, wanted.len(), &outcome);
             outcomes.push(outcome);
             write(arguments, &all, &outcomes)?;
         }
@@ -68,13 +69,13 @@ async fn run(arguments: &Arguments) -> anyhow::Result<bool> {
     Ok(outcomes.iter().all(Outcome::ok))
 }
 
-/// After each cell: a run that is broken off leaves what it has.
+/// Called after each cell, so that an interrupted run leaves its results.
 fn write(arguments: &Arguments, all: &[Cell], outcomes: &[Outcome]) -> anyhow::Result<()> {
     let Some(path) = &arguments.out else { return Ok(()) };
     std::fs::write(path, markdown(all, outcomes)).with_context(|| format!("writing {}", path.display()))
 }
 
-fn tell(number: usize, of: usize, outcome: &Outcome) {
+fn report(number: usize, of: usize, outcome: &Outcome) {
     let (cell, seconds) = (outcome.cell, outcome.took.as_secs_f64());
     let verdict = if outcome.ok() { "ok" } else { "NOT AS EXPECTED" };
     println!("[{number}/{of}] {cell}: {} ({seconds:.0} s) {verdict}", outcome.seen);

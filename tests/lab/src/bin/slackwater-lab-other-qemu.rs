@@ -1,7 +1,8 @@
-//! Stands in for another QEMU in a node: runs the real one, and changes what it says on its monitor.
+//! Pretends to be another version of QEMU in a node: runs the real one, and changes its answers on its
+//! monitor.
 //!
-//! It takes QEMU's arguments. The real program is `/bin/real-qemu`. Each line of `/etc/other-qemu` is what is to be replaced, a tab,
-//! and what by. Without `-qmp unix:PATH,...` it becomes the real program.
+//! It takes QEMU's arguments. The real program is `/bin/real-qemu`. Each line of `/etc/other-qemu` is a text,
+//! a tab, and the text that replaces it. Without `-qmp unix:PATH,...` it becomes the real program.
 
 use std::{
     fs,
@@ -46,7 +47,7 @@ fn main() -> anyhow::Result<()> {
     let listener = UnixListener::bind(&path).with_context(|| path.clone())?;
     thread::spawn(move || {
         for client in listener.incoming().map_while(Result::ok) {
-            // Whoever is connected when one side goes sees that.
+            // If one side closes its connection, so does the other.
             let _ = serve(&client, &behind, &rules);
         }
     });

@@ -1,4 +1,5 @@
-//! A lab from the command line: boots nodes, runs commands in them, and goes, or stays until it is interrupted.
+//! A lab from the command line: boots nodes, runs commands in them, and ends, or stays until it is
+//! interrupted.
 //!
 //! ```text
 //! slackwater-lab --node node-a=mtty-1,mtty-1 --run node-a='ls /dev/vfio/devices'

@@ -1,4 +1,4 @@
-//! Whether a migration was what it should be: judged by the kernels' traces, by the guest, and by what the product reports.
+//! Judges a migration by the kernels' traces, by the guest, and by what the product reports.
 
 use std::fmt;
 use std::time::Duration;
@@ -9,14 +9,14 @@ use slackwater_proto::node::{
     DevicePair, MigrateRequest, MigrationEvent, MigrationFeatures, PeerToPeer as WirePolicy, VmRef,
 };
 
-use super::{Cluster, NAMESPACE, SOON, account, has_condition};
+use super::{Cluster, NAMESPACE, TIMEOUT, account, has_condition};
 use crate::witness::{self, PeerToPeer, State, Trace, Waking, Watch};
 use slackwater_reference_vmm::guest::Report;
 
-/// How often the guest is looked at.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// How often the guest is read.
+const GUEST_POLL: Duration = Duration::from_millis(100);
 
-/// Two nodes that are being watched, and the guest's count when that began.
+/// Two watched nodes, and the guest's report from before the migration.
 #[derive(Debug)]
 pub struct Watching {
     source: (String, Watch),
@@ -25,20 +25,20 @@ pub struct Watching {
     pub before: Report,
 }
 
-/// What was found, in figures.
+/// The result in figures.
 #[derive(Clone, Debug)]
 pub struct Verdict {
     /// From the source's last run to the destination's first, nanoseconds, at least.
     pub apart_at_least_ns: i64,
     /// How uncertain the relation of the two nodes' clocks is, nanoseconds.
     pub clock_error_ns: i64,
-    /// Arcs into STOP or STOP_COPY that were found to be late enough (I2).
+    /// Arcs into STOP or STOP_COPY that were checked (I2).
     pub stops: usize,
-    /// Reads of final data that were found to be late enough (I3).
+    /// Reads of final data that were checked (I3).
     pub reads: usize,
-    /// Wakings that were found to be late enough (I4).
+    /// Arcs out of STOP and into RUNNING that were checked (I4).
     pub wakings: usize,
-    /// State changes in which the agents' account agrees with the kernels'.
+    /// State changes that the agents report as the kernels saw them.
     pub agreed: usize,
     /// The guest after the migration.
     pub after: Report,
@@ -49,7 +49,8 @@ impl fmt::Display for Verdict {
         let ms = |ns: i64| ns as f64 / 1e6;
         writeln!(
             f,
-            "  I1 one runner            source's last run to destination's first: at least {:.2} ms (clocks known to {:.2} ms)",
+            "  I1 one runner            source's last run to destination's first: at least {:.2} ms \
+             (clocks known to {:.2} ms)",
             ms(self.apart_at_least_ns),
             ms(self.clock_error_ns)
         )?;
@@ -65,14 +66,14 @@ impl fmt::Display for Verdict {
 }
 
 impl Cluster {
-    /// Begins to watch both ends.
+    /// Starts to watch both ends.
     ///
     /// # Errors
     /// When a node cannot be reached.
     pub async fn watch(&self, source: &str, target: &str) -> anyhow::Result<Watching> {
         let (a, b) = (self.lab.node(source)?, self.lab.node(target)?);
         if let Some(vm) = &self.qemu {
-            vm.forget_words(b).await?;
+            vm.delete_guest_output(b).await?;
         }
         Ok(Watching {
             before: self.guest(source).await?,
@@ -81,10 +82,10 @@ impl Cluster {
         })
     }
 
-    /// The events of a migration as its source's agent tells them.
+    /// The events of a migration as reported by its source's agent.
     ///
     /// # Errors
-    /// When the agent cannot be asked.
+    /// When the agent does not answer.
     pub async fn events(&self, migration: &VMMigration) -> anyhow::Result<Vec<MigrationEvent>> {
         let status = migration.status.as_ref().context("no status")?;
         let source = status.source_node.as_deref().context("no source")?;
@@ -128,7 +129,7 @@ impl Cluster {
         Ok((source, target))
     }
 
-    /// What the kernels of both ends have recorded of all their devices, those that were not touched included.
+    /// The kernels' traces of all devices at both ends, untouched ones included.
     ///
     /// # Errors
     /// When a node cannot be reached, or anything is missing from its record.
@@ -144,17 +145,17 @@ impl Cluster {
         Ok((source, target))
     }
 
-    /// Judges a migration that is said to have succeeded.
+    /// Judges a migration whose status reports success.
     ///
     /// # Errors
-    /// Names the invariant, the event, or the count that is wrong.
+    /// With the invariant, the event or the count that is wrong.
     pub async fn judge_success(
         &self,
         watching: &Watching,
         migration: &VMMigration,
         peer_to_peer: PeerToPeer,
     ) -> anyhow::Result<Verdict> {
-        let after = self.goes_on_at(&watching.target.0, &watching.before).await?;
+        let after = self.continues_at(&watching.target.0, &watching.before).await?;
         let (source, target) = self.testimonies(watching, migration).await?;
         let separation = witness::one_runner(&source, &target)?;
         let stops = witness::quiesced_together(&source, peer_to_peer)?;
@@ -166,34 +167,35 @@ impl Cluster {
         Ok(Verdict { apart_at_least_ns, clock_error_ns, stops, reads, wakings, agreed, after })
     }
 
-    /// Compares the agents' account with the kernels': change by change, as far as the agents drive the devices or are told of each.
+    /// Compares the agents' reports with the kernels' traces. Where the agents drive the devices, change by
+    /// change.
     async fn agents_agree(&self, migration: &VMMigration, traces: [&Trace; 2]) -> anyhow::Result<usize> {
-        let told = account::read(&self.events(migration).await?)?;
+        let reported = account::read(&self.events(migration).await?)?;
         let mut agreed = 0;
         for trace in traces {
             agreed += match &self.qemu {
-                None => account::agrees(&told, trace)?,
-                Some(_) => account::in_order(&told, trace)?,
+                None => account::agrees(&reported, trace)?,
+                Some(_) => account::in_order(&reported, trace)?,
             };
         }
-        ensure!(agreed > 0, "the agents told of no state change");
+        ensure!(agreed > 0, "the agents reported no state change");
         Ok(agreed)
     }
 
-    /// Judges a migration that is said to have been rolled back after its devices had been touched: the VM runs on at the source,
-    /// every device RUNNING, and nothing ever ran at the destination.
+    /// Judges a migration whose status reports a rollback: the VM runs at the source, every device is in
+    /// RUNNING, and nothing ever ran at the destination.
     ///
     /// # Errors
-    /// Names the invariant, the event, or the count that is wrong.
+    /// With the invariant, the event or the count that is wrong.
     pub async fn judge_rollback(
         &self,
         watching: &Watching,
         migration: &VMMigration,
     ) -> anyhow::Result<Report> {
-        let after = self.goes_on_at(&watching.source.0, &watching.before).await?;
+        let after = self.continues_at(&watching.source.0, &watching.before).await?;
         let (source, target) = self.testimonies(watching, migration).await?;
         let conditions = migration.status.as_ref().map(|status| status.conditions.as_slice());
-        // One that was given up while the guest ran has stopped nothing.
+        // A migration that was aborted while the guest ran has stopped nothing.
         if has_condition(conditions.unwrap_or_default(), "Stopped", "True") == Some(true) {
             witness::quiesced_together(&source, PeerToPeer::Required)?;
             witness::captured_at_slack_water(&source)?;
@@ -202,18 +204,19 @@ impl Cluster {
         witness::never_ran(&target)?;
         for device in source.devices.keys() {
             let end = source.final_state(device);
-            ensure!(end == Some(State::Running), "{device} stands in {end:?} at the source, not in RUNNING");
+            ensure!(end == Some(State::Running), "{device} is in {end:?} at the source, not in RUNNING");
         }
         Ok(after)
     }
 
-    /// The guest goes on counting at a node, from where it was, without an error, and no other node keeps a VMM of it: a twin that
-    /// was given up may take a moment to end, and whether it ever ran is for the kernels' traces to say.
+    /// Checks that the guest continues to count at a node from where it was, without an error, and that no
+    /// other node keeps a VMM of it. An abandoned twin may take a moment to end; whether it ever ran is
+    /// judged by the kernels' traces.
     ///
     /// # Errors
-    /// When it stands still, lost something, or a VMM stays elsewhere, too.
-    pub async fn goes_on_at(&self, node: &str, before: &Report) -> anyhow::Result<Report> {
-        let deadline = tokio::time::Instant::now() + SOON;
+    /// When it does not count, found an error, or another VMM remains.
+    pub async fn continues_at(&self, node: &str, before: &Report) -> anyhow::Result<Report> {
+        let deadline = tokio::time::Instant::now() + TIMEOUT;
         let first = self.guest(node).await?;
         ensure!(
             first.count >= before.count,
@@ -223,16 +226,16 @@ impl Cluster {
         );
         let mut last = first.clone();
         while last.count <= first.count || last.count <= before.count {
-            ensure!(tokio::time::Instant::now() < deadline, "the guest stands still at {}", last.count);
-            tokio::time::sleep(LOOK_EVERY).await;
+            ensure!(tokio::time::Instant::now() < deadline, "the guest does not count beyond {}", last.count);
+            tokio::time::sleep(GUEST_POLL).await;
             last = self.guest(node).await?;
         }
         ensure!(last.errors == before.errors, "the guest found errors: {last:?}");
         for other in self.lab.nodes().iter().filter(|other| other.name() != node) {
             while self.guest(other.name()).await.is_ok() {
                 let now = tokio::time::Instant::now();
-                ensure!(now < deadline, "a VMM stays on {}, too", other.name());
-                tokio::time::sleep(LOOK_EVERY).await;
+                ensure!(now < deadline, "a VMM remains on {}", other.name());
+                tokio::time::sleep(GUEST_POLL).await;
             }
         }
         Ok(last)

@@ -1,7 +1,7 @@
-//! Slackwater as its users have it, on the lab: the chart installed by helm, the operator's program with the rights that the chart
-//! gave its account, an agent in every node, and a VM that counts.
+//! Slackwater installed on the lab as its users install it: the chart by helm, the operator's program with
+//! the rights of the account from the chart, an agent in every node, and a VM that counts.
 //!
-//! What a test then does is what a user does: `kubectl apply`, and look.
+//! A test then does what a user does: it applies objects with `kubectl` and reads their status.
 
 mod account;
 mod agents;
@@ -29,7 +29,7 @@ use slackwater_proto::tonic::transport::Channel;
 use tokio::time::timeout;
 
 pub use account::{DeviceAccount, Span};
-pub use interference::Damaged;
+pub use interference::DamagedFile;
 pub use judge::{Verdict, Watching};
 pub use qemu::{Accelerator, DeviceAccess, Guest, QEMU_PROGRAM, QemuVm};
 pub use vm::{LabVm, VMM_PROGRAM};
@@ -47,8 +47,8 @@ pub const NAMESPACE: &str = "demo";
 pub const SYSTEM: &str = "slackwater-system";
 /// The account that the chart makes for the operator.
 pub const ACCOUNT: &str = "slackwater-operator";
-/// How long the product may take to show something. Generous: two emulated nodes may share one processor.
-pub const SOON: Duration = Duration::from_secs(90);
+/// How long the product may take to report a state. Generous: two emulated nodes may share one processor.
+pub const TIMEOUT: Duration = Duration::from_secs(90);
 
 /// The product, installed.
 pub struct Cluster {
@@ -59,11 +59,11 @@ pub struct Cluster {
     operator: Option<operator::Supervised>,
     operator_faults: String,
     kubeconfig: PathBuf,
-    /// The operator's ways to the agents, by node.
+    /// The operator's connections to the agents, by node.
     relays: BTreeMap<String, Relay>,
-    /// The VM that is looked at; none: that of the lab's own VMM.
+    /// The QEMU VM under test. `None`: the VM under test runs in the reference VMM.
     qemu: Option<QemuVm>,
-    /// What it all runs on.
+    /// The lab below.
     pub lab: Lab,
 }
 
@@ -71,12 +71,12 @@ impl Cluster {
     /// Starts the lab with these nodes, installs the chart, and starts the operator and the agents.
     ///
     /// # Errors
-    /// When any part does not come up.
+    /// When a component does not come up.
     pub async fn start(nodes: impl IntoIterator<Item = NodeConfig>) -> anyhow::Result<Self> {
         Self::start_with(LabConfig::nodes(nodes), "").await
     }
 
-    /// The same, with faults that the operator is told of by its environment (its feature `faults`).
+    /// The same, with faults that are set in the operator's environment (its feature `faults`).
     ///
     /// # Errors
     /// As [`Cluster::start`].
@@ -110,7 +110,7 @@ impl Cluster {
         self.relays.get(node).with_context(|| format!("there is no node {node}"))
     }
 
-    /// Makes the nodes known, and waits until the operator has reached them all.
+    /// Creates the MigrationNodes, and waits until the operator has reached all of them.
     async fn name_nodes(&self) -> anyhow::Result<()> {
         let mut manifest = String::new();
         for node in self.lab.nodes() {
@@ -133,20 +133,20 @@ impl Cluster {
         Ok(())
     }
 
-    /// `kubectl apply` of a manifest, as a user does it.
+    /// Applies a manifest with `kubectl`.
     ///
     /// # Errors
-    /// When kubectl refuses it, with its words.
+    /// When kubectl fails, with its message.
     pub async fn apply(&self, name: &str, manifest: &str) -> anyhow::Result<String> {
         let path = self.lab.folder().join(format!("{name}.yaml"));
         std::fs::write(&path, manifest)?;
         Ok(self.lab.control_plane()?.kubectl(&["apply", "-f", &path.to_string_lossy()]).await?)
     }
 
-    /// `kubectl` with these arguments.
+    /// Runs `kubectl` with these arguments.
     ///
     /// # Errors
-    /// When it fails, with its words.
+    /// When it fails, with its message.
     pub async fn kubectl(&self, arguments: &[&str]) -> anyhow::Result<String> {
         Ok(self.lab.control_plane()?.kubectl(arguments).await?)
     }
@@ -154,7 +154,7 @@ impl Cluster {
     /// Applies a VMMigration of the VM; `fields` are further fields of its spec, in YAML's flow style.
     ///
     /// # Errors
-    /// When kubectl refuses it.
+    /// When kubectl fails.
     pub async fn migrate(&self, name: &str, fields: &str) -> anyhow::Result<()> {
         let manifest = format!(
             "apiVersion: slackwater.dev/v1alpha1\nkind: VMMigration\n\
@@ -171,10 +171,10 @@ impl Cluster {
         Api::namespaced(self.client.clone(), NAMESPACE)
     }
 
-    /// Waits until a VMMigration has come to its end, whichever.
+    /// Waits until a VMMigration has ended, with any result.
     ///
     /// # Errors
-    /// When it does not, with its status and the operator's log.
+    /// When it does not end in time, with its status and the operator's log.
     pub async fn until_ended(&self, name: &str) -> anyhow::Result<VMMigration> {
         self.until(self.migrations(), name, "an end", |migration: &VMMigration| {
             let conditions = &migration.status.as_ref()?.conditions;
@@ -188,10 +188,10 @@ impl Cluster {
         .await
     }
 
-    /// Waits until an object is as wanted.
+    /// Waits until a condition on an object holds.
     ///
     /// # Errors
-    /// When it does not become so, with what it is and the operator's log.
+    /// When it does not hold in time, with the object and the operator's log.
     pub async fn until<K>(
         &self,
         api: Api<K>,
@@ -208,7 +208,7 @@ impl Cluster {
             + serde::Serialize
             + 'static,
     {
-        match timeout(SOON, await_condition(api.clone(), name, Wanted(is))).await {
+        match timeout(TIMEOUT, await_condition(api.clone(), name, Wanted(is))).await {
             Ok(found) => found?.with_context(|| format!("{name} is gone")),
             Err(_) => {
                 let now = serde_json::to_string_pretty(&api.get_opt(name).await?)?;
@@ -233,7 +233,7 @@ impl Cluster {
         .await
     }
 
-    /// Waits until a node reports so many free devices.
+    /// Waits until a node reports this number of free devices.
     ///
     /// # Errors
     /// When it does not.
@@ -253,16 +253,16 @@ impl Cluster {
         let migration = self.migrations().get(name).await?;
         let uid = migration.uid().context("the API server gave it no UID")?;
         self.migrations().delete(name, &DeleteParams::default()).await?;
-        timeout(SOON, await_condition(self.migrations(), name, is_deleted(&uid)))
+        timeout(TIMEOUT, await_condition(self.migrations(), name, is_deleted(&uid)))
             .await
             .with_context(|| format!("{name} is still there"))??;
         Ok(())
     }
 
-    /// A client of a node's agent, with these credentials, as an operator has one.
+    /// A client of a node's agent with these credentials.
     ///
     /// # Errors
-    /// When the agent refuses the connection, in its words.
+    /// When the agent refuses the connection.
     pub async fn agent_client(
         &self,
         node: &str,
@@ -273,38 +273,38 @@ impl Cluster {
         Ok(NodeAgentClient::new(channel))
     }
 
-    /// Credentials from an issued certificate, as a program reads them.
+    /// Credentials from an issued certificate, read from files as a program does.
     ///
     /// # Errors
-    /// When they make no sense.
+    /// When they are invalid.
     pub fn credentials(&self, issued: &Issued) -> anyhow::Result<Credentials> {
         let folder = tempfile::tempdir_in(self.lab.folder())?;
         let (certificate, key) = issued.write(folder.path(), "tls")?;
         Ok(Credentials::read(&certificate, &key, &self.lab.folder().join("ca.crt"))?)
     }
 
-    /// Starts a VM of QEMU's at a node. From now on it is the one that is looked at, and that is migrated.
+    /// Starts a QEMU VM at a node. It becomes the VM under test.
     ///
     /// # Errors
     /// When it does not come up.
     pub async fn start_qemu(&mut self, vm: QemuVm, node: &str) -> anyhow::Result<()> {
         for node in self.lab.nodes() {
-            vm.make_room(node).await?;
+            vm.make_output_folder(node).await?;
         }
         vm.start(self.lab.node(node)?).await?;
         self.qemu = Some(vm);
         Ok(())
     }
 
-    /// The VM of QEMU's that is looked at.
+    /// The QEMU VM under test.
     ///
     /// # Errors
     /// When none was started.
     pub fn qemu(&self) -> anyhow::Result<&QemuVm> {
-        self.qemu.as_ref().context("no VM of QEMU's was started")
+        self.qemu.as_ref().context("no QEMU VM was started")
     }
 
-    /// The guest of the VM at a node, as of now.
+    /// The current report of the guest of the VM at a node.
     ///
     /// # Errors
     /// When no VMM runs there.
@@ -327,10 +327,11 @@ impl Cluster {
         if self.qemu.is_some() { "qemu-system-x86_64" } else { vm::VMM }
     }
 
-    /// Fails if the API server refused the operator anything: its rights are those that the chart rendered.
+    /// Fails if the API server refused a request of the operator, whose rights come from the chart.
+    /// Returns the number of its requests.
     ///
     /// # Errors
-    /// Names what was refused.
+    /// Names the refused requests.
     pub fn nothing_was_forbidden(&self) -> anyhow::Result<usize> {
         let account = format!("system:serviceaccount:{SYSTEM}:{ACCOUNT}");
         let requests = self.lab.control_plane()?.audit()?;
@@ -342,7 +343,7 @@ impl Cluster {
         Ok(own.len())
     }
 
-    /// Names of the objects that match, for messages.
+    /// The reasons of the events about an object.
     ///
     /// # Errors
     /// When the API server does not answer.
@@ -354,7 +355,7 @@ impl Cluster {
         Ok(list.items.into_iter().filter(about).filter_map(|event| event.reason).collect())
     }
 
-    /// Changes an object's spec by a merge patch, as `kubectl patch` does.
+    /// Changes a VMMigration's spec with a merge patch, as `kubectl patch` does.
     ///
     /// # Errors
     /// When the API server refuses it.

@@ -1,4 +1,5 @@
-//! The operator's program, with the rights that the chart gave its account, and started again when it ends, as its Deployment does.
+//! The operator's program, with the rights of the account from the chart. Like its Deployment, the lab
+//! restarts it when it ends.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -10,10 +11,10 @@ use super::Cluster;
 use crate::host::HostProgram;
 
 const LOG: &str = "operator.log";
-/// Before it is started again.
+/// How long to wait before it is started again.
 const BACK_OFF: Duration = Duration::from_secs(1);
 
-/// An operator that runs, again and again.
+/// An operator that is restarted whenever it ends.
 #[derive(Debug)]
 pub(super) struct Supervised {
     stop: oneshot::Sender<()>,
@@ -21,7 +22,7 @@ pub(super) struct Supervised {
 }
 
 impl Cluster {
-    /// Starts the operator; one that runs already is killed first.
+    /// Starts the operator. If one runs already, it is killed first.
     ///
     /// # Errors
     /// When it is not built.
@@ -50,18 +51,18 @@ impl Cluster {
     pub async fn kill_operator(&mut self) {
         if let Some(operator) = self.operator.take() {
             let _ = operator.stop.send(());
-            // It ends by nothing else than that.
+            // The task ends only after this message.
             let _ = operator.supervisor.await;
         }
     }
 
-    /// There is an operator, or will be again in a moment.
+    /// Whether the operator runs, or is about to be restarted.
     #[must_use]
     pub fn has_operator(&self) -> bool {
         self.operator.is_some()
     }
 
-    /// What the operator has said.
+    /// The operator's log.
     #[must_use]
     pub fn operator_log(&self) -> String {
         std::fs::read_to_string(self.lab.folder().join(LOG)).unwrap_or_default()
@@ -82,7 +83,7 @@ impl Command {
     }
 }
 
-/// Until it is told to stop, or the cluster is gone.
+/// Restarts the program until `stopped` resolves.
 async fn supervise(command: Command, mut program: HostProgram, mut stopped: oneshot::Receiver<()>) {
     loop {
         tokio::select! {

@@ -1,19 +1,19 @@
-//! The VM that counts, started in a node and made known to the agent.
+//! The VM that counts in the reference VMM, started in a node and announced to the agent.
 
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
 
-use super::{NAMESPACE, SOON};
+use super::{NAMESPACE, TIMEOUT};
 use crate::node::Node;
 use slackwater_reference_vmm::guest::Report;
 
-/// The lab's VMM, in a node.
+/// The reference VMM's program, in a node.
 pub const VMM_PROGRAM: &str = "/bin/slackwater-reference-vmm";
 
 pub(super) const VMM: &str = "slackwater-reference-vmm";
-/// The VMM idles so long in each round of its guest: enough rounds to notice anything lost, and few enough for the kernel's trace
-/// of an emulated machine.
+/// How long the VMM idles in each round of its guest: enough rounds to notice a loss, and few enough for the
+/// kernel's trace of an emulated machine.
 const PACE: Duration = Duration::from_millis(5);
 
 /// A VM to start.
@@ -34,7 +34,7 @@ impl LabVm {
         Self { name: "counter".to_owned(), devices, pace: PACE }
     }
 
-    /// The same, idling so long in each round: a VM that is watched for minutes must leave room in the kernel's trace.
+    /// The same with this pace. A VM that is watched for minutes must leave room in the kernel's trace.
     #[must_use]
     pub fn paced(mut self, pace: Duration) -> Self {
         self.pace = pace;
@@ -64,7 +64,7 @@ impl LabVm {
         })
     }
 
-    /// Starts it in a node, and makes it known when it counts.
+    /// Starts it in a node, and announces it to the agent when it counts.
     ///
     /// # Errors
     /// When it does not come up.
@@ -84,7 +84,7 @@ impl LabVm {
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
         node.spawn(&format!("vm-{}", self.name), &arguments, &[]).await?;
         self.until_counting(node).await?;
-        // Whole at once: the agent watches.
+        // Atomically, since the agent watches the directory.
         let text = serde_json::to_vec_pretty(&self.json())?;
         node.put(&format!("{directory}/.vm.json.new"), 0o600, &text).await?;
         node.shell(&format!("mv {directory}/.vm.json.new {directory}/vm.json")).await?;
@@ -92,10 +92,10 @@ impl LabVm {
     }
 
     async fn until_counting(&self, node: &Node) -> anyhow::Result<()> {
-        let deadline = tokio::time::Instant::now() + SOON;
-        let mut looks = tokio::time::interval(Duration::from_millis(100));
+        let deadline = tokio::time::Instant::now() + TIMEOUT;
+        let mut polls = tokio::time::interval(Duration::from_millis(100));
         loop {
-            looks.tick().await;
+            polls.tick().await;
             match guest(node).await {
                 Ok(report) if report.count > 0 => return Ok(()),
                 _ if tokio::time::Instant::now() < deadline => {}
@@ -110,7 +110,7 @@ impl LabVm {
     }
 }
 
-/// The guest of the only VMM in a node, read from outside.
+/// The report of the guest of the only VMM in a node, read from outside.
 pub(super) async fn guest(node: &Node) -> anyhow::Result<Report> {
     let pids = node.exec(&["pidof", VMM]).await?;
     let pids = String::from_utf8_lossy(&pids.stdout).into_owned();

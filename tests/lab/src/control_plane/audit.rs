@@ -1,4 +1,4 @@
-//! The API server's audit log: who asked for what, and what came of it.
+//! The API server's audit log: who requested what, with which result.
 
 use serde::Deserialize;
 
@@ -11,7 +11,7 @@ pub struct AuditEvent {
     pub verb: String,
     /// API group; empty for the core's.
     pub group: String,
-    /// `RESOURCE`, or `RESOURCE/SUBRESOURCE`; empty for what is no resource (`/readyz`).
+    /// `RESOURCE`, or `RESOURCE/SUBRESOURCE`; empty for a path that is no resource (`/readyz`).
     pub resource: String,
     /// Namespace, where there is one.
     pub namespace: Option<String>,
@@ -55,15 +55,14 @@ struct Status {
     code: u16,
 }
 
-/// Reads the log. A request is recorded when its answer begins (a watch) and when it ends: only the last record of each stage
-/// sequence is kept apart by its stage, so a watch that goes on is seen by its beginning. A last line that is still being
-/// written is left out.
+/// Reads the log. A watch is recorded when its answer begins and again when it ends; only the first record is
+/// used, so that an open watch is seen, too. A last line that is still being written is left out.
 pub(crate) fn parse(log: &str) -> Result<Vec<AuditEvent>, serde_json::Error> {
     let whole = log.rfind('\n').map_or("", |end| log.get(..end).unwrap_or_default());
     let mut events = Vec::new();
     for line in whole.lines() {
         let line: Line = serde_json::from_str(line)?;
-        // What is not a watch is recorded once, complete; a watch's end repeats its beginning.
+        // Other requests are recorded once, complete.
         if (line.verb == "watch") == (line.stage == "ResponseStarted") {
             events.push(line.into());
         }
@@ -97,12 +96,16 @@ mod tests {
     #[test]
     fn a_request_is_one_event_and_an_unfinished_line_is_none() {
         let log = concat!(
-            r#"{"stage":"ResponseComplete","verb":"patch","user":{"username":"u"},"objectRef":{"resource":"vmmigrations","#,
-            r#""subresource":"status","apiGroup":"slackwater.dev","namespace":"demo","name":"m"},"responseStatus":{"code":403}}"#,
+            r#"{"stage":"ResponseComplete","verb":"patch","user":{"username":"u"},"#,
+            r#""objectRef":{"resource":"vmmigrations","#,
+            r#""subresource":"status","apiGroup":"slackwater.dev","namespace":"demo","name":"m"},"#,
+            r#""responseStatus":{"code":403}}"#,
             "\n",
-            r#"{"stage":"ResponseStarted","verb":"watch","user":{"username":"u"},"objectRef":{"resource":"pods"},"responseStatus":{"code":200}}"#,
+            r#"{"stage":"ResponseStarted","verb":"watch","user":{"username":"u"},"#,
+            r#""objectRef":{"resource":"pods"},"responseStatus":{"code":200}}"#,
             "\n",
-            r#"{"stage":"ResponseComplete","verb":"watch","user":{"username":"u"},"objectRef":{"resource":"pods"},"responseStatus":{"code":200}}"#,
+            r#"{"stage":"ResponseComplete","verb":"watch","user":{"username":"u"},"#,
+            r#""objectRef":{"resource":"pods"},"responseStatus":{"code":200}}"#,
             "\n",
             r#"{"stage":"Respon"#,
         );

@@ -1,10 +1,11 @@
-//! A Kubernetes control plane: real etcd and kube-apiserver on this machine's loopback interface, with the audit log on; or a
-//! cluster that is there already.
+//! A Kubernetes control plane: real etcd and kube-apiserver on this machine's loopback interface, with the
+//! audit log on; or a cluster that is there already.
 //!
 //! Which one:
-//! - [`CLUSTER_VARIABLE`] names a kubeconfig: that cluster is used, and neither started nor stopped. (Not the ambient
-//!   `KUBECONFIG` by itself: the lab installs cluster-wide definitions, and nobody's production cluster should get them because a
-//!   variable was set for something else. `SLACKWATER_LAB_KUBECONFIG=$KUBECONFIG` says so in one word.)
+//! - [`CLUSTER_VARIABLE`] names a kubeconfig: that cluster is used, and neither started nor stopped. (Not the
+//!   ambient `KUBECONFIG` by itself: the lab installs cluster-wide definitions, and a production cluster must
+//!   not get them because a variable was set for another purpose. `SLACKWATER_LAB_KUBECONFIG=$KUBECONFIG`
+//!   states the intent.)
 //! - `KUBEBUILDER_ASSETS` names a folder: etcd and kube-apiserver are taken from it.
 //! - Otherwise from what `tests/setup/install kubernetes` built.
 
@@ -43,10 +44,10 @@ use crate::pki::{Pki, Subject, write_secret};
 /// Names the kubeconfig of a cluster to use instead of a control plane of the lab's own.
 pub const CLUSTER_VARIABLE: &str = "SLACKWATER_LAB_KUBECONFIG";
 
-const READY_PATIENCE: Duration = Duration::from_secs(120);
-const TOOL_PATIENCE: Duration = Duration::from_secs(120);
+const READY_TIMEOUT: Duration = Duration::from_secs(120);
+const TOOL_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// How often the API server is asked whether it is ready: it has no other way to tell.
+/// How often to ask the API server whether it is ready: it sends no notice.
 const READY_INTERVAL: Duration = Duration::from_millis(50);
 
 /// A control plane.
@@ -105,16 +106,17 @@ impl ControlPlane {
             LabError::ControlPlane(format!("{program} ended; its log ends with\n{log}"))
         };
         tokio::select! {
-            ready = timeout(READY_PATIENCE, ready) => ready.map_err(|_| LabError::TooLate {
+            ready = timeout(READY_TIMEOUT, ready) => ready.map_err(|_| LabError::TimedOut {
                 action: "the API server's start".into(),
-                seconds: READY_PATIENCE.as_secs(),
+                seconds: READY_TIMEOUT.as_secs(),
             }),
             _ = api_server.ended() => Err(ended("kube-apiserver")),
             _ = etcd.ended() => Err(ended("etcd")),
         }
     }
 
-    /// From now on the API server answers nobody. Its connections stay open, so that nobody is told either.
+    /// From now on the API server answers no request. Its connections stay open, so that clients get no error
+    /// either.
     ///
     /// # Errors
     /// When the cluster is not the lab's own.
@@ -122,7 +124,7 @@ impl ControlPlane {
         self.signal_api_server(Signal::STOP)
     }
 
-    /// It goes on.
+    /// The API server continues.
     ///
     /// # Errors
     /// When the cluster is not the lab's own.
@@ -133,7 +135,7 @@ impl ControlPlane {
     fn signal_api_server(&self, signal: Signal) -> Result<(), LabError> {
         let foreign = || {
             LabError::ControlPlane(format!(
-                "the API server of the cluster of {CLUSTER_VARIABLE} is left alone"
+                "the API server of the cluster of {CLUSTER_VARIABLE} is not the lab's to stop"
             ))
         };
         let [api_server, _] = self.running.as_ref().ok_or_else(foreign)?;
@@ -162,7 +164,7 @@ impl ControlPlane {
         Client::try_from(config).map_err(|error| failed(error.to_string()))
     }
 
-    /// Writes a kubeconfig that has no other rights than a service account's, by a token that is good for an hour.
+    /// Writes a kubeconfig with the rights of a service account only. Its token is valid for an hour.
     ///
     /// # Errors
     /// When there is no such account.
@@ -203,7 +205,7 @@ impl ControlPlane {
     /// Runs kubectl as the administrator, and returns its standard output.
     ///
     /// # Errors
-    /// When it fails: with what it said.
+    /// When it fails, with its standard error.
     pub async fn kubectl(&self, arguments: &[&str]) -> Result<String, LabError> {
         self.tool("kubectl", arguments).await
     }
@@ -211,7 +213,7 @@ impl ControlPlane {
     /// Installs a chart, and returns what helm printed. `values` are set as `--set KEY=VALUE`.
     ///
     /// # Errors
-    /// When helm fails: with what it said.
+    /// When helm fails, with its standard error.
     pub async fn helm_install(
         &self,
         release: &str,
@@ -221,7 +223,8 @@ impl ControlPlane {
     ) -> Result<String, LabError> {
         let chart = chart.to_string_lossy();
         let settings: Vec<String> = values.iter().map(|(key, value)| format!("{key}={value}")).collect();
-        // Server-side apply, helm's default, is refused by a 1.20 API server where a definition carries CEL rules.
+        // Server-side apply, helm's default, is refused by a 1.20 API server where a definition carries CEL
+        // rules.
         let mut arguments = vec!["install", release, &*chart, "--namespace", namespace, "--create-namespace"];
         arguments.push("--server-side=false");
         for setting in &settings {
@@ -233,7 +236,7 @@ impl ControlPlane {
     /// Runs helm as the administrator, and returns its standard output.
     ///
     /// # Errors
-    /// When it fails: with what it said.
+    /// When it fails, with its standard error.
     pub async fn helm(&self, arguments: &[&str]) -> Result<String, LabError> {
         self.tool("helm", arguments).await
     }
@@ -249,11 +252,11 @@ impl ControlPlane {
             .env("XDG_DATA_HOME", self.folder.join("data"))
             .kill_on_drop(true)
             .output();
-        let output = timeout(TOOL_PATIENCE, output)
+        let output = timeout(TOOL_TIMEOUT, output)
             .await
-            .map_err(|_| LabError::TooLate {
+            .map_err(|_| LabError::TimedOut {
                 action: format!("{name} {}", arguments.join(" ")),
-                seconds: TOOL_PATIENCE.as_secs(),
+                seconds: TOOL_TIMEOUT.as_secs(),
             })?
             .map_err(LabError::io(format!("running {name}")))?;
         if !output.status.success() {
@@ -269,7 +272,7 @@ impl ControlPlane {
     /// Every request that the API server has answered so far.
     ///
     /// # Errors
-    /// When the log cannot be read, or the cluster is not the lab's own and its log is not to be had.
+    /// When the log cannot be read, or the cluster is not the lab's own, whose log is not available.
     pub fn audit(&self) -> Result<Vec<AuditEvent>, LabError> {
         let log = self.audit_log.as_ref().ok_or_else(|| {
             LabError::ControlPlane(format!("the audit log of the cluster of {CLUSTER_VARIABLE} is not known"))
@@ -280,8 +283,8 @@ impl ControlPlane {
     }
 }
 
-/// Ports that nobody listens on. Until their users do, somebody else might: all are held until all are found, which at least
-/// makes them differ.
+/// Free ports. Another program may take one before its user does. All are held until all are found, so that
+/// they differ.
 fn free_ports<const N: usize>() -> Result<[u16; N], LabError> {
     let mut ports = [0; N];
     let mut held = Vec::new();
@@ -324,7 +327,8 @@ fn write_files(folder: &Path, kubeconfig: &Path, port: u16) -> Result<(), LabErr
     pki.issue(&Subject { common_name: "service-accounts".into(), ..Subject::default() })?
         .write(folder, "service-accounts")?;
     let policy = json!({
-        "apiVersion": "audit.k8s.io/v1", "kind": "Policy", "omitStages": ["RequestReceived"], "rules": [{"level": "Metadata"}]
+        "apiVersion": "audit.k8s.io/v1", "kind": "Policy", "omitStages": ["RequestReceived"],
+        "rules": [{"level": "Metadata"}],
     });
     let audit = folder.join("audit-policy.yaml");
     std::fs::write(&audit, policy.to_string())

@@ -1,19 +1,22 @@
-//! Every phase of a migration, everything that may befall it there, and how it must end: written down before it is run.
+//! Every phase of a migration, every fault that can hit it there, and how it must end: the expectations,
+//! written before the run.
 //!
-//! Pure data. A phase is the moment at which the hand-over stands still for the test ([`Phase::halt`]); what befalls it then is a
-//! [`Fault`]; and [`expected`] is the end that follows from the protocol (section 6 of the design; docs/handover.md), by these rules:
+//! Pure data. A phase is the moment at which the test halts the hand-over ([`Phase::halt`]). A [`Fault`] hits
+//! it then, and [`expected`] is the end that follows from the protocol (docs/handover.md), by these rules:
 //!
-//! 1. Before COMMITTED is durable the source takes the VM back, whatever happened, unless its own VMM is gone.
-//! 2. After COMMITTED only DISCARDED brings the VM back, and only the death of the twin makes the destination discard then.
-//! 3. From STARTING on there is only forward. A twin that dies then takes the VM along.
-//! 4. Somebody who cannot be asked, or whose journal cannot be read, is waited for: in doubt, and nobody guesses.
-//! 5. Whoever is killed but holds no VM (an agent, the operator, the API server) takes nothing along.
+//! 1. Before COMMITTED is durable the source takes the VM back after any fault, unless its own VMM is gone.
+//! 2. After COMMITTED only DISCARDED brings the VM back, and then only the end of the twin
+//!    makes the destination discard.
+//! 3. After STARTING there is no way back. If the twin ends then, the VM is lost.
+//! 4. If an end cannot be reached, or its journal cannot be read, the migration is in doubt and
+//!    waits. Nothing is guessed.
+//! 5. The end of a process that holds no VM (an agent, the operator, the API server) loses nothing.
 
 use std::fmt;
 
 use strum::{IntoStaticStr, VariantArray};
 
-/// Which of the two ends.
+/// One of the two ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, IntoStaticStr)]
 #[strum(serialize_all = "kebab-case")]
 pub enum Side {
@@ -45,11 +48,11 @@ pub enum Phase {
     Committed,
     /// STARTING is durable at the destination, and nothing runs there yet.
     Starting,
-    /// The VM runs at the destination, the source knows it, and has not given anything back yet.
+    /// The VM runs at the destination, the source knows it, and has not released anything yet.
     Release,
 }
 
-/// What befalls a migration.
+/// A fault that hits a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Fault {
     /// The agent at one end is killed with its whole cgroup, and started again.
@@ -60,20 +63,22 @@ pub enum Fault {
     SourceVmmKilled,
     /// The VM's process at the destination is killed.
     TwinKilled,
-    /// The destination is cut off from everybody, until that is noticed; then it is back.
+    /// The destination is cut off from the source and the operator until they notice, and is then reachable
+    /// again.
     LinkCutAndRestored,
-    /// The link between the nodes is cut, and stays so until the migration has ended. The operator reaches both.
+    /// The link between the nodes is cut until the migration has ended. The operator reaches both.
     LinkCutForGood,
     /// The disk under the journal of one end is full, until the migration has ended or is in doubt.
     JournalFull(Side),
-    /// The agent at one end is killed, a byte of its journal of this migration is changed, and it is started again. When it has said
-    /// so, the file is put back as from a backup, and the agent started once more.
+    /// The agent at one end is killed, a byte of its journal of this migration is changed, and it is started
+    /// again. After it has reported that, the file is restored as from a backup, and the agent started once
+    /// more.
     JournalCorrupted(Side),
-    /// A device refuses what it is asked for at this phase, and goes on refusing.
+    /// A device refuses the request of this phase, and continues to refuse.
     DeviceError,
-    /// A device takes 30 s longer for what it is asked for at this phase.
+    /// A device takes 30 s longer for the request of this phase.
     DeviceHang,
-    /// The API server answers nobody for 30 s.
+    /// The API server answers no request for 30 s.
     ApiServerAway,
 }
 
@@ -84,21 +89,22 @@ pub enum End {
     AtSource(&'static [&'static str]),
     /// The VM runs at the destination, and the status says Succeeded.
     AtDestination,
-    /// The VM was lost with the process that held it; the status says so, with one of these reasons.
+    /// The VM was lost with the process that held it; the status gives one of these reasons.
     Lost(&'static [&'static str]),
-    /// The VM had arrived, so the status says Succeeded; its process was killed afterwards, and the AssignedVM says that it does not run.
+    /// The VM had arrived, so the status says Succeeded. Its process was killed afterwards, and the
+    /// AssignedVM shows that it does not run.
     DiedAtDestination,
 }
 
-/// What must be seen.
+/// The expected observation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Expected {
-    /// This end. Before LOADED without a moment of doubt: from then on whoever does not hear of the source cannot know whether it has
-    /// committed.
+    /// This end, and before LOADED never in doubt. From LOADED on, without word from the source it is unknown
+    /// whether it has committed.
     Ends(End),
     /// `InDoubt=True` until this, and then this end.
     InDoubtUntil(Until, End),
-    /// The fault has nothing to befall at this phase: why.
+    /// The fault cannot hit this phase, for this reason.
     CannotOccur(&'static str),
 }
 
@@ -133,7 +139,7 @@ impl Phase {
         self.into()
     }
 
-    /// Whose state machine is made to stand still, and at which of its phases.
+    /// The end whose state machine is halted, and the phase at which it is.
     #[must_use]
     pub fn halt(self) -> (Side, &'static str) {
         match self {
@@ -156,7 +162,8 @@ impl Phase {
         self >= Self::Committed
     }
 
-    /// What a device is asked for at this phase, and at which end, as the agent's fault is named; none: nothing.
+    /// The request to a device at this phase, as the agent's fault names it, and at which end. `None`: there
+    /// is none.
     #[must_use]
     pub fn device_call(self) -> Option<(Side, &'static str)> {
         match self {
@@ -165,7 +172,7 @@ impl Phase {
             Self::Quiesce => Some((Side::Source, "PRE_COPY_P2P")),
             Self::Stop => Some((Side::Source, "STOP_COPY")),
             Self::Capture => Some((Side::Source, "read")),
-            // RESUMING -> STOP: where a driver takes or refuses what it was given.
+            // RESUMING -> STOP: here a driver accepts or refuses its data.
             Self::Load => Some((Side::Destination, "STOP")),
             Self::Starting => Some((Side::Destination, "RUNNING")),
             Self::Release => Some((Side::Source, "reset")),
@@ -226,7 +233,7 @@ impl Fault {
 /// What runs the VM.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, clap::ValueEnum)]
 pub enum VmmKind {
-    /// The lab's own VMM, whose devices the agents drive.
+    /// The reference VMM, whose devices the agents drive.
     #[default]
     Contract,
     /// QEMU, which drives them itself.
@@ -244,23 +251,23 @@ pub fn cells(vmm: VmmKind) -> Vec<Cell> {
     Phase::VARIANTS.iter().copied().flat_map(cell).collect()
 }
 
-/// The same for a VM of QEMU's: it ends as any other does, where the fault can befall it.
+/// The same for a QEMU VM: where the fault can hit, it ends like any other VM.
 #[must_use]
 pub fn expected_of_qemu(phase: Phase, fault: Fault) -> Expected {
     match (fault, phase) {
         (_, Phase::Quiesce) => Expected::CannotOccur(
             "QEMU quiesces and stops its devices in one step of its own; `stop` comes after it",
         ),
-        // RESUMING -> STOP, the check, and the reset of what is given back.
+        // RESUMING -> STOP, the check, and the reset of released devices.
         (Fault::DeviceError | Fault::DeviceHang, Phase::Load | Phase::Release) => expected(phase, fault),
-        (Fault::DeviceError | Fault::DeviceHang, _) => Expected::CannotOccur(
-            "QEMU drives its devices: here the agent asks them for nothing that could be made to fail",
-        ),
+        (Fault::DeviceError | Fault::DeviceHang, _) => {
+            Expected::CannotOccur("QEMU drives its devices: here the agent makes no request that could fail")
+        }
         _ => expected(phase, fault),
     }
 }
 
-/// How a migration must end that this befalls at that moment.
+/// How a migration must end when this fault hits it at this phase.
 #[must_use]
 pub fn expected(phase: Phase, fault: Fault) -> Expected {
     use Expected::{CannotOccur, Ends, InDoubtUntil};
@@ -276,7 +283,7 @@ pub fn expected(phase: Phase, fault: Fault) -> Expected {
     const MOVED: End = End::AtDestination;
 
     match (fault, phase) {
-        // The source knows nothing yet: its agent is back before it is asked.
+        // The source is not involved yet: its agent is back before its first request.
         (AgentKilled(Source), Phase::Reserve) => Ends(MOVED),
         (AgentKilled(Source), _) if phase.is_committed() => Ends(MOVED),
         (AgentKilled(Source), _) => Ends(RESTARTED),
@@ -287,20 +294,21 @@ pub fn expected(phase: Phase, fault: Fault) -> Expected {
 
         (OperatorKilled | ApiServerAway, _) => Ends(MOVED),
 
-        // All of the VM is at the destination, and verified: it is better served by going on there.
+        // All of the VM is at the destination, and verified: it continues there.
         (SourceVmmKilled, Phase::Load | Phase::Loaded) => Ends(MOVED),
         (SourceVmmKilled, _) if phase.is_committed() => Ends(MOVED),
-        // The source had not been asked for anything, and refuses then: there is no VM any more.
+        // The source has had no request yet, and refuses the first: there is no VM any more.
         (SourceVmmKilled, Phase::Reserve) => {
             Ends(End::Lost(&["VMMExited", "SourceRefused", "SourceNotReady"]))
         }
         (SourceVmmKilled, _) => Ends(End::Lost(&["VMMExited"])),
 
-        // The reservation had been answered already, or not: the operator or the source finds it given back.
+        // The reservation may have been answered already: the operator or the source finds it released.
         (TwinKilled, Phase::Reserve) => {
             Ends(End::AtSource(&["TwinFailed", "TargetFailed", "ReserveRefused"]))
         }
-        // LOADED is no promise to live: the destination records DISCARDED, and the source may take the VM back on that.
+        // LOADED does not promise that the twin lives: the destination records DISCARDED, and the source may
+        // take the VM back.
         (TwinKilled, Phase::Committed) => Ends(End::AtSource(&["TwinFailed", "TargetFailed"])),
         (TwinKilled, Phase::Starting) => Ends(End::Lost(&["StartFailed", "TwinFailed"])),
         (TwinKilled, Phase::Release) => Ends(End::DiedAtDestination),
@@ -315,14 +323,14 @@ pub fn expected(phase: Phase, fault: Fault) -> Expected {
         (LinkCutAndRestored | LinkCutForGood, Phase::Release) => Ends(MOVED),
         (LinkCutAndRestored | LinkCutForGood, _) => Ends(PEER_LOST),
 
-        // Full before the first record is written; later ones have had their place on the disk since then.
+        // Full before the first record is written. That record reserves the space for later ones.
         (JournalFull(Source), Phase::Reserve) => Ends(End::AtSource(&["JournalFailed", "SourceRefused"])),
         (JournalFull(Destination), Phase::Reserve) => {
             Ends(End::AtSource(&["JournalFailed", "ReserveRefused"]))
         }
         (JournalFull(_), _) => Ends(MOVED),
 
-        (JournalCorrupted(Source), Phase::Reserve) => CannotOccur("the source has journalled nothing yet"),
+        (JournalCorrupted(Source), Phase::Reserve) => CannotOccur("the source has no journal yet"),
         (JournalCorrupted(Source), _) if phase.is_committed() => {
             InDoubtUntil(Until::JournalIsReadable, MOVED)
         }
@@ -335,21 +343,21 @@ pub fn expected(phase: Phase, fault: Fault) -> Expected {
         (JournalCorrupted(Destination), _) => Ends(PEER_LOST),
 
         (DeviceError | DeviceHang, Phase::Loaded) => {
-            CannotOccur("between LOADED and COMMIT no device is asked for anything")
+            CannotOccur("between LOADED and COMMIT there is no request to a device")
         }
         (DeviceError | DeviceHang, Phase::Committed) => {
-            CannotOccur("COMMITTED is a record and a message; no device is asked for anything")
+            CannotOccur("COMMITTED is a record and a message, without a request to a device")
         }
         (DeviceError, Phase::Reserve) => Ends(End::AtSource(&["DeviceFailed", "ReserveRefused"])),
         (DeviceError, Phase::Starting) => Ends(End::Lost(&["StartFailed"])),
-        // The copy at the source is dead: a device that does not reset is the next user's to reset.
+        // The copy at the source is dead: the device's next user resets it.
         (DeviceError, Phase::Release) => Ends(MOVED),
         (DeviceError, _) => Ends(End::AtSource(&["DeviceFailed"])),
 
-        // In the blackout a phase that only changes states has 20 s.
+        // In the blackout, a phase that only changes states has a limit of 20 s.
         (DeviceHang, Phase::Quiesce | Phase::Stop) => Ends(End::AtSource(&["TimedOut"])),
         (DeviceHang, Phase::Starting) => InDoubtUntil(Until::DeviceIsDone, MOVED),
-        // Slow is not wrong: preCommitTimeout is longer.
+        // Slow is not an error: preCommitTimeout is longer.
         (DeviceHang, _) => Ends(MOVED),
     }
 }
@@ -406,7 +414,7 @@ mod tests {
     }
 
     #[test]
-    fn every_phase_meets_every_fault_once() {
+    fn every_phase_has_every_fault_once() {
         let cells = cells(VmmKind::Contract);
         let names: BTreeSet<String> = cells.iter().map(Cell::to_string).collect();
         assert_eq!(cells.len(), Phase::VARIANTS.len() * Fault::ALL.len());
@@ -426,7 +434,7 @@ mod tests {
     }
 
     #[test]
-    fn after_the_commit_only_a_dead_twin_brings_the_vm_back() {
+    fn after_the_commit_only_the_end_of_the_twin_brings_the_vm_back() {
         for cell in cells(VmmKind::Contract).into_iter().filter(|cell| cell.phase.is_committed()) {
             let back = matches!(end(cell.expected), Some(End::AtSource(_)));
             assert_eq!(back, (cell.phase, cell.fault) == (Phase::Committed, Fault::TwinKilled), "{cell}");
@@ -444,7 +452,7 @@ mod tests {
     }
 
     #[test]
-    fn a_device_can_only_fail_where_it_is_asked_for_something() {
+    fn a_device_can_fail_only_at_a_phase_with_a_device_request() {
         for cell in cells(VmmKind::Contract) {
             if matches!(cell.fault, Fault::DeviceError | Fault::DeviceHang) {
                 let cannot = matches!(cell.expected, Expected::CannotOccur(_));

@@ -1,15 +1,16 @@
-//! What befalls a migration, when, and how it must end all the same.
+//! Faults that hit a migration in each of its phases, and how it must end.
 //!
 //! | module | what it is |
 //! |---|---|
-//! | [`matrix`] | every phase, every fault, and the end of each cell, written down beforehand. Pure data |
-//! | [`stage`] | two nodes and a VM on one of them, ready for the next cell, whatever became of the last |
-//! | [`scene`] | one cell played: the migration is brought to its phase, befallen, healed, and awaited |
-//! | [`questions`] | did it end so, is everything where it belongs, does the status tell the truth |
+//! | [`matrix`] | every phase, every fault, and the expected end of each cell. Pure data |
+//! | [`stage`] | two nodes and a VM on one of them, ready for the next cell |
+//! | [`scene`] | one cell: the migration is halted at its phase, the fault is injected and undone |
+//! | [`questions`] | did it end as expected, is everything where it belongs, is the status true |
 //! | [`report`] | the table |
-//! | [`walk`] | the same with faults and instants that are drawn, back and forth |
+//! | [`walk`] | migrations back and forth with random faults at random times |
 //!
-//! Who runs the VM is judged by the kernels' traces and by the guest's own count; no agent is asked.
+//! The kernels' traces and the guest's own count show which node runs the VM. The agents' word does not
+//! count.
 
 pub mod matrix;
 pub mod questions;

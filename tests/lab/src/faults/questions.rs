@@ -1,5 +1,5 @@
-//! The three questions after each cell: did it end so, by the kernels' traces; is everything where it belongs, nothing leaked, nothing
-//! reserved; does the status tell the truth.
+//! The three questions after each cell. Did it end as expected, by the kernels' traces? Is everything where
+//! it belongs, with nothing leaked or reserved? Is the status true?
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -12,21 +12,20 @@ use tokio::time::{Instant, interval, timeout};
 
 use super::matrix::{Cell, End, Expected, Phase, Side};
 use super::report::Outcome;
-use super::scene::Played;
-use super::stage::{DEVICES, Ends};
-use crate::cluster::{Cluster, NAMESPACE, SOON, Watching, has_condition};
+use super::scene::{DEVICES, Ends, Played};
+use crate::cluster::{Cluster, NAMESPACE, TIMEOUT, Watching, has_condition};
 use crate::witness::{
     PeerToPeer, State, Trace, Violation, Waking, captured_at_slack_water, never_ran, one_runner,
     quiesced_together, woke_together,
 };
 use slackwater_reference_vmm::guest::Report;
 
-/// Within so long the guest must be seen to count on, if it does.
+/// A guest that runs counts within this time.
 const A_ROUND: Duration = Duration::from_secs(5);
 
 /// Where the VM runs, and what the status says.
 #[derive(Clone, Debug)]
-struct Seen {
+struct Observed {
     at: Option<Side>,
     guest: Option<Report>,
     succeeded: bool,
@@ -38,7 +37,7 @@ struct Seen {
 /// Asks all three about a migration that has ended.
 ///
 /// # Errors
-/// When they cannot be asked. What is wrong is in the outcome.
+/// When they cannot be answered. Wrong answers are in the outcome.
 pub async fn ask(cluster: &Cluster, cell: &Cell, ends: Ends, played: &Played) -> anyhow::Result<Outcome> {
     let expected = match cell.expected {
         Expected::Ends(end) | Expected::InDoubtUntil(_, end) => end,
@@ -54,15 +53,15 @@ pub async fn ask(cluster: &Cluster, cell: &Cell, ends: Ends, played: &Played) ->
     note("the end", is_expected(expected, &seen));
     note("the guest", guest_is_sound(&seen, &played.watching.before));
     note("the trace", judged_by_trace(cluster, expected, ends, played).await);
-    note("the doubt", doubt_was_told(cell, &seen, played));
+    note("the doubt", doubt_was_reported(cell, &seen, played));
     let home = seen.at.map(|side| ends.at(side));
     if let Some(home) = home {
         note("the status of the VM", cluster.until_vm_at(home).await.map(drop));
         note("what is left", is_clean(cluster, ends, home, &played.migration).await);
     } else {
-        note("the status of the VM", is_told_lost(cluster).await);
+        note("the status of the VM", is_reported_lost(cluster).await);
     }
-    note("the status", tells_the_truth(expected, cluster, played).await);
+    note("the status", status_is_true(expected, cluster, played).await);
     Ok(Outcome {
         cell: *cell,
         seen: seen.to_string(),
@@ -73,7 +72,7 @@ pub async fn ask(cluster: &Cluster, cell: &Cell, ends: Ends, played: &Played) ->
     })
 }
 
-impl std::fmt::Display for Seen {
+impl std::fmt::Display for Observed {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         if self.in_doubt {
             f.write_str("in doubt, then ")?;
@@ -88,14 +87,14 @@ impl std::fmt::Display for Seen {
     }
 }
 
-/// Where the guest counts on; none: nowhere.
+/// The end at which the guest counts. `None`: nowhere.
 ///
 /// # Errors
-/// When it does so at both ends.
+/// When it counts at both ends.
 pub async fn runner(cluster: &Cluster, ends: Ends) -> anyhow::Result<Option<(Side, Report)>> {
     let mut running = Vec::new();
     for side in [Side::Source, Side::Destination] {
-        if let Some(guest) = counts(cluster, ends.at(side)).await {
+        if let Some(guest) = counting_guest(cluster, ends.at(side)).await {
             running.push((side, guest));
         }
     }
@@ -103,11 +102,12 @@ pub async fn runner(cluster: &Cluster, ends: Ends) -> anyhow::Result<Option<(Sid
     Ok(running.pop())
 }
 
-/// Only the end at which the VM runs now has ever run it since, or the source before the destination: by the kernels' traces.
+/// Checks by the kernels' traces that only the end at which the VM runs now has run it, or the source before
+/// the destination.
 ///
 /// # Errors
-/// With the first sign that it was not so.
-pub async fn one_ran(cluster: &Cluster, home: Side, watching: &Watching) -> anyhow::Result<()> {
+/// With the first event that contradicts it.
+pub async fn only_one_ran(cluster: &Cluster, home: Side, watching: &Watching) -> anyhow::Result<()> {
     let (source, destination) = cluster.traces(watching).await?;
     match home {
         Side::Source => never_ran(&destination)?,
@@ -116,7 +116,7 @@ pub async fn one_ran(cluster: &Cluster, home: Side, watching: &Watching) -> anyh
     Ok(())
 }
 
-async fn look(cluster: &Cluster, ends: Ends, played: &Played) -> anyhow::Result<Seen> {
+async fn look(cluster: &Cluster, ends: Ends, played: &Played) -> anyhow::Result<Observed> {
     let (at, guest) =
         runner(cluster, ends).await?.map_or((None, None), |(side, guest)| (Some(side), Some(guest)));
     let status = status(played)?;
@@ -126,7 +126,7 @@ async fn look(cluster: &Cluster, ends: Ends, played: &Played) -> anyhow::Result<
         cluster.event_reasons(&played.migration.name_any()).await?.iter().any(|reason| reason == "InDoubt");
     let in_doubt =
         |status: &VMMigrationStatus| has_condition(&status.conditions, "InDoubt", "True") == Some(true);
-    Ok(Seen {
+    Ok(Observed {
         at,
         guest,
         succeeded: succeeded.status == "True",
@@ -141,7 +141,7 @@ fn status(played: &Played) -> anyhow::Result<&VMMigrationStatus> {
 }
 
 /// The guest of the only VMM of a node, if it counts on.
-async fn counts(cluster: &Cluster, node: &str) -> Option<Report> {
+async fn counting_guest(cluster: &Cluster, node: &str) -> Option<Report> {
     let first = cluster.guest(node).await.ok()?;
     let deadline = Instant::now() + A_ROUND;
     while Instant::now() < deadline {
@@ -153,7 +153,7 @@ async fn counts(cluster: &Cluster, node: &str) -> Option<Report> {
     None
 }
 
-fn is_expected(expected: End, seen: &Seen) -> anyhow::Result<()> {
+fn is_expected(expected: End, seen: &Observed) -> anyhow::Result<()> {
     let given = |reasons: &[&str]| reasons.contains(&seen.reason.as_str());
     let is = match expected {
         End::AtSource(reasons) => seen.at == Some(Side::Source) && !seen.succeeded && given(reasons),
@@ -165,14 +165,15 @@ fn is_expected(expected: End, seen: &Seen) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn guest_is_sound(seen: &Seen, before: &Report) -> anyhow::Result<()> {
+fn guest_is_sound(seen: &Observed, before: &Report) -> anyhow::Result<()> {
     let Some(guest) = &seen.guest else { return Ok(()) };
     ensure!(guest.count > before.count, "it has gone back from {} to {}", before.count, guest.count);
     ensure!(guest.errors == before.errors, "it found errors: {guest:?}, before {before:?}");
     Ok(())
 }
 
-/// The kernels' word. What was not kept of the vCPUs' runs while nothing was at stake is no objection; what was seen is.
+/// Judges by the kernels' traces. A gap in the record of the vCPUs is no violation here; only what was seen
+/// is.
 async fn judged_by_trace(
     cluster: &Cluster,
     expected: End,
@@ -199,7 +200,7 @@ async fn judged_by_trace(
             seen(captured_at_slack_water(&source))?;
             seen(woke_together(&destination, Waking::AfterLoad, policy))?;
         }
-        // If the destination began to run it, the source had ended before.
+        // If the destination started to run it, the source had ended before.
         End::Lost(_) => {
             if never_ran(&destination).is_err() {
                 one_runner(&source, &destination)?;
@@ -209,22 +210,22 @@ async fn judged_by_trace(
     Ok(())
 }
 
-/// Devices that were not touched have no state that the trace could tell.
+/// All devices are in RUNNING, as far as the trace knows: an untouched device has no state in it.
 fn all_run(trace: &Trace, node: &str) -> anyhow::Result<()> {
     for device in trace.devices.keys() {
         let state = trace.final_state(device);
-        ensure!(matches!(state, None | Some(State::Running)), "{device} of {node} stands in {state:?}");
+        ensure!(matches!(state, None | Some(State::Running)), "{device} of {node} is in {state:?}");
     }
     Ok(())
 }
 
-fn doubt_was_told(cell: &Cell, seen: &Seen, played: &Played) -> anyhow::Result<()> {
+fn doubt_was_reported(cell: &Cell, seen: &Observed, played: &Played) -> anyhow::Result<()> {
     if cell.must_be_in_doubt() {
-        ensure!(seen.in_doubt, "it was never said to be in doubt");
+        ensure!(seen.in_doubt, "it was never reported to be in doubt");
     } else if cell.phase < Phase::Loaded {
-        ensure!(!seen.in_doubt, "it was said to be in doubt when nobody could have committed");
+        ensure!(!seen.in_doubt, "it was reported to be in doubt before a commit was possible");
     }
-    // Whoever has to mend a journal has to be told which.
+    // An administrator who has to restore a journal must learn which file it is.
     let decided = played.decided.status.as_ref().context("no status")?;
     let doubt = decided.conditions.iter().find(|c| c.type_ == "InDoubt" && c.status == "True");
     if let (Some(doubt), Some(file)) = (doubt, played.damaged.first()) {
@@ -234,12 +235,12 @@ fn doubt_was_told(cell: &Cell, seen: &Seen, played: &Played) -> anyhow::Result<(
     Ok(())
 }
 
-async fn tells_the_truth(expected: End, cluster: &Cluster, played: &Played) -> anyhow::Result<()> {
+async fn status_is_true(expected: End, cluster: &Cluster, played: &Played) -> anyhow::Result<()> {
     let name = played.migration.name_any();
     let now = cluster.migrations().get(&name).await?.status.context("no status")?;
     ensure!(
         has_condition(&now.conditions, "InDoubt", "True") != Some(true),
-        "it is still said to be in doubt: {now:#?}"
+        "it is still reported to be in doubt: {now:#?}"
     );
     ensure!(now.completion_time.is_some(), "it has no completionTime");
     let message = |type_: &str| {
@@ -249,10 +250,10 @@ async fn tells_the_truth(expected: End, cluster: &Cluster, played: &Played) -> a
         End::AtSource(_) => &[MigrationPhase::RolledBack, MigrationPhase::Refused],
         End::AtDestination | End::DiedAtDestination => &[MigrationPhase::Succeeded],
         End::Lost(_) => {
-            let told = message("Succeeded");
+            let text = message("Succeeded");
             ensure!(
-                !told.contains("runs on") && !told.contains("runs at"),
-                "it is lost, and the status says {told}"
+                !text.contains("runs on") && !text.contains("runs at"),
+                "it is lost, and the status says {text}"
             );
             &[MigrationPhase::Lost, MigrationPhase::RolledBack, MigrationPhase::Refused]
         }
@@ -261,15 +262,15 @@ async fn tells_the_truth(expected: End, cluster: &Cluster, played: &Played) -> a
     Ok(())
 }
 
-/// A VM that runs nowhere is not said to run.
-async fn is_told_lost(cluster: &Cluster) -> anyhow::Result<()> {
+/// The AssignedVM of a VM that runs nowhere must not say that it runs.
+async fn is_reported_lost(cluster: &Cluster) -> anyhow::Result<()> {
     let api: Api<AssignedVM> = Api::namespaced(cluster.client.clone(), NAMESPACE);
     let lost = |vm: Option<&AssignedVM>| {
         let state = vm.and_then(|vm| vm.status.as_ref()?.state);
         !matches!(state, Some(VmState::Running))
     };
     let waiting = kube::runtime::wait::await_condition(api.clone(), "counter", lost);
-    if timeout(SOON, waiting).await.is_err() {
+    if timeout(TIMEOUT, waiting).await.is_err() {
         bail!(
             "the AssignedVM says that it runs: {:#?}",
             api.get_opt("counter").await?.and_then(|vm| vm.status)
@@ -278,23 +279,23 @@ async fn is_told_lost(cluster: &Cluster) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Everything is where it belongs, or comes there soon.
+/// Waits until everything is where it belongs.
 ///
 /// # Errors
-/// With all that is not.
+/// With everything that is not.
 pub async fn is_clean(
     cluster: &Cluster,
     ends: Ends,
     home: &str,
     migration: &VMMigration,
 ) -> anyhow::Result<()> {
-    let deadline = Instant::now() + SOON;
-    let mut looks = interval(Duration::from_millis(500));
+    let deadline = Instant::now() + TIMEOUT;
+    let mut polls = interval(Duration::from_millis(500));
     loop {
-        looks.tick().await;
+        polls.tick().await;
         let mut left = Vec::new();
         for node in [ends.source, ends.destination] {
-            left.extend(left_at(cluster, node, node == home, migration).await?);
+            left.extend(leftovers_at(cluster, node, node == home, migration).await?);
         }
         if left.is_empty() {
             return Ok(());
@@ -303,8 +304,8 @@ pub async fn is_clean(
     }
 }
 
-/// What is at a node and should not be, or is not and should be.
-async fn left_at(
+/// What is at a node and must not be, or is missing.
+async fn leftovers_at(
     cluster: &Cluster,
     node: &str,
     is_home: bool,
@@ -318,8 +319,8 @@ async fn left_at(
     };
     let number = |is: usize| if is_home { is } else { 0 }.to_string();
 
-    // What the agent says.
-    let described = cluster.described(node).await?;
+    // By the agent's answers.
+    let described = cluster.describe(node).await?;
     let of_vm = described.devices.iter().filter(|d| d.holder == format!("VM {NAMESPACE}/counter")).count();
     let free = described.devices.iter().filter(|device| device.free).count();
     expect("devices of the VM", of_vm.to_string(), number(DEVICES));
@@ -328,7 +329,7 @@ async fn left_at(
     let held: Vec<&str> =
         described.vms.iter().map(|vm| vm.migration_id.as_str()).filter(|id| !id.is_empty()).collect();
     expect("migrations that hold a VM", held.join(" "), String::new());
-    let journal = cluster.journalled(node, migration).await?;
+    let journal = cluster.journal_state(node, migration).await?;
     let open = !journal.ended && journal.record() != JournalRecord::Unspecified;
     expect(
         "the journal",
@@ -336,8 +337,8 @@ async fn left_at(
         "closed".to_owned(),
     );
 
-    // What the node's kernel says.
-    let counted = counted(cluster, node).await?;
+    // By the node's kernel.
+    let counted = count_leftovers(cluster, node).await?;
     let count = |what: &str| counted.get(what).copied().unwrap_or(0);
     expect("VMMs", count("vmms").to_string(), number(1));
     expect("cgroups of VMs without a process", count("empty-cgroups").to_string(), "0".to_owned());
@@ -351,7 +352,7 @@ async fn left_at(
 }
 
 /// Counts what a node's /proc and /sys show.
-async fn counted(cluster: &Cluster, node: &str) -> anyhow::Result<BTreeMap<String, usize>> {
+async fn count_leftovers(cluster: &Cluster, node: &str) -> anyhow::Result<BTreeMap<String, usize>> {
     const COUNT: &str = r#"
         vmms=$(pidof slackwater-reference-vmm qemu-system-x86_64 | wc -w)
         cgroups=0; empty=0

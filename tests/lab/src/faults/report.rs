@@ -1,36 +1,36 @@
-//! What became of the cells, as a table.
+//! The results of the cells, as a table.
 
 use std::fmt::Write as _;
 use std::time::Duration;
 
 use super::matrix::{Cell, Expected};
 
-/// What became of a cell.
+/// The result of a cell.
 #[derive(Clone, Debug)]
 pub struct Outcome {
-    /// Which.
+    /// The cell.
     pub cell: Cell,
-    /// The end that was seen.
+    /// The observed end.
     pub seen: String,
-    /// Answers to the three questions that are not as they should be. None: it is as it was written down.
+    /// Differences from the expectation. Empty: it ended as expected.
     pub problems: Vec<String>,
     /// Where the VM runs now.
     pub home: Option<&'static str>,
-    /// What it took, making ready included.
+    /// How long it took, preparation included.
     pub took: Duration,
-    /// If something was wrong: what the agents and the operator said.
+    /// If it ended otherwise: the logs of the agents and the operator.
     pub evidence: String,
 }
 
 impl Outcome {
-    /// A cell that did not come to an end at all.
+    /// A cell whose migration did not end.
     #[must_use]
-    pub fn failed(cell: Cell, why: String) -> Self {
+    pub fn without_end(cell: Cell, why: String) -> Self {
         let seen = "no end was seen".to_owned();
         Self { cell, seen, problems: vec![why], home: None, took: Duration::ZERO, evidence: String::new() }
     }
 
-    /// It ended as it was written down.
+    /// Whether it ended as expected.
     #[must_use]
     pub fn ok(&self) -> bool {
         self.problems.is_empty()
@@ -46,8 +46,10 @@ pub fn markdown(all: &[Cell], outcomes: &[Outcome]) -> String {
     let minutes = outcomes.iter().map(|outcome| outcome.took).sum::<Duration>().as_secs() / 60;
     let mut text = format!(
         "# The fault matrix\n\n\
-         Written by `make fault-matrix`: every phase of a migration, everything that may befall it there, how it must end\n\
-         (tests/lab/src/faults/matrix.rs, written down beforehand), and how it ended on the lab: real kernels, real processes,\n\
+         Written by `make fault-matrix`: every phase of a migration, every fault that can hit it there, \
+         how it must end\n\
+         (tests/lab/src/faults/matrix.rs, written before the run), and how it ended on the lab: real kernels, \
+         real processes,\n\
          judged by the kernels' traces.\n\n\
          {} cells: {run} run, {ok} as expected, {impossible} cannot occur. {minutes} min.\n\n\
          | phase | fault | expected | seen | ok | s |\n|---|---|---|---|---|---|\n",
@@ -82,11 +84,11 @@ mod tests {
     use crate::faults::matrix::{Fault, Phase, VmmKind, cells};
 
     #[test]
-    fn every_cell_has_its_row_and_a_problem_is_told_in_it() {
+    fn every_cell_has_its_row_which_shows_its_problems() {
         let all = cells(VmmKind::Contract);
         let cell =
             *all.iter().find(|cell| (cell.phase, cell.fault) == (Phase::Stop, Fault::TwinKilled)).unwrap();
-        let text = markdown(&all, &[Outcome::failed(cell, "a | b\nc".to_owned())]);
+        let text = markdown(&all, &[Outcome::without_end(cell, "a | b\nc".to_owned())]);
         let rows: Vec<&str> =
             text.lines().filter(|line| line.starts_with("| ") && !line.starts_with("| phase")).collect();
         assert_eq!(rows.len(), all.len());

@@ -1,5 +1,5 @@
-//! One cell played: the migration is brought to its phase and made to stand still there, something befalls it, it goes on, and what
-//! befell it is healed.
+//! Plays one cell: the migration is halted at its phase, the fault is injected, the migration continues, and
+//! the fault is undone.
 
 use std::time::Duration;
 
@@ -8,33 +8,54 @@ use kube::{Api, ResourceExt};
 use slackwater_api::{MigrationNode, VMMigration};
 
 use super::matrix::{Cell, Expected, Fault, Phase, Side};
-use super::stage::Ends;
-use crate::cluster::{Cluster, Damaged, SOON, Watching, has_condition};
+use crate::cluster::{Cluster, DamagedFile, TIMEOUT, Watching, has_condition};
 
-/// How long a device hangs, and how long the API server is away.
+/// Devices of each node, and of the VM.
+pub const DEVICES: usize = 2;
+/// How long a device hangs, and how long the API server does not answer.
 const A_WHILE: Duration = Duration::from_secs(30);
 
-/// A migration that has come to its end.
+/// The two ends of the next migration.
+#[derive(Clone, Copy, Debug)]
+pub struct Ends {
+    /// Where the VM runs.
+    pub source: &'static str,
+    /// Where it is to go.
+    pub destination: &'static str,
+}
+
+impl Ends {
+    /// The node at one end.
+    #[must_use]
+    pub fn at(self, side: Side) -> &'static str {
+        match side {
+            Side::Source => self.source,
+            Side::Destination => self.destination,
+        }
+    }
+}
+
+/// A migration that has ended.
 #[derive(Debug)]
 pub struct Played {
     /// As it ended.
     pub migration: VMMigration,
-    /// As it was when its end, or that there is doubt about it, was first seen.
+    /// As it was when its end, or the doubt about it, was first seen.
     pub decided: VMMigration,
     /// Both nodes' witnesses, and the guest before.
     pub watching: Watching,
     /// The files of a journal that could not be read for a while.
-    pub damaged: Vec<Damaged>,
+    pub damaged: Vec<DamagedFile>,
 }
 
-/// Plays a cell. What befell the migration is healed when this returns, whatever it returns.
+/// Plays a cell. When this returns, the fault has been undone, also after an error.
 ///
 /// # Errors
 /// When the phase is not reached, or the migration does not end.
 pub async fn play(cluster: &mut Cluster, cell: &Cell, ends: Ends, name: &str) -> anyhow::Result<Played> {
     let mut scene = Scene { cluster, cell, ends, name, damaged: Vec::new() };
     let played = scene.play().await;
-    scene.heal().await.context("what befell the migration could not be healed")?;
+    scene.undo().await.context("the fault could not be undone")?;
     played
 }
 
@@ -43,7 +64,7 @@ struct Scene<'a> {
     cell: &'a Cell,
     ends: Ends,
     name: &'a str,
-    damaged: Vec<Damaged>,
+    damaged: Vec<DamagedFile>,
 }
 
 impl Scene<'_> {
@@ -52,7 +73,7 @@ impl Scene<'_> {
         let halted = self.prepare().await?;
         self.cluster.migrate(self.name, &format!("target: {{nodeName: {}}}", self.ends.destination)).await?;
         if let Some((node, words)) = halted {
-            let at_phase = self.cluster.until_agent_says(node, &words, SOON).await;
+            let at_phase = self.cluster.until_agent_says(node, &words, TIMEOUT).await;
             if at_phase.is_err() {
                 let now = self
                     .cluster
@@ -63,21 +84,22 @@ impl Scene<'_> {
                 at_phase.with_context(|| format!("the phase was not reached; the status is {now:#?}"))?;
             }
         }
-        self.befall().await?;
+        self.inject().await?;
         let decided = self.until_decided().await?;
-        self.relieve().await?;
+        self.end_fault().await?;
         let migration = self.cluster.until_ended(self.name).await?;
         let damaged = std::mem::take(&mut self.damaged);
         Ok(Played { migration, decided, watching, damaged })
     }
 
-    /// Sets what the agents are to do. Returns where the migration will stand still, and what is said then.
+    /// Sets the agents' faults. Returns the node at which the migration will halt, and what its agent logs
+    /// then.
     async fn prepare(&mut self) -> anyhow::Result<Option<(&'static str, String)>> {
         let (side, phase) = self.cell.phase.halt();
         match (self.cell.fault, self.cell.phase.device_call()) {
             (Fault::DeviceError | Fault::DeviceHang, Some((side, call))) => {
                 let node = self.ends.at(side);
-                // The second device: the first is fine.
+                // The second device fails; the first works.
                 let device = self.cluster.lab.node(node)?.devices().last().context("no device")?;
                 let fault = match self.cell.fault {
                     Fault::DeviceError => format!("device.error={call}@{device}\n"),
@@ -99,7 +121,7 @@ impl Scene<'_> {
         }
     }
 
-    /// The migration goes on.
+    /// Lets the migration continue.
     async fn go_on(&self) -> anyhow::Result<()> {
         for node in [self.ends.source, self.ends.destination] {
             self.cluster.set_faults(node, "").await?;
@@ -107,14 +129,14 @@ impl Scene<'_> {
         Ok(())
     }
 
-    async fn befall(&mut self) -> anyhow::Result<()> {
+    async fn inject(&mut self) -> anyhow::Result<()> {
         let Ends { source, destination } = self.ends;
         match self.cell.fault {
             Fault::AgentKilled(side) => {
                 let node = self.ends.at(side);
                 self.cluster.kill_agent(node).await?;
                 if (side, self.cell.phase) == (Side::Source, Phase::Reserve) {
-                    // The operator is to find it well again when it comes to ask it.
+                    // It must be back before the operator's next request to it.
                     self.until_ready(node, "False").await?;
                     self.cluster.restart_agent(node).await?;
                     self.until_ready(node, "True").await?;
@@ -137,7 +159,7 @@ impl Scene<'_> {
                 self.go_on().await
             }
             Fault::LinkCutAndRestored => {
-                self.cluster.cut_off(destination).await?;
+                self.cluster.isolate(destination).await?;
                 self.go_on().await
             }
             Fault::LinkCutForGood => {
@@ -179,7 +201,7 @@ impl Scene<'_> {
             .await
     }
 
-    /// Until it has ended, or there is doubt about its end: where a journal was damaged, the doubt that names it.
+    /// Waits until it has ended or is in doubt. Where a journal was damaged, the doubt must name the file.
     async fn until_decided(&mut self) -> anyhow::Result<VMMigration> {
         let api = self.cluster.migrations();
         let names_a_file = matches!(self.cell.fault, Fault::JournalCorrupted(_));
@@ -188,8 +210,8 @@ impl Scene<'_> {
                 let conditions = &migration.status.as_ref()?.conditions;
                 let named = |message: &str| message.contains(".source") || message.contains(".destination");
                 let doubt = conditions.iter().any(|condition| {
-                    let told = condition.type_ == "InDoubt" && condition.status == "True";
-                    told && (!names_a_file || named(&condition.message))
+                    let in_doubt = condition.type_ == "InDoubt" && condition.status == "True";
+                    in_doubt && (!names_a_file || named(&condition.message))
                 });
                 let ended = ["True", "False"]
                     .iter()
@@ -199,28 +221,28 @@ impl Scene<'_> {
             .await
     }
 
-    /// Ends what the end of a doubt depends on.
-    async fn relieve(&mut self) -> anyhow::Result<()> {
+    /// Ends a fault that keeps the migration in doubt.
+    async fn end_fault(&mut self) -> anyhow::Result<()> {
         match self.cell.fault {
-            Fault::LinkCutAndRestored => self.cluster.join_again(self.ends.destination).await,
+            Fault::LinkCutAndRestored => self.cluster.reconnect(self.ends.destination).await,
             Fault::JournalFull(side) => self.cluster.empty_state_disk(self.ends.at(side)).await,
             Fault::JournalCorrupted(side) => {
                 let node = self.ends.at(side);
                 self.cluster.kill_agent(node).await?;
-                self.cluster.mend_journal(node, &self.damaged).await?;
+                self.cluster.restore_journal(node, &self.damaged).await?;
                 self.cluster.restart_agent(node).await
             }
             _ => Ok(()),
         }
     }
 
-    /// Takes away whatever is left of what befell the migration.
-    async fn heal(&mut self) -> anyhow::Result<()> {
+    /// Removes what is left of the fault.
+    async fn undo(&mut self) -> anyhow::Result<()> {
         self.cluster.lab.control_plane()?.thaw_api_server()?;
         self.go_on().await?;
         match self.cell.fault {
             Fault::LinkCutAndRestored | Fault::LinkCutForGood => {
-                self.cluster.join_again(self.ends.destination).await?;
+                self.cluster.reconnect(self.ends.destination).await?;
             }
             Fault::JournalFull(side) => self.cluster.empty_state_disk(self.ends.at(side)).await?,
             _ => {}
@@ -233,7 +255,7 @@ impl Scene<'_> {
 }
 
 impl Cell {
-    /// The migration must have been in doubt.
+    /// Whether the migration must have been in doubt.
     #[must_use]
     pub fn must_be_in_doubt(&self) -> bool {
         matches!(self.expected, Expected::InDoubtUntil(..))

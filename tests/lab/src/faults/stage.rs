@@ -1,21 +1,22 @@
-//! Two nodes with two devices each and a VM on one of them, ready for the next cell, whatever became of the last one.
+//! Two nodes with two devices each and a VM on one of them, ready for the next cell after any end of the last
+//! one.
 
 use std::time::Duration;
 
 use anyhow::Context;
 use kube::api::{Patch, PatchParams};
 
-use super::matrix::{Cell, Side, VmmKind};
+use super::matrix::{Cell, VmmKind};
 use super::report::Outcome;
+use super::scene::{DEVICES, Ends};
 use super::{questions, scene};
 use crate::cluster::{Cluster, LabVm, QemuVm};
 use crate::config::LabConfig;
 use crate::node::NodeConfig;
 
-/// Devices of each node, and of the VM.
-pub const DEVICES: usize = 2;
 const NODES: [&str; 2] = ["node-a", "node-b"];
-/// Slow enough for the kernel's trace of a cell that takes a minute, and quick enough to see the guest go on within a second.
+/// Slow enough for the kernel's trace of a cell that takes a minute, and fast enough to see the guest count
+/// within a second.
 const PACE: Duration = Duration::from_millis(40);
 
 fn qemu() -> QemuVm {
@@ -26,35 +27,15 @@ fn qemu() -> QemuVm {
 pub struct Stage {
     /// The product.
     pub cluster: Cluster,
-    /// Where the VM runs; none: nowhere.
+    /// Where the VM runs. `None`: nowhere.
     home: Option<&'static str>,
     vmm: VmmKind,
     /// Migrations so far: each has a name of its own.
     played: u32,
 }
 
-/// The two ends of the next migration.
-#[derive(Clone, Copy, Debug)]
-pub struct Ends {
-    /// Where the VM runs.
-    pub source: &'static str,
-    /// Where it is to go.
-    pub destination: &'static str,
-}
-
-impl Ends {
-    /// The node at one end.
-    #[must_use]
-    pub fn at(self, side: Side) -> &'static str {
-        match side {
-            Side::Source => self.source,
-            Side::Destination => self.destination,
-        }
-    }
-}
-
 impl Stage {
-    /// Starts it all.
+    /// Starts the product on two nodes.
     ///
     /// # Errors
     /// When a part does not come up.
@@ -67,10 +48,10 @@ impl Stage {
         Ok(Self { cluster, home: None, vmm, played: 0 })
     }
 
-    /// A VM that runs at one node and can go to the other: the one that is there, or a new one.
+    /// Ensures that a VM runs on one node and can move to the other: the current one, or a new one.
     ///
     /// # Errors
-    /// When there is none to be had.
+    /// When none can be started.
     pub async fn ready(&mut self) -> anyhow::Result<Ends> {
         let source = match self.home {
             Some(home) => home,
@@ -80,13 +61,13 @@ impl Stage {
         Ok(Ends { source, destination })
     }
 
-    /// A name that no migration has had.
+    /// A new name for a migration.
     pub fn next_name(&mut self, what: &str) -> String {
         self.played += 1;
         format!("{what}-{}", self.played)
     }
 
-    /// Says where the VM is now.
+    /// Sets where the VM is now.
     pub fn vm_is_at(&mut self, home: Option<&'static str>) {
         self.home = home;
     }
@@ -110,7 +91,7 @@ impl Stage {
         Ok(home)
     }
 
-    /// What an administrator would remove after a VM was lost: its processes, its directory.
+    /// Removes the processes and the directory of a lost VM, as an administrator would.
     async fn remove_remains(&self, node: &str) -> anyhow::Result<()> {
         for pid in self.cluster.vmms(node).await? {
             self.cluster.lab.node(node)?.kill(pid).await?;
@@ -122,7 +103,7 @@ impl Stage {
         Ok(())
     }
 
-    /// Begins anew with everything but the nodes and the control plane, after something went as it should not have.
+    /// Starts again with everything but the nodes and the control plane, after an unexpected end.
     ///
     /// # Errors
     /// When a part does not come up.
@@ -131,11 +112,11 @@ impl Stage {
         self.cluster.lab.control_plane()?.thaw_api_server()?;
         self.cluster.kill_operator().await;
         for node in NODES {
-            self.cluster.join_again(node).await?;
+            self.cluster.reconnect(node).await?;
             self.cluster.set_faults(node, "").await?;
             self.cluster.kill_agent(node).await?;
             self.remove_remains(node).await?;
-            self.cluster.forget_state(node).await?;
+            self.cluster.delete_state(node).await?;
         }
         for node in NODES {
             self.cluster.restart_agent(node).await?;
@@ -145,7 +126,7 @@ impl Stage {
         Ok(())
     }
 
-    /// Removes every VMMigration, whatever its finalizers want.
+    /// Removes every VMMigration, ignoring its finalizers.
     async fn forget_migrations(&self) -> anyhow::Result<()> {
         let api = self.cluster.migrations();
         for migration in api.list(&kube::api::ListParams::default()).await? {
@@ -157,17 +138,17 @@ impl Stage {
         Ok(())
     }
 
-    /// Plays one cell, asks the three questions, and makes ready for the next.
+    /// Plays one cell, asks the three questions, and prepares the next.
     pub async fn play(&mut self, cell: &Cell) -> Outcome {
         let begin = std::time::Instant::now();
         let mut outcome = match self.try_play(cell).await {
             Ok(outcome) => outcome,
-            Err(error) => Outcome::failed(*cell, format!("{error:#}")),
+            Err(error) => Outcome::without_end(*cell, format!("{error:#}")),
         };
         if !outcome.ok() {
             outcome.evidence = self.evidence(begin.elapsed()).await;
             if let Err(error) = self.rebuild().await {
-                outcome.problems.push(format!("and then it could not be cleared away: {error:#}"));
+                outcome.problems.push(format!("and the stage could not be rebuilt: {error:#}"));
             }
         }
         outcome.took = begin.elapsed();
@@ -186,7 +167,7 @@ impl Stage {
         Ok(outcome)
     }
 
-    /// What all parts have said lately, for whoever has to find out.
+    /// The recent logs of all components, to find the cause.
     pub async fn evidence(&self, lately: Duration) -> String {
         let mut text = String::new();
         let lines = 120 + usize::try_from(lately.as_secs()).unwrap_or(0);

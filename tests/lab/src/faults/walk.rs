@@ -1,5 +1,5 @@
-//! A random walk: migrations back and forth, each befallen by something drawn, at an instant drawn. Whatever it was, the VM then runs
-//! on exactly one node, unless its own process was killed, and everything is where it belongs.
+//! A random walk: migrations back and forth, each with a random fault at a random time. Afterwards the VM
+//! runs on exactly one node, unless its own process was killed, and everything is where it belongs.
 
 use std::fmt;
 use std::time::Duration;
@@ -10,15 +10,16 @@ use tokio::time::sleep;
 
 use super::matrix::Side;
 use super::questions;
-use super::stage::{Ends, Stage};
+use super::scene::Ends;
+use super::stage::Stage;
 use crate::cluster::Watching;
 
-/// Small numbers that look random, and are the same for the same seed (SplitMix64 by Sebastiano Vigna).
+/// A small random number generator with a seed (SplitMix64 by Sebastiano Vigna).
 #[derive(Clone, Debug)]
-pub struct Draw(u64);
+pub struct Random(u64);
 
-impl Draw {
-    /// Begins with a seed.
+impl Random {
+    /// A generator with this seed.
     #[must_use]
     pub fn new(seed: u64) -> Self {
         Self(seed)
@@ -32,22 +33,22 @@ impl Draw {
         mixed ^ (mixed >> 31)
     }
 
-    /// One of them; the first if there is none other.
+    /// One of these; `first` if there are none.
     fn one_of<T: Copy>(&mut self, of: &[T], first: T) -> T {
         let index = self.next() % (of.len().max(1) as u64);
         of.get(usize::try_from(index).unwrap_or(0)).copied().unwrap_or(first)
     }
 
-    /// From nothing to `most`.
+    /// A duration up to `most`.
     fn up_to(&mut self, most: Duration) -> Duration {
         let most_ms = u64::try_from(most.as_millis()).unwrap_or(u64::MAX);
         Duration::from_millis(self.next() % most_ms.saturating_add(1))
     }
 }
 
-/// What befalls a migration of the walk.
+/// A fault that hits a migration of the walk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Blow {
+pub enum WalkFault {
     /// Nothing.
     Nothing,
     /// One agent is killed with its cgroup, and started again.
@@ -60,7 +61,7 @@ pub enum Blow {
     Vmm(Side),
     /// The link between the nodes is cut for a while.
     Link,
-    /// The destination is cut off from everybody for a while.
+    /// The destination is cut off from the source and the operator for a while.
     CutOff,
     /// A device refuses a state for a while.
     DeviceError(Side, &'static str),
@@ -73,26 +74,27 @@ pub enum Blow {
 /// One migration of the walk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Step {
-    /// What befalls it.
-    pub blow: Blow,
-    /// How long after it was asked for.
+    /// The fault.
+    pub fault: WalkFault,
+    /// How long after the migration was requested it hits.
     pub after: Duration,
-    /// For how long.
+    /// How long it lasts.
     pub lasts: Duration,
 }
 
-/// A migration takes 1 to 3 s on the lab: most blows fall into it.
+/// A migration takes 1 to 3 s on the lab: most faults hit it.
 const LATEST: Duration = Duration::from_millis(2500);
-/// What is down or slow so long is met by whoever needs it meanwhile.
+/// Long enough for the other components to notice that something is down or slow.
 const LONGEST: Duration = Duration::from_secs(3);
 /// A cut is noticed after 7 s at most, so that some are noticed and some are not.
 const LONGEST_CUT: Duration = Duration::from_secs(10);
 
 impl Step {
-    /// Draws the next.
-    pub fn draw(draw: &mut Draw) -> Self {
+    /// A random step.
+    pub fn random(random: &mut Random) -> Self {
         use Side::{Destination, Source};
-        // Not RUNNING and RUNNING_P2P at the destination: a device that refuses them costs the VM, and rightly.
+        // Not RUNNING and RUNNING_P2P at the destination: if a device refuses these, losing the VM is
+        // correct.
         let states = [
             (Source, "PRE_COPY"),
             (Source, "PRE_COPY_P2P"),
@@ -102,45 +104,46 @@ impl Step {
             (Destination, "STOP"),
             (Destination, "write"),
         ];
-        let (side, state) = draw.one_of(&states, (Source, "STOP_COPY"));
-        let blows = [
-            Blow::Nothing,
-            Blow::Agent(Source),
-            Blow::Agent(Source),
-            Blow::Agent(Destination),
-            Blow::Agent(Destination),
-            Blow::BothAgents,
-            Blow::Operator,
-            Blow::Vmm(Source),
-            Blow::Vmm(Destination),
-            Blow::Link,
-            Blow::Link,
-            Blow::CutOff,
-            Blow::CutOff,
-            Blow::DeviceError(side, state),
-            Blow::DeviceHang(side, state),
-            Blow::ApiServer,
+        let (side, state) = random.one_of(&states, (Source, "STOP_COPY"));
+        let faults = [
+            WalkFault::Nothing,
+            WalkFault::Agent(Source),
+            WalkFault::Agent(Source),
+            WalkFault::Agent(Destination),
+            WalkFault::Agent(Destination),
+            WalkFault::BothAgents,
+            WalkFault::Operator,
+            WalkFault::Vmm(Source),
+            WalkFault::Vmm(Destination),
+            WalkFault::Link,
+            WalkFault::Link,
+            WalkFault::CutOff,
+            WalkFault::CutOff,
+            WalkFault::DeviceError(side, state),
+            WalkFault::DeviceHang(side, state),
+            WalkFault::ApiServer,
         ];
-        let blow = draw.one_of(&blows, Blow::Nothing);
-        let longest = if matches!(blow, Blow::Link | Blow::CutOff) { LONGEST_CUT } else { LONGEST };
-        Self { blow, after: draw.up_to(LATEST), lasts: draw.up_to(longest) }
+        let fault = random.one_of(&faults, WalkFault::Nothing);
+        let longest =
+            if matches!(fault, WalkFault::Link | WalkFault::CutOff) { LONGEST_CUT } else { LONGEST };
+        Self { fault, after: random.up_to(LATEST), lasts: random.up_to(longest) }
     }
 }
 
 impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?} after {} ms, for {} ms", self.blow, self.after.as_millis(), self.lasts.as_millis())
+        write!(f, "{:?} after {} ms, for {} ms", self.fault, self.after.as_millis(), self.lasts.as_millis())
     }
 }
 
-/// Walks so many steps. Each is printed before it is taken.
+/// Walks this number of steps. Each is printed before it is taken.
 ///
 /// # Errors
-/// With the seed, the step, and what was not as it should be.
+/// With the seed, the step, and what was wrong.
 pub async fn walk(stage: &mut Stage, seed: u64, steps: usize) -> anyhow::Result<()> {
-    let mut draw = Draw::new(seed);
+    let mut random = Random::new(seed);
     for number in 1..=steps {
-        let step = Step::draw(&mut draw);
+        let step = Step::random(&mut random);
         print!("walk {seed}, step {number} of {steps}: {step}");
         match take(stage, &step).await {
             Ok(end) => println!(": {end}"),
@@ -160,18 +163,18 @@ async fn take(stage: &mut Stage, step: &Step) -> anyhow::Result<String> {
     let ends = stage.ready().await?;
     let name = stage.next_name("walk");
     let watching = stage.cluster.watch(ends.source, ends.destination).await?;
-    let befallen = befall(stage, step, ends, &name).await;
+    let injected = inject(stage, step, ends, &name).await;
     let healed = heal(stage, ends).await;
-    befallen.and(healed)?;
+    injected.and(healed)?;
     let migration = stage.cluster.until_ended(&name).await?;
     let end = judge(stage, step, ends, &watching, &migration).await;
     let status = migration.status.context("no status")?;
     let succeeded = status.conditions.into_iter().find(|condition| condition.type_ == "Succeeded");
-    let told =
+    let reported =
         succeeded.map(|condition| format!("{} ({})", condition.status, condition.reason)).unwrap_or_default();
-    let end = end.with_context(|| format!("the status says Succeeded={told}"))?;
+    let end = end.with_context(|| format!("the status says Succeeded={reported}"))?;
     stage.cluster.delete(&name).await?;
-    Ok(format!("{end}, Succeeded={told}"))
+    Ok(format!("{end}, Succeeded={reported}"))
 }
 
 async fn judge(
@@ -183,7 +186,10 @@ async fn judge(
 ) -> anyhow::Result<String> {
     let Some((side, guest)) = questions::runner(&stage.cluster, ends).await? else {
         stage.vm_is_at(None);
-        ensure!(matches!(step.blow, Blow::Vmm(_)), "the VM runs nowhere, and nobody killed its process");
+        ensure!(
+            matches!(step.fault, WalkFault::Vmm(_)),
+            "the VM runs nowhere, although its process was not killed"
+        );
         return Ok("lost with its process".to_owned());
     };
     ensure!(
@@ -194,32 +200,32 @@ async fn judge(
     ensure!(guest.errors == watching.before.errors, "the guest found errors: {guest:?}");
     let home = ends.at(side);
     stage.vm_is_at(Some(home));
-    questions::one_ran(&stage.cluster, side, watching).await?;
+    questions::only_one_ran(&stage.cluster, side, watching).await?;
     stage.cluster.until_vm_at(home).await?;
     questions::is_clean(&stage.cluster, ends, home, migration).await?;
     Ok(format!("runs at the {}, count {}", side.name(), guest.count))
 }
 
-/// Starts the migration, and lets it be befallen.
-async fn befall(stage: &mut Stage, step: &Step, ends: Ends, name: &str) -> anyhow::Result<()> {
+/// Starts the migration and injects the fault.
+async fn inject(stage: &mut Stage, step: &Step, ends: Ends, name: &str) -> anyhow::Result<()> {
     let cluster = &mut stage.cluster;
-    if let Blow::DeviceError(side, state) | Blow::DeviceHang(side, state) = step.blow {
-        let what = match step.blow {
-            Blow::DeviceError(..) => format!("device.error={state}\n"),
+    if let WalkFault::DeviceError(side, state) | WalkFault::DeviceHang(side, state) = step.fault {
+        let what = match step.fault {
+            WalkFault::DeviceError(..) => format!("device.error={state}\n"),
             _ => format!("device.hang={state}:{}\n", step.lasts.as_secs()),
         };
         cluster.set_faults(ends.at(side), &what).await?;
     }
     cluster.migrate(name, &format!("target: {{nodeName: {}}}", ends.destination)).await?;
     sleep(step.after).await;
-    match step.blow {
-        Blow::Nothing => {}
-        Blow::Agent(side) => {
+    match step.fault {
+        WalkFault::Nothing => {}
+        WalkFault::Agent(side) => {
             cluster.kill_agent(ends.at(side)).await?;
             sleep(step.lasts).await;
             cluster.restart_agent(ends.at(side)).await?;
         }
-        Blow::BothAgents => {
+        WalkFault::BothAgents => {
             for side in [Side::Source, Side::Destination] {
                 cluster.kill_agent(ends.at(side)).await?;
             }
@@ -228,22 +234,22 @@ async fn befall(stage: &mut Stage, step: &Step, ends: Ends, name: &str) -> anyho
                 cluster.restart_agent(ends.at(side)).await?;
             }
         }
-        Blow::Operator => {
+        WalkFault::Operator => {
             cluster.kill_operator().await;
             sleep(step.lasts).await;
             cluster.start_operator().await?;
         }
-        Blow::Vmm(side) => cluster.kill_vmm_if_any(ends.at(side)).await?,
-        Blow::Link => {
+        WalkFault::Vmm(side) => cluster.kill_vmm_if_any(ends.at(side)).await?,
+        WalkFault::Link => {
             cluster.lab.cut_link(ends.destination).await?;
             sleep(step.lasts).await;
         }
-        Blow::CutOff => {
-            cluster.cut_off(ends.destination).await?;
+        WalkFault::CutOff => {
+            cluster.isolate(ends.destination).await?;
             sleep(step.lasts).await;
         }
-        Blow::DeviceError(..) | Blow::DeviceHang(..) => sleep(step.lasts).await,
-        Blow::ApiServer => {
+        WalkFault::DeviceError(..) | WalkFault::DeviceHang(..) => sleep(step.lasts).await,
+        WalkFault::ApiServer => {
             cluster.lab.control_plane()?.freeze_api_server()?;
             sleep(step.lasts).await;
         }
@@ -254,7 +260,7 @@ async fn befall(stage: &mut Stage, step: &Step, ends: Ends, name: &str) -> anyho
 async fn heal(stage: &mut Stage, ends: Ends) -> anyhow::Result<()> {
     let cluster = &mut stage.cluster;
     cluster.lab.control_plane()?.thaw_api_server()?;
-    cluster.join_again(ends.destination).await?;
+    cluster.reconnect(ends.destination).await?;
     for node in [ends.source, ends.destination] {
         cluster.set_faults(node, "").await?;
     }
@@ -271,20 +277,22 @@ mod tests {
     #[test]
     fn the_same_seed_gives_the_same_walk_and_another_one_another() {
         let walk = |seed| {
-            let mut draw = Draw::new(seed);
-            (0..50).map(|_| Step::draw(&mut draw)).collect::<Vec<_>>()
+            let mut random = Random::new(seed);
+            (0..50).map(|_| Step::random(&mut random)).collect::<Vec<_>>()
         };
         assert_eq!(walk(7), walk(7));
         assert_ne!(walk(7), walk(8));
     }
 
     #[test]
-    fn a_long_walk_meets_everything_within_the_limits() {
-        let mut draw = Draw::new(1);
-        let steps: Vec<Step> = (0..1000).map(|_| Step::draw(&mut draw)).collect();
-        let met = |blow: fn(&Blow) -> bool| steps.iter().any(|step| blow(&step.blow));
-        assert!(met(|blow| *blow == Blow::BothAgents) && met(|blow| *blow == Blow::ApiServer));
-        assert!(met(|blow| matches!(blow, Blow::DeviceError(Side::Destination, "STOP"))));
+    fn a_long_walk_has_every_kind_of_fault_within_the_limits() {
+        let mut random = Random::new(1);
+        let steps: Vec<Step> = (0..1000).map(|_| Step::random(&mut random)).collect();
+        let occurs = |fault: fn(&WalkFault) -> bool| steps.iter().any(|step| fault(&step.fault));
+        assert!(
+            occurs(|fault| *fault == WalkFault::BothAgents) && occurs(|fault| *fault == WalkFault::ApiServer)
+        );
+        assert!(occurs(|fault| matches!(fault, WalkFault::DeviceError(Side::Destination, "STOP"))));
         assert!(steps.iter().all(|step| step.after <= LATEST && step.lasts <= LONGEST_CUT));
     }
 }

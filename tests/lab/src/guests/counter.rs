@@ -1,6 +1,7 @@
 //! The guest that counts: a boot sector (`counter.s`), small enough to be up as soon as the firmware is.
 //!
-//! It finds every mtty card on PCI bus 0 by its IDs, clears the scratch registers, and then, fifty times a second:
+//! It finds every mtty card on PCI bus 0 by its IDs, clears the scratch registers, and then, fifty times a
+//! second:
 //! ```text
 //! old = low byte of count;  count += 1;  new = low byte of count
 //! for every card:
@@ -8,22 +9,23 @@
 //!     write new and read it back; it must be new: else errors += 1
 //! every eighth round: say count, errors and the number of cards
 //! ```
-//! All of that lies in RAM. So one register lost, doubled or mixed up, or a count that does not fit the registers, shows as an
-//! error within one round, wherever in the round the vCPU was stopped. Between rounds it halts: an emulated node has other
-//! things to do.
+//! All of that is in RAM. So a register that is lost, duplicated or swapped, or a count that does not match
+//! the registers, shows as an error within one round, wherever in the round the vCPU was stopped. Between
+//! rounds it halts, since an emulated node has little CPU time.
 
 use std::{path::Path, process::Command};
 
 use anyhow::{Context, ensure};
 
-/// Where the guest's disk lies in the nodes.
+/// The path of the guest's disk in the nodes.
 pub const DISK: &str = "/usr/share/slackwater-lab/counter.img";
 
 const SOURCE: &str = include_str!("counter.s");
 /// Where a firmware puts a boot sector.
 const LOAD_ADDRESS: &str = "0x7c00";
 const SECTOR_BYTES: usize = 512;
-/// The firmware reads by cylinder, head and sector, and no disk smaller than one cylinder: 16 heads of 63 sectors.
+/// The firmware reads by cylinder, head and sector, and needs a disk of at least one cylinder: 16 heads of 63
+/// sectors.
 const DISK_BYTES: usize = 16 * 63 * SECTOR_BYTES;
 
 /// The guest's disk: its boot sector, assembled by binutils, and nothing else.

@@ -21,8 +21,8 @@ _start:
     movw    %ax, %ss
     movw    $0x7c00, %sp
     cld
-    # Nothing but the timer interrupts, and the interrupt controller ends each interrupt by itself: the count hangs neither on a line that
-    # a device holds, nor on what the firmware left.
+    # Nothing but the timer interrupts, and the interrupt controller ends each interrupt by itself: the count
+    # hangs neither on a line that a device holds, nor on what the firmware left.
     movb    $0x11, %al                      # four bytes of set-up
     outb    %al, $0x20
     movb    $0x08, %al                      # vectors from 8

@@ -1,13 +1,14 @@
-//! The numbered lines that the Linux guest sends through its serial ports and writes to its disk, and the check of the disk.
+//! The numbered lines that the Linux guest sends through its serial ports and writes to its disk, and the
+//! check of the disk.
 //!
-//! Line n, counted from 1, lies in the disk's sector n - 1 and says its number, its stamp (the guest's clock when it wrote the line),
-//! and the stamp of the line before it. Two VMs that both ran from the same state wrote the same numbers with different stamps, so
-//! whatever of the two is found on the disk does not fit together.
+//! Line n, counted from 1, is in the disk's sector n - 1 and has its number, its stamp (the guest's clock
+//! when it wrote the line), and the stamp of the line before it. Two VMs that both ran from the same state
+//! wrote the same numbers with different stamps, so a mixture of the two on the disk is inconsistent.
 
 /// Bytes of a sector.
 pub const SECTOR_BYTES: usize = 512;
 
-/// One line, as it goes through a serial port. It fits the FIFO of a 16550, which has 16 bytes.
+/// One line as it goes through a serial port. It fits into the FIFO of a 16550, which has 16 bytes.
 #[must_use]
 pub fn serial_line(number: u64) -> Vec<u8> {
     format!("{number:010}\n").into_bytes()
@@ -27,13 +28,13 @@ pub struct DiskLine {
 /// What is wrong with a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DiskError {
-    /// It does not consist of sectors.
+    /// Its size is not a multiple of a sector's.
     #[error("the disk has {bytes} bytes, which are no whole sectors")]
     NoDisk {
         /// Its size.
         bytes: usize,
     },
-    /// A sector with something else than a line.
+    /// A sector holds something other than a line.
     #[error("sector {sector} has no line in it")]
     NoLine {
         /// Which.
@@ -45,12 +46,12 @@ pub enum DiskError {
         /// Which.
         number: u64,
     },
-    /// A line stands in another one's place: it was written twice.
-    #[error("where line {number} belongs stands line {found}")]
+    /// A line is in the place of another: it was written twice.
+    #[error("line {found} is in the place of line {number}")]
     Doubled {
         /// Which belongs there.
         number: u64,
-        /// Which stands there.
+        /// Which is there.
         found: u64,
     },
     /// A line was not written by the VM that had written the line before it.
@@ -62,7 +63,7 @@ pub enum DiskError {
 }
 
 impl DiskLine {
-    /// The sector that the line is.
+    /// The sector that holds the line.
     #[must_use]
     pub fn sector(&self) -> Vec<u8> {
         let mut sector =
@@ -81,7 +82,7 @@ impl DiskLine {
     }
 }
 
-/// Nothing was ever written here.
+/// Whether nothing was ever written to the sector.
 #[must_use]
 pub fn is_empty(sector: &[u8]) -> bool {
     sector.iter().all(|byte| *byte == 0)

@@ -1,5 +1,5 @@
-//! What runs in the VMs of QEMU's that the lab has moved: guests that notice when a VM, one of its devices or its disk loses
-//! anything, and say so on the port where QEMU takes a guest's debug output ([`DEBUG_PORT`]).
+//! The guests of the lab's QEMU VMs. They notice when the VM, one of its devices or its disk loses anything,
+//! and report it on the port where QEMU takes a guest's debug output ([`DEBUG_PORT`]).
 
 pub mod counter;
 pub mod lines;
@@ -8,5 +8,5 @@ mod report;
 
 pub use report::Report;
 
-/// Where the guests say what they have to say: QEMU's `isa-debugcon`.
+/// The port on which the guests report: QEMU's `isa-debugcon`.
 pub const DEBUG_PORT: u16 = 0xe9;

@@ -1,26 +1,26 @@
-//! What the guests say, each in lines that begin with `count=N errors=N devices=N`.
+//! What the guests report: lines that begin with `count=N errors=N devices=N`.
 
-/// What a guest has said of itself.
+/// A guest's report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Report {
     /// Rounds done.
     pub count: u64,
-    /// How often it found something else than it had left: in a card, and on its disk.
+    /// How often a card or the disk held something other than what the guest had put there.
     pub errors: u64,
-    /// Cards that it found.
+    /// How many cards it found.
     pub devices: usize,
 }
 
 impl Report {
-    /// The last report that is whole, of what the guest has said so far. A guest that moves may have said the half of a line at
-    /// the one node and the rest at the other.
+    /// The last complete report in the guest's output. A guest that moves may have written half of a line on
+    /// one node and the rest on the other.
     #[must_use]
-    pub fn last_of(said: &str) -> Option<Self> {
-        let whole = said.rsplit_once('\n')?.0;
+    pub fn last_of(output: &str) -> Option<Self> {
+        let whole = output.rsplit_once('\n')?.0;
         whole.lines().rev().find_map(Self::parse)
     }
 
-    /// A guest may say more in the line than what all say.
+    /// A line may have further fields, which depend on the guest.
     fn parse(line: &str) -> Option<Self> {
         let mut words = line.split(' ');
         let mut number =
@@ -35,10 +35,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_last_whole_line_counts() {
-        let said = "count=0000000008 errors=0000000000 devices=0000000002\n\
+    fn the_last_complete_line_is_the_report() {
+        let output = "count=0000000008 errors=0000000000 devices=0000000002\n\
                     count=0000000016 errors=0000000003 devices=0000000002\ncount=00000";
-        assert_eq!(Report::last_of(said), Some(Report { count: 16, errors: 3, devices: 2 }));
+        assert_eq!(Report::last_of(output), Some(Report { count: 16, errors: 3, devices: 2 }));
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! The programs that the lab starts on this machine. None outlives the lab: not when it is dropped, and not when its process is
-//! killed.
+//! The programs that the lab starts on this machine. None outlives the lab: not when it is dropped, and not
+//! when its process is killed.
 
 use std::{
     io,
@@ -22,7 +22,7 @@ type Job = (Command, oneshot::Sender<io::Result<Child>>);
 /// A running program.
 #[derive(Debug)]
 pub(crate) struct RunningChild {
-    /// Names this very process, even when its number has come to mean another.
+    /// Refers to this process even after its number has been reused.
     process: OwnedFd,
     ending: watch::Receiver<Option<ExitStatus>>,
     /// Its standard output, if that was asked for as a pipe.
@@ -35,12 +35,16 @@ pub(crate) async fn start(
     configure: impl FnOnce(&mut Command),
 ) -> Result<RunningChild, LabError> {
     let action = format!("starting {program}");
-    // The kernel sends the signal when the *thread* that started the child ends, so one thread starts all and never ends.
+    // The kernel sends the signal when the *thread* that started the child ends, so one thread starts all and
+    // never ends.
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL", program]).stdin(Stdio::null());
     configure(&mut command);
     let (answer, answered) = oneshot::channel();
-    let gone = |_| LabError::Io { action: action.clone(), source: io::Error::other("the starter is gone") };
+    let gone = |_| LabError::Io {
+        action: action.clone(),
+        source: io::Error::other("the thread that starts programs has ended"),
+    };
     starter().send((command, answer)).map_err(|_| gone(()))?;
     let mut child = answered.await.map_err(|_| gone(()))?.map_err(LabError::io(action.clone()))?;
     let (ended, ending) = watch::channel(None);
@@ -50,7 +54,7 @@ pub(crate) async fn start(
         stdout: child.stdout.take(),
     };
     thread::spawn(move || {
-        // Waiting fails only for what is no child of ours.
+        // Waiting fails only for a process that is not our child.
         let status = child.wait().ok();
         ended.send_replace(status);
     });
@@ -64,7 +68,7 @@ fn starter() -> mpsc::Sender<Job> {
             let (sender, jobs) = mpsc::channel::<Job>();
             thread::spawn(move || {
                 for (mut command, answer) in jobs {
-                    // Who asked may have gone away meanwhile: then the child goes, too.
+                    // The caller may have gone away meanwhile: then the child ends, too.
                     if let Err(Ok(mut child)) = answer.send(command.spawn()) {
                         let _ = child.kill();
                     }
@@ -89,13 +93,14 @@ impl RunningChild {
 
     /// Sends a signal.
     pub(crate) fn signal(&self, signal: Signal) {
-        // One that has ended needs none.
+        // A process that has ended needs no signal.
         let _ = pidfd_send_signal(&self.process, signal);
     }
 }
 
 impl Drop for RunningChild {
-    /// Kills it, and waits until it is gone, as what it writes to is about to be removed: that takes milliseconds.
+    /// Kills it and waits until it is gone, since the files that it writes to are about to be removed. That
+    /// takes milliseconds.
     fn drop(&mut self) {
         self.signal(Signal::KILL);
         let limit = Timespec { tv_sec: 5, tv_nsec: 0 };

@@ -14,8 +14,8 @@ const PREFIX: &str = "slackwater-lab-";
 /// Set to keep the folder when the lab ends.
 pub const KEEP_VARIABLE: &str = "SLACKWATER_LAB_KEEP";
 
-/// A lab's folder, removed when this is dropped. As long as it is held the folder is locked; one that is not is a killed lab's,
-/// and the next lab removes it.
+/// A lab's folder, removed when this is dropped. The folder is locked while it is in use; one that is not is
+/// a killed lab's, and the next lab removes it.
 #[derive(Debug)]
 pub(crate) struct LabFolder {
     path: PathBuf,
@@ -24,7 +24,8 @@ pub(crate) struct LabFolder {
 }
 
 impl LabFolder {
-    /// Makes a folder (short of name: a Unix socket's path may have 107 bytes), and removes what killed labs have left.
+    /// Creates a folder (with a short name: a Unix socket's path has at most 107 bytes), and removes those
+    /// that killed labs left.
     pub(crate) fn make() -> Result<Self, LabError> {
         let parent = std::env::temp_dir();
         remove_abandoned(&parent);
@@ -57,7 +58,7 @@ fn remove_abandoned(parent: &Path) {
     let Ok(entries) = fs::read_dir(parent) else { return };
     for path in entries.flatten().map(|entry| entry.path()) {
         let ours = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(PREFIX));
-        // A folder without a lock is one that was kept, or is being made.
+        // A folder without a lock was kept on purpose, or is being created.
         if ours
             && let Ok(lock) = File::open(path.join("lock"))
             && flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok()

@@ -1,4 +1,4 @@
-//! Where things are: what `tests/setup/install` made, and the workspace's own programs.
+//! Where to find what `tests/setup/install` installed, and the workspace's own programs.
 
 use std::{
     path::{Path, PathBuf},
@@ -10,7 +10,7 @@ use crate::error::LabError;
 /// The programs of the workspace that nodes have in `/bin`, where they are built.
 const NODE_PROGRAMS: [&str; 2] = ["slackwater-node-agent", "slackwater-reference-vmm"];
 
-/// The folder of a thing that `install` made.
+/// The folder of something that `install` provides.
 pub(crate) fn installed(what: &str) -> Result<PathBuf, LabError> {
     let install = Path::new(env!("CARGO_MANIFEST_DIR")).join("../setup/install");
     let output = Command::new(&install)
@@ -25,8 +25,8 @@ pub(crate) fn installed(what: &str) -> Result<PathBuf, LabError> {
     }
 }
 
-/// Where a program of the workspace has been built: beside this one, or a folder above it, where this is a test. So it is of the
-/// same profile and target folder.
+/// Where a program of the workspace has been built: beside this one, or a folder above it, where this is a
+/// test. So it is from the same profile and target folder.
 ///
 /// # Errors
 /// When it is not built.
@@ -38,8 +38,8 @@ pub fn workspace_program(name: &str) -> Result<PathBuf, LabError> {
     found.ok_or_else(|| LabError::NotBuilt { name: name.to_owned(), folder })
 }
 
-/// The workspace's programs for the nodes' image: the control service, which must be there, and of the others those that have
-/// been built.
+/// The workspace's programs for the nodes' image: the control service, which must be there, and those of the
+/// others that have been built.
 pub(crate) fn node_programs() -> Result<Vec<PathBuf>, LabError> {
     let service = workspace_program("slackwater-lab-node")?;
     let others = NODE_PROGRAMS.iter().filter_map(|name| workspace_program(name).ok());

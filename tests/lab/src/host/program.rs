@@ -1,4 +1,4 @@
-//! A program of the workspace that runs on this machine for as long as the lab wants it.
+//! A program of the workspace that runs on this machine for as long as the lab needs it.
 
 use std::{
     path::{Path, PathBuf},
@@ -11,7 +11,7 @@ use super::children::{self, RunningChild};
 use super::installed::workspace_program;
 use crate::error::LabError;
 
-/// A running program. It is killed when this is dropped, and when the lab's process ends in whatever way.
+/// A running program. It is killed when this is dropped, and when the lab's process ends for any reason.
 #[derive(Debug)]
 pub struct HostProgram {
     child: RunningChild,
@@ -19,7 +19,8 @@ pub struct HostProgram {
 }
 
 impl HostProgram {
-    /// Starts the program of the workspace named `name`, which is beside the one that runs. What it says is added to `log`.
+    /// Starts the program of the workspace named `name`, which is beside the one that runs. Its standard
+    /// error is appended to `log`.
     ///
     /// # Errors
     /// When it is not built, or cannot be started.
@@ -39,13 +40,13 @@ impl HostProgram {
         Ok(Self { child, log: log.to_owned() })
     }
 
-    /// What it has said so far.
+    /// The content of its log so far.
     #[must_use]
     pub fn log(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 
-    /// Waits for its end.
+    /// Waits until it has ended.
     pub async fn ended(&self) {
         self.child.ended().await;
     }

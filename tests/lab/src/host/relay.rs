@@ -1,4 +1,5 @@
-//! A way from this machine to a server that can be cut, as a network is: who sends hears nothing, not even that the way is cut.
+//! A relay from this machine to a server. It can be cut as a network can: the sender gets no answer, and no
+//! error either.
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -14,10 +15,11 @@ use tokio::{
 
 use crate::error::LabError;
 
-/// What is passed on at once.
+/// How much is copied at once.
 const PIECE_BYTES: usize = 64 << 10;
 
-/// A port of the loopback interface behind which another is reached. It ends when this is dropped, and its connections with it.
+/// A port on the loopback interface that forwards to another. It and its connections end when this is
+/// dropped.
 #[derive(Debug)]
 pub struct Relay {
     address: SocketAddr,
@@ -26,12 +28,12 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// Opens a way to `to`.
+    /// Opens a relay to `to`.
     ///
     /// # Errors
-    /// When no port is to be had.
+    /// When no port is available.
     pub async fn to(to: SocketAddr) -> Result<Self, LabError> {
-        let failed = LabError::io(format!("opening a way to {to}"));
+        let failed = LabError::io(format!("opening a relay to {to}"));
         let listener = match TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await {
             Ok(listener) => listener,
             Err(error) => return Err(failed(error)),
@@ -49,18 +51,18 @@ impl Relay {
         Ok(Self { address, open, accepting: accepting.abort_handle() })
     }
 
-    /// Where it begins.
+    /// The address to connect to.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// From now on nothing arrives at either end. What is on its way is kept.
+    /// From now on nothing arrives at either end. Data in transit is kept.
     pub fn cut(&self) {
         self.open.send_replace(false);
     }
 
-    /// What was kept arrives, and what comes after it.
+    /// Data that was kept arrives, then data that follows it.
     pub fn restore(&self) {
         self.open.send_replace(true);
     }
@@ -77,14 +79,14 @@ async fn pass(near: TcpStream, to: SocketAddr, mut gate: watch::Receiver<bool>) 
         return;
     }
     let Ok(far) = TcpStream::connect(to).await else { return };
-    // Small messages wait for nothing: an end that hears late would be blamed for it.
+    // Small messages must not wait: a late message would look like a fault of its sender.
     let _ = (near.set_nodelay(true), far.set_nodelay(true));
     let (near_reads, near_writes) = near.into_split();
     let (far_reads, far_writes) = far.into_split();
     tokio::join!(copy(near_reads, far_writes, gate.clone()), copy(far_reads, near_writes, gate));
 }
 
-/// Copies one direction. An end, too, is only told when the way is open.
+/// Copies one direction. The end of the stream, too, passes only while the relay is open.
 async fn copy(
     mut from: impl AsyncRead + Unpin,
     mut to: impl AsyncWrite + Unpin,
@@ -115,7 +117,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_way_that_is_cut_keeps_what_is_sent_until_it_is_restored() {
+    async fn a_relay_that_is_cut_keeps_what_is_sent_until_it_is_restored() {
         let server = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let relay = Relay::to(server.local_addr().unwrap()).await.unwrap();
         let mut near = TcpStream::connect(relay.address()).await.unwrap();

@@ -1,8 +1,9 @@
-//! A disk that VMs in all nodes can reach, as they reach one on a storage network: a file of this machine behind `qemu-nbd`, which
-//! the nodes see as an NBD server at [`SHARED_DISK_ADDRESS`].
+//! A disk that VMs in all nodes can reach, like one on a storage network: a file of this machine behind
+//! `qemu-nbd`, which the nodes see as an NBD server at [`SHARED_DISK_ADDRESS`].
 //!
 //! ```text
-//! VM's QEMU --tcp--> node's user network --nc--> a port of this machine's loopback --> qemu-nbd's Unix socket --> the file
+//! VM's QEMU --tcp--> node's user network --nc--> a port of this machine's loopback
+//!   --> qemu-nbd's Unix socket --> the file
 //! ```
 
 use std::{
@@ -24,7 +25,7 @@ use crate::error::LabError;
 /// Where programs in the nodes find the shared disk: an NBD server with one export, without a name.
 pub const SHARED_DISK_ADDRESS: (Ipv4Addr, u16) = (Ipv4Addr::new(10, 0, 2, 100), 10809);
 
-const PATIENCE: Duration = Duration::from_secs(10);
+const START_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The served file. It is served until this is dropped.
 #[derive(Debug)]
@@ -36,13 +37,13 @@ pub(crate) struct SharedDisk {
 }
 
 impl SharedDisk {
-    /// Makes the file, of so many MiB and empty, and serves it.
+    /// Creates the file, empty and of this size in MiB, and serves it.
     pub(crate) async fn start(folder: &Path, mib: u32) -> Result<Self, LabError> {
         let (path, socket) = (folder.join("shared-disk.img"), folder.join("nbd"));
         let failed = || LabError::io("serving the shared disk");
         std::fs::File::create(&path).and_then(|file| file.set_len(u64::from(mib) << 20)).map_err(failed())?;
         let server = children::start("qemu-nbd", |command| {
-            // Any number of clients, one after the other and at once.
+            // Any number of clients, also at the same time.
             command.args(["--format=raw", "--persistent", "--shared=0"]);
             command.arg("--socket").arg(&socket).arg(&path);
         })
@@ -59,7 +60,7 @@ impl SharedDisk {
         &self.path
     }
 
-    /// What a node's user network adds, so that the node reaches it.
+    /// The option of a node's user network that lets the node reach the disk.
     pub(crate) fn forward(&self) -> String {
         let (address, port) = SHARED_DISK_ADDRESS;
         let (ours, our_port) = (self.address.ip(), self.address.port());
@@ -74,13 +75,13 @@ impl Drop for SharedDisk {
 }
 
 async fn until_served(socket: &Path) -> Result<(), LabError> {
-    let deadline = Instant::now() + PATIENCE;
-    let mut looks = interval(Duration::from_millis(20));
+    let deadline = Instant::now() + START_TIMEOUT;
+    let mut polls = interval(Duration::from_millis(20));
     while UnixStream::connect(socket).await.is_err() {
         if Instant::now() >= deadline {
-            return Err(LabError::TooLate { action: "qemu-nbd".into(), seconds: PATIENCE.as_secs() });
+            return Err(LabError::TimedOut { action: "qemu-nbd".into(), seconds: START_TIMEOUT.as_secs() });
         }
-        looks.tick().await;
+        polls.tick().await;
     }
     Ok(())
 }
@@ -90,7 +91,7 @@ async fn accept(listener: TcpListener, socket: PathBuf) {
         let socket = socket.clone();
         tokio::spawn(async move {
             if let Ok(mut far) = UnixStream::connect(&socket).await {
-                // Whoever closes it ends it.
+                // Either side may close the connection.
                 let _ = copy_bidirectional(&mut near, &mut far).await;
             }
         });

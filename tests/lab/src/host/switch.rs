@@ -1,9 +1,10 @@
-//! The link between the nodes: a switch in the lab's own process. Every node's second network card is connected to it by a Unix
-//! socket (QEMU's `-netdev stream`), so that no frame ever reaches a network of this machine, and no address or group is shared
-//! with another lab that runs at the same time.
+//! The link between the nodes: a switch in the lab's own process. Every node's second network card is
+//! connected to it by a Unix socket (QEMU's `-netdev stream`), so that no frame ever reaches a network of
+//! this machine, and no address or group is shared with another lab that runs at the same time.
 //!
-//! A frame is preceded by its length, four bytes, big endian. Where it goes is read from its destination: the cards' addresses
-//! end in their node's number ([`mac_of`]), so that there is nothing to learn; a group address goes to all others.
+//! A frame is preceded by its length, four bytes, big endian. Where it goes is read from its destination: the
+//! cards' addresses end in their node's number ([`mac_of`]), so that there is nothing to learn; a group
+//! address goes to all others.
 
 use std::{io, path::Path, sync::Arc};
 
@@ -13,7 +14,8 @@ use tokio::{
     sync::mpsc,
 };
 
-/// Frames that wait for one node. When they are this many the sender waits, as TCP in the nodes wants: nothing is dropped.
+/// Frames that wait for one node. When the queue is full the sender waits: dropped frames would slow down TCP
+/// in the nodes.
 const QUEUE: usize = 256;
 
 /// What QEMU's own buffers hold (NET_BUFSIZE).
@@ -39,7 +41,7 @@ impl Switch {
         Ok(Self { listeners })
     }
 
-    /// Forwards frames for as long as it is polled.
+    /// Forwards frames while it is polled.
     pub(crate) async fn run(self) {
         let (queues, ports): (Vec<_>, Vec<_>) = self
             .listeners
@@ -51,7 +53,7 @@ impl Switch {
         let ports = ports.into_iter().enumerate().map(|(index, (listener, queue))| {
             let queues = Arc::clone(&queues);
             async move {
-                // A port serves one QEMU in its life; when that ends, so does the port.
+                // A port serves one QEMU; when that ends, so does the port.
                 if let Ok((stream, _)) = listener.accept().await {
                     let _ended = serve(index, stream, &queues, queue).await;
                 }
@@ -115,7 +117,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_frame_goes_to_the_node_it_is_addressed_to_and_a_broadcast_to_all_others() {
+    fn a_frame_goes_to_its_addressee_and_a_broadcast_to_all_others() {
         let to_second = [0x52, 0x54, 0, 0x77, 0, 2, 9, 9];
         let to_all = [0xff; 8];
         assert!(reaches(&to_second, 0, 1));

@@ -7,7 +7,7 @@ const REGULAR: u32 = 0o100_000;
 const FOLDER: u32 = 0o040_000;
 const LINK: u32 = 0o120_000;
 
-/// An archive being written. Folders on the way to an entry are made when they are first needed.
+/// An archive being written. Parent folders are added when they are first needed.
 #[derive(Default)]
 pub(crate) struct Archive {
     bytes: Vec<u8>,
@@ -54,7 +54,8 @@ impl Archive {
         self.entries += 1;
         let size = u32::try_from(content.len()).map_err(io::Error::other)?;
         let name_size = u32::try_from(path.len() + 1).map_err(io::Error::other)?;
-        // inode, mode, uid, gid, links, time, size, device and device of a special file, size of the name, checksum.
+        // inode, mode, uid, gid, links, time, size, device and device of a special file, size of the name,
+        // checksum.
         let fields = [self.entries, mode, 0, 0, 1, 0, size, 0, 0, 0, 0, name_size, 0];
         self.bytes.extend_from_slice(b"070701");
         for field in fields {

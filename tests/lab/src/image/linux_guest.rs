@@ -1,4 +1,4 @@
-//! The files of the Linux that runs in VMs inside the nodes: the nodes' own kernel, and an initial file system of one program.
+//! The files of the Linux guest: the nodes' own kernel, and an initial file system with one program.
 
 use std::path::Path;
 
@@ -17,7 +17,7 @@ impl Image {
         let kernel = installed("node-kernel")?;
         self.files.push(ImageFile { from: kernel.join("vmlinuz"), to: linux::KERNEL.to_owned() });
         let program = workspace_program(linux::PROGRAM)?;
-        Ok(self.with_made(linux::INITRD, initial_file_system(&program, &kernel.join("guest-modules"))?))
+        Ok(self.with_generated(linux::INITRD, initial_file_system(&program, &kernel.join("guest-modules"))?))
     }
 }
 

@@ -1,5 +1,6 @@
-//! The file system that a node boots into: busybox, the kernel's modules, the programs under test with the shared libraries
-//! they need, and the lab's own init. It is put together for each lab, so that a changed program needs no other step.
+//! The file system that a node boots into: busybox, the kernel's modules, the programs under test with the
+//! shared libraries they need, and the lab's own init. It is built for each lab, so that a changed program
+//! needs no other step.
 
 mod cpio;
 mod linux_guest;
@@ -32,35 +33,35 @@ pub struct ImageFile {
     pub to: String,
 }
 
-/// What a node's image is made of.
+/// The content of a node's image.
 #[derive(Clone, Debug, Default)]
 pub struct Image {
-    /// Go to `/bin`, with the shared libraries they need.
+    /// Programs for `/bin`, with the shared libraries that they need.
     pub programs: Vec<PathBuf>,
-    /// Anything else.
+    /// Other files of this machine.
     pub files: Vec<ImageFile>,
-    /// What is no file of this machine.
-    pub made: Vec<MadeFile>,
+    /// Files that the lab generates.
+    pub generated: Vec<GeneratedFile>,
 }
 
-/// A file that the lab makes for the nodes.
+/// A file that the lab generates for the nodes.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct MadeFile {
-    /// In the nodes (absolute).
+pub struct GeneratedFile {
+    /// Its path in the nodes (absolute).
     pub to: String,
-    /// What is in it.
+    /// Its content.
     pub content: Vec<u8>,
 }
 
 impl Image {
     /// Adds a file with this content.
     #[must_use]
-    pub fn with_made(mut self, to: &str, content: Vec<u8>) -> Self {
-        self.made.push(MadeFile { to: to.to_owned(), content });
+    pub fn with_generated(mut self, to: &str, content: Vec<u8>) -> Self {
+        self.generated.push(GeneratedFile { to: to.to_owned(), content });
         self
     }
 
-    /// Adds a program of the workspace's, to `/bin`.
+    /// Adds a program of the workspace to `/bin`.
     ///
     /// # Errors
     /// When it is not built.
@@ -69,7 +70,7 @@ impl Image {
         Ok(self)
     }
 
-    /// Adds this machine's QEMU with a firmware, so that nodes can run virtual machines of QEMU's with their devices. The nodes
+    /// Adds this machine's QEMU with a firmware, so that nodes can run QEMU VMs with their devices. The nodes
     /// need 256 MiB more memory for it.
     ///
     /// # Errors
@@ -79,7 +80,7 @@ impl Image {
         self.programs.push(which("qemu-system-x86_64").ok_or_else(missing)?);
         for file in ["seabios/bios-256k.bin", "qemu/kvmvapic.bin", "qemu/linuxboot_dma.bin"] {
             let path = Path::new("/usr/share").join(file);
-            // Where QEMU looks for it, which may be a link.
+            // The path where QEMU looks for it, which may be a link.
             let to = path.to_string_lossy().into_owned();
             self.files.push(ImageFile { from: path.canonicalize().map_err(|_| missing())?, to });
         }
@@ -128,7 +129,7 @@ fn fill(archive: &mut Archive, image: &Image, kernel: &Path) -> Result<(), LabEr
             .mode();
         archive.file(file.to.trim_start_matches('/'), mode & 0o777, &read(&file.from)?).map_err(adding())?;
     }
-    for file in &image.made {
+    for file in &image.generated {
         archive.file(file.to.trim_start_matches('/'), 0o644, &file.content).map_err(adding())?;
     }
     Ok(())
@@ -146,7 +147,8 @@ fn add_busybox(archive: &mut Archive) -> Result<(), LabError> {
     Ok(())
 }
 
-/// The program's bytes less what only a debugger reads, which would be most of them, and memory of every node.
+/// The program's bytes without debug information, which would be most of the file and take memory of every
+/// node.
 pub(crate) fn without_debug_information(program: &Path) -> Result<Vec<u8>, LabError> {
     let stripped = tempfile::NamedTempFile::new().map_err(LabError::io("making a temporary file"))?;
     output_of(Command::new("strip").arg("--strip-debug").arg("-o").arg(stripped.path()).arg(program))?;
@@ -168,7 +170,7 @@ fn parse_ldd(text: &str) -> BTreeSet<PathBuf> {
     text.lines().filter_map(path).collect()
 }
 
-/// Where a program is, by the PATH.
+/// Finds a program in the PATH.
 pub(crate) fn which(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
     std::env::split_paths(&path).map(|folder| folder.join(program)).find(|file| file.is_file())

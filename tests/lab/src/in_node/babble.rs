@@ -1,4 +1,4 @@
-//! A server that is no QEMU, on a socket where one is expected: for tests of who connects.
+//! A server that is not a QEMU, on a socket where the agent expects one: tests that the agent survives it.
 
 use std::{
     io::Write,
@@ -12,29 +12,31 @@ use std::{
 use anyhow::Context;
 use strum::EnumString;
 
-/// What it says to everybody who connects.
+/// What it sends to each client.
 #[derive(Clone, Copy, EnumString)]
 #[strum(serialize_all = "kebab-case")]
 enum Babble {
-    /// A line that is no message, again and again.
+    /// A line that is not a message, again and again.
     Garbage,
     /// One line, without an end.
     Endless,
-    /// A greeting, and then one line without an end: it holds up who has trusted it already.
+    /// A greeting, and then one line without an end: the client has already accepted it as a QEMU.
     GreetedEndless,
-    /// Nothing: as a monitor that serves somebody else.
+    /// Nothing, like a monitor that serves another client.
     Silent,
 }
 
-const GREETING: &[u8] = br#"{"QMP": {"version": {"qemu": {"micro": 2, "minor": 0, "major": 10}, "package": ""}, "capabilities": []}}
-"#;
+const GREETING: &str = concat!(
+    r#"{"QMP": {"version": {"qemu": {"micro": 2, "minor": 0, "major": 10}, "package": ""}, "capabilities": []}}"#,
+    "\n"
+);
 
 /// Serves the socket, for this user alone, until it is killed.
 pub(super) fn serve(socket: &str, what: &str) -> anyhow::Result<()> {
     let babble: Babble = what.parse().with_context(|| {
         format!("cannot serve {what:?}: expected garbage, endless, greeted-endless or silent")
     })?;
-    // Nobody may connect before the mode is right: it gets its name when it is.
+    // A client must not connect before the mode is set: the socket gets its name only then.
     let unnamed = format!("{socket}.new");
     let listener = UnixListener::bind(&unnamed).with_context(|| format!("binding {unnamed}"))?;
     std::fs::set_permissions(&unnamed, PermissionsExt::from_mode(0o600))?;
@@ -43,22 +45,22 @@ pub(super) fn serve(socket: &str, what: &str) -> anyhow::Result<()> {
     for stream in listener.incoming() {
         let stream = stream?;
         thread::spawn(move || {
-            // It ends when the other side has had enough.
-            let said = say(stream, babble);
-            println!("somebody has listened: {said:?}");
+            // It ends when the client closes the connection.
+            let sent = send(stream, babble);
+            println!("a client has left: {sent:?}");
         });
     }
     Ok(())
 }
 
-fn say(mut stream: UnixStream, babble: Babble) -> std::io::Result<()> {
+fn send(mut stream: UnixStream, babble: Babble) -> std::io::Result<()> {
     let piece: Vec<u8> = match babble {
         Babble::Garbage => b"\x80\xff{not json]\n".repeat(64),
         Babble::Endless | Babble::GreetedEndless => vec![b'x'; 64 << 10],
         Babble::Silent => return std::io::copy(&mut stream, &mut std::io::sink()).map(drop),
     };
     if matches!(babble, Babble::GreetedEndless) {
-        stream.write_all(GREETING)?;
+        stream.write_all(GREETING.as_bytes())?;
     }
     loop {
         stream.write_all(&piece)?;

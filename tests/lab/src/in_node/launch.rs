@@ -1,11 +1,11 @@
-//! The step between the service's fork and the program's exec. It is a program of its own, as nothing but async-signal-safe
-//! calls (and `unsafe`) could do the same in the forked child.
+//! The step between the service's fork and the program's exec. It is a program of its own, as nothing but
+//! async-signal-safe calls (and `unsafe`) could do the same in the forked child.
 
 use std::{convert::Infallible, fs, os::unix::process::CommandExt, path::Path, process::Command};
 
 use anyhow::Context;
 
-/// Where the cgroups of what is spawned lie.
+/// The parent of the cgroups of spawned programs.
 pub(super) const CGROUPS: &str = "/sys/fs/cgroup/lab";
 
 /// Enters the cgroup, opens a session, and becomes the program. Returns only when that fails.

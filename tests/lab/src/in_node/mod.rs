@@ -1,11 +1,11 @@
-//! What runs inside a node: the control service. Threads and blocking calls, one thread a connection: it shares one or two
-//! emulated CPUs with what it is to observe.
+//! The control service inside a node. It uses threads and blocking calls, one thread for each connection: it
+//! shares one or two emulated CPUs with the programs that it observes.
 //!
-//! Invoked as `slackwater-lab-node serve`, or as `slackwater-lab-node launch CGROUP PROGRAM ARGUMENT...`, which the service
-//! itself uses to put a program into a session and a cgroup of its own before it begins, or as
-//! `slackwater-lab-node qmp SOCKET COMMAND ARGUMENTS`, which has a QEMU in the node execute one command, or as
-//! `slackwater-lab-node qmp-migrate SOCKET URI`, which has it migrate, or as
-//! `slackwater-lab-node babble SOCKET WHAT`, which serves a socket on which a QEMU is expected and is none.
+//! Invoked as `slackwater-lab-node serve`, or as `slackwater-lab-node launch CGROUP PROGRAM ARGUMENT...`,
+//! which the service itself uses to put a program into a session and a cgroup of its own before it begins, or
+//! as `slackwater-lab-node qmp SOCKET COMMAND ARGUMENTS`, which sends one command to a QEMU in the node, or
+//! as `slackwater-lab-node qmp-migrate SOCKET URI`, which starts a migration and waits for its end, or as
+//! `slackwater-lab-node babble SOCKET WHAT`, which serves garbage on a socket where the agent expects a QEMU.
 
 mod babble;
 mod launch;
@@ -18,7 +18,7 @@ use anyhow::bail;
 /// Runs the program with these arguments.
 ///
 /// # Errors
-/// When they make no sense, the service cannot listen, or the program cannot be launched.
+/// When they are invalid, the service cannot listen, or the program cannot be launched.
 pub fn run(arguments: Vec<String>) -> anyhow::Result<()> {
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match words.as_slice() {

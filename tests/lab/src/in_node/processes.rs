@@ -22,7 +22,7 @@ use rustix::{
 use super::launch::CGROUPS;
 use crate::node::protocol::Ending;
 
-/// What the service knows of the processes it spawned. Cheap to clone: all clones are one.
+/// The processes that the service spawned. Clones share one state.
 #[derive(Clone, Default)]
 pub(super) struct Processes(Arc<Shared>);
 
@@ -38,7 +38,7 @@ struct State {
     logs: HashMap<String, Log>,
 }
 
-/// The lines of what was last spawned under a name.
+/// The output of the last program spawned under a name.
 #[derive(Default)]
 struct Log {
     pid: u32,
@@ -52,7 +52,7 @@ impl Processes {
         self.0.changed.notify_all();
     }
 
-    /// Waits until `look` gives something, or the deadline passes.
+    /// Waits until `look` returns a value, or the deadline passes.
     fn wait_for<T>(&self, deadline: Instant, mut look: impl FnMut(&State) -> Option<T>) -> Option<T> {
         let mut state = self.0.state.lock();
         loop {
@@ -111,7 +111,7 @@ impl Processes {
         for line in BufReader::new(output).split(b'\n') {
             let Ok(line) = line else { break };
             let line = String::from_utf8_lossy(&line).into_owned();
-            // A full disk must not end what is being observed.
+            // A full disk must not end the observed program.
             let _ = writeln!(file, "{line}");
             println!("{name}: {line}");
             self.change(|state| {
@@ -127,7 +127,7 @@ impl Processes {
         });
     }
 
-    /// Waits for a process to end; none when it did not in time.
+    /// Waits for a process to end. `None`: it did not end in time.
     pub(super) fn wait(&self, pid: u32, timeout: Duration) -> anyhow::Result<Option<Ending>> {
         let deadline = Instant::now() + timeout;
         if self.0.state.lock().endings.contains_key(&pid) {
@@ -140,7 +140,7 @@ impl Processes {
         Ok((poll(&mut descriptors, Some(&Timespec::try_from(timeout)?))? > 0).then_some(Ending::Unknown))
     }
 
-    /// Waits for a line in a log; none when the log ended, or the time did, without one.
+    /// Waits for a line in a log. `None`: the log or the time ended without one.
     pub(super) fn wait_line(
         &self,
         name: &str,
@@ -161,7 +161,7 @@ impl Processes {
     }
 }
 
-/// Kills all that lives in the cgroup of this name, and waits until the kernel says that it is empty.
+/// Kills every process in the cgroup of this name, and waits until the kernel reports that it is empty.
 pub(super) fn kill_group(name: &str) -> anyhow::Result<()> {
     let cgroup = cgroup_of(name)?;
     fs::write(cgroup.join("cgroup.kill"), "1").with_context(|| format!("killing {}", cgroup.display()))?;
@@ -178,7 +178,7 @@ pub(super) fn kill_group(name: &str) -> anyhow::Result<()> {
     }
 }
 
-/// What an executed program left.
+/// The result of an executed program.
 pub(super) struct Executed {
     pub(super) ending: Option<Ending>,
     pub(super) stdout: Vec<u8>,
@@ -197,7 +197,7 @@ pub(super) fn exec(argv: &[String], stdin: Vec<u8>, timeout: Duration) -> anyhow
         .spawn()
         .with_context(|| format!("starting {program}"))?;
     if let Some(mut to) = child.stdin.take() {
-        // It is the program's affair whether it reads.
+        // The program need not read its input.
         thread::spawn(move || to.write_all(&stdin));
     }
     let stdout = child.stdout.take().map(|from| thread::spawn(move || read_all(from)));
@@ -218,7 +218,7 @@ pub(super) fn exec(argv: &[String], stdin: Vec<u8>, timeout: Duration) -> anyhow
 
 fn read_all(mut from: impl Read) -> Vec<u8> {
     let mut bytes = Vec::new();
-    // What was read before an error is worth having.
+    // Keep what was read before an error.
     let _ = from.read_to_end(&mut bytes);
     bytes
 }

@@ -1,4 +1,4 @@
-//! One command for a QEMU in the node, by its machine protocol, or one migration from its begin to its end.
+//! Sends one command to a QEMU in the node over QMP, or runs one migration to its end.
 
 use std::{
     io::{BufRead, BufReader, Lines, Write},
@@ -8,8 +8,8 @@ use std::{
 use anyhow::{Context, bail};
 use serde_json::{Value, json};
 
-/// Executes a command with these arguments (JSON) and prints what it returned. The socket serves one client at a time: others
-/// wait until this is done.
+/// Executes a command with these arguments (JSON) and prints what it returned. The socket serves one client
+/// at a time: others wait until this is done.
 pub(super) fn execute(socket: &str, command: &str, arguments: &str) -> anyhow::Result<()> {
     let stream = UnixStream::connect(socket).with_context(|| format!("connecting to {socket}"))?;
     let mut lines = BufReader::new(stream.try_clone()?).lines();
@@ -18,8 +18,8 @@ pub(super) fn execute(socket: &str, command: &str, arguments: &str) -> anyhow::R
     Ok(())
 }
 
-/// Begins a migration, waits for its end without asking meanwhile, and prints what `query-migrate` says then. The migration's events
-/// must be switched on.
+/// Starts a migration, waits for its end without polling, and prints what `query-migrate` returns then. The
+/// migration's events must be enabled.
 pub(super) fn migrate(socket: &str, uri: &str) -> anyhow::Result<()> {
     let stream = UnixStream::connect(socket).with_context(|| format!("connecting to {socket}"))?;
     let mut lines = BufReader::new(stream.try_clone()?).lines();

@@ -22,7 +22,8 @@ use crate::node::protocol::{self, CONTROL_PORT, READY_LINE, Request, Response};
 
 /// Listens and serves until the node is switched off.
 pub(super) fn serve() -> anyhow::Result<()> {
-    // The service has the group and what it spawns has subgroups: none of them may hold processes of its own and children.
+    // A cgroup must not hold processes and subgroups at once: the service has this group, and each spawned
+    // program a subgroup.
     fs::create_dir_all(CGROUPS).with_context(|| format!("making {CGROUPS}"))?;
     let listener = TcpListener::bind(("0.0.0.0", CONTROL_PORT)).context("listening")?;
     println!("{READY_LINE}");

@@ -1,9 +1,9 @@
-//! Clocks. Every node has its own CLOCK_MONOTONIC, and so has this machine; what happened in two nodes can be ordered only as far
-//! as the difference of their clocks is known.
+//! Clocks. Every node has its own CLOCK_MONOTONIC, and so has this machine. Events in two nodes can be
+//! ordered only as far as the difference of their clocks is known.
 
 use rustix::time::{ClockId, clock_gettime};
 
-/// What a node's clock showed, as seen from this machine.
+/// A reading of a node's clock, taken from this machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ClockReading {
     /// The middle of the exchange, nanoseconds of this machine's CLOCK_MONOTONIC.
@@ -14,8 +14,8 @@ pub struct ClockReading {
     pub error_ns: i64,
 }
 
-/// The relation between a node's clock and this machine's, over the time from a first to a last reading: an emulated clock may
-/// run a little faster or slower.
+/// The relation between a node's clock and this machine's, over the time from a first to a last reading: an
+/// emulated clock may run a little faster or slower.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ClockRelation {
     first: ClockReading,
@@ -33,7 +33,7 @@ impl ClockReading {
 }
 
 impl ClockRelation {
-    /// From a reading before and one after what is to be dated.
+    /// From a reading before and one after the events to date.
     #[must_use]
     pub fn between(first: ClockReading, last: ClockReading) -> Self {
         Self { first, last }
@@ -46,12 +46,13 @@ impl ClockRelation {
         Self { first: reading, last: reading }
     }
 
-    /// When it was on this machine's clock, if the node's showed `node_ns`: the earliest and the latest it can have been.
+    /// The earliest and the latest time on this machine's clock at which the node's clock showed `node_ns`.
     #[must_use]
     pub fn host_interval(&self, node_ns: u64) -> (i64, i64) {
         let node_ns = i64::try_from(node_ns).unwrap_or(i64::MAX);
         let (first, last) = (self.first, self.last);
-        // The offset is taken to change evenly from the first reading to the last, and to stay as it is outside.
+        // The offset is taken to change evenly from the first reading to the last, and to stay as it is
+        // outside.
         let (begin, end) = (first.host_ns + first.offset_ns, last.host_ns + last.offset_ns);
         let offset = if end <= begin {
             first.offset_ns

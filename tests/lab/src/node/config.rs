@@ -9,10 +9,10 @@ pub struct NodeConfig {
     pub devices: Vec<String>,
     /// Its memory, in MiB.
     pub memory_mib: u32,
-    /// Its CPUs. More than one are emulated by as many threads, and then a CPU may go on with code that another one has just replaced, as
-    /// a kernel does with its own: nodes have died of that while they came up.
+    /// Its CPUs. QEMU emulates several CPUs in as many threads. A CPU may then go on with code that another
+    /// one has just replaced, as a kernel does with its own: nodes have died of that while they came up.
     pub cpus: u32,
-    /// What its CPUs lack of what QEMU can emulate, by QEMU's names.
+    /// CPU features that QEMU can emulate and this node lacks, by QEMU's names.
     pub without_cpu_features: Vec<String>,
 }
 

@@ -12,13 +12,14 @@ use super::clock::{ClockReading, monotonic_ns};
 use super::protocol::{self, Request, Response};
 use crate::error::LabError;
 
-/// How long an answer may take that waits for nothing.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// How long the node may take for an answer, besides what it waits for.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How often the clock is asked; the narrowest exchange counts.
+/// How often the clock is read; the narrowest exchange counts.
 const CLOCK_EXCHANGES: usize = 40;
 
-/// Reaches one node's service. Each request has a connection of its own, so that one which waits holds up no other.
+/// A client of one node's service. Each request has a connection of its own, so that a waiting request blocks
+/// no other.
 #[derive(Clone, Debug)]
 pub(crate) struct Control {
     pub(crate) node: String,
@@ -31,7 +32,7 @@ struct Connection<'a> {
 }
 
 impl Control {
-    /// Asks for what the node does at once.
+    /// Sends a request that the node carries out at once.
     pub(crate) async fn ask(
         &self,
         request: &Request,
@@ -40,16 +41,16 @@ impl Control {
         self.ask_for(request, payload, Duration::ZERO).await
     }
 
-    /// Asks for what the node itself ends after `takes`.
+    /// Sends a request that the node itself limits to `takes`.
     pub(crate) async fn ask_for(
         &self,
         request: &Request,
         payload: &[u8],
         takes: Duration,
     ) -> Result<(Response, Vec<u8>), LabError> {
-        let limit = takes + PATIENCE;
+        let limit = takes + ANSWER_TIMEOUT;
         let talk = async { self.connect().await?.ask(request, payload).await };
-        timeout(limit, talk).await.map_err(|_| LabError::TooLate {
+        timeout(limit, talk).await.map_err(|_| LabError::TimedOut {
             action: format!("node {}: {request:?}", self.node),
             seconds: limit.as_secs(),
         })?
@@ -65,7 +66,7 @@ impl Control {
                 let (response, _) = connection.ask(&Request::Clock, b"").await?;
                 let received_ns = monotonic_ns();
                 let Response::Clock { monotonic_ns: node_ns } = response else {
-                    return Err(self.unexpected(&response));
+                    return Err(self.unexpected_answer(&response));
                 };
                 let node_ns = i64::try_from(node_ns).unwrap_or(i64::MAX);
                 let reading = ClockReading::from_exchange(sent_ns, node_ns, received_ns);
@@ -73,11 +74,11 @@ impl Control {
                     narrowest = Some(reading);
                 }
             }
-            narrowest.ok_or_else(|| self.refused("no clock"))
+            narrowest.ok_or_else(|| self.refusal("no clock"))
         };
-        timeout(PATIENCE, talk).await.map_err(|_| LabError::TooLate {
+        timeout(ANSWER_TIMEOUT, talk).await.map_err(|_| LabError::TimedOut {
             action: format!("reading the clock of node {}", self.node),
-            seconds: PATIENCE.as_secs(),
+            seconds: ANSWER_TIMEOUT.as_secs(),
         })?
     }
 
@@ -88,12 +89,12 @@ impl Control {
         Ok(Connection { control: self, stream: BufReader::with_capacity(1 << 16, stream) })
     }
 
-    pub(crate) fn refused(&self, message: impl Into<String>) -> LabError {
+    pub(crate) fn refusal(&self, message: impl Into<String>) -> LabError {
         LabError::Refused { node: self.node.clone(), message: message.into() }
     }
 
-    pub(crate) fn unexpected(&self, response: &Response) -> LabError {
-        self.refused(format!("unexpected answer: {response:?}"))
+    pub(crate) fn unexpected_answer(&self, response: &Response) -> LabError {
+        self.refusal(format!("unexpected answer: {response:?}"))
     }
 }
 
@@ -105,13 +106,13 @@ impl Connection<'_> {
         let mut line = Vec::new();
         let read = self.stream.read_until(b'\n', &mut line).await.map_err(LabError::io(action()))?;
         if read == 0 {
-            return Err(self.control.refused("the control service closed the connection"));
+            return Err(self.control.refusal("the control service closed the connection"));
         }
         let (response, bytes) = protocol::decode::<Response>(&line).map_err(LabError::io(action()))?;
         let mut payload = vec![0; bytes];
         self.stream.read_exact(&mut payload).await.map_err(LabError::io(action()))?;
         match response {
-            Response::Failed { message } => Err(self.control.refused(message)),
+            Response::Failed { message } => Err(self.control.refusal(message)),
             response => Ok((response, payload)),
         }
     }

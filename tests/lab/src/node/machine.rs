@@ -28,21 +28,22 @@ use crate::host::switch::mac_of;
 /// Where an agent listens inside its node.
 pub const AGENT_PORT: u16 = 7443;
 
-/// How long a node may take to come up. It takes 3 to 5 s on an idle machine; this is for one that is not.
-const BOOT_PATIENCE: Duration = Duration::from_secs(90);
+/// How long a node may take to come up. It takes 3 to 5 s on an idle machine, and longer on a busy one.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(90);
 
 /// The link's MTU: larger frames cost the emulated CPUs much less per byte.
 const LINK_MTU: u32 = 9000;
 
-/// Of the kernel's work at boot, what the lab has no use for: it is a third of the time that an emulated CPU takes.
-const QUICKER_BOOT: &str = "mitigations=off tsc=reliable rcupdate.rcu_expedited=1 nokaslr lsm=capability audit=0 nmi_watchdog=0 cryptomgr.notests";
+/// Switches off work at boot that the lab does not need: a third of the time on an emulated CPU.
+const QUICKER_BOOT: &str = "mitigations=off tsc=reliable rcupdate.rcu_expedited=1 nokaslr lsm=capability \
+    audit=0 nmi_watchdog=0 cryptomgr.notests";
 
 /// What all nodes of a lab share.
 pub(crate) struct Boot<'a> {
     pub(crate) kernel: &'a Path,
     pub(crate) image: &'a Path,
     pub(crate) folder: &'a Path,
-    /// What the user network has for the shared disk.
+    /// The option of the user network that leads to the shared disk.
     pub(crate) shared_disk: String,
 }
 
@@ -99,13 +100,13 @@ impl Machine {
                 status = self.child.ended() => Some(status),
             }
         };
-        match timeout(BOOT_PATIENCE, came_up).await {
+        match timeout(BOOT_TIMEOUT, came_up).await {
             Ok(None) => Ok(()),
             Ok(Some(status)) => {
                 let status = status.map_or_else(|| "unknown".to_owned(), |status| status.to_string());
                 Err(self.down(&format!("its QEMU ended while it was coming up ({status})")))
             }
-            Err(_) => Err(self.down(&format!("it did not come up in {} s", BOOT_PATIENCE.as_secs()))),
+            Err(_) => Err(self.down(&format!("it did not come up in {} s", BOOT_TIMEOUT.as_secs()))),
         }
     }
 
@@ -121,13 +122,13 @@ impl Machine {
         self.qmp.lock().await.execute("set_link", json!({"name": "link0", "up": up})).await.map(drop)
     }
 
-    /// Stops the machine as a power failure does.
+    /// Stops the machine like a power failure.
     pub(crate) async fn power_off(&self) {
         self.child.signal(Signal::KILL);
         self.child.ended().await;
     }
 
-    /// The serial console, as a file that grows.
+    /// The serial console, as a growing file.
     pub(crate) fn console(&self) -> &Path {
         &self.console
     }
@@ -150,8 +151,8 @@ fn arguments(
     monitor: &Path,
 ) {
     let append = format!(
-        "console=ttyS0 panic=-1 quiet {QUICKER_BOOT} slackwater.name={} slackwater.number={number} slackwater.mtu={LINK_MTU} \
-         slackwater.devices={}",
+        "console=ttyS0 panic=-1 quiet {QUICKER_BOOT} slackwater.name={} slackwater.number={number} \
+         slackwater.mtu={LINK_MTU} slackwater.devices={}",
         config.name,
         config.devices.join(","),
     );
@@ -161,8 +162,8 @@ fn arguments(
     let forward = |port: u16| format!(",hostfwd=tcp:127.0.0.1:0-:{port}");
     command
         .args(["-name", &config.name])
-        // Never microvm: under load one boot in three hangs there in the calibration of the clock. KVM of this machine is not
-        // used, as it often cannot nest; emulated, the node has one of its own.
+        // Not microvm: under load one boot in three hangs there in the calibration of the clock. This
+        // machine's KVM is not used, since it often cannot nest; an emulated node has a KVM of its own.
         .args([
             "-machine",
             "q35",
@@ -185,7 +186,7 @@ fn arguments(
         .arg(boot.image)
         .args(["-append", &append])
         .args(["-device", "virtio-rng-pci"])
-        // restrict: nothing inside reaches this machine, or what lies behind it, but by the forwarded ports.
+        // restrict: programs inside reach this machine and its network only by the forwarded ports.
         .arg("-netdev")
         .arg(format!(
             "user,id=host0,restrict=on{}{}{}",

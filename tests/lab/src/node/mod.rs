@@ -31,12 +31,12 @@ pub struct Node {
     control: Control,
 }
 
-/// What a program left that was run in a node.
+/// The result of a program that was run in a node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Executed {
     /// The program.
     pub program: String,
-    /// How it ended; none: its time was up and it was killed.
+    /// How it ended. `None`: its time was up, and it was killed.
     pub ending: Option<Ending>,
     /// Its standard output.
     pub stdout: Vec<u8>,
@@ -114,7 +114,7 @@ impl Node {
         self.control.address
     }
 
-    /// The serial console, as a file that grows: the kernel's messages, and the lines of all that was spawned.
+    /// The serial console, as a growing file: the kernel's messages, and the lines of every spawned program.
     #[must_use]
     pub fn console(&self) -> &Path {
         self.machine.console()
@@ -149,12 +149,12 @@ impl Node {
                 let program = argv.first().copied().unwrap_or_default().to_owned();
                 Ok(Executed { program, ending, stdout, stderr })
             }
-            (other, _) => Err(self.control.unexpected(&other)),
+            (other, _) => Err(self.control.unexpected_answer(&other)),
         }
     }
 
-    /// Starts a program that goes on, in a session and a cgroup of its own, and returns its pid. `name` names the cgroup, and the
-    /// log `/var/log/NAME.log`.
+    /// Starts a program in the background, in a session and a cgroup of its own, and returns its pid. `name`
+    /// names the cgroup, and the log `/var/log/NAME.log`.
     ///
     /// # Errors
     /// When it could not be started.
@@ -163,22 +163,23 @@ impl Node {
         match self.control.ask(&Request::Spawn { name: name.to_owned(), argv: owned(argv), env }, b"").await?
         {
             (Response::Spawned { pid }, _) => Ok(pid),
-            (other, _) => Err(self.control.unexpected(&other)),
+            (other, _) => Err(self.control.unexpected_answer(&other)),
         }
     }
 
-    /// Waits for a process to end; none when it did not in time. How it ended is known only of what was spawned.
+    /// Waits for a process to end. `None`: it did not end in time. How it ended is known only of spawned
+    /// processes.
     ///
     /// # Errors
-    /// When the node cannot be asked.
+    /// When the node does not answer.
     pub async fn wait(&self, pid: u32, limit: Duration) -> Result<Option<Ending>, LabError> {
         match self.control.ask_for(&Request::Wait { pid, timeout_ms: millis(limit) }, b"", limit).await? {
             (Response::Ended { ending }, _) => Ok(ending),
-            (other, _) => Err(self.control.unexpected(&other)),
+            (other, _) => Err(self.control.unexpected_answer(&other)),
         }
     }
 
-    /// Waits until what was spawned under `name` prints a line with `text` in it, or has done so.
+    /// Waits until the program spawned under `name` has printed a line that contains `text`.
     ///
     /// # Errors
     /// When no such line came in time, or the program ended without it.
@@ -188,9 +189,9 @@ impl Node {
         match self.control.ask_for(&request, b"", limit).await? {
             (Response::Line { line: Some(line) }, _) => Ok(line),
             (Response::Line { line: None }, _) => {
-                Err(self.control.refused(format!("{name} did not print a line with {text:?}")))
+                Err(self.control.refusal(format!("{name} did not print a line with {text:?}")))
             }
-            (other, _) => Err(self.control.unexpected(&other)),
+            (other, _) => Err(self.control.unexpected_answer(&other)),
         }
     }
 
@@ -210,7 +211,8 @@ impl Node {
         self.signal(pid, Signal::KILL).await
     }
 
-    /// Kills, with SIGKILL, all that lives in the cgroup of what was spawned under `name`, and waits until it is empty.
+    /// Kills with SIGKILL every process in the cgroup of the program spawned under `name`, and waits until it
+    /// is empty.
     ///
     /// # Errors
     /// When nothing was spawned under that name.
@@ -245,7 +247,7 @@ impl Node {
     /// Reads the node's clock against this machine's.
     ///
     /// # Errors
-    /// When the node cannot be asked.
+    /// When the node does not answer.
     pub async fn clock(&self) -> Result<ClockReading, LabError> {
         self.control.clock().await
     }
@@ -255,7 +257,7 @@ impl Node {
         self.machine.set_link(up).await
     }
 
-    /// Stops the node as a power failure does.
+    /// Stops the node like a power failure.
     pub async fn power_off(&self) {
         self.machine.power_off().await;
     }

@@ -1,8 +1,9 @@
-//! What the lab and a node's control service say to each other.
+//! The protocol between the lab and a node's control service.
 //!
-//! A message is one line of JSON, and behind it as many bytes of payload as the line announces (a file's content, a program's
-//! output). A connection carries requests one after the other; whoever wants two things at once opens two connections. The
-//! port is reachable from the loopback interface of the lab's machine only.
+//! A message is one line of JSON, and behind it as many bytes of payload as the line announces (a file's
+//! content, a program's output). A connection carries requests one after the other; a client that needs two
+//! at once opens two connections. The port is reachable from the loopback interface of the lab's machine
+//! only.
 
 use std::io::{self, BufRead, Write};
 
@@ -14,22 +15,24 @@ pub const CONTROL_PORT: u16 = 7000;
 /// The line that the service prints to the node's serial console once it listens.
 pub const READY_LINE: &str = "slackwater-lab-node: ready";
 
-/// No payload is larger: what announces more is not this protocol.
+/// The largest payload. A message that announces more is invalid.
 pub const MAX_PAYLOAD_BYTES: u64 = 1 << 30;
 
-/// What the lab asks of a node. Programs are given by argument vectors: there is no shell unless one is named.
+/// A request of the lab to a node. Programs are argument vectors: there is no shell unless one is
+/// named.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "do", rename_all = "snake_case")]
 pub enum Request {
-    /// Runs a program to its end. The payload is its standard input. When time is up its whole process group is killed.
+    /// Runs a program to its end. The payload is its standard input. When time is up its whole process group
+    /// is killed.
     Exec {
         /// Program and arguments.
         argv: Vec<String>,
         /// How long it may take.
         timeout_ms: u64,
     },
-    /// Starts a program that goes on, in a session and a cgroup of its own. Each line that it prints goes to
-    /// `/var/log/NAME.log` and, behind its name, to the serial console.
+    /// Starts a program in the background, in a session and a cgroup of its own. Each line that it prints
+    /// goes to `/var/log/NAME.log` and, behind its name, to the serial console.
     Spawn {
         /// Names the cgroup and the log.
         name: String,
@@ -47,7 +50,7 @@ pub enum Request {
     },
     /// Waits for a line with `text` in it in the log of what was last spawned under `name`.
     WaitLine {
-        /// As given to `Spawn`.
+        /// The name passed to `Spawn`.
         name: String,
         /// What the line contains.
         text: String,
@@ -61,9 +64,10 @@ pub enum Request {
         /// Which.
         signal: i32,
     },
-    /// Kills (SIGKILL) all that lives in the cgroup of what was spawned under `name`, and waits until it is empty.
+    /// Kills (SIGKILL) all that lives in the cgroup of what was spawned under `name`, and waits until it is
+    /// empty.
     KillGroup {
-        /// As given to `Spawn`.
+        /// The name passed to `Spawn`.
         name: String,
     },
     /// Writes the payload to a file, whose folders are made.
@@ -73,7 +77,7 @@ pub enum Request {
         /// Permission bits.
         mode: u32,
     },
-    /// Reads a file to its end, of whatever kind (files under /proc and /sys have no size).
+    /// Reads a file to its end, also one without a size (under /proc and /sys).
     Get {
         /// Absolute.
         path: String,
@@ -89,7 +93,7 @@ pub enum Ending {
     Status(i32),
     /// By this signal.
     Signal(i32),
-    /// It was not the service's child: nobody told it.
+    /// Not known: it was not the service's child.
     Unknown,
 }
 

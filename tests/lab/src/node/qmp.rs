@@ -1,4 +1,4 @@
-//! As much of QEMU's machine protocol (QMP) as the lab needs: commands, one at a time.
+//! The part of QEMU's machine protocol (QMP) that the lab needs: commands, one at a time.
 
 use std::time::Duration;
 
@@ -14,9 +14,9 @@ use tokio::{
 
 use crate::error::LabError;
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// A conversation with one QEMU.
+/// A connection to one QEMU.
 #[derive(Debug)]
 pub(crate) struct Qmp {
     lines: Lines<BufReader<OwnedReadHalf>>,
@@ -24,7 +24,7 @@ pub(crate) struct Qmp {
 }
 
 impl Qmp {
-    /// Takes the connection that QEMU makes, and leaves the negotiation behind.
+    /// Accepts QEMU's connection and negotiates capabilities.
     pub(crate) async fn accept(listener: &UnixListener) -> Result<Self, LabError> {
         let talk = async {
             let (stream, _) = listener.accept().await.map_err(LabError::io("taking QEMU's connection"))?;
@@ -33,7 +33,7 @@ impl Qmp {
             qmp.execute("qmp_capabilities", json!({})).await?;
             Ok(qmp)
         };
-        timeout(PATIENCE, talk).await.map_err(|_| too_late("QEMU's connection"))?
+        timeout(COMMAND_TIMEOUT, talk).await.map_err(|_| timed_out("QEMU's connection"))?
     }
 
     /// Executes a command and returns what it returned.
@@ -50,11 +50,11 @@ impl Qmp {
                     .next_line()
                     .await
                     .map_err(LabError::io(format!("reading QEMU's answer to {command}")))?
-                    .ok_or_else(|| refused(command, "the connection was closed"))?;
+                    .ok_or_else(|| command_failed(command, "the connection was closed"))?;
                 let mut answer: Value = serde_json::from_str(&line)
-                    .map_err(|error| refused(command, &format!("{error}: {line}")))?;
+                    .map_err(|error| command_failed(command, &format!("{error}: {line}")))?;
                 if let Some(error) = answer.get("error") {
-                    return Err(refused(command, &error.to_string()));
+                    return Err(command_failed(command, &error.to_string()));
                 }
                 // Anything else is an event, or the greeting.
                 if let Some(value) = answer.get_mut("return") {
@@ -62,19 +62,20 @@ impl Qmp {
                 }
             }
         };
-        timeout(PATIENCE, talk).await.map_err(|_| too_late(command))?
+        timeout(COMMAND_TIMEOUT, talk).await.map_err(|_| timed_out(command))?
     }
 }
 
-fn refused(command: &str, message: &str) -> LabError {
+fn command_failed(command: &str, message: &str) -> LabError {
     LabError::Refused { node: "QEMU".into(), message: format!("{command}: {message}") }
 }
 
-fn too_late(action: &str) -> LabError {
-    LabError::TooLate { action: action.to_owned(), seconds: PATIENCE.as_secs() }
+fn timed_out(action: &str) -> LabError {
+    LabError::TimedOut { action: action.to_owned(), seconds: COMMAND_TIMEOUT.as_secs() }
 }
 
-/// The ports of this machine that lead into the node, out of the monitor's `info usernet`: (ours, the node's).
+/// The ports of this machine that lead into the node, out of the monitor's `info usernet`: (ours, the
+/// node's).
 pub(crate) fn forwarded_ports(usernet: &str) -> Vec<(u16, u16)> {
     let pair = |line: &str| {
         let mut words = line.split_whitespace();
@@ -94,7 +95,8 @@ mod tests {
 
     #[test]
     fn forwarded_ports_are_read_from_the_monitor() {
-        let text = "Hub -1 (host0):\r\n  Protocol[State]    FD  Source Address  Port   Dest. Address  Port RecvQ SendQ\r\n  \
+        let text = "Hub -1 (host0):\r\n  \
+                    Protocol[State]    FD  Source Address  Port   Dest. Address  Port RecvQ SendQ\r\n  \
                     TCP[HOST_FORWARD]  15       127.0.0.1 41234       10.0.2.15  7000     0     0\r\n  \
                     TCP[ESTABLISHED]  15       127.0.0.1 41234       10.0.2.15  7000     0     0\r\n";
         assert_eq!(forwarded_ports(text), [(41234, 7000)]);

@@ -1,4 +1,4 @@
-//! From the probes' hits, one by one, to a [`Trace`].
+//! Builds a [`Trace`] from the probes' events.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -13,7 +13,7 @@ impl Trace {
     /// Reads what `witness-collect` printed on a node.
     ///
     /// # Errors
-    /// When anything is missing from it or does not fit together.
+    /// When it is incomplete or inconsistent.
     pub fn parse(node: &str, clock: ClockRelation, collected: &str) -> Result<Self, ParseError> {
         let collected = parse::collected(collected)?;
         let mut reader = Reader::default();
@@ -115,7 +115,7 @@ impl Reader {
             device.changes.push(change);
         }
         if !failed && ret != 0 {
-            // The kernel may give a new file the address of one that is gone: the latest counts.
+            // The kernel may reuse the address of a closed file: the latest counts.
             self.files.insert(ret, pending.device);
         }
     }
@@ -138,7 +138,7 @@ fn is_error(pointer: u64) -> bool {
     pointer >= u64::MAX - 4094
 }
 
-/// Joins the first runs and the last ones. If one buffer has all of them, it is enough.
+/// Joins the first runs and the last ones. A buffer that has all of them is used alone.
 fn vcpus(
     mut first: Vec<Record>,
     first_full: &BTreeSet<u32>,
@@ -151,8 +151,8 @@ fn vcpus(
     if first_full.is_empty() {
         return Ok(VcpuTrace { runs: runs(first)?, gap_ns: None });
     }
-    // Each CPU has a buffer of its own: the first are complete up to where the first of them was full, the last from where the
-    // last of them begins.
+    // Each CPU has a buffer of its own: the first are complete up to where the first of them was full, the
+    // last from where the last of them begins.
     let times = |records: &[Record], cpu: u32| {
         records.iter().filter(move |record| record.cpu == cpu).map(|record| record.at_ns).collect::<Vec<_>>()
     };
@@ -167,7 +167,7 @@ fn vcpus(
     Ok(VcpuTrace { runs: all, gap_ns: (known_to < known_from).then_some((known_to, known_from)) })
 }
 
-/// Pairs begins and ends. A begin that is missing at the front is put at the first record.
+/// Pairs begins and ends. A missing begin at the front is set to the first record.
 fn runs(records: Vec<Record>) -> Result<Vec<Run>, ParseError> {
     let mut runs: Vec<Run> = Vec::new();
     let mut open: HashMap<u32, usize> = HashMap::new();
@@ -243,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_is_taken_apart_into_its_arcs() {
+    fn a_path_is_split_into_its_arcs() {
         let trace = devices(&[
             set(1, 7, 3),
             step(2, 7, 2, 3),
@@ -295,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_together_is_an_error() {
+    fn inconsistent_events_are_an_error() {
         for lines in [
             vec![step(1, 7, 1, 3)],
             vec![done(1, 7, "0x0")],

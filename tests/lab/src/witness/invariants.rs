@@ -7,8 +7,8 @@
 //! | I3 capture at slack water | [`captured_at_slack_water`] |
 //! | I4 wake together | [`woke_together`] |
 //!
-//! Each takes traces that have only the devices of one VM ([`Trace::of_devices`]), and of nodes on which no other VM's vCPUs
-//! ran. Each fails, too, when there was nothing to judge: an assertion that saw no event asserts nothing.
+//! Each takes traces that have only the devices of one VM ([`Trace::of_devices`]), and of nodes on which no
+//! other VM's vCPUs ran. Each also fails when there was no event to judge.
 
 mod capture;
 mod one_runner;
@@ -20,8 +20,9 @@ mod wake;
 use std::fmt;
 
 use super::{
+    parse::seconds,
     state::State,
-    trace::{Change, DeviceTrace, Trace, seconds},
+    trace::{Change, DeviceTrace, Trace},
 };
 
 pub use capture::captured_at_slack_water;
@@ -29,7 +30,7 @@ pub use one_runner::{Separation, never_ran, one_runner};
 pub use quiesce::quiesced_together;
 pub use wake::{Waking, woke_together};
 
-/// What the VM's administrator states of its devices, and the barrier that follows from it.
+/// The administrator's statement about the VM's devices, and the barrier that follows from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PeerToPeer {
     /// They may talk to each other: the barrier is the P2P states.
@@ -86,7 +87,7 @@ impl Invariant {
         Violation { invariant: self, node: trace.node.clone(), at_ns: None, what: what.into() }
     }
 
-    /// Fails unless no vCPU was in KVM_RUN at any time from one to the other.
+    /// Fails if a vCPU was in KVM_RUN at any time in this period.
     fn no_vcpu_ran(self, trace: &Trace, from_ns: u64, to_ns: u64, while_what: &str) -> Result<(), Violation> {
         if let Some((begin, end)) = trace.vcpus.gap_ns.filter(|(begin, end)| *begin < to_ns && *end > from_ns)
         {
@@ -109,8 +110,8 @@ impl Invariant {
     }
 }
 
-/// How to name a change in a message.
-fn told(change: &Change) -> String {
+/// Describes a change, for a message.
+fn describe(change: &Change) -> String {
     let name = |state: Option<State>| state.map_or("?", State::name);
     match change.from {
         None => "its reset".to_owned(),
@@ -121,17 +122,17 @@ fn told(change: &Change) -> String {
     }
 }
 
-/// How to say where a device stood.
-fn stood(device: &DeviceTrace, at_ns: u64) -> String {
+/// Describes the state of a device at a time, for a message.
+fn describe_state(device: &DeviceTrace, at_ns: u64) -> String {
     let changing = device.changes.iter().find(|change| change.began_ns <= at_ns && at_ns < change.ended_ns);
     match (changing, device.state_at(at_ns)) {
-        (Some(change), _) => format!("in the middle of {}", told(change)),
+        (Some(change), _) => format!("in the middle of {}", describe(change)),
         (None, Some(state)) => state.to_string(),
-        (None, None) => "in a state that is not known".to_owned(),
+        (None, None) => "in an unknown state".to_owned(),
     }
 }
 
-/// Every change of every device of a kind.
+/// Every change of any device that `kind` selects.
 fn changes<'a>(
     trace: &'a Trace,
     kind: impl Fn(&Change) -> bool + 'a,
@@ -143,7 +144,7 @@ fn changes<'a>(
         .filter(move |(_, change)| kind(change))
 }
 
-/// Whether a change leads a device that stands still to where it moves, at somebody's word: not by a reset.
+/// Whether a change takes a stopped device to a state in which it works, by a request and not by a reset.
 fn leaves_stop(change: &Change) -> bool {
     change.from.is_some_and(|from| !from.moves()) && change.to.is_some_and(State::moves)
 }

@@ -1,8 +1,9 @@
-//! The kernel as a witness of what happened to devices and vCPUs, whoever caused it.
+//! The kernel as a witness of what happened to devices and vCPUs, independent of who caused it.
 //!
-//! Probes in each node's kernel record every state change, read, write and reset of every device, and every run of every vCPU,
-//! with the kernel's own clock (`image/scripts/witness-arm.sh` has them; see <https://docs.kernel.org/trace/kprobetrace.html>). The witness is armed when
-//! a node boots. The product is not asked to judge itself: the invariants are asserted from this.
+//! Probes in each node's kernel record every state change, read, write and reset of every device, and every
+//! run of every vCPU, with the kernel's own clock (`image/scripts/witness-arm.sh` has them; see
+//! <https://docs.kernel.org/trace/kprobetrace.html>). The witness is armed when a node boots. The invariants
+//! are checked with these traces, and not with what the product reports of itself.
 //!
 //! ```no_run
 //! # async fn example(lab: &slackwater_lab::Lab) -> anyhow::Result<()> {
@@ -40,17 +41,18 @@ pub use parse::ParseError;
 pub use state::State;
 pub use trace::{Access, AccessKind, Change, DeviceTrace, Run, Trace, VcpuTrace};
 
-/// The formatting of a full buffer takes an emulated CPU a while.
-const COLLECT_PATIENCE: Duration = Duration::from_secs(120);
+/// An emulated CPU takes a while to format a full buffer.
+const COLLECT_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// A witness that watches one node, from the moment on when this was made.
+/// A witness that has watched one node since this was created.
 #[derive(Clone, Copy, Debug)]
 pub struct Watch {
     first: ClockReading,
 }
 
-/// Starts to watch a node: what was recorded before is forgotten. The devices' state is known again with the first change of
-/// each. Not while a device's data are being moved: reads of files that were opened before could not be told apart.
+/// Starts to watch a node, and discards earlier records. A device's state is known from its first change on.
+/// Do not call this while a device's data move: reads of files that were opened before could not be
+/// attributed.
 ///
 /// # Errors
 /// When the node cannot be reached or its kernel refuses.
@@ -60,12 +62,12 @@ pub async fn watch(node: &Node) -> Result<Watch, LabError> {
 }
 
 impl Watch {
-    /// Takes what the witness has recorded since. It goes on recording.
+    /// Returns what the witness has recorded since. It continues to record.
     ///
     /// # Errors
     /// When the node cannot be reached, or anything is missing from the record.
     pub async fn testimony(&self, node: &Node) -> Result<Trace, LabError> {
-        let collected = node.exec_for(&["witness-collect"], b"", COLLECT_PATIENCE).await?.success()?;
+        let collected = node.exec_for(&["witness-collect"], b"", COLLECT_TIMEOUT).await?.success()?;
         let clock = ClockRelation::between(self.first, node.clock().await?);
         Trace::parse(node.name(), clock, &collected)
             .map_err(|error| LabError::Witness { node: node.name().to_owned(), reason: error.to_string() })

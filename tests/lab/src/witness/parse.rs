@@ -1,13 +1,13 @@
-//! The text of the kernel's trace, line by line. What the events mean together is [`super::trace`]'s affair.
+//! Parses the text of the kernel's trace, line by line. [`super::trace`] interprets the events.
 
 use std::collections::BTreeSet;
 
-/// Nothing is passed over in silence: a witness that was not understood has not testified.
+/// Nothing is skipped silently: a trace with an unknown line proves nothing.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ParseError {
-    /// A line is no event of ours.
-    #[error("not understood: {line}")]
+    /// A line is not one of our events.
+    #[error("unknown line: {line}")]
     Line {
         /// The line.
         line: String,
@@ -15,11 +15,11 @@ pub enum ParseError {
     /// A buffer overflowed, or a probe was missed: something is not in the trace.
     #[error("events are missing: {what}")]
     Lost {
-        /// Which, in the kernel's words.
+        /// Which, as the kernel reports it.
         what: String,
     },
     /// Events that do not fit together.
-    #[error("at {}: {what}", super::trace::seconds(*.at_ns))]
+    #[error("at {}: {what}", seconds(*.at_ns))]
     Inconsistent {
         /// When, on the node's clock.
         at_ns: u64,
@@ -91,7 +91,7 @@ pub(super) fn collected(text: &str) -> Result<Collected, ParseError> {
     })
 }
 
-/// The lines of a part. Every part is there, if it is empty: a collection that broke off is no collection.
+/// The lines of a part. Every part must be there, even if empty: otherwise the collection was interrupted.
 fn part<'a>(text: &'a str, name: &str) -> Result<Vec<&'a str>, ParseError> {
     let mut lines = text.lines().skip_while(|line| line.strip_prefix("@@ ") != Some(name));
     match lines.next() {
@@ -105,7 +105,7 @@ fn is_comment(line: &str) -> bool {
     line.starts_with('#') || line.trim().is_empty()
 }
 
-/// The CPU of a line of a buffer's statistics ("CPU overrun: 12") that tells of a loss.
+/// The CPU of a line of a buffer's statistics ("CPU overrun: 12") that reports a loss.
 fn loss(line: &str) -> Option<u32> {
     let (cpu, line) = line.split_once(' ')?;
     let (what, count) = line.split_once(": ")?;
@@ -119,7 +119,7 @@ fn record(line: &str) -> Result<Record, ParseError> {
 }
 
 fn parse_record(line: &str) -> Option<Record> {
-    // A thread's name may contain anything, so the line is taken apart from behind what cannot be in it.
+    // A thread's name may contain anything, so the line is split at texts that cannot occur in it.
     let (head, tail) = line.split_once(": (")?;
     let (head, event) = head.rsplit_once(": ")?;
     let (head, time) = head.rsplit_once(' ')?;
@@ -159,21 +159,30 @@ fn parse_event(event: &str, arguments: &str) -> Option<Event> {
     })
 }
 
+/// A time for messages: seconds with microseconds.
+pub(super) fn seconds(ns: u64) -> String {
+    format!("{}.{:06} s", ns / 1_000_000_000, ns / 1000 % 1_000_000)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const SET: &str = r#"   vfio: worker-3-117     [001] .....   105.000250: set: (mtty_set_state+0x0/0x120 [mtty]) name="5a1ac0de-0001" new=3"#;
+    const SET: &str = concat!(
+        "   vfio: worker-3-117     [001] .....   105.000250: ",
+        r#"set: (mtty_set_state+0x0/0x120 [mtty]) name="5a1ac0de-0001" new=3"#
+    );
 
     #[test]
-    fn a_line_is_read_whatever_its_thread_is_called() {
+    fn a_line_is_parsed_with_any_name_of_its_thread() {
         let event = Event::Set { device: "5a1ac0de-0001".into(), new: 3 };
         assert_eq!(record(SET), Ok(Record { at_ns: 105_000_250_000, cpu: 1, thread: 117, event }));
     }
 
     #[test]
-    fn a_return_tells_where_from() {
-        let line = "  vmm-9   [000] d..2.  1.5: done: (vfio_ioctl_device_feature+0x2/0x9 [vfio] <- mtty_set_state) ret=0xffff8880045e6a00";
+    fn a_return_has_the_function_that_it_left() {
+        let line = "  vmm-9   [000] d..2.  1.5: done: \
+                    (vfio_ioctl_device_feature+0x2/0x9 [vfio] <- mtty_set_state) ret=0xffff8880045e6a00";
         let expected = Record {
             at_ns: 1_500_000_000,
             cpu: 0,
@@ -185,8 +194,9 @@ mod tests {
 
     fn collection(devices: &str, stats: &str, misses: &str) -> String {
         format!(
-            "@@ devices\n# tracer: nop\n{devices}\n@@ devices.lost\n0 entries: 3\n1 {stats}\n@@ vcpu_first\n@@ vcpu_first.lost\n\
-             0 overrun: 0\n1 dropped events: 7\n@@ vcpu_last\n@@ vcpu_last.lost\n0 overrun: 0\n@@ missed\n  witness/set  12  {misses}\n"
+            "@@ devices\n# tracer: nop\n{devices}\n@@ devices.lost\n0 entries: 3\n1 {stats}\n\
+             @@ vcpu_first\n@@ vcpu_first.lost\n0 overrun: 0\n1 dropped events: 7\n\
+             @@ vcpu_last\n@@ vcpu_last.lost\n0 overrun: 0\n@@ missed\n  witness/set  12  {misses}\n"
         )
     }
 

@@ -1,6 +1,7 @@
-//! The migration states of a device, by the kernel's numbers (`enum vfio_device_mig_state`, include/uapi/linux/vfio.h).
+//! The migration states of a device, by the kernel's numbers (`enum vfio_device_mig_state`,
+//! include/uapi/linux/vfio.h).
 //!
-//! A list of the witness's own, so that it shares no table with what it judges.
+//! The witness has its own list, so that it shares no table with the code that it judges.
 
 use std::fmt;
 
@@ -35,19 +36,20 @@ impl State {
         self.into()
     }
 
-    /// Whether the device may start work by itself or touch memory: everything but the states in which it stands still.
+    /// Whether the device may start work by itself or access memory: true in all states in which it is not
+    /// stopped.
     #[must_use]
     pub fn moves(self) -> bool {
         matches!(self, Self::Running | Self::RunningP2p | Self::PreCopy | Self::PreCopyP2p)
     }
 
-    /// Whether it starts no new accesses to its peers: one of the P2P states, or standing still.
+    /// Whether it starts no new accesses to its peers: one of the P2P states, or stopped.
     #[must_use]
     pub fn is_quiet_to_peers(self) -> bool {
         !matches!(self, Self::Running | Self::PreCopy | Self::Error)
     }
 
-    /// Whether it stands still with its state in it: STOP or STOP_COPY.
+    /// Whether it is stopped and holds its state: STOP or STOP_COPY.
     #[must_use]
     pub fn is_stopped(self) -> bool {
         matches!(self, Self::Stop | Self::StopCopy)

@@ -1,4 +1,5 @@
-//! What a node's trace tells: each device's way through its states, each access to its data, each run of a vCPU.
+//! The content of a node's trace: each device's path through its states, each access to its data, each run of
+//! a vCPU.
 
 use std::collections::BTreeMap;
 
@@ -21,7 +22,7 @@ pub struct Trace {
 /// What happened to one device, in order.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DeviceTrace {
-    /// Every arc that the driver was led through, those that failed among them, and resets.
+    /// Every arc of the driver, including failed ones, and resets.
     pub changes: Vec<Change>,
     /// Every read and write of its migration data.
     pub accesses: Vec<Access>,
@@ -30,9 +31,9 @@ pub struct DeviceTrace {
 /// A change of state: one arc of the kernel's state machine, or a reset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Change {
-    /// The state that was left; none: a reset, whatever the state was.
+    /// The state that was left. `None`: a reset, in any state.
     pub from: Option<State>,
-    /// The state that was reached; none: the arc failed, and the device stayed.
+    /// The state that was reached. `None`: the arc failed, and the device kept its state.
     pub to: Option<State>,
     /// What the caller had asked for: the end of the path.
     pub wanted: State,
@@ -64,9 +65,9 @@ pub enum AccessKind {
 /// When vCPUs were in KVM_RUN. Their buffers may have lost the middle of a long life.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct VcpuTrace {
-    /// What is known, in order.
+    /// The known runs, in order.
     pub runs: Vec<Run>,
-    /// From when to when nothing is known.
+    /// The period of which nothing is known.
     pub gap_ns: Option<(u64, u64)>,
 }
 
@@ -79,12 +80,12 @@ pub struct Run {
     pub vcpu: u64,
     /// When it went in.
     pub began_ns: u64,
-    /// When it came back; none: it was still in when the trace was taken.
+    /// When it came back. `None`: it was still in KVM_RUN when the trace was taken.
     pub ended_ns: Option<u64>,
 }
 
 impl Trace {
-    /// The same, with no other devices than these: those of one VM.
+    /// The same with these devices only: those of one VM.
     ///
     /// # Errors
     /// When the trace has nothing of one of them.
@@ -100,13 +101,13 @@ impl Trace {
         Ok(trace)
     }
 
-    /// The state in which a device ended; none: no change of it was seen.
+    /// The final state of a device. `None`: no change of it was seen.
     #[must_use]
     pub fn final_state(&self, device: &str) -> Option<State> {
         self.devices.get(device)?.state_at(u64::MAX)
     }
 
-    /// Every state that a device entered, with the time at which it had: what an agent's own account can be compared with.
+    /// Every state that a device entered, with the time: an agent's reports can be compared with it.
     #[must_use]
     pub fn states_of(&self, device: &str) -> Vec<(State, u64)> {
         let changes = self.devices.get(device).map(|device| device.changes.as_slice()).unwrap_or_default();
@@ -115,8 +116,8 @@ impl Trace {
 }
 
 impl DeviceTrace {
-    /// The state in which the device stood at a time, none while it was changing, or before the first change was seen to begin
-    /// if that was a reset. A change that fails leaves the state it began in.
+    /// The state of the device at a time. `None`: it was changing, or the time is before the first change and
+    /// that is a reset. A change that fails leaves the state it began in.
     #[must_use]
     pub fn state_at(&self, at_ns: u64) -> Option<State> {
         let mut state = self.changes.first().and_then(|change| change.from);
@@ -131,8 +132,8 @@ impl DeviceTrace {
 }
 
 impl DeviceTrace {
-    /// Whether something is true of the state in which the device stood at a time, or, while it was changing, of both the state
-    /// that it left and the one that it was led to. Not if neither is known.
+    /// Whether a predicate holds for the state of the device at a time or, while it was changing, for both
+    /// the state that it left and the one that it went to. False if neither is known.
     #[must_use]
     pub fn holds_at(&self, at_ns: u64, what: impl Fn(State) -> bool) -> bool {
         let changing = self.changes.iter().find(|change| change.began_ns <= at_ns && at_ns < change.ended_ns);
@@ -149,9 +150,4 @@ impl Run {
     pub fn overlaps(&self, from_ns: u64, to_ns: u64) -> bool {
         self.began_ns <= to_ns && self.ended_ns.is_none_or(|ended| ended >= from_ns)
     }
-}
-
-/// A time for people: seconds with microseconds.
-pub(super) fn seconds(ns: u64) -> String {
-    format!("{}.{:06} s", ns / 1_000_000_000, ns / 1000 % 1_000_000)
 }

@@ -1,21 +1,22 @@
-//! The format in which a VM travels, version 1. All integers are little-endian.
+//! The format of a saved VM, version 1. All integers are little-endian.
 //!
 //! ```text
 //! header    magic "SLKWLAB\0", u32 version, u32 devices, u64 bytes of RAM
 //! pages *   u32 1, u32 pages (1 to 256), u64 guest physical address, then the pages of 4096 bytes;
 //!           in ascending order, pages that are zero left out
-//! machine   u32 2, u32 parts, then for each part, in the order of `StatePart`: u32 number, u32 bytes, the bytes
+//! machine   u32 2, u32 parts, then for each part, in the order of `StatePart`:
+//!           u32 number, u32 bytes, the bytes
 //! end       u32 3
 //! ```
-//! [`write`] and [`read`] need memory for one record, whatever the size of the RAM. [`read`] takes nothing but exactly this: it
-//! names the field that is wrong, what it is and what it should have been. A change of the layout is another version: there is
-//! no reading of other versions, since both ends of the lab are of one build.
+//! [`write`] and [`read`] need memory for one record, for any size of the RAM. [`read`] accepts exactly this
+//! format: an error names the wrong field, its value and the expected value. A change of the layout needs a
+//! new version. Other versions are not read, since both ends of the lab are from one build.
 
 mod read;
 mod write;
 
 pub use read::{ReadError, read};
-pub use write::{RamSource, write};
+pub use write::write;
 
 use super::ram::PAGE_BYTES;
 

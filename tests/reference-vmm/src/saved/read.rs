@@ -9,7 +9,7 @@ use strum::VariantArray;
 use crate::machine_state::{MSRS, MachineState, StatePart};
 use crate::ram::PAGE_BYTES;
 
-/// Why a saved VM was not taken.
+/// Why a saved VM was refused.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ReadError {
@@ -44,13 +44,13 @@ pub enum ReadError {
         /// Where it begins.
         at: u64,
     },
-    /// There is more behind the end.
+    /// Data follow the end.
     #[error("more data follows the end of the state, which is at byte {at}; expected none")]
     Trailing {
         /// Where the state ends.
         at: u64,
     },
-    /// The page could not be put into guest RAM.
+    /// The page could not be written to guest RAM.
     #[error("cannot write guest RAM at {gpa:#x}")]
     WriteRam {
         /// Guest physical address.
@@ -63,8 +63,8 @@ pub enum ReadError {
 
 /// Reads a VM of this `shape` from `input`, to its end.
 ///
-/// `put(gpa, pages)` is called for what is to be written into guest RAM, in ascending order, while it is read: RAM must be zero
-/// before, and holds a part of the VM if this fails.
+/// `put(gpa, pages)` is called to write to guest RAM, in ascending order, while the input is read. RAM must
+/// be zero before, and holds a part of the VM if this fails.
 ///
 /// # Errors
 /// If the input is anything but one whole saved VM of this version and shape, or `put` fails.
@@ -135,7 +135,7 @@ impl<R: Read> Input<'_, R> {
         self.number(field).map(u32::from_le_bytes)
     }
 
-    /// A field of N bytes that was read just now holds something else than it must.
+    /// The error for a wrong field of N bytes that was just read.
     fn wrong<const N: usize>(
         &self,
         field: impl Into<String>,
@@ -169,7 +169,8 @@ impl<R: Read> Input<'_, R> {
         }
     }
 
-    /// Reads the rest of a record of pages into `block`: at or above `next`, within RAM. Returns where they belong.
+    /// Reads the rest of a record of pages into `block`: at or above `next`, within RAM. Returns where they
+    /// belong.
     fn pages(&mut self, block: &mut Vec<u8>, next: u64, ram_bytes: u64) -> Result<u64, ReadError> {
         let pages = self.u32("a number of pages")?;
         let bytes = (pages as usize).saturating_mul(PAGE_BYTES);

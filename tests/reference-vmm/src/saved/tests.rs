@@ -6,6 +6,7 @@ use super::*;
 use strum::VariantArray;
 
 use crate::machine_state::{MachineState, StatePart};
+use crate::ram::RamSource;
 
 const SHAPE: Shape = Shape { ram_bytes: 600 * 4096, devices: 2 };
 
@@ -24,7 +25,7 @@ fn ram(pages: &[(usize, u8)]) -> Vec<u8> {
     ram
 }
 
-/// RAM that knows its pages that are zero from the 300th on, and says of all others that they may be used.
+/// RAM that knows from its 300th page on which pages are zero, and reports all others as used.
 struct Bytes<'a>(&'a [u8]);
 
 impl RamSource for Bytes<'_> {
@@ -63,7 +64,7 @@ fn refusal(input: &[u8]) -> String {
 const HEADER: usize = 24;
 
 #[test]
-fn a_vm_comes_back_as_it_was_saved() {
+fn a_vm_is_loaded_as_it_was_saved() {
     // Single pages, a run across the border of two blocks, the first page and the last.
     let ram = ram(&[(0, 1), (7, 2), (254, 3), (255, 4), (256, 5), (257, 6), (599, 255)]);
     let bytes = saved(&ram);
@@ -101,17 +102,20 @@ fn each_wrong_field_is_named_with_its_value_and_what_was_expected() {
         (
             HEADER + 8,
             &[1],
-            "the address of pages is 0x3001, expected a multiple of 4096, 0x0 to 0x257000, for 1 page(s) (at byte 32)",
+            "the address of pages is 0x3001, expected a multiple of 4096, 0x0 to 0x257000, \
+             for 1 page(s) (at byte 32)",
         ),
         (
             HEADER + 8,
             &[0, 0x80, 0x25],
-            "the address of pages is 0x258000, expected a multiple of 4096, 0x0 to 0x257000, for 1 page(s) (at byte 32)",
+            "the address of pages is 0x258000, expected a multiple of 4096, 0x0 to 0x257000, \
+             for 1 page(s) (at byte 32)",
         ),
         (
             second + 8,
             &[0, 0x30],
-            "the address of pages is 0x3000, expected a multiple of 4096, 0x4000 to 0x257000, for 1 page(s) (at byte 4144)",
+            "the address of pages is 0x3000, expected a multiple of 4096, 0x4000 to 0x257000, \
+             for 1 page(s) (at byte 4144)",
         ),
         (machine + 4, &[8], "the number of machine parts is 8, expected 9 (at byte 8252)"),
         (machine + 8, &[2], "the number of a machine part is 2, expected 1 (at byte 8256)"),
@@ -132,7 +136,7 @@ fn each_wrong_field_is_named_with_its_value_and_what_was_expected() {
 #[test]
 fn an_msr_that_is_not_on_the_list_is_refused() {
     let bytes = saved(&ram(&[]));
-    // TSC = 0x10: the first entry of the MSRs, which stand before the clock and the end.
+    // TSC = 0x10: the first entry of the MSRs, which are before the clock and the end.
     let clock = 8 + machine().part(StatePart::Clock).len() + 4;
     let at = bytes.len() - clock - machine().part(StatePart::Msrs).len();
     let mut wrong = bytes.clone();
@@ -162,7 +166,7 @@ fn another_shape_is_refused() {
 }
 
 #[test]
-fn an_input_that_fails_is_not_taken_for_its_end() {
+fn a_failed_input_is_not_mistaken_for_its_end() {
     struct Failing;
     impl Read for Failing {
         fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
@@ -178,7 +182,7 @@ fn an_input_that_fails_is_not_taken_for_its_end() {
 
 proptest! {
     #[test]
-    fn any_ram_comes_back(pages in prop::collection::vec((0..600_usize, 1..=255_u8), 0..40)) {
+    fn any_ram_is_restored(pages in prop::collection::vec((0..600_usize, 1..=255_u8), 0..40)) {
         let ram = ram(&pages);
         let (found, _) = loaded(saved(&ram).as_slice(), SHAPE).unwrap();
         prop_assert!(found == ram);

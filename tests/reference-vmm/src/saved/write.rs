@@ -6,27 +6,12 @@ use super::{END, MACHINE, MAGIC, PAGES, RECORD_BYTES, Shape, VERSION};
 use strum::VariantArray;
 
 use crate::machine_state::{MachineState, StatePart};
-use crate::ram::PAGE_BYTES;
+use crate::ram::{PAGE_BYTES, RamSource};
 
-/// Guest RAM, as a save reads it.
-pub trait RamSource {
-    /// The first address from `gpa` on that may hold something else than zero. `None`: all is zero up to the end.
-    ///
-    /// # Errors
-    /// What the kernel says.
-    fn next_used(&self, gpa: u64) -> io::Result<Option<u64>>;
-
-    /// Fills `bytes` from guest physical address `gpa` on.
-    ///
-    /// # Errors
-    /// UnexpectedEof if that is beyond the end of RAM.
-    fn read(&self, gpa: u64, bytes: &mut [u8]) -> io::Result<()>;
-}
-
-/// Writes a VM that stands still to `out`. `scanned(bytes)` is told how far the RAM has been written.
+/// Writes a paused VM to `out`. `scanned(bytes)` is called with how much of the RAM has been scanned.
 ///
 /// # Errors
-/// What `out` or `ram` say.
+/// The error of `out` or `ram`.
 pub fn write(
     out: &mut impl Write,
     shape: Shape,
@@ -65,7 +50,7 @@ pub fn write(
 
 /// One record for each run of pages of `block`, which begins at `gpa`, that are not zero.
 fn pages(out: &mut impl Write, gpa: u64, block: &[u8]) -> io::Result<()> {
-    // One comparison of memory: byte by byte, an emulated CPU would spend most of a blackout here.
+    // One memory comparison: byte by byte, an emulated CPU would spend most of a blackout here.
     let is_zero = |page: &[u8]| page == [0; PAGE_BYTES];
     let all: Vec<&[u8]> = block.chunks(PAGE_BYTES).collect();
     let mut at = gpa;

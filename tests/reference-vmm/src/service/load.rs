@@ -1,4 +1,5 @@
-//! A load: what StartLoad takes goes through a small channel to a thread that reads it and puts it into guest RAM.
+//! A load: the data of StartLoad go through a small channel to a thread that parses them and writes them to
+//! guest RAM.
 
 use std::io::{self, Read};
 use std::sync::Arc;
@@ -14,7 +15,7 @@ use crate::machine_state::MachineState;
 use crate::ram::GuestRam;
 use crate::saved::{self, ReadError, Shape};
 
-/// Pieces that wait in the channel, at most.
+/// The most pieces that wait in the channel.
 const CHUNKS: usize = 4;
 
 enum Piece {
@@ -37,10 +38,11 @@ pub(super) fn channel() -> (Feed, Intake) {
 }
 
 impl Feed {
-    /// Passes the caller's stream on, until its end, its failure, or that of the load. Dropped before, the load fails.
+    /// Forwards the caller's stream until it ends or fails, or the load fails. If this is dropped before, the
+    /// load fails.
     ///
-    /// A call that its caller gives up looks like the end of the stream here (tonic's decoder makes it one): that the state is
-    /// whole is known from its own end record only.
+    /// A call that its caller cancels looks like the end of the stream here (tonic's decoder does that): only
+    /// the state's own end record shows that it is complete.
     pub(super) async fn forward(
         self,
         mut stream: impl Stream<Item = Result<StartLoadRequest, Status>> + Unpin,
@@ -105,7 +107,10 @@ impl Read for Input {
                     return Err(io::ErrorKind::ConnectionAborted.into());
                 }
                 None => {
-                    return Err(io::Error::new(io::ErrorKind::ConnectionAborted, "the caller has gone away"));
+                    return Err(io::Error::new(
+                        io::ErrorKind::ConnectionAborted,
+                        "the caller has disconnected",
+                    ));
                 }
             }
         }

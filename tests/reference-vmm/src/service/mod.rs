@@ -1,7 +1,7 @@
-//! The contract, as this VMM keeps it: `slackwater.vmm.v1`, stop-and-copy only.
+//! The contract `slackwater.vmm.v1` as this VMM implements it: stop-and-copy only.
 //!
-//! Which call is legal when is [`State`]'s to say. A call that changes something is carried out to its end even if its caller
-//! goes away meanwhile. Calls wait for each other, except that a save and a load take their time beside them.
+//! [`State`] defines which call is legal. A call that changes something is completed even if its caller
+//! disconnects. Calls wait for each other; a save and a load run beside them.
 
 mod load;
 mod save;
@@ -42,7 +42,7 @@ pub struct Vm {
 
 /// The service. Clones share the VM.
 #[derive(Clone)]
-pub struct LabVmm(Arc<Inner>);
+pub struct ReferenceVmm(Arc<Inner>);
 
 struct Inner {
     vm: Vm,
@@ -57,8 +57,8 @@ struct Progress {
     loaded: Option<Arc<MachineState>>,
 }
 
-impl LabVmm {
-    /// Serves `vm`, which stands where `state` says. Quit cancels `quit`.
+impl ReferenceVmm {
+    /// Serves `vm`, which is in `state`. Quit cancels `quit`.
     pub fn new(vm: Vm, state: State, quit: CancellationToken) -> Self {
         let shape = Shape { ram_bytes: vm.ram.bytes(), devices: vm.devices.len() as u32 };
         let progress = Mutex::new(Progress { state, save: None, loaded: None });
@@ -87,11 +87,11 @@ impl LabVmm {
 
     async fn start_save(self, live: bool) -> Result<SaveStream, Status> {
         let mut progress = self.0.progress.lock().await;
-        let next = progress.state.after(Call::StartSave).map_err(refused)?;
+        let next = progress.state.after(Call::StartSave).map_err(out_of_order)?;
         if live {
             return Err(Status::failed_precondition(
                 "live is true, expected false: this VMM has no dirty tracking (DIRTY_TRACKING_NONE), \
-                 so it gives RAM only after the pause",
+                 so it sends RAM only after the pause",
             ));
         }
         let inner = Arc::clone(&self.0);
@@ -109,23 +109,23 @@ impl LabVmm {
 
     async fn save_progress(&self) -> Result<SaveProgressResponse, Status> {
         let progress = self.0.progress.lock().await;
-        progress.state.after(Call::SaveProgress).map_err(refused)?;
+        progress.state.after(Call::SaveProgress).map_err(out_of_order)?;
         let remaining_bytes = progress.save.as_ref().map_or(0, Save::remaining_bytes);
         Ok(SaveProgressResponse { remaining_bytes, dirty_rate_bytes_per_second: 0 })
     }
 
     async fn pause(self) -> Result<(), Status> {
         let mut progress = self.0.progress.lock().await;
-        let next = progress.state.after(Call::Pause).map_err(refused)?;
-        self.vcpu().pause().await.map_err(vcpu_failed)?;
+        let next = progress.state.after(Call::Pause).map_err(out_of_order)?;
+        self.vcpu().pause().await.map_err(vcpu_error)?;
         progress.state = next;
         Ok(())
     }
 
     async fn resume(self) -> Result<(), Status> {
         let mut progress = self.0.progress.lock().await;
-        let next = progress.state.after(Call::Resume).map_err(refused)?;
-        self.vcpu().resume().await.map_err(vcpu_failed)?;
+        let next = progress.state.after(Call::Resume).map_err(out_of_order)?;
+        self.vcpu().resume().await.map_err(vcpu_error)?;
         progress.state = next;
         Ok(())
     }
@@ -133,8 +133,8 @@ impl LabVmm {
     async fn finish_save(self) -> Result<(), Status> {
         let outcome = {
             let mut progress = self.0.progress.lock().await;
-            let next = progress.state.after(Call::FinishSave).map_err(refused)?;
-            let machine = self.vcpu().state().await.map_err(vcpu_failed)?;
+            let next = progress.state.after(Call::FinishSave).map_err(out_of_order)?;
+            let machine = self.vcpu().state().await.map_err(vcpu_error)?;
             let Some(save) = progress.save.as_mut() else {
                 return Err(Status::internal("a save has begun, but there is none"));
             };
@@ -149,12 +149,12 @@ impl LabVmm {
     async fn abort_save(self) -> Result<(), Status> {
         let outcome = {
             let progress = self.0.progress.lock().await;
-            progress.state.after(Call::AbortSave).map_err(refused)?;
+            progress.state.after(Call::AbortSave).map_err(out_of_order)?;
             let Some(save) = progress.save.as_ref() else { return Ok(()) };
             save.abort();
             save.outcome()
         };
-        // Whatever came of it: the save has ended.
+        // The save has ended, with any result.
         drop(outcome.await);
         Ok(())
     }
@@ -162,7 +162,7 @@ impl LabVmm {
     async fn start_load(self, stream: Streaming<StartLoadRequest>) -> Result<(), Status> {
         {
             let mut progress = self.0.progress.lock().await;
-            progress.state = progress.state.after(Call::StartLoad).map_err(refused)?;
+            progress.state = progress.state.after(Call::StartLoad).map_err(out_of_order)?;
         }
         let (feed, intake) = load::channel();
         let loading = tokio::spawn(async move {
@@ -171,8 +171,8 @@ impl LabVmm {
             let loaded = loaded.unwrap_or_else(|_| Err(Status::internal("the load failed")));
             let mut progress = self.0.progress.lock().await;
             match &loaded {
-                Ok(_) => info!(milliseconds = since.elapsed().as_millis(), "a VM has come"),
-                Err(status) => warn!(why = status.message(), "what has come is refused"),
+                Ok(_) => info!(milliseconds = since.elapsed().as_millis(), "a VM was received"),
+                Err(status) => warn!(why = status.message(), "the received state is refused"),
             }
             progress.state = progress.state.load_ended(loaded.is_ok());
             progress.loaded = Some(Arc::new(loaded?));
@@ -184,11 +184,11 @@ impl LabVmm {
 
     async fn finish_load(self) -> Result<(), Status> {
         let mut progress = self.0.progress.lock().await;
-        let next = progress.state.after(Call::FinishLoad).map_err(refused)?;
+        let next = progress.state.after(Call::FinishLoad).map_err(out_of_order)?;
         let Some(machine) = progress.loaded.clone() else {
             return Err(Status::internal("a VM has been loaded, but there is none"));
         };
-        self.vcpu().restore(machine).await.map_err(vcpu_failed)?;
+        self.vcpu().restore(machine).await.map_err(vcpu_error)?;
         progress.loaded = None;
         progress.state = next;
         Ok(())
@@ -196,32 +196,32 @@ impl LabVmm {
 
     async fn quit(self) -> Result<(), Status> {
         info!("asked to quit");
-        // So that nothing has run any more when the answer comes. A vCPU that has ended does not run, either.
+        // So that nothing runs any more when this is answered. A vCPU that has ended does not run, either.
         self.vcpu().pause().await.unwrap_or_default();
         self.0.quit.cancel();
         Ok(())
     }
 }
 
-fn refused(error: OutOfOrder) -> Status {
+fn out_of_order(error: OutOfOrder) -> Status {
     Status::failed_precondition(error.to_string())
 }
 
-fn vcpu_failed(error: VcpuError) -> Status {
-    Status::internal(super::run::with_sources(&error))
+fn vcpu_error(error: VcpuError) -> Status {
+    Status::internal(crate::error_text::with_sources(&error))
 }
 
-/// Carries `call` out to its end, whether or not its caller waits for it.
-async fn to_the_end<T: Send + 'static>(
+/// Completes `call`, whether or not its caller still waits.
+async fn run_to_completion<T: Send + 'static>(
     call: impl Future<Output = Result<T, Status>> + Send + 'static,
 ) -> Result<T, Status> {
-    tokio::spawn(call).await.unwrap_or_else(|_| Err(Status::internal("the call was broken off")))
+    tokio::spawn(call).await.unwrap_or_else(|_| Err(Status::internal("the call was interrupted")))
 }
 
 #[async_trait]
-impl Vmm for LabVmm {
+impl Vmm for ReferenceVmm {
     async fn describe(&self, _: Request<DescribeRequest>) -> Result<Response<DescribeResponse>, Status> {
-        Ok(Response::new(LabVmm::describe(self).await))
+        Ok(Response::new(ReferenceVmm::describe(self).await))
     }
 
     type StartSaveStream = SaveStream;
@@ -235,11 +235,11 @@ impl Vmm for LabVmm {
         &self,
         _: Request<SaveProgressRequest>,
     ) -> Result<Response<SaveProgressResponse>, Status> {
-        LabVmm::save_progress(self).await.map(Response::new)
+        ReferenceVmm::save_progress(self).await.map(Response::new)
     }
 
     async fn pause(&self, _: Request<PauseRequest>) -> Result<Response<PauseResponse>, Status> {
-        to_the_end(self.clone().pause()).await?;
+        run_to_completion(self.clone().pause()).await?;
         Ok(Response::new(PauseResponse {}))
     }
 
@@ -247,12 +247,12 @@ impl Vmm for LabVmm {
         &self,
         _: Request<FinishSaveRequest>,
     ) -> Result<Response<FinishSaveResponse>, Status> {
-        to_the_end(self.clone().finish_save()).await?;
+        run_to_completion(self.clone().finish_save()).await?;
         Ok(Response::new(FinishSaveResponse {}))
     }
 
     async fn abort_save(&self, _: Request<AbortSaveRequest>) -> Result<Response<AbortSaveResponse>, Status> {
-        to_the_end(self.clone().abort_save()).await?;
+        run_to_completion(self.clone().abort_save()).await?;
         Ok(Response::new(AbortSaveResponse {}))
     }
 
@@ -260,7 +260,7 @@ impl Vmm for LabVmm {
         &self,
         request: Request<Streaming<StartLoadRequest>>,
     ) -> Result<Response<StartLoadResponse>, Status> {
-        // Not to its end: a caller that goes away takes the rest of the state with it.
+        // Not to completion: if the caller disconnects, the rest of the state does not arrive.
         self.clone().start_load(request.into_inner()).await?;
         Ok(Response::new(StartLoadResponse {}))
     }
@@ -269,17 +269,17 @@ impl Vmm for LabVmm {
         &self,
         _: Request<FinishLoadRequest>,
     ) -> Result<Response<FinishLoadResponse>, Status> {
-        to_the_end(self.clone().finish_load()).await?;
+        run_to_completion(self.clone().finish_load()).await?;
         Ok(Response::new(FinishLoadResponse {}))
     }
 
     async fn resume(&self, _: Request<ResumeRequest>) -> Result<Response<ResumeResponse>, Status> {
-        to_the_end(self.clone().resume()).await?;
+        run_to_completion(self.clone().resume()).await?;
         Ok(Response::new(ResumeResponse {}))
     }
 
     async fn quit(&self, _: Request<QuitRequest>) -> Result<Response<QuitResponse>, Status> {
-        to_the_end(self.clone().quit()).await?;
+        run_to_completion(self.clone().quit()).await?;
         Ok(Response::new(QuitResponse {}))
     }
 }

@@ -1,8 +1,9 @@
 //! A save: one task from StartSave to its end, and the stream that it feeds.
 //!
-//! The task waits for FinishSave, then writes the saved VM into a channel of a few chunks, from which the stream takes: whoever
-//! reads slowly holds the writer up. The save ends well when the stream has been read to its end. It ends without a result when
-//! the stream is dropped, or [`Save::abort`] is called: the stream then ends with an error.
+//! The task waits for FinishSave, then writes the saved VM into a channel of a few chunks, from which the
+//! stream reads: a slow reader slows the writer down. The save succeeds when the stream has been read to its
+//! end. It ends without a result when the stream is dropped, or [`Save::abort`] is called: the stream then
+//! ends with an error.
 
 use std::io::{self, Write};
 use std::pin::Pin;
@@ -24,9 +25,9 @@ use crate::machine_state::MachineState;
 use crate::ram::GuestRam;
 use crate::saved::{self, Shape};
 
-/// Bytes of a piece of the stream, at most.
+/// The largest chunk of the stream, in bytes.
 const CHUNK_BYTES: usize = 256 << 10;
-/// Pieces that wait in the channel, at most.
+/// The most chunks that wait in the channel.
 const CHUNKS: usize = 4;
 
 /// Why a save ended without a result.
@@ -34,7 +35,7 @@ const CHUNKS: usize = 4;
 pub(super) enum SaveError {
     #[error("the save was aborted")]
     Aborted,
-    #[error("the save has ended without a result: nobody reads its stream any more")]
+    #[error("the save has ended without a result: its stream was closed")]
     ReaderGone,
     #[error("the save has ended without a result: cannot read guest RAM: {0}")]
     ReadRam(String),
@@ -61,7 +62,7 @@ pub(super) struct Save {
 }
 
 impl Save {
-    /// Begins a save, of which `ended` is told the end before anybody who waits for it.
+    /// Starts a save. `ended` runs before [`Self::outcome`] resolves.
     pub(super) fn start<E>(
         ram: Arc<GuestRam>,
         shape: Shape,
@@ -73,13 +74,13 @@ impl Save {
     {
         let (chunks, incoming) = mpsc::channel(CHUNKS);
         let (finish, finishing) = oneshot::channel();
-        let (given, mut all_given) = oneshot::channel();
+        let (all_read, mut drained) = oneshot::channel();
         let (publish, outcome) = watch::channel(None);
         let remaining_bytes = Arc::new(AtomicU64::new(shape.ram_bytes));
         let stream = SaveStream {
             chunks: incoming,
             aborted: Box::pin(abort.clone().cancelled_owned()),
-            given: Some(given),
+            all_read: Some(all_read),
         };
         let save = Self {
             finish: Some(finish),
@@ -87,20 +88,20 @@ impl Save {
             remaining_bytes: remaining_bytes.clone(),
             outcome,
         };
-        let give = async move {
+        let write = async move {
             let machine = tokio::select! {
                 // The sender is dropped only with the save, which lives as long as this task.
                 machine = finishing => machine.map_err(|_| SaveError::Aborted)?,
-                // Not given, so dropped: the stream, and its end of the channel.
-                _ = &mut all_given => return Err(SaveError::ReaderGone),
+                // Resolves without a value when the stream is dropped.
+                _ = &mut drained => return Err(SaveError::ReaderGone),
             };
-            give(chunks, ram, shape, machine, remaining_bytes, all_given).await
+            write_state(chunks, ram, shape, machine, remaining_bytes, drained).await
         };
         tokio::spawn(async move {
             let outcome = tokio::select! {
                 biased;
                 () = abort.cancelled() => Err(SaveError::Aborted),
-                outcome = give => outcome,
+                outcome = write => outcome,
             };
             ended().await;
             publish.send_replace(Some(outcome));
@@ -108,20 +109,21 @@ impl Save {
         (save, stream)
     }
 
-    /// Lets the task give all of the VM: RAM, and `machine`. [`Self::outcome`] then says when it has.
+    /// Lets the task write all of the VM: RAM, and `machine`. [`Self::outcome`] then resolves with the
+    /// result.
     pub(super) fn finish(&mut self, machine: MachineState) {
         if let Some(finish) = self.finish.take() {
-            // Fails only if the save has just ended, which `outcome` tells.
+            // Fails only if the save has just ended, which `outcome` reports.
             drop(finish.send(machine));
         }
     }
 
-    /// Ends the save without a result. [`Self::outcome`] then says when it has ended.
+    /// Ends the save without a result. [`Self::outcome`] then resolves.
     pub(super) fn abort(&self) {
         self.abort.cancel();
     }
 
-    /// Bytes of RAM that have not been looked at.
+    /// Bytes of RAM that have not been scanned.
     pub(super) fn remaining_bytes(&self) -> u64 {
         self.remaining_bytes.load(Ordering::Relaxed)
     }
@@ -138,13 +140,13 @@ impl Save {
     }
 }
 
-async fn give(
+async fn write_state(
     chunks: mpsc::Sender<Result<Bytes, Status>>,
     ram: Arc<GuestRam>,
     shape: Shape,
     machine: MachineState,
     remaining_bytes: Arc<AtomicU64>,
-    all_given: oneshot::Receiver<()>,
+    drained: oneshot::Receiver<()>,
 ) -> Outcome {
     let (fail, since) = (chunks.clone(), Instant::now());
     let written = spawn_blocking(move || {
@@ -162,18 +164,18 @@ async fn give(
                 Ok(Ok(())) | Err(_) => "the writer failed".to_owned(),
             };
             let error = SaveError::ReadRam(why);
-            // Without this the stream would look complete. Fails only if nobody reads it.
+            // Without this the stream would look complete. Fails only if the stream was closed.
             fail.send(Err(error.clone().into())).await.unwrap_or_default();
             return Err(error);
         }
     }
     drop(fail);
-    all_given.await.map_err(|_| SaveError::ReaderGone)?;
-    info!(milliseconds = since.elapsed().as_millis(), "all of the VM has been given");
+    drained.await.map_err(|_| SaveError::ReaderGone)?;
+    info!(milliseconds = since.elapsed().as_millis(), "all of the VM was read");
     Ok(())
 }
 
-/// Cuts what is written into pieces. BrokenPipe: nobody reads them.
+/// Cuts the data into chunks. BrokenPipe: the stream was closed.
 struct Chunks {
     chunks: mpsc::Sender<Result<Bytes, Status>>,
     buffer: BytesMut,
@@ -198,31 +200,31 @@ impl Write for Chunks {
     }
 }
 
-/// What StartSave answers with.
+/// The response stream of StartSave.
 pub struct SaveStream {
     chunks: mpsc::Receiver<Result<Bytes, Status>>,
     aborted: Pin<Box<WaitForCancellationFutureOwned>>,
-    given: Option<oneshot::Sender<()>>,
+    all_read: Option<oneshot::Sender<()>>,
 }
 
 impl Stream for SaveStream {
     type Item = Result<StartSaveResponse, Status>;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        if self.given.is_none() {
+        if self.all_read.is_none() {
             return Poll::Ready(None);
         }
         if self.aborted.as_mut().poll(context).is_ready() {
-            self.given = None;
+            self.all_read = None;
             self.chunks.close();
             return Poll::Ready(Some(Err(SaveError::Aborted.into())));
         }
         let next = std::task::ready!(self.chunks.poll_recv(context));
         if next.is_none()
-            && let Some(given) = self.given.take()
+            && let Some(all_read) = self.all_read.take()
         {
-            // Fails only if the save has ended otherwise.
-            given.send(()).unwrap_or_default();
+            // Fails only if the save has ended in another way.
+            all_read.send(()).unwrap_or_default();
         }
         Poll::Ready(next.map(|chunk| chunk.map(|data| StartSaveResponse { data })))
     }

@@ -43,7 +43,7 @@ impl Fixture {
             |name: &str| Device { name: name.into(), descriptor: 9, guest_address: "pio 0x1000".into() };
         let vm = Vm { vcpu, ram: ram.clone(), devices: vec![device("a"), device("b")] };
         let quit = CancellationToken::new();
-        let routes = Routes::new(vmm_server(LabVmm::new(vm, state, quit.clone())));
+        let routes = Routes::new(vmm_server(ReferenceVmm::new(vm, state, quit.clone())));
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("vmm.sock");
         let listener = bind_unix(&path).unwrap();
@@ -133,7 +133,7 @@ async fn a_vm_moves() {
     target.call(Call::FinishLoad).await.unwrap();
     assert_eq!(target.run_state().await, RunState::Paused);
     assert!(target.ram_bytes() == source.ram_bytes());
-    assert_eq!(target.machine.steps(), steps, "the vCPU stands where it was paused");
+    assert_eq!(target.machine.steps(), steps, "the vCPU is where it was paused");
 
     target.call(Call::Resume).await.unwrap();
     target.machine.steps_beyond(steps).await;
@@ -142,7 +142,7 @@ async fn a_vm_moves() {
 }
 
 #[tokio::test]
-async fn describe_tells_devices_ram_and_that_nobody_tracks_writes() {
+async fn describe_shows_devices_ram_and_that_there_is_no_dirty_tracking() {
     let mut vmm = Fixture::new(State::Running).await;
     let found = vmm.client.describe(DescribeRequest {}).await.unwrap().into_inner();
     assert_eq!(found.devices.iter().map(|device| device.name.as_str()).collect::<Vec<_>>(), ["a", "b"]);
@@ -151,7 +151,7 @@ async fn describe_tells_devices_ram_and_that_nobody_tracks_writes() {
 }
 
 #[tokio::test]
-async fn nothing_is_given_before_finish_save_and_it_answers_when_all_has_been_read() {
+async fn nothing_is_sent_before_finish_save_which_answers_when_all_has_been_read() {
     let mut vmm = Fixture::new(State::Running).await;
     let mut stream = vmm.start_save().await;
     let progress = vmm.client.save_progress(SaveProgressRequest {}).await.unwrap().into_inner();
@@ -161,7 +161,7 @@ async fn nothing_is_given_before_finish_save_and_it_answers_when_all_has_been_re
     assert!(timeout(brief, stream.next()).await.is_err(), "nothing before FinishSave");
 
     let mut finished = vmm.finish_save();
-    // More than fits into all buffers on the way: an answer now would be a lie.
+    // More than all buffers hold: an answer now would be wrong.
     assert!(timeout(brief, &mut finished).await.is_err(), "answered before the stream was read");
     let waiting = vmm.client.save_progress(SaveProgressRequest {}).await.unwrap().into_inner();
     assert!(
@@ -173,7 +173,7 @@ async fn nothing_is_given_before_finish_save_and_it_answers_when_all_has_been_re
 }
 
 #[tokio::test]
-async fn a_live_save_is_refused_in_words() {
+async fn a_live_save_is_refused_with_a_reason() {
     let mut vmm = Fixture::new(State::Running).await;
     let refused = vmm.client.start_save(StartSaveRequest { live: true }).await.map(|_| ());
     assert_refused(
@@ -185,7 +185,7 @@ async fn a_live_save_is_refused_in_words() {
 }
 
 #[tokio::test]
-async fn calls_out_of_order_are_refused_in_words_and_change_nothing() {
+async fn calls_out_of_order_are_refused_with_a_reason_and_change_nothing() {
     let mut running = Fixture::new(State::Running).await;
     for call in [Call::FinishSave, Call::SaveProgress, Call::StartLoad, Call::FinishLoad] {
         let message =
@@ -203,7 +203,7 @@ async fn calls_out_of_order_are_refused_in_words_and_change_nothing() {
     let mut incoming = Fixture::new(State::Incoming).await;
     for call in [Call::StartSave, Call::Pause, Call::AbortSave, Call::FinishLoad, Call::Resume] {
         let message = format!(
-            "{call:?} is out of order: the VMM was started to take over a VM, of which nothing has come"
+            "{call:?} is out of order: the VMM was started to take over a VM, of which nothing has been received"
         );
         assert_refused(incoming.call(call).await, Code::FailedPrecondition, &message);
     }
@@ -220,7 +220,7 @@ async fn an_aborted_save_leaves_the_vm_paused_and_a_resume_rolls_it_back() {
     assert_eq!(
         read_all(stream).await.unwrap_err().code(),
         Code::Aborted,
-        "no end that looks like a whole save"
+        "an end that does not look like a complete save"
     );
     let status = finished.await.unwrap().unwrap_err();
     assert!(matches!(status.code(), Code::Aborted | Code::FailedPrecondition), "{status}");
@@ -244,7 +244,7 @@ async fn an_abort_before_the_pause_leaves_the_vm_running() {
 }
 
 #[tokio::test]
-async fn a_save_ends_when_nobody_reads_its_stream_any_more() {
+async fn a_save_ends_when_its_stream_is_closed() {
     let mut vmm = Fixture::new(State::Running).await;
     let mut stream = vmm.start_save().await;
     vmm.call(Call::Pause).await.unwrap();
@@ -281,7 +281,7 @@ async fn garbage_is_refused_and_the_twin_can_still_be_loaded() {
             "FinishLoad is out of order",
         );
     }
-    assert!(twin.ram_bytes().iter().all(|&byte| byte == 0), "nothing is left of what was refused");
+    assert!(twin.ram_bytes().iter().all(|&byte| byte == 0), "nothing is left of the refused state");
     twin.client.start_load(pieces(&bytes)).await.unwrap();
     twin.call(Call::FinishLoad).await.unwrap();
     assert!(twin.ram_bytes() == source.ram_bytes());
@@ -296,7 +296,7 @@ async fn a_piece_above_the_limit_is_refused() {
 }
 
 #[tokio::test]
-async fn a_caller_that_goes_away_while_loading_leaves_a_twin_that_can_be_loaded() {
+async fn a_caller_that_disconnects_while_loading_leaves_a_twin_that_can_be_loaded() {
     let (mut source, mut twin) = (Fixture::new(State::Running).await, Fixture::new(State::Incoming).await);
     let bytes = source.saved().await;
     let unending = pieces(&bytes[..bytes.len() / 2]).chain(futures::stream::pending());
@@ -325,7 +325,7 @@ async fn quit_stops_the_vcpu_ends_a_save_and_answers() {
     vmm.client.quit(QuitRequest {}).await.unwrap();
     assert!(vmm.quit.is_cancelled());
     let steps = vmm.machine.steps();
-    // Though nobody reads the save's stream.
+    // Although the save's stream is not read.
     timeout(Duration::from_secs(10), &mut vmm.server)
         .await
         .expect("the server does not end")

@@ -51,8 +51,8 @@ fn each_raise_of_what_is_allowed_beyond_the_budget_gives_an_event() {
     }
     assert_eq!(reported(&draft), ["BudgetExceeded", "BudgetExceeded"]);
     assert!(draft.notices.iter().all(|notice| notice.warning));
-    let expected = "The guest is expected to stand still for 1.5s, and spec.downtimeBudget is 300ms. Since spec.onBudgetExceeded \
-                    is Proceed, up to 3s is allowed now.";
+    let expected = "The guest is expected to stand still for 1.5s, and spec.downtimeBudget is 300ms. Since \
+                    spec.onBudgetExceeded is Proceed, up to 3s is allowed now.";
     assert_eq!(draft.notices[1].note, expected);
     assert_eq!(message(&draft, SUCCEEDED), format!("State is being copied; the guest runs. {expected}"));
     assert_eq!(draft.status.estimate.unwrap().allowed.as_deref(), Some("3s"));

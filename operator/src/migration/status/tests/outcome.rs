@@ -17,8 +17,8 @@ fn a_rollback_carries_the_agents_reason_and_message_and_frees_the_target() {
     );
     assert_eq!(
         message(&draft, SUCCEEDED),
-        "VM demo/counter runs on node-a again, with its devices. The migration was given up: device b2 did not take its state \
-         (EIO)."
+        "VM demo/counter runs on node-a again, with its devices. The migration was given up: device b2 did \
+         not take its state (EIO)."
     );
     assert_eq!(draft.status.reservation, Some(Reservation::ReleasingAbortedAtSource));
     assert!(draft.status.completion_time.is_some());

@@ -27,7 +27,7 @@ fn a_success_has_all_five_conditions_true_its_figures_and_one_notice_each() {
     assert_eq!(status.completion_time, Some(Time(stamp(30).now)));
     assert_eq!(reported(&draft), ["Accepted", "Prepared", "Stopped", "Committed", "Succeeded"]);
 
-    // An operator that joins again hears all of it again.
+    // An operator that joins again gets all of it again.
     play(&mut draft, &FORWARD, finished(Outcome::Succeeded, "", ""));
     assert_eq!(reported(&draft).len(), 5);
 }

@@ -42,7 +42,8 @@ impl Disk {
         self.last.number
     }
 
-    /// Writes a line, as long as there is room. False when another VM has been there before.
+    /// Writes a line, as long as there is room. `false`: the sector was not empty, so another VM has written
+    /// to it.
     pub(crate) fn write(&mut self, number: u64) -> anyhow::Result<bool> {
         if number > self.sectors {
             return Ok(true);

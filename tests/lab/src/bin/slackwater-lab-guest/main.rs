@@ -14,10 +14,10 @@ use slackwater_lab::guests::{DEBUG_PORT, linux};
 
 use disk::Disk;
 
-/// Between two lines.
+/// The time between two lines.
 const PACE: Duration = Duration::from_millis(20);
 const LINES_A_REPORT: u64 = 8;
-/// So many errors are said in detail.
+/// How many errors are reported in detail.
 const DETAILED_ERRORS: u64 = 10;
 
 fn main() -> anyhow::Result<()> {
@@ -66,7 +66,7 @@ fn run(debug: &File) -> anyhow::Result<std::convert::Infallible> {
         }
         thread::sleep(PACE);
     }
-    anyhow::bail!("the numbers have come to their end")
+    anyhow::bail!("there are no more numbers")
 }
 
 fn load_modules() -> anyhow::Result<()> {
@@ -79,7 +79,7 @@ fn load_modules() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A longer write to `/dev/port` would go on to the next port with each byte.
+/// A longer write to `/dev/port` would write each byte to the next port.
 fn say(debug: &File, text: &str) -> anyhow::Result<()> {
     for byte in text.as_bytes() {
         debug

@@ -15,8 +15,8 @@ use rustix::{
 };
 use slackwater_lab::guests::lines::serial_line;
 
-/// A line that is not back by then is lost. By the guest's clock, which stands still while the VM does.
-const PATIENCE: Timespec = Timespec { tv_sec: 5, tv_nsec: 0 };
+/// A line that is not back within this time is lost. By the guest's clock, which stops with the VM.
+const ECHO_TIMEOUT: Timespec = Timespec { tv_sec: 5, tv_nsec: 0 };
 const AT_ONCE: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
 
 /// An open port.
@@ -60,10 +60,10 @@ impl Port {
         let sent = self.0.write(&line).context("writing to a port")?;
         ensure!(sent == line.len(), "a port took {sent} bytes only");
         let mut back = Vec::new();
-        while back.len() < line.len() && self.is_readable(PATIENCE)? {
+        while back.len() < line.len() && self.is_readable(ECHO_TIMEOUT)? {
             self.read(&mut back)?;
         }
-        // One byte too many would be here, too.
+        // Also read any byte too many.
         while self.is_readable(AT_ONCE)? {
             self.read(&mut back)?;
         }

@@ -38,9 +38,9 @@ pub(crate) async fn run(device: &str, like: &str, unlike: &str) -> Result<bool> 
     let devices = Devices { device, like, unlike };
     let d = &devices;
     let mut lines = vec![
-        line("a free device tells its features and is left as it was", probing(d)),
-        line("a device that somebody holds is in use, and one that is not bound tells nothing", in_use(d)),
-        line("PRE_COPY gives 24 bytes and drains, STOP_COPY the rest on the same descriptor", pre_copy(d)),
+        line("a free device shows its features and is left as it was", probing(d)),
+        line("a device that is held is in use, and one that is not bound shows nothing", in_use(d)),
+        line("PRE_COPY yields 24 bytes and drains, STOP_COPY the rest on the same descriptor", pre_copy(d)),
         line("a truncated load is refused at RESUMING -> STOP and only a reset leads out", truncated(d)),
         line("garbage is refused by write, and then the device is not asked to leave RESUMING", garbage(d)),
         line("a byte too many is refused by write", too_long(d)),
@@ -66,7 +66,7 @@ fn line(check: &'static str, result: Result<()>) -> Line {
     Line { check, ok: result.is_ok(), why: result.err().map(|error| format!("{error:#}")) }
 }
 
-/// `ensure!` for an error of a given shape.
+/// `ensure!` for an error that matches a pattern.
 macro_rules! ensure_err {
     ($result:expr, $($pattern:tt)+) => {{
         let result = $result;
@@ -117,7 +117,7 @@ fn pre_copy(d: &Devices<'_>) -> Result<()> {
     ensure_err!(device.precopy_info(), DeviceError::PrecopyInfo { errno: OsError(Errno::INVAL), .. });
     let whole = [first.as_ref(), &second, &rest].concat();
     device.set_state(Running)?;
-    ensure!(node::save(&mut device)? == whole, "a session with PRE_COPY gives other bytes than one without");
+    ensure!(node::save(&mut device)? == whole, "a session with PRE_COPY yields other bytes than one without");
     Ok(())
 }
 
@@ -197,7 +197,7 @@ fn stream_ends_with_session(d: &Devices<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Where mtty has the scratch register of its first port: BAR 0 lies at offset 0 of the descriptor.
+/// Where mtty has the scratch register of its first port: BAR 0 is at offset 0 of the descriptor.
 const SCRATCH: u64 = 7;
 
 async fn moved(d: &Devices<'_>) -> Result<()> {
@@ -262,7 +262,7 @@ fn borrowed(d: &Devices<'_>) -> Result<()> {
     let (early, _) = node::read_all(&mut device)?;
     ensure!(early.len() == 24);
     drop(device);
-    // Dropped with its session open: the device has not moved, and whoever borrows it next goes on from there.
+    // Dropped with its session open: the device keeps its state, and the next borrower continues from there.
     let mut again = KernelDevice::new(d.device, process.borrow(descriptor, d.device)?)?;
     ensure!(again.state()? == PreCopy, "it was dropped in PRE_COPY and is found in {}", again.state()?);
     ensure_err!(again.read_data(1), DeviceError::NoDataStream { .. });

@@ -1,8 +1,9 @@
-//! Walks a real VFIO device through every ordered pair of migration states, and holds what the driver does against the table
-//! that Slackwater computes its paths from; and checks what else the agent relies on at a real driver.
+//! Walks a real VFIO device through every ordered pair of migration states, and compares the driver with the
+//! table from which Slackwater computes its paths. It also checks what else the agent relies on at a real
+//! driver.
 //!
-//! It is run in a node of the lab (tests/vfio_walk.rs), on devices that nobody uses: it resets them over and over. What it
-//! prints is one JSON object per line.
+//! It is run in a node of the lab (tests/vfio_walk.rs), on free devices, which it resets many times. It
+//! prints one JSON object per line.
 
 mod checks;
 mod node;
@@ -42,7 +43,8 @@ enum What {
         /// One of another type.
         unlike: String,
     },
-    /// Opens a device, prints the number of its descriptor, and holds it until standard input ends: a VMM, as seen from outside.
+    /// Opens a device, prints the number of its descriptor, and holds it until standard input ends: a VMM, as
+    /// seen from outside.
     Hold {
         /// The device.
         device: String,

@@ -24,7 +24,7 @@ pub(crate) fn open(device: &str) -> Result<OwnedFd> {
     Ok(probe::open_bound(&cdev(device)?)?)
 }
 
-/// The same, reset to RUNNING: the state of an mtty survives whoever had it before.
+/// The same, reset to RUNNING: an mtty keeps the state that its last user left.
 pub(crate) fn fresh(device: &str) -> Result<KernelDevice> {
     let mut fresh = KernelDevice::new(device, open(device)?)?;
     fresh.reset()?;

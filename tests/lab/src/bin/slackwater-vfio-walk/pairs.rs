@@ -17,7 +17,7 @@ use crate::trace::StepTrace;
 struct Outcome {
     /// The states along the way, the last one included; none: refused.
     path: Option<Vec<&'static str>>,
-    /// Where the device stands afterwards.
+    /// The state of the device afterwards.
     stands_in: &'static str,
     /// Whether a data descriptor was opened.
     opens_data: bool,
@@ -82,7 +82,8 @@ pub(crate) fn walk(name: &str, tracefs: Option<&Path>) -> Result<bool> {
     Ok(sum.mismatches == 0)
 }
 
-/// Brings the device into `from`, asks the driver itself for `to`, whatever the table says, and looks.
+/// Takes the device to `from`, requests `to` from the driver itself, ignoring the table, and reads the
+/// result.
 fn ask(
     device: &mut KernelDevice,
     blob: &[u8],
@@ -138,7 +139,7 @@ fn expected(features: Features, from: MigrationState, to: MigrationState, traced
     }
 }
 
-/// By the driver: each state from which it asked for the next one, less the first, and where it stands.
+/// By the driver: each state from which it asked for the next one, without the first, and the final state.
 fn way(passed: Option<&[MigrationState]>, stands_in: MigrationState, at_once: bool) -> Vec<&'static str> {
     let between = passed.unwrap_or_default().iter().skip(1).copied();
     let end = (!at_once || passed.is_some_and(|passed| !passed.is_empty())).then_some(stands_in);

@@ -1,4 +1,5 @@
-//! The kernel's own account of the states along the way: each driver asks `vfio_mig_get_next_state` once per arc.
+//! The kernel's own account of the states along the way: each driver asks `vfio_mig_get_next_state` once per
+//! arc.
 
 use std::fs;
 use std::path::{Path, PathBuf};

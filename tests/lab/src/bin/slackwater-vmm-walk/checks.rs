@@ -1,4 +1,4 @@
-//! What is checked: each a promise of the contract, or of the guest.
+//! The checks: each a promise of the contract, or of the guest.
 
 use anyhow::{Context, Result, ensure};
 use futures::stream;
@@ -37,14 +37,14 @@ pub(crate) async fn run(devices: &[String]) -> Result<bool> {
     let d = &Devices { own, twins };
     let lines = [
         line("a VM counts, and Describe names devices that can be borrowed", counts(d).await),
-        line("Pause stops the count, and Resume lets it go on", pauses(d).await),
-        line("calls out of order are refused in words", out_of_order(d).await),
-        line("what is no VM is refused, and the twin can still be loaded", garbage(d).await),
-        line("a VM that moves with its devices' state counts on without an error", moves(d).await),
-        line("a VM that moves without its devices' state finds that out", moves_without_devices(d).await),
-        line("a save that is aborted at slack water leaves a VM that goes on", rolls_back(d).await),
-        line("Quit and SIGTERM end a VMM and set its devices free", ends(d).await),
-        line("a VMM whose device is in use says so", in_use(d).await),
+        line("Pause stops the count, and Resume continues it", pauses(d).await),
+        line("calls out of order are refused with a reason", out_of_order(d).await),
+        line("an invalid state is refused, and the twin can still be loaded", garbage(d).await),
+        line("a VM that moves with its devices' state continues to count without an error", moves(d).await),
+        line("a VM that moves without its devices' state notices it", moves_without_devices(d).await),
+        line("a save that is aborted at slack water leaves a VM that can continue", rolls_back(d).await),
+        line("Quit and SIGTERM end a VMM and free its devices", ends(d).await),
+        line("a VMM whose device is in use reports it", in_use(d).await),
     ];
     for line in &lines {
         println!("{}", serde_json::to_string(line)?);
@@ -73,13 +73,13 @@ async fn counts(d: &Devices<'_>) -> Result<()> {
 
 async fn pauses(d: &Devices<'_>) -> Result<()> {
     let mut vmm = Vmm::start(SOCKET, d.own, false).await?;
-    // Often, so that the vCPU is met at many places of its round.
+    // Often, so that the vCPU is paused at many places of its round.
     for _ in 0..20 {
         vmm.counts(3).await?;
         vmm.client.pause(PauseRequest {}).await?;
         let paused = vmm.guest()?;
         ensure!(vmm.run_state().await? == RunState::Paused);
-        ensure!(vmm.guest()? == paused, "it counts on: {paused:?}, {:?}", vmm.guest()?);
+        ensure!(vmm.guest()? == paused, "it continues to count: {paused:?}, {:?}", vmm.guest()?);
         vmm.client.resume(ResumeRequest {}).await?;
     }
     let report = vmm.counts(10).await?;
@@ -87,8 +87,8 @@ async fn pauses(d: &Devices<'_>) -> Result<()> {
     vmm.quit().await
 }
 
-fn refused<T>(result: Result<T, Status>, code: Code, words: &str) -> Result<()> {
-    let status = result.err().with_context(|| format!("taken, but not {words:?}"))?;
+fn assert_refused<T>(result: Result<T, Status>, code: Code, words: &str) -> Result<()> {
+    let status = result.err().with_context(|| format!("accepted, expected {words:?}"))?;
     ensure!(
         status.code() == code && status.message().contains(words),
         "{status}, expected {code:?} {words:?}"
@@ -101,24 +101,28 @@ async fn out_of_order(d: &Devices<'_>) -> Result<()> {
     let running = "the VM is running and no save has begun; expected";
     let client = &mut vmm.client;
     let early = Code::FailedPrecondition;
-    refused(client.finish_save(FinishSaveRequest {}).await, early, running)?;
-    refused(client.save_progress(SaveProgressRequest {}).await, early, running)?;
-    refused(client.start_load(stream::empty()).await, early, running)?;
-    refused(client.finish_load(FinishLoadRequest {}).await, early, running)?;
-    refused(client.start_save(StartSaveRequest { live: true }).await, early, "live is true, expected false")?;
+    assert_refused(client.finish_save(FinishSaveRequest {}).await, early, running)?;
+    assert_refused(client.save_progress(SaveProgressRequest {}).await, early, running)?;
+    assert_refused(client.start_load(stream::empty()).await, early, running)?;
+    assert_refused(client.finish_load(FinishLoadRequest {}).await, early, running)?;
+    assert_refused(
+        client.start_save(StartSaveRequest { live: true }).await,
+        early,
+        "live is true, expected false",
+    )?;
     let save = client.start_save(StartSaveRequest { live: false }).await?;
     let saving = "a save has begun and the VM is running; expected";
-    refused(client.finish_save(FinishSaveRequest {}).await, early, saving)?;
-    refused(client.start_save(StartSaveRequest { live: false }).await, early, saving)?;
-    refused(client.resume(ResumeRequest {}).await, early, saving)?;
+    assert_refused(client.finish_save(FinishSaveRequest {}).await, early, saving)?;
+    assert_refused(client.start_save(StartSaveRequest { live: false }).await, early, saving)?;
+    assert_refused(client.resume(ResumeRequest {}).await, early, saving)?;
     drop(save);
     client.abort_save(AbortSaveRequest {}).await?;
 
     let mut twin = Vmm::start(TWIN_SOCKET, d.twins, true).await?;
-    let empty = "the VMM was started to take over a VM, of which nothing has come; expected";
-    refused(twin.client.pause(PauseRequest {}).await, early, empty)?;
-    refused(twin.client.resume(ResumeRequest {}).await, early, empty)?;
-    refused(twin.client.start_save(StartSaveRequest { live: false }).await, early, empty)?;
+    let empty = "the VMM was started to take over a VM, of which nothing has been received; expected";
+    assert_refused(twin.client.pause(PauseRequest {}).await, early, empty)?;
+    assert_refused(twin.client.resume(ResumeRequest {}).await, early, empty)?;
+    assert_refused(twin.client.start_save(StartSaveRequest { live: false }).await, early, empty)?;
     ensure!(twin.run_state().await? == RunState::Incoming);
     let report = vmm.counts(10).await?;
     ensure!(report.errors == 0, "{report:?}");
@@ -172,13 +176,13 @@ async fn garbage(d: &Devices<'_>) -> Result<()> {
     let bytes = save(&mut vmm, &mut devices).await?;
     let (_, truncated) = bytes.split_last().context("an empty VM")?;
     let wrong = Code::InvalidArgument;
-    refused(load(&mut twin, b"Not a VM.").await, wrong, r#"the magic is "Not a VM", expected"#)?;
-    refused(load(&mut twin, truncated).await, wrong, "the state ends after")?;
-    refused(load(&mut twin, &[&bytes, &b"!"[..]].concat()).await, wrong, "more data follows")?;
-    refused(
+    assert_refused(load(&mut twin, b"Not a VM.").await, wrong, r#"the magic is "Not a VM", expected"#)?;
+    assert_refused(load(&mut twin, truncated).await, wrong, "the state ends after")?;
+    assert_refused(load(&mut twin, &[&bytes, &b"!"[..]].concat()).await, wrong, "more data follows")?;
+    assert_refused(
         twin.client.finish_load(FinishLoadRequest {}).await,
         Code::FailedPrecondition,
-        "nothing has come",
+        "nothing has been received",
     )?;
     load(&mut twin, &bytes).await?;
     twin.client.finish_load(FinishLoadRequest {}).await?;
@@ -233,7 +237,7 @@ async fn moves_without_devices(d: &Devices<'_>) -> Result<()> {
     twin.client.finish_load(FinishLoadRequest {}).await?;
     twin.client.resume(ResumeRequest {}).await?;
     let report = twin.counts(10).await?;
-    ensure!(report.errors >= 1 && report.ram_errors == 0, "it does not find out: {report:?}");
+    ensure!(report.errors >= 1 && report.ram_errors == 0, "it does not notice: {report:?}");
     drop(devices);
     vmm.quit().await?;
     twin.quit().await
@@ -247,7 +251,7 @@ async fn rolls_back(d: &Devices<'_>) -> Result<()> {
     vmm.client.pause(PauseRequest {}).await?;
     set_all(&mut devices, &[RunningP2p, StopCopy])?;
     vmm.client.abort_save(AbortSaveRequest {}).await?;
-    refused(pieces.message().await, Code::Aborted, "the save was aborted")?;
+    assert_refused(pieces.message().await, Code::Aborted, "the save was aborted")?;
     ensure!(vmm.run_state().await? == RunState::Paused);
     set_all(&mut devices, &[Stop, RunningP2p, Running])?;
     vmm.client.resume(ResumeRequest {}).await?;
@@ -268,7 +272,7 @@ async fn ends(d: &Devices<'_>) -> Result<()> {
     let free =
         || d.own.iter().try_for_each(|device| probe::features(&cdev(device)?).map(drop).map_err(Into::into));
     let mut vmm = Vmm::start(SOCKET, d.own, false).await?;
-    // A save that nobody ends does not keep it.
+    // An open save does not keep it.
     let save = vmm.client.start_save(StartSaveRequest { live: false }).await?;
     vmm.quit().await?;
     free()?;
@@ -281,7 +285,7 @@ async fn ends(d: &Devices<'_>) -> Result<()> {
 async fn in_use(d: &Devices<'_>) -> Result<()> {
     let vmm = Vmm::start(SOCKET, d.own, false).await?;
     let (device, _) = d.own.split_first().context("no device")?;
-    let error = Vmm::start(TWIN_SOCKET, d.own, true).await.err().context("it has taken a device in use")?;
+    let error = Vmm::start(TWIN_SOCKET, d.own, true).await.err().context("it has opened a device in use")?;
     let words = format!("cannot bind device {device} to the iommufd; is it in use?");
     ensure!(error.to_string().contains(&words), "{error:#}, expected {words:?}");
     vmm.quit().await

@@ -1,7 +1,7 @@
-//! Walks the lab's VMM through its contract, on real KVM and real VFIO devices, as an agent would: with the devices driven from
-//! outside.
+//! Walks the reference VMM through the contract, on real KVM and real VFIO devices. Like an agent, it drives
+//! the devices from outside.
 //!
-//! It is run in a node of the lab (tests/vmm.rs), on devices that nobody uses. What it prints is one JSON object per line.
+//! It is run in a node of the lab (tests/vmm.rs), on free devices. It prints one JSON object per line.
 
 mod checks;
 mod pauses;
@@ -20,13 +20,13 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum What {
-    /// What the contract promises, and what the guest finds out.
+    /// Checks what the contract promises, and what the guest notices.
     Checks {
         /// Two devices of the VM and two of its twin, all of one type: the UUIDs of mediated devices.
         #[arg(num_args = 4)]
         devices: Vec<String>,
     },
-    /// Pauses a VM many times, and tells when: what ran meanwhile is for the kernel to say.
+    /// Pauses a VM many times, and prints when. The kernel's trace shows what ran meanwhile.
     Pauses {
         /// The VM's devices.
         #[arg(num_args = 2)]

@@ -1,4 +1,4 @@
-//! Pausing a VM, and telling when.
+//! Pausing a VM, and printing when.
 
 use anyhow::{Result, ensure};
 use serde::Serialize;
@@ -21,7 +21,7 @@ pub(crate) async fn run(devices: &[String]) -> Result<bool> {
         vmm.counts(2).await?;
         vmm.client.pause(PauseRequest {}).await?;
         let paused_ns = monotonic_ns();
-        // Long enough for more than one round of a guest that goes on.
+        // Long enough for more than one round of a guest that wrongly continues.
         tokio::time::sleep(std::time::Duration::from_millis(20)).await;
         let resumed_ns = monotonic_ns();
         vmm.client.resume(ResumeRequest {}).await?;

@@ -20,8 +20,8 @@ use tokio::io::{AsyncBufReadExt, BufReader, Lines};
 use tokio::process::{Child, ChildStderr, Command};
 use tokio::time::{interval, timeout};
 
-/// What may take a while on an emulated CPU.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// The limit for an action that is slow on an emulated CPU.
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A VMM that serves. It is killed when dropped.
 pub(crate) struct Vmm {
@@ -34,8 +34,8 @@ pub(crate) struct Vmm {
 
 impl Drop for Vmm {
     fn drop(&mut self) {
-        // A check that failed leaves it running. Its devices are to be free for the next check: wait for its end. What there is to
-        // say about it has been said.
+        // A check that failed leaves it running. Its devices must be free for the next check: wait for its
+        // end. What there is to say about it has been said.
         if self.process.id().is_some() {
             self.process.start_kill().unwrap_or_default();
             let pid = i32::try_from(self.pid).ok().and_then(Pid::from_raw);
@@ -55,7 +55,8 @@ pub(crate) fn cdev(device: &str) -> Result<PathBuf> {
 }
 
 impl Vmm {
-    /// Starts a VMM with these devices, and returns when it serves: with a VM that counts, or as a twin that waits for one.
+    /// Starts a VMM with these devices, and returns when it serves: with a VM that counts, or as a twin that
+    /// waits for one.
     pub(crate) async fn start(socket: &str, devices: &[String], incoming: bool) -> Result<Self> {
         let mut command = Command::new("slackwater-reference-vmm");
         command.args(["run", "--socket", socket, "--pace-us", "1000"]);
@@ -78,7 +79,7 @@ impl Vmm {
             }
             bail!("the VMM has ended: {}", said.join(" "))
         };
-        timeout(PATIENCE, serving).await.context("the VMM does not serve")??;
+        timeout(TIMEOUT, serving).await.context("the VMM does not serve")??;
         let socket = PathBuf::from(socket);
         let mode = std::fs::metadata(&socket)?.permissions().mode() & 0o777;
         ensure!(mode == 0o600, "the socket has mode {mode:o}");
@@ -91,7 +92,8 @@ impl Vmm {
         Ok(outside::report(self.pid)?)
     }
 
-    /// Waits until the guest has counted `rounds` further. There is no event for what a guest writes into its memory.
+    /// Waits until the guest has counted `rounds` further. There is no event for what a guest writes into its
+    /// memory.
     pub(crate) async fn counts(&self, rounds: u64) -> Result<Report> {
         let goal = self.guest()?.count + rounds;
         let mut ticks = interval(Duration::from_millis(10));
@@ -104,7 +106,7 @@ impl Vmm {
                 }
             }
         };
-        match timeout(PATIENCE, counted).await {
+        match timeout(TIMEOUT, counted).await {
             Ok(report) => report,
             Err(_) => bail!("it does not count up to {goal}: {:?}", self.guest()?),
         }
@@ -114,7 +116,7 @@ impl Vmm {
         Ok(self.client.describe(DescribeRequest {}).await?.into_inner().run_state())
     }
 
-    /// All devices, borrowed by the numbers that Describe gives.
+    /// All devices, borrowed by the descriptors from Describe.
     pub(crate) async fn devices(&mut self) -> Result<Vec<KernelDevice>> {
         let process = VmmProcess::open(self.pid)?;
         let described = self.client.describe(DescribeRequest {}).await?.into_inner().devices;
@@ -139,7 +141,7 @@ impl Vmm {
     }
 
     async fn ended(&mut self) -> Result<()> {
-        let ending = timeout(PATIENCE, self.process.wait()).await.context("it does not end")??;
+        let ending = timeout(TIMEOUT, self.process.wait()).await.context("it does not end")??;
         let mut log = vec![];
         while let Some(line) = self.log.next_line().await? {
             eprintln!("{line}");

@@ -1,10 +1,11 @@
-//! VMs of QEMU's with the nodes' devices, started in a node and made known to the agent.
+//! QEMU VMs with the nodes' devices, started in a node and announced to the agent.
 //!
-//! The argument vector is written once, with a word for each device and one for the socket, and serves three: the VM at the source
-//! (`start`), the `twin` of `vm.json`, which the agent fills in at the destination, and a destination by hand (`await_migration`).
+//! The argument vector is built in one place, with a placeholder for each device and one for the socket. It
+//! serves the VM at the source (`start`), the `twin` of `vm.json`, which the agent fills in at the
+//! destination, and a destination by hand (`await_migration`).
 
+mod guest_output;
 mod running;
-mod words;
 
 use anyhow::Context;
 use serde_json::{Value, json};
@@ -19,7 +20,7 @@ use crate::node::Node;
 /// QEMU, in a node.
 pub const QEMU_PROGRAM: &str = "/bin/qemu-system-x86_64";
 
-/// What runs the guest's code.
+/// How the guest's code is executed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Accelerator {
     /// The node's KVM, itself emulated.
@@ -33,7 +34,8 @@ pub enum Accelerator {
 pub enum DeviceAccess {
     /// Each by its character device, all bound to one `/dev/iommu`.
     Iommufd,
-    /// The same, but opened by the agent, which gives them to the twin open. A VM that is started in a node opens them itself.
+    /// The same, but the agent opens them and passes them to the twin. A VM that is started in a node opens
+    /// them itself.
     Descriptor,
     /// Each by its VFIO group and the container of them all.
     Group,
@@ -57,25 +59,25 @@ pub struct QemuVm {
     pub devices: usize,
     /// What runs in it.
     pub guest: Guest,
-    /// What runs its code.
+    /// How its code is executed.
     pub accelerator: Accelerator,
     /// How it opens its devices.
     pub access: DeviceAccess,
-    /// Whether QEMU says on QMP what state it brings each device to (`VFIO_MIGRATION`).
+    /// Whether QEMU reports each device's state changes on QMP (`VFIO_MIGRATION`).
     pub migration_events: bool,
     /// Whether it has the lab's shared disk.
     pub shared_disk: bool,
-    /// Whether the lab has a monitor of its own: the agent keeps the other one.
+    /// Whether the lab has a monitor of its own: the agent holds the first.
     pub second_monitor: bool,
     /// Further arguments, without braces.
     pub more: Vec<String>,
 }
 
-/// What differs from one QEMU of a VM's to the other.
+/// What differs between the QEMU processes of one VM.
 struct Place {
-    /// How QEMU is told of each device: `sysfsdev=`, or `fd=`.
+    /// The property that selects each device: `sysfsdev=`, or `fd=`.
     devices: Vec<String>,
-    /// What is said of iommufd besides its id.
+    /// Further properties of iommufd.
     iommufd: &'static str,
     /// The path of its QMP socket.
     socket: String,
@@ -86,11 +88,14 @@ impl Guest {
         match self {
             Self::Counter => {
                 let drive = format!("if=none,id=boot,format=raw,readonly=on,file={}", counter::DISK);
-                words(&format!("-m 32 -drive {drive} -device virtio-blk-pci,drive=boot"))
+                split_words(&format!("-m 32 -drive {drive} -device virtio-blk-pci,drive=boot"))
             }
             Self::Linux => {
-                let mut list =
-                    words(&format!("-m 128 -no-reboot -kernel {} -initrd {}", linux::KERNEL, linux::INITRD));
+                let mut list = split_words(&format!(
+                    "-m 128 -no-reboot -kernel {} -initrd {}",
+                    linux::KERNEL,
+                    linux::INITRD
+                ));
                 list.extend(["-append".to_owned(), linux::COMMAND_LINE.to_owned()]);
                 list
             }
@@ -121,14 +126,14 @@ impl QemuVm {
         Self { name: "linux".to_owned(), guest: Guest::Linux, ..Self::counter(devices) }
     }
 
-    /// The same, emulated by QEMU itself. In an emulated node a Linux does not come up so in [`SOON`].
+    /// The same, emulated by QEMU itself. In an emulated node a Linux would not come up within [`TIMEOUT`].
     #[must_use]
     pub fn emulated(mut self) -> Self {
         self.accelerator = Accelerator::Tcg;
         self
     }
 
-    /// The same, with a twin that is given its devices open.
+    /// The same, with a twin that gets its devices as open descriptors.
     #[must_use]
     pub fn by_descriptor(mut self) -> Self {
         self.access = DeviceAccess::Descriptor;
@@ -156,26 +161,27 @@ impl QemuVm {
         self
     }
 
-    /// The same, with a monitor that is the lab's while the agent has the other one.
+    /// The same, with a second monitor for the lab, since the agent holds the first.
     #[must_use]
     pub fn with_second_monitor(mut self) -> Self {
         self.second_monitor = true;
         self
     }
 
-    /// Adds to the nodes' image what the VM needs. The nodes need more memory for it: [`QemuVm::node_memory_mib`].
+    /// Adds to the nodes' image what the VM needs. The nodes need more memory for it:
+    /// [`QemuVm::node_memory_mib`].
     ///
     /// # Errors
     /// When something is not installed, or not built.
     pub fn in_image(&self, image: Image) -> anyhow::Result<Image> {
         let image = image.with_qemu()?;
         Ok(match self.guest {
-            Guest::Counter => image.with_made(counter::DISK, counter::disk()?),
+            Guest::Counter => image.with_generated(counter::DISK, counter::disk()?),
             Guest::Linux => image.with_linux_guest()?,
         })
     }
 
-    /// The memory of a node that has room for the VM, and for another one while they change places.
+    /// The memory of a node with room for the VM, and for its twin.
     #[must_use]
     pub fn node_memory_mib(&self) -> u32 {
         match self.guest {
@@ -208,13 +214,13 @@ impl QemuVm {
         format!("{}/qmp.sock", self.directory())
     }
 
-    /// The QMP socket by which the lab tells it something.
+    /// The QMP socket that the lab uses.
     #[must_use]
     pub fn monitor(&self) -> String {
         if self.second_monitor { format!("/run/slackwater-lab/{}.qmp", self.name) } else { self.socket() }
     }
 
-    /// Where its QEMU in a node adds to what the guest says.
+    /// The file in a node to which its QEMU appends the guest's output.
     #[must_use]
     pub fn debug_file(&self) -> String {
         format!("/run/slackwater-lab/{}.debug", self.name)
@@ -224,34 +230,35 @@ impl QemuVm {
         (0..self.devices).map(|device| format!("v{device}")).collect()
     }
 
-    /// QEMU's arguments at a place. The same at all places in all that a guest can see: QEMU moves nothing otherwise.
+    /// QEMU's arguments at a place. Everything that a guest can see is the same at all places: otherwise QEMU
+    /// refuses to migrate.
     fn arguments(&self, place: &Place) -> Vec<String> {
         let (machine, cpu) = match self.accelerator {
             Accelerator::Kvm => ("pc,accel=kvm", "host"),
             Accelerator::Tcg => ("pc,accel=tcg", "max"),
         };
-        let mut list = words("-nodefaults -no-user-config -display none");
-        list.extend(words(&format!("-machine {machine} -cpu {cpu}")));
-        // A guest that was held up must not be given all the ticks at once that it has missed.
-        list.extend(words("-global kvm-pit.lost_tick_policy=discard"));
+        let mut list = split_words("-nodefaults -no-user-config -display none");
+        list.extend(split_words(&format!("-machine {machine} -cpu {cpu}")));
+        // A guest that was stopped must not get all missed ticks at once.
+        list.extend(split_words("-global kvm-pit.lost_tick_policy=discard"));
         list.extend(self.guest.arguments());
-        list.extend(words(&format!("-chardev file,id=dbg,path={},append=on", self.debug_file())));
-        list.extend(words("-device isa-debugcon,iobase=0xe9,chardev=dbg"));
+        list.extend(split_words(&format!("-chardev file,id=dbg,path={},append=on", self.debug_file())));
+        list.extend(split_words("-device isa-debugcon,iobase=0xe9,chardev=dbg"));
         if self.shared_disk {
             let (host, port) = SHARED_DISK_ADDRESS;
             let file = format!("file.driver=nbd,file.host={host},file.port={port}");
-            list.extend(words(&format!("-drive if=none,id=shared,driver=raw,{file},cache.direct=on")));
-            list.extend(words("-device virtio-blk-pci,drive=shared"));
+            list.extend(split_words(&format!("-drive if=none,id=shared,driver=raw,{file},cache.direct=on")));
+            list.extend(split_words("-device virtio-blk-pci,drive=shared"));
         }
         list.extend(self.more.iter().cloned());
         if self.access != DeviceAccess::Group {
-            list.extend(words(&format!("-object iommufd,id=iommufd0{}", place.iommufd)));
+            list.extend(split_words(&format!("-object iommufd,id=iommufd0{}", place.iommufd)));
         }
         for (name, which) in self.device_names().iter().zip(&place.devices) {
             list.extend(["-device".to_owned(), self.device(name, which)]);
         }
         if self.second_monitor {
-            list.extend(words(&format!("-qmp unix:{},server=on,wait=off", self.monitor())));
+            list.extend(split_words(&format!("-qmp unix:{},server=on,wait=off", self.monitor())));
         }
         list.extend(["-qmp".to_owned(), format!("unix:{},server=on,wait=off", place.socket)]);
         list
@@ -273,12 +280,13 @@ impl QemuVm {
         Ok(Place { devices: devices.iter().map(sysfs).collect(), iommufd: "", socket: self.socket() })
     }
 
-    /// The same with the agent's words for what only it will know. Nothing else in it has a brace, which would have to be doubled.
+    /// The same with the agent's placeholders. Nothing else has a brace, which would have to be doubled.
     fn place_of_the_twin(&self) -> Place {
         let open = self.access == DeviceAccess::Descriptor;
         let devices = (0..self.devices).map(|device| {
             let sysfs = format!("sysfsdev={{device.{device}.sysfs}}");
-            // A mediated device, which no VF is, must be named in both ways: QEMU takes it for a PCI device of the host otherwise.
+            // A mediated device (a VF is none) needs both properties: otherwise QEMU takes it for a PCI
+            // device of the host.
             if open { format!("fd={{device.{device}.fd}},{sysfs}") } else { sysfs }
         });
         let iommufd = if open { ",fd={iommu.fd}" } else { "" };
@@ -287,7 +295,7 @@ impl QemuVm {
 
     fn json(&self) -> Value {
         let mut args = self.arguments(&self.place_of_the_twin());
-        args.extend(words("-S -incoming defer"));
+        args.extend(split_words("-S -incoming defer"));
         json!({
             "name": self.name,
             "namespace": NAMESPACE,
@@ -296,13 +304,13 @@ impl QemuVm {
         })
     }
 
-    /// The name under which the lab's control service knows the VM that it started.
+    /// The name of the VM's cgroup and log in the lab's control service.
     fn group(&self) -> String {
         format!("vm-{}", self.name)
     }
 }
 
-fn words(text: &str) -> Vec<String> {
+fn split_words(text: &str) -> Vec<String> {
     text.split(' ').map(str::to_owned).collect()
 }
 
@@ -316,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn the_twin_has_the_agents_words_for_its_devices_and_its_socket() {
+    fn the_twin_has_the_agents_placeholders_for_its_devices_and_its_socket() {
         let json = QemuVm::counter(2).json();
         assert_eq!(json["vmm"], json!({"kind": "qemu", "socket": "qmp.sock", "devices": ["v0", "v1"]}));
         let args: Vec<&str> =
@@ -327,11 +335,11 @@ mod tests {
             "{args:?}"
         );
         let braces = args.iter().map(|arg| arg.matches('{').count()).sum::<usize>();
-        assert_eq!(braces, 3, "only the agent's words have braces");
+        assert_eq!(braces, 3, "only the agent's placeholders have braces");
     }
 
     #[test]
-    fn each_flavour_differs_in_its_own_arguments_only() {
+    fn each_variant_differs_in_its_own_arguments_only() {
         let vm = QemuVm::counter(1);
         assert_eq!(
             device_arguments(&vm),

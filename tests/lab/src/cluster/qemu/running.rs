@@ -1,4 +1,4 @@
-//! Its QEMU in a node: started, told something, and ended.
+//! A VM's QEMU in a node: starting it, sending it commands, ending it.
 
 use anyhow::ensure;
 use serde_json::{Value, json};
@@ -8,23 +8,23 @@ use crate::error::LabError;
 use crate::node::Node;
 
 impl QemuVm {
-    /// Starts it in a node, and makes it known when it counts.
+    /// Starts it in a node, and announces it to the agent when it counts.
     ///
     /// # Errors
     /// When it does not come up.
     pub async fn start(&self, node: &Node) -> anyhow::Result<()> {
-        self.forget_words(node).await?;
+        self.delete_guest_output(node).await?;
         self.spawn(node, &[]).await?;
         self.until_counted(node, 1).await?;
         self.publish(node).await
     }
 
-    /// Makes the VM known that runs in a node: writes its `vm.json`.
+    /// Announces the VM that runs in a node: writes its `vm.json`.
     ///
     /// # Errors
     /// When the node cannot be reached.
     pub async fn publish(&self, node: &Node) -> anyhow::Result<()> {
-        // Whole at once: the agent watches.
+        // Atomically, since the agent watches the directory.
         let directory = self.directory();
         let text = serde_json::to_vec_pretty(&self.json())?;
         node.put(&format!("{directory}/.vm.json.new"), 0o600, &text).await?;
@@ -32,7 +32,8 @@ impl QemuVm {
         Ok(())
     }
 
-    /// Starts the twin by hand, as the agent would: stopped, and waiting for `migrate-incoming`. It is not made known.
+    /// Starts the twin by hand, as the agent would: stopped, and waiting for `migrate-incoming`. It is not
+    /// announced.
     ///
     /// # Errors
     /// When it does not come up.
@@ -41,7 +42,7 @@ impl QemuVm {
         self.until_answers(node).await
     }
 
-    /// The same, but it will run as soon as it is loaded, as a QEMU does that is nobody's twin.
+    /// The same, but it runs as soon as it is loaded, as a QEMU without Slackwater does.
     ///
     /// # Errors
     /// When it does not come up.
@@ -60,37 +61,37 @@ impl QemuVm {
     async fn spawn(&self, node: &Node, more: &[&str]) -> anyhow::Result<()> {
         node.shell(&format!("mkdir -p -m 700 {} /run/slackwater-lab", self.directory())).await?;
         let arguments = self.arguments(&self.place_in(node)?);
-        // The socket is for nobody else.
+        // Only this user may use the socket.
         let mut list = vec!["sh", "-c", "umask 077; exec \"$0\" \"$@\"", QEMU_PROGRAM];
         list.extend(arguments.iter().map(String::as_str).chain(more.iter().copied()));
         node.spawn(&self.group(), &list, &[]).await?;
         Ok(())
     }
 
-    /// Makes the folder in a node where its QEMU writes what the guest says: it is not QEMU's to make.
+    /// Creates the folder in a node for the guest's output, which QEMU does not create.
     ///
     /// # Errors
     /// When the node cannot be reached.
-    pub(in crate::cluster) async fn make_room(&self, node: &Node) -> anyhow::Result<()> {
+    pub(in crate::cluster) async fn make_output_folder(&self, node: &Node) -> anyhow::Result<()> {
         node.shell("mkdir -p -m 700 /run/slackwater-lab").await?;
         Ok(())
     }
 
-    /// Has its QEMU in a node execute a QMP command, and returns what that returned.
+    /// Executes a QMP command in its QEMU in a node, and returns the result.
     ///
     /// # Errors
-    /// When there is none, or it refuses.
+    /// When no QEMU runs there, or the command fails.
     pub async fn execute(&self, node: &Node, command: &str, arguments: Value) -> anyhow::Result<Value> {
         let arguments = arguments.to_string();
         let list = ["slackwater-lab-node", "qmp", &self.monitor(), command, &arguments];
         Ok(serde_json::from_str(&node.exec(&list).await?.success()?)?)
     }
 
-    /// Moves it by hand, without the product, over the link between the nodes; the destination waits ([`QemuVm::await_migration`]),
-    /// and stays stopped.
+    /// Moves it by hand, without the product, over the link between the nodes; the destination waits
+    /// ([`QemuVm::await_migration`]), and stays stopped.
     ///
     /// # Errors
-    /// When QEMU says that it failed.
+    /// When QEMU reports a failure.
     pub async fn migrate(&self, from: &Node, to: &Node) -> anyhow::Result<()> {
         let uri = format!("tcp:{}:4444", to.link_address().ip());
         self.execute(to, "migrate-incoming", json!({ "uri": uri })).await?;
@@ -111,15 +112,15 @@ impl QemuVm {
     /// Kills its QEMU in a node.
     ///
     /// # Errors
-    /// When the lab has started none there.
+    /// When the lab has not started it there.
     pub async fn kill(&self, node: &Node) -> Result<(), LabError> {
         node.kill_group(&self.group()).await
     }
 
-    /// Removes what a killed one has left in a node.
+    /// Removes what a killed QEMU has left in a node.
     ///
     /// # Errors
-    /// When the node cannot be asked.
+    /// When the node does not answer.
     pub async fn forget(&self, node: &Node) -> Result<(), LabError> {
         node.shell(&format!("rm -rf {} {}", self.directory(), self.debug_file())).await.map(drop)
     }

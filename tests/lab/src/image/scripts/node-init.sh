@@ -1,5 +1,5 @@
 #!/bin/sh
-# The first program of a node of the lab. The kernel's command line says what the node is (slackwater.*).
+# The first program of a node. The kernel's command line describes the node (slackwater.*).
 export PATH=/bin
 mount -t proc proc /proc
 mount -t sysfs sys /sys
@@ -31,7 +31,8 @@ ip link set eth1 mtu "$mtu" up
 
 device=0
 for type in $(parameter devices | tr ',' ' '); do
-  printf '5a1ac0de-%04x-4000-8000-%012x\n' "$number" "$device" >"/sys/class/mdev_bus/mtty/mdev_supported_types/$type/create" ||
+  create=/sys/class/mdev_bus/mtty/mdev_supported_types/$type/create
+  printf '5a1ac0de-%04x-4000-8000-%012x\n' "$number" "$device" >"$create" ||
     echo "node-init: no device of type $type"
   device=$((device + 1))
 done

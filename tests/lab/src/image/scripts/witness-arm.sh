@@ -18,11 +18,11 @@ instance() {
 instance devices 0 1024
 instance vcpu_first 0 512
 instance vcpu_last 1 4096
-# A VM that runs writes faster than an emulated processor prints: who reads this buffer must find an end.
+# A running VM writes faster than an emulated processor prints: the reader of this buffer must find an end.
 echo 1 >instances/vcpu_last/options/pause-on-trace
 
-# A struct vfio_device begins with its struct device, which begins with its kobject, which begins with its name; mtty's own
-# structure begins with the struct vfio_device.
+# A struct vfio_device begins with its struct device, which begins with its kobject, which begins with its
+# name; mtty's own structure begins with the struct vfio_device.
 if [ ! -d events/witness ]; then
   name='name=+0(+0(+0(%di))):string'
   {

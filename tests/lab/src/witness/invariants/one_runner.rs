@@ -1,7 +1,7 @@
-//! I1: at no time do both ends run the VM. The source's last run, of a vCPU or of a device, is before the destination's first,
-//! by more than what is not known about their clocks.
+//! I1: at no time do both ends run the VM. The source's last run, of a vCPU or of a device, is before the
+//! destination's first, by more than the uncertainty of their clocks.
 
-use super::{Invariant, Violation, changes, leaves_stop, stood, told};
+use super::{Invariant, Violation, changes, describe, describe_state, leaves_stop};
 use crate::witness::{
     state::State,
     trace::{Change, Trace},
@@ -10,7 +10,8 @@ use crate::witness::{
 /// How far apart the two ends were.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Separation {
-    /// From the source's last run to the destination's first, nanoseconds: at least, as the clocks are known no better.
+    /// From the source's last run to the destination's first, nanoseconds: at least, as the clocks are known
+    /// no better.
     pub at_least_ns: i64,
 }
 
@@ -23,24 +24,25 @@ struct Sign {
 /// Judges both ends of a migration that succeeded.
 ///
 /// # Errors
-/// When a device of the source had not stopped, the source ran again, or ran on, after the destination may have, or one of them
-/// was not seen to run at all.
+/// When a device of the source had not stopped, the source ran again, or ran on, after the destination may
+/// have, or one of them was not seen to run at all.
 pub fn one_runner(source: &Trace, destination: &Trace) -> Result<Separation, Violation> {
     let i1 = Invariant::OneRunner;
     for (name, device) in &source.devices {
-        // A reset after the stop gives the device back: what runs then is no longer the VM's.
+        // A reset after the stop releases the device: what runs then is no longer the VM's.
         let last = device.changes.iter().rfind(|change| change.from.is_some());
         if let Some(change) = last.filter(|change| change.to.unwrap_or(State::Error).moves()) {
             let what = format!(
                 "device {name} was never stopped for good: the last that was seen is {}",
-                told(change)
+                describe(change)
             );
             return Err(i1.broken(source, change.ended_ns, what));
         }
         if last.is_none() {
-            return Err(
-                i1.unjudged(source, format!("device {name} was {} all the time", stood(device, u64::MAX)))
-            );
+            return Err(i1.unjudged(
+                source,
+                format!("device {name} was {} all the time", describe_state(device, u64::MAX)),
+            ));
         }
     }
     if source.vcpus.runs.is_empty() {
@@ -52,7 +54,8 @@ pub fn one_runner(source: &Trace, destination: &Trace) -> Result<Separation, Vio
     let (earliest, _) = destination.clock.host_interval(first.at_ns);
     if latest >= earliest {
         let what = format!(
-            "{} is not certainly after {} on node {}: by the lab's clock {} ns at the latest against {} ns at the earliest",
+            "{} is not certainly after {} on node {}: by the lab's clock {} ns at the latest against {} ns \
+             at the earliest",
             first.what, last.what, source.node, latest, earliest
         );
         return Err(i1.broken(destination, first.at_ns, what));
@@ -74,13 +77,14 @@ pub fn never_ran(destination: &Trace) -> Result<(), Violation> {
     }
 }
 
-/// The last sign that the source ran the VM: the last return from KVM_RUN, and the last that a device did before it stood still.
+/// The last sign that the source ran the VM: the last return from KVM_RUN, or the last change of a device
+/// before it was stopped.
 fn last_sign(source: &Trace) -> Result<Sign, Violation> {
     let stops = |change: &Change| change.from.is_some_and(State::moves) || leaves_stop(change);
     let device = changes(source, stops)
         .map(|(name, change)| Sign {
             at_ns: change.ended_ns,
-            what: format!("{} of device {name}", told(change)),
+            what: format!("{} of device {name}", describe(change)),
         })
         .max_by_key(|sign| sign.at_ns);
     let mut last = device;
@@ -99,10 +103,14 @@ fn last_sign(source: &Trace) -> Result<Sign, Violation> {
     last.ok_or_else(|| Invariant::OneRunner.unjudged(source, "it was not seen to run"))
 }
 
-/// The first sign that the destination ran the VM: the first entry into KVM_RUN, or the first device that left STOP.
+/// The first sign that the destination ran the VM: the first entry into KVM_RUN, or the first device that
+/// left STOP.
 fn first_sign(destination: &Trace) -> Option<Sign> {
     let device = changes(destination, |change| leaves_stop(change) || attempts_to_leave(change)).map(
-        |(name, change)| Sign { at_ns: change.began_ns, what: format!("{} of device {name}", told(change)) },
+        |(name, change)| Sign {
+            at_ns: change.began_ns,
+            what: format!("{} of device {name}", describe(change)),
+        },
     );
     let vcpu = destination.vcpus.runs.iter().map(|run| Sign {
         at_ns: run.began_ns,
@@ -111,20 +119,20 @@ fn first_sign(destination: &Trace) -> Option<Sign> {
     device.chain(vcpu).min_by_key(|sign| sign.at_ns)
 }
 
-/// Whether a device was told to run and did not: it may have begun to.
+/// Whether a device failed to run when requested: it may have started to.
 fn attempts_to_leave(change: &Change) -> bool {
     change.to.is_none() && change.wanted.moves() && change.from.is_some_and(State::is_stopped)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::test_traces::Story;
+    use super::super::test_traces::TraceBuilder;
     use super::*;
     use State::*;
 
-    /// Runs until 100; its devices stand still from 111 on.
-    fn source() -> Story {
-        Story::new("s")
+    /// Runs until 100; its devices are stopped from 111 on.
+    fn source() -> TraceBuilder {
+        TraceBuilder::new("s")
             .run(1, 100)
             .at(105)
             .arcs(&["a", "b"], &[RunningP2p, Stop, StopCopy])
@@ -133,8 +141,8 @@ mod tests {
     }
 
     /// Its devices leave STOP at 200, its vCPU runs from 220 on.
-    fn destination() -> Story {
-        Story::new("d")
+    fn destination() -> TraceBuilder {
+        TraceBuilder::new("d")
             .at(1)
             .arcs(&["a", "b"], &[Running, RunningP2p, Stop, Resuming, Stop])
             .at(200)
@@ -168,14 +176,14 @@ mod tests {
 
     #[test]
     fn a_source_device_that_stops_only_after_the_destination_began_breaks_it() {
-        let late = Story::new("s")
+        let late = TraceBuilder::new("s")
             .run(1, 100)
             .at(105)
             .arcs(&["a"], &[RunningP2p, Stop])
             .at(210)
             .arcs(&["b"], &[RunningP2p, Stop]);
         assert!(one_runner(&late.trace(), &destination().trace()).is_err());
-        let never = Story::new("s")
+        let never = TraceBuilder::new("s")
             .run(1, 100)
             .at(105)
             .arcs(&["a"], &[RunningP2p, Stop])
@@ -208,12 +216,14 @@ mod tests {
 
     #[test]
     fn a_destination_that_only_took_the_blob_never_ran() {
-        let taken =
-            Story::new("d").at(1).arcs(&["a"], &[Running, RunningP2p, Stop, Resuming, Stop]).reset("a", 50);
+        let taken = TraceBuilder::new("d")
+            .at(1)
+            .arcs(&["a"], &[Running, RunningP2p, Stop, Resuming, Stop])
+            .reset("a", 50);
         assert_eq!(never_ran(&taken.trace()), Ok(()));
         assert!(one_runner(&source().trace(), &taken.trace()).unwrap_err().at_ns.is_none());
         let refused =
-            Story::new("d").at(1).arcs(&["a"], &[Resuming, Stop]).attempt("a", Stop, Running, 40, 41);
+            TraceBuilder::new("d").at(1).arcs(&["a"], &[Resuming, Stop]).attempt("a", Stop, Running, 40, 41);
         assert!(never_ran(&refused.trace()).is_err(), "it may have begun");
     }
 }

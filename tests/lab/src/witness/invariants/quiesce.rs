@@ -1,7 +1,7 @@
-//! I2: with two or more devices, none enters STOP or STOP_COPY until every one has reached a P2P state. Where they are assumed
-//! to be isolated, none enters STOP_COPY until every one is in STOP.
+//! I2: with two or more devices, none enters STOP or STOP_COPY until every one has reached a P2P state. Where
+//! they are assumed to be isolated, none enters STOP_COPY until every one is in STOP.
 
-use super::{Invariant, PeerToPeer, Violation, changes, stood, told};
+use super::{Invariant, PeerToPeer, Violation, changes, describe, describe_state};
 use crate::witness::{
     state::State,
     trace::{Change, Trace},
@@ -23,8 +23,8 @@ pub fn quiesced_together(source: &Trace, peer_to_peer: PeerToPeer) -> Result<usi
             if !other.holds_at(change.began_ns, ready) {
                 let what = format!(
                     "device {name} began {} while device {other_name} was {}",
-                    told(change),
-                    stood(other, change.began_ns)
+                    describe(change),
+                    describe_state(other, change.began_ns)
                 );
                 return Err(i2.broken(source, change.began_ns, what));
             }
@@ -52,12 +52,12 @@ fn towards(change: &Change, states: &[State]) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::super::test_traces::Story;
+    use super::super::test_traces::TraceBuilder;
     use super::*;
     use State::*;
 
-    fn together() -> Story {
-        Story::new("s")
+    fn together() -> TraceBuilder {
+        TraceBuilder::new("s")
             .at(10)
             .arcs(&["a", "b"], &[Running, RunningP2p])
             .at(20)
@@ -67,7 +67,7 @@ mod tests {
     #[test]
     fn devices_that_are_quiet_before_any_stops_keep_it() {
         assert_eq!(quiesced_together(&together().trace(), PeerToPeer::Required), Ok(2));
-        let with_pre_copy = Story::new("s")
+        let with_pre_copy = TraceBuilder::new("s")
             .at(10)
             .arcs(&["a", "b"], &[PreCopy, PreCopyP2p])
             .at(20)
@@ -77,22 +77,23 @@ mod tests {
 
     #[test]
     fn a_device_that_stops_while_another_runs_breaks_it() {
-        let story = Story::new("s")
+        let builder = TraceBuilder::new("s")
             .at(10)
             .arcs(&["a"], &[Running, RunningP2p, Stop])
             .at(20)
             .arcs(&["b"], &[Running, RunningP2p, Stop]);
-        let broken = quiesced_together(&story.trace(), PeerToPeer::Required).unwrap_err();
+        let broken = quiesced_together(&builder.trace(), PeerToPeer::Required).unwrap_err();
         assert_eq!(broken.at_ns, Some(11));
         assert_eq!(
             broken.to_string(),
-            "I2, quiesce together: node s at 0.000000 s: device a began its arc RUNNING_P2P -> STOP while device b was RUNNING"
+            "I2, quiesce together: node s at 0.000000 s: device a began its arc RUNNING_P2P -> STOP \
+             while device b was RUNNING"
         );
     }
 
     #[test]
     fn a_device_that_stops_while_another_is_on_its_way_to_p2p_breaks_it() {
-        let story = Story::new("s")
+        let builder = TraceBuilder::new("s")
             .at(10)
             .arcs(&["a"], &[Running, RunningP2p])
             .arc("b", Running, Some(RunningP2p), 10, 30)
@@ -100,31 +101,36 @@ mod tests {
             .arcs(&["a"], &[RunningP2p, Stop])
             .at(40)
             .arcs(&["b"], &[RunningP2p, Stop]);
-        let broken = quiesced_together(&story.trace(), PeerToPeer::Required).unwrap_err();
+        let broken = quiesced_together(&builder.trace(), PeerToPeer::Required).unwrap_err();
         assert!(broken.what.contains("in the middle of its arc RUNNING -> RUNNING_P2P"), "{broken}");
     }
 
     #[test]
     fn a_pre_copy_that_ends_while_another_device_still_pre_copies_breaks_it() {
-        let story = Story::new("s")
+        let builder = TraceBuilder::new("s")
             .at(10)
             .arcs(&["a"], &[PreCopyP2p, StopCopy])
             .at(20)
             .arcs(&["b"], &[PreCopy, PreCopyP2p]);
-        assert!(quiesced_together(&story.trace(), PeerToPeer::Required).is_err());
+        assert!(quiesced_together(&builder.trace(), PeerToPeer::Required).is_err());
     }
 
     #[test]
     fn an_attempt_that_fails_breaks_it_as_well() {
-        let story =
-            Story::new("s").arc("a", RunningP2p, None, 10, 12).arc("b", Running, Some(RunningP2p), 20, 22);
-        assert!(quiesced_together(&story.trace(), PeerToPeer::Required).is_err());
+        let builder = TraceBuilder::new("s").arc("a", RunningP2p, None, 10, 12).arc(
+            "b",
+            Running,
+            Some(RunningP2p),
+            20,
+            22,
+        );
+        assert!(quiesced_together(&builder.trace(), PeerToPeer::Required).is_err());
     }
 
     #[test]
     fn isolated_devices_may_stop_one_by_one_but_not_begin_to_give_up_their_state() {
         let isolated = |between: &[State]| {
-            Story::new("s")
+            TraceBuilder::new("s")
                 .at(10)
                 .arcs(&["a"], &[Running, Stop])
                 .at(20)
@@ -140,9 +146,9 @@ mod tests {
     }
 
     #[test]
-    fn nothing_seen_is_nothing_judged() {
+    fn a_trace_without_stops_is_not_judged() {
         let broken = quiesced_together(
-            &Story::new("s").at(1).arcs(&["a"], &[Running, PreCopy]).trace(),
+            &TraceBuilder::new("s").at(1).arcs(&["a"], &[Running, PreCopy]).trace(),
             PeerToPeer::Required,
         );
         assert_eq!(broken.unwrap_err().at_ns, None);

@@ -10,13 +10,13 @@ use crate::{
     },
 };
 
-/// A trace being told.
-pub(super) struct Story {
+/// Builds a trace for a test.
+pub(super) struct TraceBuilder {
     trace: Trace,
     now_ns: u64,
 }
 
-impl Story {
+impl TraceBuilder {
     pub(super) fn new(node: &str) -> Self {
         let trace = Trace {
             node: node.to_owned(),

@@ -1,12 +1,14 @@
-//! What arrives: messages of the stream, words said outside it, and that the stream is broken.
+//! What arrives: messages on the stream, words said outside it, and the news that the stream is broken.
 
+use slackwater_handover::policy::Driver;
+use slackwater_handover::state::MigrationState;
 use slackwater_handover::{Reason, Word, destination, source};
 
-use crate::carry::failure;
+use crate::effects::failure;
 use crate::world::{Back, Config, Forth, Said, Side, World};
 
 impl World {
-    /// Something that was said outside the stream is heard; at S in answer to its question, or not.
+    /// Something that was said outside the stream is heard; at the source in answer to its question, or not.
     pub(crate) fn hear(&mut self, config: &Config, said: Said, answer: bool) {
         match said {
             Said::ToSource { record, ended, .. } => {
@@ -17,14 +19,14 @@ impl World {
                 } else {
                     source::Event::Relayed(word)
                 };
-                self.tell_source(config, event);
+                self.source_event(config, event);
             }
             Said::ToDestination { record, .. } => {
-                self.tell_destination(config, destination::Event::PeerSays(Word::at(record)));
+                self.destination_event(config, destination::Event::PeerSays(Word::at(record)));
             }
             Said::Release { .. } => {
                 let event = destination::Event::AbortReceived(failure(Reason::Released));
-                self.tell_destination(config, event);
+                self.destination_event(config, event);
             }
         }
     }
@@ -41,7 +43,13 @@ impl World {
                     Forth::Blob(blob, true) => {
                         if self.destination.machine.as_ref().is_some_and(|machine| machine.takes_blobs()) {
                             self.verified.insert(blob);
-                            self.tell_destination(config, destination::Event::BlobVerified(blob));
+                            if config.driver == Driver::Vmm {
+                                // The twin loads its devices from its own stream.
+                                for device in &mut self.destination.devices {
+                                    *device = device.moved(MigrationState::Resuming);
+                                }
+                            }
+                            self.destination_event(config, destination::Event::BlobVerified(blob));
                             self.send_back(attempt, Back::Verified(blob));
                         }
                         return;
@@ -50,7 +58,7 @@ impl World {
                     Forth::Commit => destination::Event::CommitReceived,
                     Forth::Abort => destination::Event::AbortReceived(failure(Reason::Aborted)),
                 };
-                self.tell_destination(config, event);
+                self.destination_event(config, event);
             }
             Side::Source => {
                 let Some(queue) = stream.back.as_mut().filter(|queue| !queue.is_empty()) else { return };
@@ -63,18 +71,18 @@ impl World {
                     Back::Failed { started: true } => source::Event::Failed(failure(Reason::StartFailed)),
                     Back::Failed { started: false } => source::Event::Failed(failure(Reason::TargetFailed)),
                 };
-                self.tell_source(config, event);
+                self.source_event(config, event);
             }
         }
     }
 
-    /// Who reads here hears that the stream is broken.
+    /// The reader at this side notices that the stream is broken.
     pub(crate) fn notice(&mut self, config: &Config, side: Side) {
         self.hang_up(side);
         let lost = failure(Reason::PeerLost);
         match side {
-            Side::Source => self.tell_source(config, source::Event::Failed(lost)),
-            Side::Destination => self.tell_destination(config, destination::Event::PeerLost(lost)),
+            Side::Source => self.source_event(config, source::Event::Failed(lost)),
+            Side::Destination => self.destination_event(config, destination::Event::PeerLost(lost)),
         }
     }
 }

@@ -8,7 +8,7 @@ use slackwater_proto::node::{MigrationEvent, Phase};
 
 use super::marks::{Blackout, DestinationMarks, SourceMarks};
 
-/// Who moved the VM.
+/// What moved the VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Mover {
@@ -18,39 +18,41 @@ pub enum Mover {
     Product,
 }
 
-/// What a migration took.
+/// The measurement of one migration.
 #[derive(Clone, Debug, Serialize)]
-pub struct Moved {
-    /// Who moved it.
+pub struct Measurement {
+    /// What moved it.
     pub mover: Mover,
-    /// How many devices it had.
+    /// How many devices the VM had.
     pub devices: usize,
     /// From 1, counted for each mover.
     pub round: usize,
-    /// Where it was.
+    /// The node that it left.
     pub from: String,
     /// By the kernels' traces.
     pub kernels: Blackout,
-    /// What QEMU at the source says.
+    /// QEMU's own times at the source.
     pub qemu: QemuTimes,
-    /// From `kubectl apply`, or the start of the destination's QEMU, until it was seen to be done, milliseconds.
+    /// From `kubectl apply`, or the start of the destination's QEMU, until it was seen to have ended,
+    /// milliseconds.
     pub total_ms: f64,
-    /// What the agents and the status say; plain has none.
-    pub told: Option<Told>,
+    /// The times that the agents and the status report. Plain has none.
+    #[serde(rename = "told")]
+    pub reported: Option<ReportedTimes>,
 }
 
-/// What `query-migrate` says at the end.
+/// The result of `query-migrate` at the end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct QemuTimes {
-    /// How long the VM stood, milliseconds.
+    /// How long the VM was stopped, milliseconds.
     pub downtime_ms: u64,
     /// The migration as a whole, milliseconds.
     pub total_ms: u64,
 }
 
-/// What the product says of itself.
+/// The times that the product reports.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Told {
+pub struct ReportedTimes {
     /// `status.timings.blackout`, milliseconds.
     pub blackout_ms: f64,
     /// `status.timings.total`, milliseconds.
@@ -64,7 +66,7 @@ impl QemuTimes {
     ///
     /// # Errors
     /// When the migration has not completed.
-    pub fn of_answer(answer: &Value) -> anyhow::Result<Self> {
+    pub fn from_answer(answer: &Value) -> anyhow::Result<Self> {
         let status = answer.get("status").and_then(Value::as_str);
         anyhow::ensure!(status == Some("completed"), "QEMU's migration has not completed: {answer}");
         let number = |name: &str| {
@@ -76,11 +78,11 @@ impl QemuTimes {
         Ok(Self { downtime_ms: number("downtime")?, total_ms: number("total-time")? })
     }
 
-    /// From the last line by which an agent's log tells what QEMU says.
+    /// From the last line with QEMU's times in an agent's log.
     ///
     /// # Errors
     /// When there is none.
-    pub fn of_log(log: &str) -> anyhow::Result<Self> {
+    pub fn from_log(log: &str) -> anyhow::Result<Self> {
         let line = log.lines().rev().find(|line| line.contains("QEMU has saved"));
         let line = line.context("the agent's log has no line \"QEMU has saved\"")?;
         let number = |name: &str| {
@@ -94,7 +96,7 @@ impl QemuTimes {
 /// The agents' steps between the kernels' marks: each on one node's clock.
 ///
 /// # Errors
-/// When the agents told nothing of a phase.
+/// When the agents did not report a phase.
 pub(super) fn steps(
     events: &[MigrationEvent],
     source: &SourceMarks,
@@ -105,13 +107,13 @@ pub(super) fn steps(
         let event = events.iter().find(is);
         event
             .map(|event| event.monotonic_ns)
-            .with_context(|| format!("the agents told nothing of {}", phase.as_str_name()))
+            .with_context(|| format!("the agents did not report {}", phase.as_str_name()))
     };
     let (capturing, loaded, starting) = (at(Phase::Capturing)?, at(Phase::Loaded)?, at(Phase::Starting)?);
     let ms = |from_ns: u64, to_ns: u64| (to_ns as f64 - from_ns as f64) / 1e6;
     Ok(vec![
         (
-            "gate: all devices in STOP_COPY -> pre-switchover heard, devices read, CAPTURING",
+            "gate: all devices in STOP_COPY -> pre-switchover seen, devices read, CAPTURING",
             ms(source.stopped_ns, capturing),
         ),
         ("gate: CAPTURING -> migrate-continue, first read of final data", ms(capturing, source.reading_ns)),
@@ -134,21 +136,24 @@ mod tests {
     fn qemus_figures_are_read_from_its_answer_and_from_the_agents_log() {
         let answer = json!({"status": "completed", "downtime": 87, "total-time": 412, "ram": {}});
         let times = QemuTimes { downtime_ms: 87, total_ms: 412 };
-        assert_eq!(QemuTimes::of_answer(&answer).unwrap(), times);
+        assert_eq!(QemuTimes::from_answer(&answer).unwrap(), times);
         let line = |downtime: u32| {
             format!(
-                "2026-01-01T00:00:00Z  INFO slackwater: QEMU has saved pid=7 downtime_ms={downtime} total_ms=412 vfio_bytes=120\n"
+                "2026-01-01T00:00:00Z  INFO slackwater: QEMU has saved pid=7 downtime_ms={downtime} \
+                 total_ms=412 vfio_bytes=120\n"
             )
         };
-        assert_eq!(QemuTimes::of_log(&(line(3) + &line(87) + "later\n")).unwrap(), times);
+        assert_eq!(QemuTimes::from_log(&(line(3) + &line(87) + "later\n")).unwrap(), times);
     }
 
     #[test]
-    fn figures_that_are_not_there_are_missed() {
-        assert!(QemuTimes::of_answer(&json!({"status": "failed", "downtime": 1, "total-time": 2})).is_err());
-        assert!(QemuTimes::of_answer(&json!({"status": "completed", "total-time": 2})).is_err());
-        assert!(QemuTimes::of_log("nothing\n").is_err());
-        assert!(QemuTimes::of_log("QEMU has saved pid=7 total_ms=1\n").is_err());
+    fn missing_figures_are_an_error() {
+        assert!(
+            QemuTimes::from_answer(&json!({"status": "failed", "downtime": 1, "total-time": 2})).is_err()
+        );
+        assert!(QemuTimes::from_answer(&json!({"status": "completed", "total-time": 2})).is_err());
+        assert!(QemuTimes::from_log("nothing\n").is_err());
+        assert!(QemuTimes::from_log("QEMU has saved pid=7 total_ms=1\n").is_err());
     }
 
     #[test]
@@ -174,9 +179,9 @@ mod tests {
             event(Phase::Committed, 12),
             event(Phase::Starting, 120),
         ];
-        let told: Vec<f64> =
+        let measured: Vec<f64> =
             steps(&events, &source, &destination).unwrap().into_iter().map(|(_, ms)| ms).collect();
-        assert_eq!(told, [4.0, 5.0, 3.0, 15.0, 10.0]);
+        assert_eq!(measured, [4.0, 5.0, 3.0, 15.0, 10.0]);
         let error = steps(&events[..3], &source, &destination).unwrap_err().to_string();
         assert!(error.contains("PHASE_STARTING"), "{error}");
     }

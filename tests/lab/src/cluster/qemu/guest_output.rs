@@ -1,4 +1,4 @@
-//! What its guest says in a node, and where its vCPU is when it says nothing.
+//! The output of a VM's guest in a node, and the state of its vCPU when there is none.
 
 use std::time::Duration;
 
@@ -6,18 +6,19 @@ use anyhow::{Context, bail};
 use serde_json::json;
 
 use super::QemuVm;
-use crate::cluster::SOON;
+use crate::cluster::TIMEOUT;
 use crate::error::LabError;
 use crate::guests::Report;
 use crate::node::Node;
 
-/// A guest that says nothing for so long does not run.
+/// A guest without output for this time does not run.
 const SILENCE: Duration = Duration::from_secs(10);
 
-const LOOKS_AT_A_SILENT_GUEST: usize = 5;
+/// How often the state of a silent guest is sampled.
+const SAMPLES_OF_A_SILENT_GUEST: usize = 5;
 
 impl QemuVm {
-    /// All that its guest has said in a node.
+    /// All output of its guest in a node.
     ///
     /// # Errors
     /// When it has not run there.
@@ -25,28 +26,29 @@ impl QemuVm {
         node.get_text(&self.debug_file()).await
     }
 
-    /// What its guest has reported last in a node.
+    /// The last report of its guest in a node.
     ///
     /// # Errors
-    /// When it has not said anything.
+    /// When there is none.
     pub async fn report(&self, node: &Node) -> anyhow::Result<Report> {
         let said = self.said(node).await?;
-        Report::last_of(&said).with_context(|| format!("the guest of {} says nothing", self.name))
+        Report::last_of(&said).with_context(|| format!("the guest of {} reports nothing", self.name))
     }
 
-    /// Forgets what its guest said in a node that it has left, so that nobody takes it for what it says now.
+    /// Deletes the output of its guest in a node that it has left, so that it is not taken for current
+    /// output.
     ///
     /// # Errors
     /// When the node cannot be reached.
-    pub(in crate::cluster) async fn forget_words(&self, node: &Node) -> anyhow::Result<()> {
+    pub(in crate::cluster) async fn delete_guest_output(&self, node: &Node) -> anyhow::Result<()> {
         node.shell(&format!("rm -f {}", self.debug_file())).await?;
         Ok(())
     }
 
-    /// What its guest in a node says next.
+    /// The next report of its guest in a node.
     ///
     /// # Errors
-    /// When no QEMU runs there, or its guest says nothing for a while.
+    /// When no QEMU runs there, or its guest reports nothing for a while.
     pub(in crate::cluster) async fn guest(
         &self,
         node: &Node,
@@ -55,7 +57,7 @@ impl QemuVm {
         if running.stdout.is_empty() {
             let said = self.said(node).await.unwrap_or_default();
             let last = said.lines().last().unwrap_or("nothing");
-            bail!("no VMM runs on {}; the guest's last words there: {last}", node.name());
+            bail!("no VMM runs on {}; the guest's last line there: {last}", node.name());
         }
         let before = node.get(&self.debug_file()).await.unwrap_or_default().len();
         let deadline = tokio::time::Instant::now() + SILENCE;
@@ -63,7 +65,7 @@ impl QemuVm {
             tokio::time::sleep(Duration::from_millis(50)).await;
             let said = node.get(&self.debug_file()).await.unwrap_or_default();
             let new = String::from_utf8_lossy(said.get(before..).unwrap_or_default()).into_owned();
-            // The first line may have begun before.
+            // The first line may have begun earlier.
             let whole = new.split_once('\n').map_or("", |(_, whole)| whole);
             if let Some(report) = Report::last_of(whole) {
                 return Ok(slackwater_reference_vmm::guest::Report {
@@ -75,22 +77,22 @@ impl QemuVm {
             }
         }
         let state = if self.second_monitor { self.machine_state(node).await } else { String::new() };
-        bail!("the guest of {} on {} says nothing for {SILENCE:?}{state}", self.name, node.name())
+        bail!("the guest of {} on {} reports nothing for {SILENCE:?}{state}", self.name, node.name())
     }
 
-    /// What a silent guest may hang on: its vCPU and its interrupt controllers, and where it goes from there.
+    /// Why a guest may be silent: its vCPU and its interrupt controllers, sampled a few times.
     async fn machine_state(&self, node: &Node) -> String {
         let mut text = String::new();
         for what in ["status", "registers", "lapic", "pic"] {
             text.push_str(&format!("\n--- info {what}\n{}", self.info(node, what).await));
         }
         text.push_str("\n--- and then");
-        for _ in 0..LOOKS_AT_A_SILENT_GUEST {
+        for _ in 0..SAMPLES_OF_A_SILENT_GUEST {
             tokio::time::sleep(Duration::from_secs(1)).await;
             for what in ["registers", "lapic", "pic"] {
-                let told = self.info(node, what).await;
-                let telling = |line: &&str| ["RIP", "IRR", "ISR"].iter().any(|word| line.contains(word));
-                for line in told.lines().filter(telling) {
+                let answer = self.info(node, what).await;
+                let relevant = |line: &&str| ["RIP", "IRR", "ISR"].iter().any(|word| line.contains(word));
+                for line in answer.lines().filter(relevant) {
                     text.push_str(&format!("\n{}", line.trim()));
                 }
             }
@@ -98,7 +100,7 @@ impl QemuVm {
         text
     }
 
-    /// What the monitor for people says.
+    /// The answer of the human monitor.
     async fn info(&self, node: &Node, what: &str) -> String {
         let arguments = json!({ "command-line": format!("info {what}") });
         match self.execute(node, "human-monitor-command", arguments).await {
@@ -107,7 +109,7 @@ impl QemuVm {
         }
     }
 
-    /// Waits until its guest has counted so far in a node.
+    /// Waits until its guest has counted to `count` in a node.
     ///
     /// # Errors
     /// When it does not.
@@ -124,10 +126,10 @@ impl QemuVm {
         what: &str,
         look: impl AsyncFn() -> Option<T>,
     ) -> anyhow::Result<T> {
-        let deadline = tokio::time::Instant::now() + SOON;
-        let mut looks = tokio::time::interval(Duration::from_millis(100));
+        let deadline = tokio::time::Instant::now() + TIMEOUT;
+        let mut polls = tokio::time::interval(Duration::from_millis(100));
         loop {
-            looks.tick().await;
+            polls.tick().await;
             if let Some(found) = look().await {
                 return Ok(found);
             }
