@@ -1,7 +1,7 @@
 //! Connecting: to an agent over TCP with mutual TLS, or to a VMM over a Unix socket.
 //!
 //! [`connect`] returns only when the other end has answered, so that a refused certificate is an error of
-//! `connect`, in words, and not of some later call. Such a channel connects again by itself when the
+//! `connect`, and not of some later call. Such a channel connects again by itself when the
 //! connection is lost; calls that were under way then fail with UNAVAILABLE. A cut link is noticed after at
 //! most [`KEEP_ALIVE_INTERVAL`](crate::limits::KEEP_ALIVE_INTERVAL) plus
 //! [`KEEP_ALIVE_TIMEOUT`](crate::limits::KEEP_ALIVE_TIMEOUT).
@@ -75,7 +75,7 @@ pub enum ConnectError {
         /// Why it is refused.
         reason: String,
     },
-    /// Somebody else answers at that address.
+    /// Another node answers at that address.
     #[error("{address} is not {node}: its certificate is for {}", names(presented))]
     WrongName {
         /// Whom we wanted.
@@ -105,7 +105,7 @@ pub enum ConnectError {
         /// What happened instead.
         reason: String,
     },
-    /// No Unix socket, or nobody behind it.
+    /// No Unix socket, or no process that serves it.
     #[error("cannot connect to the socket {path}: {reason}")]
     Socket {
         /// The socket.
@@ -240,7 +240,7 @@ pub async fn connect_unix(path: &Path) -> Result<Channel, ConnectError> {
 /// Connects to the Unix socket at `path`, and says nothing yet.
 ///
 /// # Errors
-/// If there is no such socket, nobody listens on it, or it may not be used.
+/// If there is no such socket, no process listens on it, or it may not be used.
 pub async fn open_unix(path: &Path) -> Result<UnixStream, ConnectError> {
     UnixStream::connect(path).await.map_err(|error| ConnectError::Socket {
         path: path.to_owned(),
@@ -256,8 +256,8 @@ pub async fn open_unix(path: &Path) -> Result<UnixStream, ConnectError> {
 /// Speaks gRPC over a Unix socket that is connected already, so that the process behind it can be identified
 /// first.
 ///
-/// The channel lives as long as this one connection: whoever answers is the process that was identified, or
-/// nobody.
+/// The channel lives as long as this one connection: only the process that was
+/// identified can answer.
 pub fn over_unix(stream: UnixStream) -> Channel {
     let mut stream = Some(stream);
     // The authority is localhost since h2 rejects a path. No keep-alive: a process that ends closes its
@@ -282,8 +282,8 @@ fn tuned(endpoint: Endpoint) -> Endpoint {
         .keep_alive_while_idle(true)
 }
 
-/// What a failed call means, for a person: the words of the other end, or, if the call was lost on the way,
-/// why. (`transport error` alone, as tonic puts it, helps nobody.)
+/// What a failed call means, for a person: the message of the other end, or, if the call was lost on the way,
+/// why. (`transport error` alone, as tonic puts it, is no help.)
 pub fn words(status: &Status) -> String {
     match status.source() {
         Some(source) => {
@@ -298,7 +298,7 @@ pub fn words(status: &Status) -> String {
     }
 }
 
-/// Whether a call was lost on the way, and not refused by the other end. Then nobody knows whether it has
+/// Whether a call was lost on the way, and not refused by the other end. Then it is unknown whether it has
 /// been carried out.
 pub fn is_lost(status: &Status) -> bool {
     // What came over the wire has no source; what was made here, from an error of the transport, has.

@@ -1,4 +1,4 @@
-//! Message sizes, windows and keep-alive: the same at both ends, so they stand in one place.
+//! Message sizes, windows and keep-alive: the same at both ends, so they are in one place.
 
 use std::time::Duration;
 

@@ -3,7 +3,7 @@
 //!
 //! Every caller must show a certificate of our CA; what it may do is for the services to ask
 //! ([`crate::identity`]). A refused handshake is logged with the caller's address and the reason, and the
-//! caller is told, too.
+//! caller gets the reason, too.
 
 use std::fs::Permissions;
 use std::io;

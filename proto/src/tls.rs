@@ -70,7 +70,7 @@ pub enum CredentialsError {
         /// End, for a person.
         to: String,
     },
-    /// The certificate is for somebody else than Slackwater's parts.
+    /// The certificate is not for one of Slackwater's components.
     #[error("the certificate {path} is not usable: {source}")]
     Role {
         /// The file.

@@ -1,4 +1,4 @@
-//! Why a TLS handshake failed, in words. Pure.
+//! Why a TLS handshake failed, as a message. Pure.
 //!
 //! rustls says what went wrong in the words of the protocol; a person wants to know which of the two
 //! certificates is wrong and how. `ours` and `theirs` below are from the point of view of the end that

@@ -26,7 +26,7 @@ pub(super) fn of_vm(
 ) -> Vec<Blocker> {
     let mut found = Vec::new();
     if run_state != RunState::Running {
-        let message = "the VM does not run: somebody has paused it, and a migration would resume it";
+        let message = "the VM is paused, and a migration would resume it";
         found.push(blocker(ServiceReason::VmPaused, message.to_owned(), false));
     }
     found.extend(of_devices(devices, driver));
@@ -50,7 +50,7 @@ fn of_devices(devices: &[DeviceFeatures], driver: Driver) -> Vec<Blocker> {
             Ok(known) => features.push(*known),
             Err(why) => found.push(blocker(
                 ServiceReason::DeviceNotMigratable,
-                format!("{device}: its driver does not tell what it can migrate: {why}"),
+                format!("{device}: its driver does not report what it can migrate: {why}"),
                 false,
             )),
         }

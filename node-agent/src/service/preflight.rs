@@ -153,8 +153,7 @@ impl Preflight {
                 compare(&facts, offer, &program, &plan.arguments, why)
             }
             None => {
-                let nothing =
-                    "version, machine type and CPU: the source's agent has not told what its QEMU is";
+                let nothing = "version, machine type and CPU: the source's agent has not described its QEMU";
                 Verdict { not_compared: vec![nothing.to_owned()], ..Verdict::default() }
             }
         };

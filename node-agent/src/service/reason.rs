@@ -34,7 +34,7 @@ pub(super) enum ServiceReason {
     DevicesDiffer,
     /// A device of the VM is not in RUNNING before the migration begins.
     DeviceNotRunning,
-    /// Another migration holds the VM or a device, or this one is something else here.
+    /// Another migration holds the VM or a device, or this one has another role or reservation here.
     MigrationInProgress,
     /// The program of the twin may not be started on this node.
     TwinNotAllowed,

@@ -26,7 +26,7 @@ pub(super) struct Vmms {
 /// A VMM that has answered.
 struct Answering {
     vmm: Arc<dyn LocalVmm>,
-    /// What it said last against a migration, whoever asked.
+    /// What it said last against a migration.
     blocked: Vec<String>,
 }
 

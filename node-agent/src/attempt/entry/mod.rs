@@ -36,7 +36,7 @@ pub struct Entry {
     pub ended: Option<Ended>,
     /// Why it was given up, or could not be started.
     pub failure: Option<FailureEntry>,
-    /// The administrator's justification, where the last word of the other end was stated in its place.
+    /// The administrator's justification, if they stated the other end's last record in its place.
     pub stated_because: Option<String>,
     /// When it was recorded, by this node's wall clock; for a person.
     pub recorded_unix_ns: i64,

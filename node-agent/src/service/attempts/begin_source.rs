@@ -65,7 +65,7 @@ impl Attempts {
         let (vmm, description) = node.inventory.vmm(&known).await.map_err(|error| unreachable(&error))?;
         same_devices(&description, &given.devices)?;
         if description.run_state != RunState::Running {
-            let message = format!("{named} does not run: somebody has paused it");
+            let message = format!("{named} is paused, and a migration would resume it");
             return Err(precondition(ServiceReason::VmPaused, message));
         }
         let key = entries::key(&reference.id, Role::Source)?;

@@ -1,4 +1,4 @@
-//! This node as the place where a VM lands.
+//! The twin of a reservation, its devices and its network identity.
 
 use std::sync::Arc;
 

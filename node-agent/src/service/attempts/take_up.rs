@@ -2,8 +2,8 @@
 //!
 //! A VMM is the one that was journalled if boot id, process number and start time are the same. Then its
 //! devices are borrowed and read back, and the pure machine decides what follows. A journal that cannot be
-//! read, or is of something else, is logged and held: a call about that migration is refused with the name of
-//! the file, and nothing is guessed.
+//! read, or is of another migration, is logged and held: a call about that migration is refused with the name
+//! of the file, and nothing is guessed.
 
 use std::sync::Arc;
 
