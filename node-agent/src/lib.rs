@@ -1,5 +1,5 @@
-//! The node agent: it takes the VFIO devices of a VM through the kernel's migration states, together, and moves their state
-//! and the VM's own to another node.
+//! The node agent: it takes the VFIO devices of a VM through the kernel's migration states, together, and
+//! moves their state and the VM's own to another node.
 
 #![deny(unsafe_code)]
 

@@ -33,7 +33,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tracing::info;
 use tracing_subscriber::EnvFilter;
 
-/// Moves VMs with their VFIO devices from this node to others, and takes them in.
+/// Moves VMs with their VFIO devices from this node to others, and receives them.
 #[derive(Debug, Parser)]
 #[command(version, about)]
 struct Arguments {
@@ -45,7 +45,7 @@ struct Arguments {
 enum Command {
     /// Serves the node's gRPC services until SIGTERM.
     Serve(Serve),
-    /// Becomes a VMM in a cgroup and a session of its own; the agent starts twins by it.
+    /// Becomes a VMM in a cgroup and a session of its own; the agent starts twins with it.
     #[command(hide = true, name = TWIN_EXEC)]
     TwinExec(TwinExec),
 }
@@ -55,13 +55,13 @@ struct Serve {
     /// The node's name: the DNS name and the agent's name in its certificate.
     #[arg(long)]
     node_name: String,
-    /// Where to listen for the operator and for other agents.
+    /// Address to listen on for the operator and for other agents.
     #[arg(long, default_value = "[::]:7443")]
     listen: String,
-    /// VMs make themselves known in <RUN_DIR>/vms/<namespace>.<name>/vm.json.
+    /// VMs register in <RUN_DIR>/vms/<namespace>.<name>/vm.json.
     #[arg(long, default_value = "/run/slackwater")]
     run_dir: PathBuf,
-    /// What must outlive the agent and the node's boot: the journal of migrations. One agent at a time.
+    /// Directory of the journal of migrations, which must survive a reboot. One agent at a time.
     #[arg(long, default_value = "/var/lib/slackwater")]
     state_dir: PathBuf,
     /// The agent's certificate, PEM.
@@ -73,23 +73,26 @@ struct Serve {
     /// The CA that has issued the certificates of the operator and of all agents, PEM.
     #[arg(long)]
     tls_ca: PathBuf,
-    /// A program that may be started as a twin; may be given several times.
+    /// A program that may be started as a twin. Can be repeated.
     #[arg(long = "twin-program", required = true)]
     twin_programs: Vec<PathBuf>,
     /// Where cgroup v2 is mounted.
     #[arg(long, default_value = "/sys/fs/cgroup")]
     cgroup_root: PathBuf,
-    /// Seconds within which a twin must answer.
+    /// Seconds that a twin may take to answer.
     #[arg(long, default_value_t = 30)]
     twin_start_seconds: u64,
-    /// Bytes per second that the migration of a VM of QEMU's may take of the network, and that QEMU reckons with for the blackout.
-    /// At least 1000.
-    #[arg(long, value_name = "BYTES_PER_SECOND", default_value_t = DEFAULT_BANDWIDTH, value_parser = value_parser!(u64).range(1000..))]
+    /// Bytes per second that the migration of a QEMU VM may use of the network, and that QEMU assumes for the
+    /// blackout. At least 1000.
+    #[arg(long, value_name = "BYTES_PER_SECOND", default_value_t = DEFAULT_BANDWIDTH)]
+    #[arg(value_parser = value_parser!(u64).range(1000..))]
     migration_bandwidth: u64,
-    /// Connections by which the RAM of a VM of QEMU's goes besides the main one (QEMU: multifd). 0 to 16; with 0, all goes by the main one.
-    #[arg(long, value_name = "CONNECTIONS", default_value_t = 0, value_parser = value_parser!(u8).range(0..=i64::from(MAX_CHANNELS)))]
+    /// Connections for the RAM of a QEMU VM besides the main one (QEMU: multifd). 0 to 16; with 0, all RAM
+    /// uses the main one.
+    #[arg(long, value_name = "CONNECTIONS", default_value_t = 0)]
+    #[arg(value_parser = value_parser!(u8).range(0..=i64::from(MAX_CHANNELS)))]
     migration_channels: u8,
-    /// Seconds for which calls under way may go on after SIGTERM.
+    /// Seconds that running calls may take after SIGTERM.
     #[arg(long, default_value_t = 20)]
     drain_seconds: u64,
 }

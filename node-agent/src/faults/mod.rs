@@ -1,15 +1,16 @@
 //! Fault points: places where a test can make something fail.
 //!
-//! The functions here exist in every build, with the same names and signatures. With the feature `faults` they look up what
-//! a test has set (`on/`); without it they do nothing and are inlined to nothing (`off.rs`), so no release program has them.
-//! `make lint` checks that: no release program contains a name from `on/names.rs`.
+//! The functions here exist in every build, with the same names and signatures. With the feature `faults`
+//! they look up what a test has set (`on/`); without it they do nothing and are inlined to nothing
+//! (`off.rs`), so no release program has them. `make lint` checks that: no release program contains a name
+//! from `on/names.rs`.
 //!
 //! | fault point | where it is called | what a test can set |
 //! |---|---|---|
 //! | `halt` | when either end of a hand-over enters a phase | the hand-over halts in that phase |
 //! | `serve_device` | when a device is borrowed for a migration | calls to the device fail or hang |
 //! | `BlobFaults` | when a blob is sent | the blob is damaged, or stalls |
-//! | `ignores_device_model` | when a target device is compared with its source | a device of another model is accepted |
+//! | `ignores_device_model` | when a target is compared with its source | another model is accepted |
 
 #[cfg(not(feature = "faults"))]
 mod off;

@@ -3,7 +3,8 @@
 use rustix::time::{ClockId, Timespec, clock_gettime};
 use slackwater_proto::transfer;
 
-/// CLOCK_MONOTONIC in nanoseconds: the clock of the kernel's own trace. Comparable only on one node, in one boot.
+/// CLOCK_MONOTONIC in nanoseconds: the clock of the kernel's own trace. Comparable only on one node, in one
+/// boot.
 #[must_use]
 pub fn monotonic_ns() -> u64 {
     // Never negative: it counts from the boot.

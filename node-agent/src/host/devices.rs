@@ -8,7 +8,7 @@
 //!     driver                       -> .../drivers/mlx5_vfio_pci, .../bus/mdev/drivers/mtty
 //!     subsystem                    -> .../bus/pci, .../bus/mdev
 //!     iommu_group                  -> .../iommu_groups/12
-//!     vendor, device               0x15b3, 0x101e (PCI; on a mediated device `vendor` is a directory)
+//!     vendor, device               0x15b3, 0x101e (PCI; `vendor` of a mediated device is a directory)
 //!     mdev_type                    -> ../mdev_supported_types/mtty-1 (mediated)
 //! ```
 
@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 pub struct Device {
     /// PCI address, or UUID of a mediated device.
     pub name: String,
-    /// Where sysfs shows it: `/sys/bus/pci/devices/0000:3b:00.2`, `/sys/bus/mdev/devices/<UUID>`.
+    /// Its folder in sysfs: `/sys/bus/pci/devices/0000:3b:00.2`, `/sys/bus/mdev/devices/<UUID>`.
     pub sysfs: PathBuf,
     /// The VFIO character device: `/dev/vfio/devices/vfio0`.
     pub cdev: PathBuf,
@@ -29,17 +29,17 @@ pub struct Device {
     pub group: Option<u32>,
     /// The driver that is bound to it: `mlx5_vfio_pci`, `mtty`.
     pub driver: String,
-    /// What a device must share with another to take over its state: PCI vendor:device (`15b3:101e`), or the type of a mediated
-    /// device (`mtty-1`). On any other bus `bus:driver`.
+    /// A device can take over the state of another one of the same model: PCI vendor:device (`15b3:101e`), or
+    /// the type of a mediated device (`mtty-1`). On any other bus `bus:driver`.
     pub model: String,
 }
 
-/// What was found.
+/// The VFIO devices of a node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Inventory {
     /// Sorted by name.
     pub devices: Vec<Device>,
-    /// Devices that VFIO has, but that cannot be used or understood: what is wrong with each, for a person.
+    /// Devices that VFIO has, but that cannot be used: the reason for each.
     pub unusable: Vec<String>,
 }
 
@@ -58,15 +58,15 @@ pub struct ListDevicesError {
 /// If the class's directory is there and cannot be read.
 pub fn vfio_devices(sys: &Path) -> Result<Inventory, ListDevicesError> {
     let class = sys.join("class/vfio-dev");
-    let failed = |source| ListDevicesError { path: class.clone(), source };
+    let list_error = |source| ListDevicesError { path: class.clone(), source };
     let entries = match fs::read_dir(&class) {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Inventory::default()),
-        Err(error) => return Err(failed(error)),
+        Err(error) => return Err(list_error(error)),
     };
     let mut inventory = Inventory::default();
     for entry in entries {
-        let entry = entry.map_err(failed)?;
+        let entry = entry.map_err(list_error)?;
         match read(&entry.path()) {
             Ok(device) => inventory.devices.push(device),
             // It has been unplugged since the directory was read.
@@ -92,7 +92,7 @@ enum UnusableError {
     Read { path: PathBuf, source: io::Error },
     #[error("{} has no name", path.display())]
     NoName { path: PathBuf },
-    #[error("{}: `{text}` is no PCI id", path.display())]
+    #[error("{}: `{text}` is not a PCI id", path.display())]
     NotAPciId { path: PathBuf, text: String },
 }
 
@@ -121,7 +121,7 @@ fn read(entry: &Path) -> Result<Device, UnusableError> {
     })
 }
 
-/// The last component of where a link points to.
+/// The last component of a link's target.
 fn link(path: &Path) -> Result<String, UnusableError> {
     let target = fs::read_link(path).map_err(|source| cannot_read(path, source))?;
     last(&target)
@@ -153,7 +153,8 @@ mod tests {
 
     use super::*;
 
-    /// A tree in the shape of the kernel's own: mediated devices as seen on 6.12 with mtty, PCI devices as sysfs-bus-pci has them.
+    /// A tree in the shape of the kernel's: mediated devices as seen on 6.12 with mtty, PCI devices as
+    /// sysfs-bus-pci has them.
     struct Sysfs(tempfile::TempDir);
 
     impl Sysfs {
@@ -223,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_used_or_understood_is_told_and_does_not_hide_the_rest() {
+    fn an_unusable_device_is_listed_with_its_reason_and_does_not_hide_the_others() {
         let sysfs = Sysfs::new();
         sysfs.mediated("11111111-1111-1111-1111-111111111111", "mtty-1", "vfio0");
         sysfs.pci("0000:3b:00.2", None, "vfio1");
@@ -236,12 +237,12 @@ mod tests {
         assert_eq!(found.devices.len(), 1);
         let [unbound, bad_id, no_cdev] = found.unusable.as_slice() else { panic!("{:?}", found.unusable) };
         assert!(unbound.starts_with("vfio1: no driver is bound to it"), "{unbound}");
-        assert!(bad_id.ends_with("`15b3` is no PCI id"), "{bad_id}");
+        assert!(bad_id.ends_with("`15b3` is not a PCI id"), "{bad_id}");
         assert_eq!(no_cdev, "vfio3: it has no character device: the kernel lacks CONFIG_VFIO_DEVICE_CDEV");
     }
 
     #[test]
-    fn a_node_without_vfio_has_no_devices_and_a_device_that_vanishes_is_not_told() {
+    fn a_node_without_vfio_has_no_devices_and_a_device_that_vanishes_is_left_out() {
         let empty = tempfile::tempdir().unwrap();
         assert_eq!(vfio_devices(empty.path()).unwrap(), Inventory::default());
         let sysfs = Sysfs::new();

@@ -1,8 +1,9 @@
 //! Which processes hold which VFIO device open, as procfs shows it. Read-only; the root is a parameter.
 //!
-//! A descriptor is known by what its link in `/proc/<pid>/fd` ends in: `vfio/devices/vfio0`, or `vfio/12` for a whole group.
-//! The beginning is not looked at: a process in a container may have its /dev elsewhere. Processes that the agent may not look
-//! into are passed over, so the answer is complete only for an agent with CAP_SYS_PTRACE.
+//! A descriptor is recognized by the end of its link in `/proc/<pid>/fd`: `vfio/devices/vfio0`, or `vfio/12`
+//! for a whole group. The beginning is ignored: a process in a container may have its /dev elsewhere.
+//! Processes that the agent may not read are skipped, so the answer is complete only for an agent with
+//! CAP_SYS_PTRACE.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -25,7 +26,7 @@ impl fmt::Display for Holder {
     }
 }
 
-/// Who holds what, as of one look.
+/// Which processes hold which devices, at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Holders(BTreeMap<Held, Vec<Holder>>);
 
@@ -38,7 +39,7 @@ enum Held {
 }
 
 impl Holders {
-    /// Looks through all processes of the procfs at `proc`. What ends meanwhile is passed over.
+    /// Reads all processes of the procfs at `proc`. One that ends meanwhile is skipped.
     pub fn look(proc: &Path) -> Self {
         let mut held: BTreeMap<Held, Vec<Holder>> = BTreeMap::new();
         for process in fs::read_dir(proc).into_iter().flatten().flatten() {
@@ -54,7 +55,7 @@ impl Holders {
         Self(held)
     }
 
-    /// Who holds the device, or its whole group, in the order of their process ids.
+    /// The processes that hold the device, or its whole group, in the order of their ids.
     pub fn of(&self, device: &Device) -> Vec<&Holder> {
         let cdev = device.cdev.file_name().and_then(|name| name.to_str());
         let keys = [cdev.map(|name| Held::Cdev(name.to_owned())), device.group.map(Held::Group)];
@@ -66,7 +67,7 @@ impl Holders {
     }
 }
 
-/// What an open file is, if it is VFIO's.
+/// The VFIO device or group that an open file is, if it is one.
 fn held_by(link: &Path) -> Option<Held> {
     let mut names = link.iter().rev().map(|name| name.to_str().unwrap_or_default());
     match (names.next()?, names.next()?, names.next()) {
@@ -105,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn holders_of_a_device_or_its_group_are_found_once_each_and_nobody_else() {
+    fn each_holder_of_a_device_or_its_group_is_found_once_and_no_other_process() {
         let proc = tempfile::tempdir().unwrap();
         process(
             proc.path(),
@@ -137,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn the_real_procfs_can_be_looked_through() {
+    fn the_real_procfs_can_be_read() {
         assert_eq!(
             Holders::look(Path::new("/proc")).of(&device("/dev/vfio/devices/vfio4095", None)),
             Vec::<&Holder>::new()

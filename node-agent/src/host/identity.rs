@@ -1,29 +1,32 @@
-//! The network identity of a VM's devices (MAC, VLAN, trust, rates): the three moments at which it moves with the VM.
+//! The network identity of a VM's devices (MAC, VLAN, trust, rates): the three moments at which it moves with
+//! the VM.
 //!
 //! | hook | where | when |
 //! |---|---|---|
 //! | [`VfIdentity::prepare`] | destination | before any device enters RESUMING |
-//! | [`VfIdentity::activate`] | destination | after the commit, before any device runs: earlier would draw the traffic away from the VM |
-//! | [`VfIdentity::withdraw`] | source after the VM runs elsewhere; destination when a reservation is given back | |
+//! | [`VfIdentity::activate`] | destination | after the commit, before any device runs |
+//! | [`VfIdentity::withdraw`] | source | once the VM runs elsewhere |
+//! | [`VfIdentity::withdraw`] | destination | when a reservation is given back |
 //!
-//! The hooks are called, and do nothing yet: [`NoIdentity`] is the only implementation.
+//! Activating before the commit would take the traffic away from the VM. The hooks are called, and do nothing
+//! yet: [`NoIdentity`] is the only implementation.
 
 use slackwater_proto::tonic::async_trait;
 
 use super::devices::Device;
 
-/// Whose devices these are.
+/// The devices whose identity moves.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct IdentityOf {
     /// The migration.
     pub migration_id: String,
     /// The VM's devices on this node, in the VM's order.
     pub devices: Vec<Device>,
-    /// `ReserveRequest.claim`: for whoever else hands out devices. Empty at the source.
+    /// `ReserveRequest.claim`: for another allocator of devices. Empty at the source.
     pub claim: Vec<u8>,
 }
 
-/// Why a device's identity did not move.
+/// A device's identity could not be moved.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the network identity of {device}: {reason}")]
 pub struct IdentityError {
@@ -33,10 +36,11 @@ pub struct IdentityError {
     pub reason: String,
 }
 
-/// Moves the devices' network identity. Every hook may be called twice with the same content, and then does nothing more.
+/// Moves the devices' network identity. Every hook may be called twice with the same content, and then does
+/// nothing more.
 #[async_trait]
 pub trait VfIdentity: Send + Sync {
-    /// At the destination, before any device enters RESUMING. Nothing outside the node may notice.
+    /// At the destination, before any device enters RESUMING. It must have no effect outside the node.
     ///
     /// # Errors
     /// [`IdentityError`]; the migration is then refused.
@@ -45,17 +49,17 @@ pub trait VfIdentity: Send + Sync {
     /// At the destination, after the commit and before any device runs.
     ///
     /// # Errors
-    /// [`IdentityError`]; there is no way back any more.
+    /// [`IdentityError`]; the VM cannot go back any more.
     async fn activate(&self, of: &IdentityOf) -> Result<(), IdentityError>;
 
     /// At the source once the VM runs elsewhere, and at the destination when a reservation is given back.
     ///
     /// # Errors
-    /// [`IdentityError`]; it is told, and nothing else changes.
+    /// [`IdentityError`]; it is reported, and nothing else changes.
     async fn withdraw(&self, of: &IdentityOf) -> Result<(), IdentityError>;
 }
 
-/// Leaves every identity as it is: for devices whose identity is in the state that they carry over, or that have none.
+/// Leaves every identity as it is: for devices whose identity is part of their state, or that have none.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct NoIdentity;
 

@@ -1,5 +1,5 @@
-//! What the agent knows of its node: devices, VMs, clocks, and who holds what. Pure parsers under thin shells; the roots of
-//! sysfs and procfs are parameters.
+//! The node as the agent reads it: devices, VMs, clocks, and which process holds which device. Pure parsers
+//! under thin shells; the roots of sysfs and procfs are parameters.
 
 pub mod clock;
 pub mod devices;

@@ -1,4 +1,4 @@
-//! What the agent tells of its node.
+//! The node's kernel and boot.
 
 use std::path::{Path, PathBuf};
 use std::{fs, io};
@@ -12,7 +12,7 @@ pub struct Kernel {
     pub boot_id: String,
 }
 
-/// Why the boot id is not known.
+/// The boot id could not be read.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot read the boot id from {}", path.display())]
 pub struct ReadBootIdError {

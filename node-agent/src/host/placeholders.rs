@@ -1,4 +1,5 @@
-//! The placeholders in the arguments of a twin, and what they become at the destination: [`vm`](super::vm) lists them. Pure.
+//! The placeholders in the arguments of a twin, and their values at the destination: [`vm`](super::vm) lists
+//! them. Pure.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -7,24 +8,25 @@ use super::devices::Device;
 use super::vm::{VmJson, VmJsonError, argument_field, value};
 use crate::process::exec::Descriptor;
 
-/// The first descriptor that a twin is given: that of [`IOMMU`]; those of the devices follow, in the VM's order.
+/// The first descriptor that a twin gets: that of [`IOMMU`]; those of the devices follow, in the VM's order.
 const FIRST_DESCRIPTOR: i32 = 64;
 /// The device of iommufd.
 const IOMMU: &str = "/dev/iommu";
 
-/// What a twin is started with.
+/// The arguments and descriptors of a twin.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TwinCommand {
     /// With all placeholders filled in.
     pub arguments: Vec<String>,
-    /// What it is given open: in the order of the numbers, each once.
+    /// The files that it gets open: in the order of the numbers, each once.
     pub descriptors: Vec<Descriptor>,
 }
 
 /// The twin's arguments, with the placeholders filled in: `devices` are the destination's, in the VM's order.
 ///
 /// # Errors
-/// [`VmJsonError::NoSuchDevice`] for a device that is not among them; [`VmJsonError::Value`] for a socket's path that is not UTF-8.
+/// [`VmJsonError::NoSuchDevice`] for a device that is not among them; [`VmJsonError::Value`] for a socket's
+/// path that is not UTF-8.
 pub fn twin_arguments(vm: &VmJson, socket: &Path, devices: &[Device]) -> Result<TwinCommand, VmJsonError> {
     let text = |path: &Path| path.to_str().map(str::to_owned);
     let mut arguments = Vec::with_capacity(vm.twin.args.len());
@@ -75,12 +77,12 @@ pub fn twin_arguments(vm: &VmJson, socket: &Path, devices: &[Device]) -> Result<
     Ok(TwinCommand { arguments, descriptors })
 }
 
-/// That of the VM's device N.
+/// The descriptor of the VM's device N.
 fn descriptor_of(device: usize) -> i32 {
     i32::try_from(device).map_or(i32::MAX, |device| FIRST_DESCRIPTOR.saturating_add(1).saturating_add(device))
 }
 
-/// A part of an argument. The placeholders of devices keep their own text for errors.
+/// A piece of an argument. The placeholders of devices keep their text for errors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Piece<'a> {
     Text(&'a str),
@@ -128,7 +130,7 @@ impl<'a> Piece<'a> {
             _ => {}
         }
         let (number, what) = inner.strip_prefix("device.")?.split_once('.')?;
-        // Not what usize's parser alone would take: `+1`, and `01` for what `1` is.
+        // usize's parser alone would also accept `+1`, and `01` for `1`.
         let canonical = |n: &usize| n.to_string() == number;
         let number = number.parse().ok().filter(canonical)?;
         match what {

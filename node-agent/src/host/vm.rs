@@ -4,7 +4,8 @@
 //! {
 //!   "name": "counter", "namespace": "demo",
 //!   "vmm": {"kind": "contract", "socket": "vmm.sock"},
-//!   "twin": {"program": "/usr/bin/vmm", "args": ["--incoming", "--socket", "{socket}", "--device", "{device.0.cdev}"]}
+//!   "twin": {"program": "/usr/bin/vmm",
+//!            "args": ["--incoming", "--socket", "{socket}", "--device", "{device.0.cdev}"]}
 //! }
 //! ```
 //!
@@ -12,29 +13,33 @@
 //! {
 //!   "name": "web", "namespace": "demo",
 //!   "vmm": {"kind": "qemu", "socket": "qmp.sock", "devices": ["vf0"]},
-//!   "twin": {"program": "/usr/bin/qemu-system-x86_64", "args": ["-machine", "q35,accel=kvm", "-object", "iommufd,id=iommufd0",
+//!   "twin": {"program": "/usr/bin/qemu-system-x86_64",
+//!            "args": ["-machine", "q35,accel=kvm", "-object", "iommufd,id=iommufd0",
 //!            "-device", "vfio-pci,id=vf0,sysfsdev={device.0.sysfs},iommufd=iommufd0",
 //!            "-qmp", "unix:{socket},server=on,wait=off", "-S", "-incoming", "defer"]}
 //! }
 //! ```
 //!
-//! `vmm.kind` is `contract` (`slackwater.vmm.v1`) or `qemu` (QMP, a monitor of the agent's own). `vmm.devices`, of a VM of QEMU's, are
-//! the ids of its VFIO devices, in the order in which placeholders count them.
+//! `vmm.kind` is `contract` (`slackwater.vmm.v1`) or `qemu` (QMP, a monitor for the agent alone).
+//! `vmm.devices`, of a QEMU VM, are the ids of its VFIO devices, in the order in which placeholders count
+//! them.
 //!
-//! `vmm.socket` is absolute, or relative to the directory in which `vm.json` lies. In `twin.args` stand for:
+//! `vmm.socket` is absolute, or relative to the directory of `vm.json`. Placeholders in
+//! `twin.args`:
 //!
-//! | placeholder | what it becomes at the destination |
+//! | placeholder | value at the destination |
 //! |---|---|
 //! | `{socket}` | absolute path of the socket on which the twin must serve |
 //! | `{device.N.cdev}` | `/dev/vfio/devices/vfioM` of the VM's device N, from 0 |
 //! | `{device.N.sysfs}` | its folder in sysfs, `/sys/bus/pci/devices/...` or `/sys/bus/mdev/devices/...` |
 //! | `{device.N.name}` | its PCI address or UUID |
-//! | `{device.N.fd}` | number of a descriptor of its `cdev`, which the twin is given open |
+//! | `{device.N.fd}` | number of a descriptor of its `cdev`, which the twin gets open |
 //! | `{iommu.fd}` | number of a descriptor of `/dev/iommu`, likewise |
 //! | `{{` and `}}` | `{` and `}` |
 //!
-//! A source hands its `vm.json` to a destination, so the file is input from another machine: it is limited in size, unknown fields
-//! are refused, and only programs that the destination's administrator has allowed are started, without a shell.
+//! A source hands its `vm.json` to a destination, so the file is input from another machine: it is limited in
+//! size, unknown fields are refused, and only programs that the destination's administrator has allowed are
+//! started, without a shell.
 
 use std::path::{Component, Path, PathBuf};
 
@@ -58,26 +63,27 @@ pub struct VmJson {
     pub name: String,
     /// DNS label.
     pub namespace: String,
-    /// What runs the VM.
+    /// The VMM that runs the VM.
     pub vmm: VmmEntry,
-    /// What will run it elsewhere.
+    /// The VMM that takes it over on another node.
     pub twin: TwinEntry,
 }
 
-/// What runs the VM.
+/// The VMM that runs the VM.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VmmEntry {
-    /// What it speaks.
+    /// Its protocol.
     pub kind: VmmKind,
-    /// Where it speaks it: see [`VmJson::socket_in`].
+    /// Its socket: see [`VmJson::socket_in`].
     pub socket: PathBuf,
-    /// What QEMU calls the VM's VFIO devices (`id=`), in the VM's order; none for another VMM, which names them itself.
+    /// QEMU's names (`id=`) of the VM's VFIO devices, in the VM's order; none for another VMM, which names
+    /// them itself.
     #[serde(default)]
     pub devices: Vec<String>,
 }
 
-/// What a VMM speaks.
+/// The protocol of a VMM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, IntoStaticStr)]
 #[serde(rename_all = "lowercase")]
 #[strum(serialize_all = "lowercase")]
@@ -89,7 +95,7 @@ pub enum VmmKind {
 }
 
 impl VmmKind {
-    /// Who drives the devices of its VMs.
+    /// The driver of its VMs' devices.
     pub fn driver(self) -> Driver {
         match self {
             Self::Contract => Driver::Agent,
@@ -109,7 +115,7 @@ impl VmmKind {
 pub struct TwinEntry {
     /// Absolute path.
     pub program: PathBuf,
-    /// With placeholders: see [`twin_arguments`](super::placeholders::twin_arguments).
+    /// Its arguments, with placeholders: see [`twin_arguments`](super::placeholders::twin_arguments).
     pub args: Vec<String>,
 }
 
@@ -120,46 +126,48 @@ pub enum VmJsonError {
     /// Longer than [`VM_JSON_LIMIT_BYTES`].
     #[error("vm.json has {bytes} bytes or more: at most {VM_JSON_LIMIT_BYTES} are read")]
     TooLarge {
-        /// Its length, as far as it was looked at.
+        /// Its length, as far as it was read.
         bytes: usize,
     },
     /// No JSON, or not of this shape.
     #[error("vm.json: {}{reason}", at(field))]
     Shape {
-        /// Where, as in `vmm.kind`; empty at the top.
+        /// The field, as in `vmm.kind`; empty at the top.
         field: String,
         /// What is wrong and what would be right.
         reason: String,
     },
-    /// A field whose value cannot be.
+    /// A field with an invalid value.
     #[error("vm.json: field `{field}`: `{value}` {right}")]
     Value {
-        /// Which.
+        /// The field.
         field: String,
-        /// What stands there.
+        /// Its value.
         value: String,
-        /// What should.
+        /// What is right.
         right: String,
     },
-    /// A placeholder that means nothing.
+    /// An unknown placeholder.
     #[error(
-        "vm.json: field `{field}`: `{placeholder}` is no placeholder: {{socket}}, {{iommu.fd}}, {{device.N.cdev}}, {{device.N.fd}}, \
+        "vm.json: field `{field}`: `{placeholder}` is no placeholder: {{socket}}, {{iommu.fd}}, {{device.N.cdev}}, \
+         {{device.N.fd}}, \
              {{device.N.name}} and {{device.N.sysfs}} are, and a brace itself is written twice"
     )]
     Placeholder {
-        /// Which argument.
+        /// The argument.
         field: String,
-        /// What stands there.
+        /// The placeholder.
         placeholder: String,
     },
     /// A device that the VM does not have.
     #[error(
-        "vm.json: field `{field}`: `{placeholder}` names a device that the VM does not have: it has {devices}, counted from 0"
+        "vm.json: field `{field}`: `{placeholder}` names a device that the VM does not have: it has {devices}, \
+         counted from 0"
     )]
     NoSuchDevice {
-        /// Which argument.
+        /// The argument.
         field: String,
-        /// What stands there.
+        /// The placeholder.
         placeholder: String,
         /// How many the VM has.
         devices: usize,
@@ -170,9 +178,9 @@ pub enum VmJsonError {
         allowed(programs)
     )]
     NotAllowed {
-        /// What was to be started.
+        /// The program.
         program: String,
-        /// What may be.
+        /// The programs that may be started.
         programs: Vec<String>,
     },
 }
@@ -201,7 +209,7 @@ pub fn is_dns_label(text: &str) -> bool {
 /// Reads and checks a `vm.json`.
 ///
 /// # Errors
-/// [`VmJsonError`], which names the field, its value, and what would be right.
+/// [`VmJsonError`], which names the field, its value, and what is right.
 pub fn parse(text: &str) -> Result<VmJson, VmJsonError> {
     if text.len() > VM_JSON_LIMIT_BYTES {
         return Err(VmJsonError::TooLarge { bytes: text.len() });
@@ -221,7 +229,8 @@ impl VmJson {
     fn check(&self) -> Result<(), VmJsonError> {
         for (field, text) in [("name", &self.name), ("namespace", &self.namespace)] {
             if !is_dns_label(text) {
-                let right = "must be a DNS label: 1 to 63 characters of a-z, 0-9 and `-`, with a letter or digit at both ends";
+                let right = "must be a DNS label: 1 to 63 characters of a-z, 0-9 and `-`, with a letter or digit \
+                    at both ends";
                 return Err(value(field, text, right));
             }
         }
@@ -251,7 +260,7 @@ impl VmJson {
         }
     }
 
-    /// A twin of QEMU's must wait for its state, and after that for the hand-over.
+    /// A QEMU twin must wait for its state, and after that for the hand-over.
     fn check_qemu(&self) -> Result<(), VmJsonError> {
         if self.vmm.devices.is_empty() {
             let right = "must name the ids of the VM's vfio-pci devices (`-device vfio-pci,id=...`)";
@@ -259,7 +268,8 @@ impl VmJson {
         }
         for (index, id) in self.vmm.devices.iter().enumerate() {
             let field = format!("vmm.devices[{index}]");
-            // What QEMU takes for an id: a letter, then letters, digits, `-`, `.` and `_` (id_wellformed() of util/id.c).
+            // QEMU accepts as an id: a letter, then letters, digits, `-`, `.` and `_` (id_wellformed() of
+            // util/id.c).
             let mut bytes = id.bytes();
             let plain = bytes.next().is_some_and(|byte| byte.is_ascii_alphabetic())
                 && bytes.all(|byte| byte.is_ascii_alphanumeric() || b"-._".contains(&byte));
@@ -267,7 +277,7 @@ impl VmJson {
                 return Err(value(
                     &field,
                     id,
-                    "must be an id of QEMU's: a letter, then letters, digits, `-`, `.` and `_`",
+                    "must be a QEMU id: a letter, then letters, digits, `-`, `.` and `_`",
                 ));
             }
             if self.vmm.devices.iter().take(index).any(|other| other == id) {
@@ -303,10 +313,10 @@ impl VmJson {
         format!("{}.{}", self.namespace, self.name)
     }
 
-    /// Where the VMM of this VM listens if its `vm.json` lies in `directory`, which is absolute.
+    /// The socket of the VMM of this VM if its `vm.json` is in `directory`, which is absolute.
     ///
     /// # Errors
-    /// [`VmJsonError::Value`] if the path is longer than the kernel takes.
+    /// [`VmJsonError::Value`] if the path is longer than the kernel accepts.
     pub fn socket_in(&self, directory: &Path) -> Result<PathBuf, VmJsonError> {
         let socket = directory.join(&self.vmm.socket);
         let bytes = socket.as_os_str().len();
@@ -320,7 +330,7 @@ impl VmJson {
         Ok(socket)
     }
 
-    /// Lets only programs through that the administrator of this node allows to be started as a twin.
+    /// Checks that the administrator of this node allows the program to be started as a twin.
     ///
     /// # Errors
     /// [`VmJsonError::NotAllowed`].
@@ -343,7 +353,7 @@ pub(super) fn value(field: &str, value: &dyn ToString, right: impl Into<String>)
     VmJsonError::Value { field: field.to_owned(), value: value.to_string(), right: right.into() }
 }
 
-/// Whether a path says what it means: not empty, and without `.`, `..`, doubled slashes or NUL.
+/// Whether a path is unambiguous: not empty, and without `.`, `..`, doubled slashes or NUL.
 fn is_plain(path: &Path) -> bool {
     let mut plain = PathBuf::new();
     for component in path.components() {

@@ -54,7 +54,7 @@ fn a_good_file_gives_the_twins_command_line_with_the_destinations_devices() {
 }
 
 #[test]
-fn a_twin_is_given_open_what_its_arguments_name_and_nothing_else() {
+fn a_twin_gets_exactly_the_descriptors_that_its_arguments_name() {
     let mut vm = good();
     let args = json!(["iommufd,fd={iommu.fd}", "fd={device.1.fd}", "again={device.1.fd}", "{device.0.name}"]);
     *vm.pointer_mut("/twin/args").unwrap() = args;
@@ -77,7 +77,8 @@ fn a_placeholder_for_a_device_that_the_vm_does_not_have_is_named() {
     let error = twin_arguments(&vm, Path::new("/s"), &[device("uuid-a", 4)]).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "vm.json: field `twin.args[5]`: `{device.1.name}` names a device that the VM does not have: it has 1, counted from 0"
+        "vm.json: field `twin.args[5]`: `{device.1.name}` names a device that the VM does not have: it has 1, \
+         counted from 0"
     );
 }
 
@@ -100,7 +101,8 @@ fn unknown_placeholders_are_named_when_the_file_is_read() {
         assert_eq!(
             error,
             format!(
-                "vm.json: field `twin.args[2]`: `{bad}` is no placeholder: {{socket}}, {{iommu.fd}}, {{device.N.cdev}}, \
+                "vm.json: field `twin.args[2]`: `{bad}` is no placeholder: {{socket}}, {{iommu.fd}}, \
+                 {{device.N.cdev}}, \
                 {{device.N.fd}}, {{device.N.name}} and {{device.N.sysfs}} are, and a brace itself is written twice"
             )
         );
@@ -171,7 +173,7 @@ fn qemu() -> Value {
 }
 
 #[test]
-fn a_vm_of_qemus_is_given_the_folder_of_its_device_in_sysfs() {
+fn a_qemu_twin_gets_the_folder_of_its_device_in_sysfs() {
     let vm = parse(&qemu().to_string()).unwrap();
     assert_eq!((vm.vmm.kind, vm.vmm.kind.driver()), (VmmKind::Qemu, Driver::Vmm));
     let arguments = twin_arguments(&vm, Path::new("/s"), &[device("uuid-a", 4)]).unwrap();
@@ -179,7 +181,7 @@ fn a_vm_of_qemus_is_given_the_folder_of_its_device_in_sysfs() {
 }
 
 #[test]
-fn a_vm_of_qemus_that_could_not_be_handed_over_is_refused_when_its_file_is_read() {
+fn a_qemu_vm_that_could_not_be_handed_over_is_refused_when_its_file_is_read() {
     let error = |change: fn(&mut Value)| {
         let mut vm = qemu();
         change(&mut vm);
@@ -197,7 +199,7 @@ fn a_vm_of_qemus_that_could_not_be_handed_over_is_refused_when_its_file_is_read(
     let none = error(|vm| vm["vmm"]["devices"] = json!([]));
     assert!(none.starts_with("vm.json: field `vmm.devices`: `[]` must name the ids"), "{none}");
     let bad = error(|vm| vm["vmm"]["devices"] = json!(["vf0", "0vf"]));
-    assert!(bad.starts_with("vm.json: field `vmm.devices[1]`: `0vf` must be an id of QEMU's"), "{bad}");
+    assert!(bad.starts_with("vm.json: field `vmm.devices[1]`: `0vf` must be a QEMU id"), "{bad}");
     let twice = error(|vm| vm["vmm"]["devices"] = json!(["vf0", "vf0"]));
     assert_eq!(twice, "vm.json: field `vmm.devices[1]`: `vf0` is named twice");
     let contract = error_with("/vmm", json!({"kind": "contract", "socket": "s", "devices": ["vf0"]}));
@@ -208,7 +210,7 @@ fn a_vm_of_qemus_that_could_not_be_handed_over_is_refused_when_its_file_is_read(
 }
 
 #[test]
-fn a_file_above_the_limit_is_not_even_parsed() {
+fn a_file_above_the_limit_is_not_parsed() {
     let mut text = good().to_string();
     text.push_str(&" ".repeat(VM_JSON_LIMIT_BYTES - text.len()));
     assert!(parse(&text).is_ok());
@@ -217,7 +219,7 @@ fn a_file_above_the_limit_is_not_even_parsed() {
 }
 
 #[test]
-fn a_socket_path_that_the_kernel_would_not_take_is_refused() {
+fn a_socket_path_that_is_too_long_for_the_kernel_is_refused() {
     let vm = parse(&good().to_string()).unwrap();
     let directory = PathBuf::from(format!("/{}", "d".repeat(97)));
     assert_eq!(vm.socket_in(&directory).unwrap().as_os_str().len(), 107);
@@ -231,14 +233,16 @@ fn a_socket_path_that_the_kernel_would_not_take_is_refused() {
 fn only_allowed_programs_become_twins() {
     let vm = parse(&good().to_string()).unwrap();
     assert_eq!(vm.require_allowed(&["/bin/vmm".into()]), Ok(()));
-    let told = |programs: &[PathBuf]| vm.require_allowed(programs).unwrap_err().to_string();
+    let message = |programs: &[PathBuf]| vm.require_allowed(programs).unwrap_err().to_string();
     assert_eq!(
-        told(&[]),
-        "vm.json: field `twin.program`: /bin/vmm may not be started on this node: the agent was started without --twin-program"
+        message(&[]),
+        "vm.json: field `twin.program`: /bin/vmm may not be started on this node: the agent was started without \
+         --twin-program"
     );
     assert_eq!(
-        told(&["/bin/other".into(), "/bin/vmm2".into()]),
-        "vm.json: field `twin.program`: /bin/vmm may not be started on this node: --twin-program allows /bin/other, /bin/vmm2"
+        message(&["/bin/other".into(), "/bin/vmm2".into()]),
+        "vm.json: field `twin.program`: /bin/vmm may not be started on this node: --twin-program allows \
+         /bin/other, /bin/vmm2"
     );
 }
 
@@ -254,7 +258,7 @@ proptest! {
     }
 
     #[test]
-    fn text_with_its_braces_doubled_arrives_as_it_was(text in r"[{}a-z ]{0,40}") {
+    fn text_with_doubled_braces_is_unchanged(text in r"[{}a-z ]{0,40}") {
         let mut vm = good();
         *vm.pointer_mut("/twin/args").unwrap() = json!([text.replace('{', "{{").replace('}', "}}")]);
         let vm = parse(&vm.to_string()).unwrap();

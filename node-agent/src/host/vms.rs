@@ -1,8 +1,8 @@
 //! The VMs of the node: directories `<run-dir>/vms/<namespace>.<name>` with a `vm.json`, watched, not polled.
 //!
-//! A directory without a `vm.json` is no VM: a twin lives in one until it runs. A broken `vm.json` is not dropped, but listed with
-//! what is wrong. Whoever writes one makes it whole first and then moves it into place, as [`publish`] does; else the list may show
-//! it broken for a moment.
+//! A directory without a `vm.json` is not a VM: a twin has one until it runs. A broken `vm.json` is listed
+//! with its error. A writer completes the file first and then moves it into place, as [`publish`] does; else
+//! the list may show it broken for a moment.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -59,9 +59,9 @@ pub enum UnusableVm {
 pub struct KnownVm {
     /// Its content.
     pub json: VmJson,
-    /// Its text, as it is handed to a destination.
+    /// Its text, as it goes to a destination.
     pub text: String,
-    /// Where its VMM listens.
+    /// The socket of its VMM.
     pub socket: PathBuf,
 }
 
@@ -72,7 +72,7 @@ pub enum WatchVmsError {
     /// The directory of the VMs cannot be made.
     #[error("cannot make the directory {path}")]
     MakeDirectory {
-        /// It.
+        /// The directory.
         path: PathBuf,
         /// Why.
         source: io::Error,
@@ -80,7 +80,7 @@ pub enum WatchVmsError {
     /// It cannot be watched.
     #[error("cannot watch the directory {path}")]
     Watch {
-        /// It.
+        /// The directory.
         path: PathBuf,
         /// Why.
         source: notify::Error,
@@ -118,11 +118,11 @@ pub fn publish(directory: &Path, vm_json: &str) -> io::Result<()> {
     File::open(directory)?.sync_all()
 }
 
-/// Takes a VM away from this node: its `vm.json` first, so that nobody sees half of a VM, then `files`, then the directory, if
-/// nothing else is in it. What somebody else has put there (a disk, say) stays.
+/// Takes a VM away from this node: its `vm.json` first, so that half of a VM is never seen, then `files`,
+/// then the directory, if nothing else is in it. Files of others (a disk, say) stay.
 ///
 /// # Errors
-/// If something cannot be removed. What is gone already is no error.
+/// If something cannot be removed. A missing file is not an error.
 pub fn retire(directory: &Path, files: &[&Path]) -> io::Result<()> {
     let own = [directory.join(VM_JSON), directory.join(TEMPORARY)];
     for file in own.iter().map(PathBuf::as_path).chain(files.iter().copied()) {
@@ -148,12 +148,12 @@ pub struct VmWatch {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Wake {
-    Look,
+    List,
     Stop,
 }
 
 impl VmWatch {
-    /// Looks at `<run_dir>/vms`, which is made if it is not there, and goes on watching it.
+    /// Reads `<run_dir>/vms`, which is created if it does not exist, and watches it from then on.
     ///
     /// # Errors
     /// [`WatchVmsError`].
@@ -161,22 +161,22 @@ impl VmWatch {
         let vms = run_dir.join("vms");
         fs::create_dir_all(&vms)
             .map_err(|source| WatchVmsError::MakeDirectory { path: vms.clone(), source })?;
-        let failed = |source| WatchVmsError::Watch { path: vms.clone(), source };
+        let watch_error = |source| WatchVmsError::Watch { path: vms.clone(), source };
         let (wake, woken) = mpsc::channel();
         let waker = wake.clone();
         let mut watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
-            // An error may stand for any change. Reads are no change: this looks by reading.
+            // An error may hide any change. Reads do not count: listing reads.
             if event.as_ref().map_or(true, is_change) {
                 // Fails only after the thread has ended.
-                let _ = waker.send(Wake::Look);
+                let _ = waker.send(Wake::List);
             }
         })
-        .map_err(failed)?;
-        watcher.watch(&vms, RecursiveMode::NonRecursive).map_err(failed)?;
-        let (tell, list) = watch::channel(look(&vms, |directory| watch_directory(&mut watcher, directory)));
+        .map_err(watch_error)?;
+        watcher.watch(&vms, RecursiveMode::NonRecursive).map_err(watch_error)?;
+        let (sender, list) = watch::channel(list(&vms, |directory| watch_directory(&mut watcher, directory)));
         thread::Builder::new()
             .name("vm-watch".to_owned())
-            .spawn(move || keep_looking(&vms, watcher, &woken, &tell))
+            .spawn(move || keep_listing(&vms, watcher, &woken, &sender))
             .map_err(WatchVmsError::StartThread)?;
         Ok(Self { list, wake })
     }
@@ -194,22 +194,22 @@ impl Drop for VmWatch {
     }
 }
 
-fn keep_looking(
+fn keep_listing(
     vms: &Path,
     mut watcher: RecommendedWatcher,
     woken: &mpsc::Receiver<Wake>,
-    tell: &watch::Sender<Vec<VmEntry>>,
+    sender: &watch::Sender<Vec<VmEntry>>,
 ) {
     while let Ok(wake) = woken.recv() {
-        // What has happened meanwhile is seen by the same look.
+        // One listing covers all changes until now.
         if wake == Wake::Stop || woken.try_iter().any(|wake| wake == Wake::Stop) {
             return;
         }
-        let found = look(vms, |directory| watch_directory(&mut watcher, directory));
-        tell.send_if_modified(|list| {
+        let found = list(vms, |directory| watch_directory(&mut watcher, directory));
+        sender.send_if_modified(|list| {
             let modified = *list != found;
             if modified {
-                tell_changes(list, &found);
+                log_changes(list, &found);
                 *list = found;
             }
             modified
@@ -217,17 +217,19 @@ fn keep_looking(
     }
 }
 
-/// A directory is watched before it is looked into, so nothing can happen unseen between. Watching it again is harmless, and
+/// A directory is watched before it is read, so that no change is missed. Watching it again is harmless, and
 /// needed where one of the same name took its place.
 fn watch_directory(watcher: &mut RecommendedWatcher, directory: &Path) {
     if let Err(error) = watcher.watch(directory, RecursiveMode::NonRecursive)
         && directory.exists()
     {
-        warn!(directory = %directory.display(), %error, "cannot watch a VM's directory: changes in it will not be seen");
+        let directory = directory.display();
+        warn!(%directory, %error, "cannot watch a VM's directory: changes in it will not be \
+            seen");
     }
 }
 
-fn tell_changes(before: &[VmEntry], after: &[VmEntry]) {
+fn log_changes(before: &[VmEntry], after: &[VmEntry]) {
     for entry in after.iter().filter(|entry| !before.contains(entry)) {
         let directory = entry.directory.display();
         match &entry.vm {
@@ -242,8 +244,8 @@ fn tell_changes(before: &[VmEntry], after: &[VmEntry]) {
     }
 }
 
-/// All directories in `vms` with a `vm.json`. Each directory is first given to `watch`.
-fn look(vms: &Path, mut watch: impl FnMut(&Path)) -> Vec<VmEntry> {
+/// All directories in `vms` with a `vm.json`. `watch` is called for each directory before it is read.
+fn list(vms: &Path, mut watch: impl FnMut(&Path)) -> Vec<VmEntry> {
     let mut found = Vec::new();
     let directories = match fs::read_dir(vms) {
         Ok(directories) => directories,
@@ -253,7 +255,7 @@ fn look(vms: &Path, mut watch: impl FnMut(&Path)) -> Vec<VmEntry> {
         }
     };
     for entry in directories.flatten() {
-        // A link is not followed: the name of the directory is the name of the VM.
+        // Links are not followed: the name of the directory is the name of the VM.
         if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
             continue;
         }
@@ -329,7 +331,7 @@ mod tests {
         list.iter().map(line).collect()
     }
 
-    /// Waits for the list that the test wants to see.
+    /// Waits until the list is as wanted.
     async fn becomes(list: &mut watch::Receiver<Vec<VmEntry>>, wanted: &[&str]) {
         let seen = list.wait_for(|list| lines(list) == wanted);
         let in_time = tokio::time::timeout(Duration::from_secs(10), seen).await.is_ok();
@@ -337,7 +339,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn vms_come_and_go_with_their_files_and_a_directory_alone_is_none() {
+    async fn vms_come_and_go_with_their_files_and_a_directory_alone_is_not_a_vm() {
         let run = tempfile::tempdir().unwrap();
         let vms = run.path().join("vms");
         fs::create_dir_all(vms.join("demo.early")).unwrap();
@@ -379,7 +381,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn broken_files_are_listed_with_what_is_wrong_and_mended_ones_without() {
+    async fn broken_files_are_listed_with_their_error_until_they_are_repaired() {
         let run = tempfile::tempdir().unwrap();
         let watch = VmWatch::start(run.path()).unwrap();
         let mut list = watch.list();
@@ -410,12 +412,12 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn looking_does_not_lead_to_looking_again_and_the_watch_ends_with_its_owner() {
+    async fn a_listing_does_not_cause_another_and_the_watch_ends_with_its_owner() {
         let run = tempfile::tempdir().unwrap();
-        let looks = |kind| is_change(&Event::new(kind));
-        assert!(!looks(EventKind::Access(AccessKind::Open(AccessMode::Any))));
-        assert!(!looks(EventKind::Access(AccessKind::Close(AccessMode::Read))));
-        assert!(looks(EventKind::Access(AccessKind::Close(AccessMode::Write))));
+        let changes = |kind| is_change(&Event::new(kind));
+        assert!(!changes(EventKind::Access(AccessKind::Open(AccessMode::Any))));
+        assert!(!changes(EventKind::Access(AccessKind::Close(AccessMode::Read))));
+        assert!(changes(EventKind::Access(AccessKind::Close(AccessMode::Write))));
 
         let watch = VmWatch::start(run.path()).unwrap();
         let mut list = watch.list();

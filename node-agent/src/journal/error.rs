@@ -1,28 +1,31 @@
-//! Why a journal could not be read or written: each names the file, and says what would be right where something can be done.
+//! Errors of reading and writing a journal. Each names the file, and says what to do where something can be
+//! done.
 
 use std::io;
 use std::path::PathBuf;
 
-/// What went wrong with a journal. What stood in it before still stands.
+/// A journal could not be read or written. Its old content stays.
 #[derive(Debug, thiserror::Error)]
 pub enum JournalError {
-    /// A migration's id cannot be a file's name.
+    /// The id of a migration cannot be used as a file name.
     #[error("{id:?} is not a migration's id: 1 to 64 characters of [a-z0-9-] are")]
     InvalidId {
-        /// What was given.
+        /// The id.
         id: String,
     },
-    /// Another agent is at work with this state directory.
-    #[error("another agent{holder} works with the state directory {}: end it, or give this one its own", state_dir.display())]
+    /// Another agent works with this state directory.
+    #[error("another agent{holder} works with the state directory {}: end it, or give this one its \
+        own", state_dir.display())]
     Locked {
         /// The state directory.
         state_dir: PathBuf,
-        /// ` (process N)`, if it has said so.
+        /// ` (process N)`, if its number is known.
         holder: String,
     },
-    /// Written by a newer agent, in a way that this one does not know.
+    /// A newer agent wrote it, in a format that this one does not know.
     #[error(
-        "{} is of journal format {found}, and this agent reads formats up to {known}: run the newer agent that wrote it",
+        "{} is of journal format {found}, and this agent reads formats up to {known}: run the newer agent that \
+         wrote it",
         file.display()
     )]
     NewerVersion {
@@ -30,10 +33,11 @@ pub enum JournalError {
         file: PathBuf,
         /// Its format.
         found: u32,
-        /// The newest that is known here.
+        /// The newest format that this agent knows.
         known: u32,
     },
-    /// As [`JournalError::NewerVersion`], and the migration that it is about has not ended here: an agent does not start over it.
+    /// As [`JournalError::NewerVersion`], and the migration that it is about has not ended here: an agent
+    /// does not start over it.
     #[error(
         "{} is an open journal of format {found}, and this agent reads formats up to {known}: it does not start over it. Run \
          the newer agent that wrote it until the migration has ended, and drain the migrations of a node before a downgrade",
@@ -55,9 +59,9 @@ pub enum JournalError {
     Truncated {
         /// The file.
         file: PathBuf,
-        /// Bytes that its header takes and announces.
+        /// Bytes of the header and of the content that it announces.
         needs_bytes: u64,
-        /// Bytes that are there.
+        /// Bytes that the file has.
         has_bytes: u64,
     },
     /// The content is not what was written.
@@ -66,7 +70,7 @@ pub enum JournalError {
         /// The file.
         file: PathBuf,
     },
-    /// Something else lies under a journal's name.
+    /// A file with a journal's name is not a journal.
     #[error("{} is not a journal of Slackwater: it does not begin as one does", file.display())]
     NotAJournal {
         /// The file.
@@ -90,13 +94,13 @@ pub enum JournalError {
         /// Bytes that fit.
         limit_bytes: u64,
     },
-    /// A journal of this name is there, and nobody has finished it.
+    /// There is a journal of this name that is not finished.
     #[error("{} is there already, and has not been finished", file.display())]
     Unfinished {
         /// The file.
         file: PathBuf,
     },
-    /// The state directory could not be made or opened.
+    /// The state directory could not be created or opened.
     #[error("cannot open the state directory {}", path.display())]
     OpenDirectory {
         /// The directory.
@@ -112,7 +116,7 @@ pub enum JournalError {
         /// What the kernel said.
         source: io::Error,
     },
-    /// A file could not be made or opened.
+    /// A file could not be created or opened.
     #[error("cannot open {}", file.display())]
     Open {
         /// The file.
@@ -136,7 +140,7 @@ pub enum JournalError {
         /// What the kernel said.
         source: io::Error,
     },
-    /// What was written could not be brought to stable storage.
+    /// The content could not be synced to stable storage.
     #[error("cannot sync {}", file.display())]
     Sync {
         /// The file or directory.
@@ -144,7 +148,7 @@ pub enum JournalError {
         /// What the kernel said.
         source: io::Error,
     },
-    /// The new content could not take the old one's place.
+    /// The new content could not replace the old one.
     #[error("cannot put the new content of {} in place", file.display())]
     Replace {
         /// The file.

@@ -1,16 +1,17 @@
-//! One file that is replaced whole, or not at all, and whose space is there before it is needed.
+//! One file that is replaced as a whole or not at all, and whose space is allocated before it is needed.
 //!
 //! ```text
-//!  NAME        what stands                 ◀─┐ renameat2(RENAME_EXCHANGE), then the directory is synced
+//!  NAME        the current content         ◀─┐ renameat2(RENAME_EXCHANGE), then the directory is synced
 //!  NAME.spare  written whole, then synced  ◀─┘
-//!  NAME.new    while NAME is being made; a leftover of it means nothing
+//!  NAME.new    while NAME is being created; a leftover of it has no meaning
 //! ```
 //!
-//! Both copies are written over their whole size when they are made, so that later writes allocate nothing: they succeed on a disk
-//! that has become full. (A file system that never writes in place, such as Btrfs or ZFS, cannot promise that.)
+//! Both copies are written over their whole size when they are created, so that later writes allocate
+//! nothing: they succeed on a disk that has become full. (A file system that never writes in place, such as
+//! Btrfs or ZFS, cannot promise that.)
 //!
-//! Where RENAME_EXCHANGE does not exist (NFS, for one), a third copy is allocated before each write to become the next spare,
-//! and the written one is renamed over what stood. There a full disk refuses the write.
+//! Where RENAME_EXCHANGE does not exist (NFS, for one), a third copy is allocated before each write to become
+//! the next spare, and the written one is renamed over the current one. There a write fails on a full disk.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -24,12 +25,12 @@ use rustix::io::Errno;
 use super::JournalError;
 use super::format::{HEADER_BYTES, NEWEST_VERSION, Refusal, decode, encode};
 
-/// What follows a file's name in that of its other copy.
+/// Suffix of the other copy.
 pub(super) const SPARE: &str = ".spare";
-/// What follows a file's name in that of one that is being made.
+/// Suffix of a file that is being created.
 pub(super) const NEW: &str = ".new";
 
-/// The directory that the files lie in, held open so that it can be synced.
+/// The directory of the files, held open so that it can be synced.
 #[derive(Debug)]
 pub(super) struct Directory {
     path: PathBuf,
@@ -56,7 +57,7 @@ impl Directory {
         self.handle.sync_all().map_err(|source| JournalError::Sync { file: self.path.clone(), source })
     }
 
-    /// Removes a file; one that is not there is no error.
+    /// Removes a file; a missing one is not an error.
     pub(super) fn remove(&self, name: &str) -> Result<(), JournalError> {
         let file = self.file(name);
         match std::fs::remove_file(&file) {
@@ -76,18 +77,20 @@ impl Directory {
         }
     }
 
-    /// Gives a new file its name, durably. One that has the name is gone then; on a failure it keeps it.
+    /// Gives a new file its name, durably. The file that had the name is removed; on a failure it keeps the
+    /// name.
     fn introduce(&self, new: &str, name: &str) -> Result<(), JournalError> {
-        let failed = |errno: Errno| JournalError::Replace { file: self.file(name), source: errno.into() };
+        let replace_error =
+            |errno: Errno| JournalError::Replace { file: self.file(name), source: errno.into() };
         let exchanged = match self.exchange(new, name) {
             Err(Errno::NOENT) => false,
-            other => other.map_err(failed)?,
+            other => other.map_err(replace_error)?,
         };
         if !exchanged {
-            self.rename(new, name).map_err(failed)?;
+            self.rename(new, name).map_err(replace_error)?;
         }
         self.sync().inspect_err(|_| {
-            // As far as it goes: the disk is failing.
+            // Best effort: the disk is failing.
             let _ = match exchanged {
                 true => self.exchange(new, name).is_ok(),
                 false => self.remove(name).is_ok(),
@@ -110,17 +113,17 @@ pub(super) struct Copies {
     space: usize,
     /// The version in the header of what is written.
     version: u32,
-    /// What `name` names.
+    /// The file `name`.
     pub(super) live: File,
-    /// What `name` with [`SPARE`] names.
+    /// The file `name` with [`SPARE`].
     pub(super) spare: File,
-    /// Whether names are exchanged; tests turn it off to go the other way.
+    /// Whether names are exchanged; tests turn it off to take the other path.
     pub(super) exchanges: bool,
 }
 
 impl Copies {
-    /// Makes a file with its spare, in the place of one that is there; its first content is durable when this returns.
-    /// When it fails, both copies are gone and what was there stands.
+    /// Creates a file with its spare, in place of an existing one; its first content is durable when this
+    /// returns. If it fails, both copies are removed and the existing file stays.
     pub(super) fn create(
         directory: &Arc<Directory>,
         name: &str,
@@ -132,7 +135,7 @@ impl Copies {
         directory.remove(&spare_name)?;
         directory.remove(&new_name)?;
         let bytes = record(directory, name, space, version, content)?;
-        let made = || -> Result<Self, JournalError> {
+        let create = || -> Result<Self, JournalError> {
             let spare = allocated(directory, &spare_name, space, &[])?;
             let live = allocated(directory, &new_name, space, &bytes)?;
             directory.introduce(&new_name, name)?;
@@ -146,14 +149,14 @@ impl Copies {
                 exchanges: true,
             })
         };
-        made().inspect_err(|_| {
-            // As far as it goes: what is left over means nothing, and is cleared away at the next start.
+        create().inspect_err(|_| {
+            // Best effort: leftovers have no meaning, and are removed at the next start.
             let _ = directory.remove(&new_name);
             let _ = directory.remove(&spare_name);
         })
     }
 
-    /// Goes on with a file that is there. Its spare is allocated again.
+    /// Opens an existing file. Its spare is allocated again.
     pub(super) fn reopen(
         directory: &Arc<Directory>,
         name: &str,
@@ -166,7 +169,7 @@ impl Copies {
         let has = live.metadata().map_err(|source| JournalError::Read { file: file.clone(), source })?.len();
         let missing = space.saturating_sub(usize::try_from(has).unwrap_or(usize::MAX));
         if missing > 0 {
-            // It had been finished. Zeroes behind the content change nothing of it.
+            // It was finished. Zeroes after the content do not change it.
             live.write_all_at(&vec![0; missing], has).map_err(|source| cannot_write(&file, space, source))?;
             live.sync_all().map_err(|source| JournalError::Sync { file, source })?;
         }
@@ -191,16 +194,16 @@ impl Copies {
         self.put_in_place()
     }
 
-    /// Replaces the content for the last time, and gives back the space that is not needed any more.
+    /// Replaces the content for the last time, and frees the space that is no longer needed.
     pub(super) fn finish(mut self, content: &[u8]) -> Result<(), JournalError> {
         let bytes = record(&self.directory, &self.name, self.space, self.version, content)?;
         self.fill_spare(&bytes)?;
         let spare_file = self.directory.file(&self.spare_name());
-        let failed = |source| JournalError::Write { file: spare_file.clone(), source };
-        self.spare.set_len(bytes.len() as u64).map_err(failed)?;
+        let write_error = |source| JournalError::Write { file: spare_file.clone(), source };
+        self.spare.set_len(bytes.len() as u64).map_err(write_error)?;
         self.spare.sync_all().map_err(|source| JournalError::Sync { file: spare_file.clone(), source })?;
         self.put_in_place()?;
-        // The record is durable. A spare that stays is cleared away at the next start.
+        // The record is durable. A spare that stays is removed at the next start.
         if let Err(error) = self.directory.remove(&self.spare_name()).and_then(|()| self.directory.sync()) {
             tracing::warn!(%error, "the spare copy of a finished journal stays for now");
         }
@@ -227,7 +230,8 @@ impl Copies {
             return self.rename_in_place();
         }
         let synced = self.directory.sync();
-        // Not known to be durable: what stood shall stand. If that fails, too, the names are as they have become.
+        // It is not known to be durable, so the old content is put back. If that fails, too, the names stay
+        // as they are.
         let undone = synced.is_err() && matches!(self.directory.exchange(&spare_name, &self.name), Ok(true));
         if !undone {
             std::mem::swap(&mut self.live, &mut self.spare);
@@ -266,7 +270,7 @@ pub(super) fn read(directory: &Directory, name: &str, space: usize) -> Result<St
     let opened = OpenOptions::new().read(true).custom_flags(no_follow()).open(&file);
     let handle = opened.map_err(|source| JournalError::Open { file: file.clone(), source })?;
     let mut bytes = Vec::new();
-    // Never more than one may be, whatever lies there.
+    // Never more than the space of one, whatever the file has.
     io::Read::read_to_end(&mut io::Read::take(handle, space as u64), &mut bytes)
         .map_err(|source| JournalError::Read { file: file.clone(), source })?;
     let finished = bytes.len() < space;
@@ -286,7 +290,8 @@ pub(super) fn read(directory: &Directory, name: &str, space: usize) -> Result<St
     }
 }
 
-/// The bytes of a record, if they fit. One byte less than the space is taken, so that a full file is never a finished one.
+/// The bytes of a record, if they fit. One byte less than the space is taken, so that a full file is never a
+/// finished one.
 fn record(
     directory: &Directory,
     name: &str,
@@ -308,7 +313,8 @@ pub(super) const fn content_limit(space: usize) -> usize {
     space - HEADER_BYTES - 1
 }
 
-/// A file of this size, all of it written and synced, beginning with these bytes. The directory is not synced yet.
+/// A file of this size, all of it written and synced, beginning with these bytes. The directory is not synced
+/// yet.
 fn allocated(directory: &Directory, name: &str, space: usize, begin: &[u8]) -> Result<File, JournalError> {
     let path = directory.file(name);
     let mut options = OpenOptions::new();
@@ -318,7 +324,7 @@ fn allocated(directory: &Directory, name: &str, space: usize, begin: &[u8]) -> R
         false => JournalError::Open { file: path.clone(), source },
     })?;
     match fallocate(&file, FallocateFlags::empty(), 0, space as u64) {
-        // What is written next allocates, too, where this cannot.
+        // Where this is not supported, the following write allocates.
         Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => {}
         Err(errno) => return Err(cannot_write(&path, space, errno.into())),
     }
@@ -353,7 +359,7 @@ fn is_full(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
-/// What somebody has put a link in the place of is not ours to follow.
+/// A link in place of a file is not followed: another program put it there.
 fn no_follow() -> i32 {
     rustix::fs::OFlags::NOFOLLOW.bits().cast_signed()
 }

@@ -1,23 +1,24 @@
-//! How a record lies in its file. Pure.
+//! The format of a record in its file. Pure.
 //!
 //! ```text
 //!  0        8          12         16        20
 //!  SLKWJRNL ┊ version  ┊ length   ┊ CRC-32  ┊ content ┊ zeroes up to the allocated size
 //! ```
 //!
-//! Numbers are little endian. The CRC-32 (IEEE 802.3) covers the four bytes of the length and the content. A finished journal ends
-//! with its content: it has no zeroes.
+//! Numbers are little endian. The CRC-32 (IEEE 802.3) covers the four bytes of the length and the content. A
+//! finished journal ends with its content: it has no zeroes.
 //!
-//! The version says how the content is to be read; the header is the same in all of them. An agent reads every version up to
-//! [`NEWEST_VERSION`]. Whoever changes what a journal's content looks like raises that, and keeps a reader for the older ones
-//! (`attempt/entry/`).
+//! The version says how the content is to be read; the header is the same in all versions. An agent reads
+//! every version up to [`NEWEST_VERSION`]. A change of the content of a journal raises that version, and
+//! needs a reader for the one before (`attempt/entry/`).
 
 const MAGIC: [u8; 8] = *b"SLKWJRNL";
 
-/// The version of a migration's journal that is written here, and the newest that is read.
+/// The version of a migration's journal that is written, and the newest that is read.
 pub(super) const NEWEST_VERSION: u32 = 2;
 
-/// The version of the file with the operator's epoch. It has not changed, and an agent that is downgraded must be able to read it.
+/// The version of the file with the operator's epoch. It has not changed: an agent that is downgraded must be
+/// able to read it.
 pub(super) const EPOCH_VERSION: u32 = 1;
 
 /// Bytes before the content.
@@ -26,11 +27,11 @@ pub(super) const HEADER_BYTES: usize = 20;
 /// Why bytes are not a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Refusal {
-    /// They do not begin with the magic, or name a version that never was.
+    /// They do not begin with the magic, or have version 0, which never existed.
     NotAJournal,
-    /// They are of a version that this agent does not know.
+    /// They have a version that this agent does not know.
     NewerVersion(u32),
-    /// There are fewer of them than there must be.
+    /// Bytes are missing.
     Truncated { needs_bytes: u64 },
     /// The content is not what was written.
     ChecksumMismatch,
@@ -57,16 +58,16 @@ pub(super) fn encode(version: u32, content: &[u8]) -> Option<Vec<u8>> {
     Some(bytes)
 }
 
-/// The content, if these bytes are whole and unharmed. What follows the content is not looked at.
+/// The record, if these bytes are complete and undamaged. Bytes after the content are ignored.
 pub(super) fn decode(bytes: &[u8]) -> Result<Decoded<'_>, Refusal> {
-    // What is too short to tell is truncated; what tells otherwise is somebody else's.
+    // Bytes that begin like the magic and end early are truncated; others are not a journal.
     if bytes.iter().zip(MAGIC).any(|(is, should_be)| *is != should_be) {
         return Err(Refusal::NotAJournal);
     }
     let too_short = Refusal::Truncated { needs_bytes: HEADER_BYTES as u64 };
     let (_, rest) = bytes.split_first_chunk::<8>().ok_or(too_short)?;
     let (version, rest) = rest.split_first_chunk::<4>().ok_or(too_short)?;
-    // Before anything else is believed: a newer format may mean something else by it.
+    // Checked first: the rest may have another meaning in a newer format.
     let version = u32::from_le_bytes(*version);
     match version {
         0 => return Err(Refusal::NotAJournal),
@@ -100,7 +101,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_record_lies_in_its_file_as_documented() {
+    fn a_record_has_the_documented_format() {
         let bytes = encode(1, b"{}").unwrap();
         assert_eq!(&bytes[..16], b"SLKWJRNL\x01\0\0\0\x02\0\0\0");
         // CRC-32 of 02 00 00 00 7b 7d, by Python's zlib.
@@ -117,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn a_newer_version_is_told_from_damage_whatever_follows_it() {
+    fn a_newer_version_is_distinguished_from_damage_whatever_follows_it() {
         let newer = NEWEST_VERSION + 1;
         let mut bytes = encode(newer, b"{}").unwrap();
         bytes[17] ^= 1;
@@ -127,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn every_truncation_is_told_from_damage() {
+    fn every_truncation_is_distinguished_from_damage() {
         let bytes = encode(NEWEST_VERSION, b"{\"record\":\"LOADED\"}").unwrap();
         for kept in 0..bytes.len() {
             assert!(matches!(decode(&bytes[..kept]), Err(Refusal::Truncated { .. })), "{kept} bytes kept");
@@ -135,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn what_begins_otherwise_is_not_ours() {
+    fn bytes_without_the_magic_are_not_a_journal() {
         for foreign in [&b"{\"record\":\"LOADED\"}"[..], &[0; 64], b"x", b"SLKWJRNL\0\0\0\0________"] {
             assert_eq!(decode(foreign), Err(Refusal::NotAJournal));
         }
@@ -143,7 +144,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_was_encoded_is_decoded_whatever_follows(
+        fn encoded_content_is_decoded_whatever_follows(
             version in 1..=NEWEST_VERSION, content: Vec<u8>, behind: Vec<u8>,
         ) {
             let mut bytes = encode(version, &content).unwrap();

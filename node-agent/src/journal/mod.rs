@@ -1,20 +1,24 @@
-//! The agent's memory across its own death: a small file for each end of each migration, replaced whole and durable.
+//! The agent's memory across restarts: a small file for each end of each migration, durable and replaced as a
+//! whole.
 //!
 //! ```text
-//!  <state_dir>/lock                 held by the one agent that may write here
+//!  <state_dir>/lock                 held by the only agent that may write here
 //!  <state_dir>/journal/<id>.source  what this node has journalled as a migration's source
 //!                     /<id>.destination
-//!                     /epoch        the highest operator epoch that has been seen
+//!                     /epoch        the highest operator epoch so far
 //! ```
 //!
-//! This module knows files, not protocols: what a record says is its caller's, which writes JSON. It keeps two promises:
-//! what [`JournalFile::write`] has returned from is found again after a power cut, and a write that fails, or is cut off anywhere,
-//! leaves what stood before. Space for all later records of a migration is taken when its file is made.
+//! This module knows files, not protocols: the caller decides what a record says, and writes JSON. It makes
+//! two promises: content for which [`JournalFile::write`] has returned survives a power cut, and a write that
+//! fails, or is cut off anywhere, leaves the old content. Space for all later records of a migration is
+//! allocated when its file is created.
 //!
-//! Each file names the version of its content. Content of an older version is read as it is, with its version; the next record
-//! is written in the newest one. A file of a newer version is never touched, and an open one keeps the agent from starting.
+//! Each file names the version of its content. Content of an older version is read as it is, with its
+//! version; the next record is written in the newest one. A file of a newer version is never touched, and an
+//! open one keeps the agent from starting.
 //!
-//! **Every call blocks**, for as long as the disk takes to sync: from async code, through `tokio::task::spawn_blocking`.
+//! **Every call blocks**, for as long as the disk takes to sync: from async code, through
+//! `tokio::task::spawn_blocking`.
 
 mod error;
 mod file;
@@ -46,7 +50,7 @@ pub const CONTENT_MAX_BYTES: usize = file::content_limit(SPACE_BYTES);
 const EPOCH: &str = "epoch";
 const EPOCH_SPACE_BYTES: usize = 4096;
 
-/// Which end of a migration a journal is of.
+/// The end of a migration that a journal is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Display, EnumString, IntoStaticStr)]
 #[strum(serialize_all = "lowercase")]
 pub enum Role {
@@ -63,7 +67,8 @@ impl Role {
     }
 }
 
-/// Names a journal: a migration, and which end of it this node is. Both ends of one migration may be on one node.
+/// Identifies a journal: a migration, and which end of it this node is. Both ends of one migration may be on
+/// one node.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Key {
     id: String,
@@ -117,10 +122,11 @@ pub struct Content {
     pub bytes: Vec<u8>,
 }
 
-/// A journal that is here, with its content or why it cannot be read.
+/// A journal of this node, with its content or the error of reading it.
 pub type Found = (Key, Result<Content, JournalError>);
 
-/// All journals of this node. Nobody else can open them while this, a clone of it, or a [`JournalFile`] lives.
+/// All journals of this node. No other process can open them while this, a clone of it, or a [`JournalFile`]
+/// lives.
 #[derive(Clone, Debug)]
 pub struct Journal {
     directory: Arc<Directory>,
@@ -130,18 +136,19 @@ pub struct Journal {
 }
 
 impl Journal {
-    /// Makes the directories where they are missing (mode 0700), takes the lock ([`JournalError::Locked`]), and clears away what an
-    /// agent that died has left of files that it was making. The spare copy of a journal that cannot be read is left: a person
-    /// may want to look at it.
+    /// Creates missing directories (mode 0700), takes the lock ([`JournalError::Locked`]), and removes the
+    /// unfinished files of an agent that died. The spare copy of a journal that cannot be read stays: an
+    /// administrator may need it.
     ///
-    /// [`JournalError::NewerVersionOpen`] if an open journal is of a newer version than this agent knows. Nothing is changed then.
+    /// [`JournalError::NewerVersionOpen`] if an open journal is of a newer version than this agent knows.
+    /// Then no journal is changed.
     pub fn open(state_dir: &Path) -> Result<Self, JournalError> {
         let path = state_dir.join("journal");
         let unusable = |source| JournalError::OpenDirectory { path: state_dir.to_owned(), source };
         DirBuilder::new().recursive(true).mode(0o700).create(&path).map_err(unusable)?;
         let lock = lock(state_dir)?;
         let directory = Directory::open(path)?;
-        // The directories themselves must be found again, too.
+        // The directories themselves must survive a power cut, too.
         let parent = state_dir.parent().filter(|parent| !parent.as_os_str().is_empty());
         for path in [Some(state_dir), parent].into_iter().flatten() {
             Directory::open(path.to_owned())?.sync()?;
@@ -153,7 +160,7 @@ impl Journal {
         Ok(journal)
     }
 
-    /// An agent that is older than an open journal can neither go on with the migration nor answer for it.
+    /// An agent that is older than an open journal can neither continue the migration nor answer for it.
     fn refuse_newer_open(&self) -> Result<(), JournalError> {
         for key in self.keys()? {
             if let Err(newer @ JournalError::NewerVersionOpen { .. }) = self.read(&key.file_name()) {
@@ -163,8 +170,8 @@ impl Journal {
         Ok(())
     }
 
-    /// Every journal that is here, in the order of their keys, each with its content or why it cannot be read.
-    /// Files that are not named as a journal are passed over.
+    /// Every journal of this node, in the order of their keys, each with its content or the error of reading
+    /// it. Files that are not named as a journal are skipped.
     pub fn read_all(&self) -> Result<Vec<Found>, JournalError> {
         let found = |key: Key| {
             let stored = self.read(&key.file_name());
@@ -173,10 +180,12 @@ impl Journal {
         Ok(self.keys()?.into_iter().map(found).collect())
     }
 
-    /// Makes the journal of a key, with space for every later record; its first content is durable when this returns.
+    /// Creates the journal of a key, with space for every later record; its first content is durable when
+    /// this returns.
     ///
-    /// One that has been finished is replaced, by an atomic rename. [`JournalError::Unfinished`] if one is there that has not been, and
-    /// the error of reading it if it cannot be read: in either case nothing is changed. When making it fails, nothing of it stays.
+    /// One that has been finished is replaced, by an atomic rename. [`JournalError::Unfinished`] if there is
+    /// an unfinished one, and the error of reading it if it cannot be read: in either case nothing changes.
+    /// If creating it fails, nothing of it stays.
     pub fn create(&self, key: &Key, content: &[u8]) -> Result<JournalFile, JournalError> {
         let name = key.file_name();
         match self.read(&name) {
@@ -189,8 +198,8 @@ impl Journal {
         Ok(JournalFile { copies, _lock: Arc::clone(&self.lock) })
     }
 
-    /// Goes on with a journal that is there, and allocates its spare copy anew. One that has been finished is unfinished by this.
-    /// The error of reading it, if it cannot be read: what is damaged is never written over.
+    /// Opens an existing journal, and allocates its spare copy again. A finished one becomes unfinished.
+    /// The error of reading it, if it cannot be read: a damaged journal is never overwritten.
     ///
     /// A key has one [`JournalFile`] at a time: two would write into the same spare copy.
     pub fn reopen(&self, key: &Key) -> Result<JournalFile, JournalError> {
@@ -200,9 +209,9 @@ impl Journal {
         Ok(JournalFile { copies, _lock: Arc::clone(&self.lock) })
     }
 
-    /// Removes the oldest finished journals (by the time of their last write) until `keep` of them are left, and returns the removed.
-    /// Only those count that [`JournalFile::finish`] has closed and whose content `is_finished` confirms; what cannot be read is
-    /// never removed.
+    /// Removes the oldest finished journals (by the time of their last write) until `keep` of them are left,
+    /// and returns the removed. Only those count that [`JournalFile::finish`] has closed and whose content
+    /// `is_finished` confirms; an unreadable journal is never removed.
     pub fn prune(
         &self,
         keep: usize,
@@ -243,7 +252,8 @@ impl Journal {
         }
     }
 
-    /// Keeps an operator epoch, durable when this returns. One that is not higher than what is kept changes nothing.
+    /// Keeps an operator epoch, durable when this returns. One that is not higher than the kept one changes
+    /// nothing.
     pub fn set_epoch(&self, epoch: u64) -> Result<(), JournalError> {
         let mut copies = self.epoch.lock();
         if self.epoch()? >= epoch {
@@ -276,19 +286,19 @@ impl Journal {
     }
 
     fn names(&self) -> Result<Vec<String>, JournalError> {
-        let failed = |source| JournalError::List { path: self.directory.path().to_owned(), source };
+        let list_error = |source| JournalError::List { path: self.directory.path().to_owned(), source };
         let mut names = Vec::new();
-        for entry in std::fs::read_dir(self.directory.path()).map_err(failed)? {
-            // A name that is not UTF-8 is not one of ours.
-            names.extend(entry.map_err(failed)?.file_name().into_string());
+        for entry in std::fs::read_dir(self.directory.path()).map_err(list_error)? {
+            // A name that is not UTF-8 is not a journal's.
+            names.extend(entry.map_err(list_error)?.file_name().into_string());
         }
         Ok(names)
     }
 
-    /// A file that was being made means nothing. A spare means nothing without its journal, or beside a finished one.
+    /// Removes files that were being created, and spares without their journal or beside a finished one.
     fn clear_leftovers(&self) -> Result<(), JournalError> {
         for name in self.names()? {
-            let meaningless = match (name.strip_suffix(NEW), name.strip_suffix(SPARE)) {
+            let is_leftover = match (name.strip_suffix(NEW), name.strip_suffix(SPARE)) {
                 (Some(of), _) => of == EPOCH || Key::of_file_name(of).is_some(),
                 (_, Some(of)) if Key::of_file_name(of).is_some() => match self.read(of) {
                     Ok(stored) => stored.finished,
@@ -297,7 +307,7 @@ impl Journal {
                 },
                 _ => false,
             };
-            if meaningless {
+            if is_leftover {
                 self.directory.remove(&name)?;
             }
         }
@@ -315,14 +325,16 @@ pub struct JournalFile {
 impl JournalFile {
     /// Replaces the content; the new one is durable when this returns. It allocates no space.
     ///
-    /// When it fails the old content stands, and the call may be repeated. One case is in doubt: if only the directory could
-    /// not be synced ([`JournalError::Sync`] naming it), the old content is put back, but after a power cut either may be found.
+    /// If it fails, the old content stays, and the call may be repeated. One case is in doubt: if only the
+    /// directory could not be synced ([`JournalError::Sync`] naming it), the old content is put back, but
+    /// after a power cut either may be found.
     pub fn write(&mut self, content: &[u8]) -> Result<(), JournalError> {
         self.copies.write(content)
     }
 
-    /// As [`JournalFile::write`], for the last time: the spare copy and the space that is not used are given back, and the journal stays
-    /// readable until it is pruned. When it fails the old content stands; [`Journal::reopen`] makes another try possible.
+    /// As [`JournalFile::write`], for the last time: the spare copy and unused space are freed, and the
+    /// journal stays readable until it is pruned. If it fails, the old content stays; [`Journal::reopen`]
+    /// allows another attempt.
     pub fn finish(self, content: &[u8]) -> Result<(), JournalError> {
         self.copies.finish(content)
     }
@@ -338,13 +350,13 @@ fn lock(state_dir: &Path) -> Result<File, JournalError> {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => {
             let mut text = String::new();
-            let told = file.read_to_string(&mut text).is_ok() && !text.trim().is_empty();
-            let holder = if told { format!(" (process {})", text.trim()) } else { String::new() };
+            let known = file.read_to_string(&mut text).is_ok() && !text.trim().is_empty();
+            let holder = if known { format!(" (process {})", text.trim()) } else { String::new() };
             return Err(JournalError::Locked { state_dir: state_dir.to_owned(), holder });
         }
         Err(TryLockError::Error(source)) => return Err(JournalError::Open { file: path, source }),
     }
-    // For a person who is refused; that it could not be written harms nobody.
+    // For the message to a second agent; it is not an error if it cannot be written.
     let _ =
         file.set_len(0).and_then(|()| file.rewind()).and_then(|()| write!(file, "{}", std::process::id()));
     Ok(file)

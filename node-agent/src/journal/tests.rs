@@ -46,7 +46,7 @@ fn an_id_that_could_be_a_path_is_refused() {
 }
 
 #[test]
-fn a_second_agent_is_refused_in_words_until_the_first_is_gone() {
+fn a_second_agent_is_refused_until_the_first_has_ended() {
     let (dir, journal) = state();
     let error = Journal::open(dir.path()).unwrap_err();
     assert!(matches!(error, JournalError::Locked { .. }));
@@ -62,7 +62,7 @@ fn a_second_agent_is_refused_in_words_until_the_first_is_gone() {
 }
 
 #[test]
-fn what_was_written_last_is_found_after_a_restart_with_its_key() {
+fn the_last_content_is_found_after_a_restart_with_its_key() {
     let (dir, journal) = state();
     let mut source = journal.create(&key("m"), b"one").unwrap();
     let destination = Key::new("m", Role::Destination).unwrap();
@@ -161,7 +161,7 @@ fn a_restarted_agent_goes_on_writing() {
 }
 
 #[test]
-fn a_finished_journal_can_be_gone_on_with() {
+fn a_finished_journal_can_be_reopened() {
     let (dir, journal) = state();
     journal.create(&key("m"), b"1").unwrap().finish(b"ended").unwrap();
     let mut file = journal.reopen(&key("m")).unwrap();
@@ -173,7 +173,7 @@ fn a_finished_journal_can_be_gone_on_with() {
 }
 
 #[test]
-fn a_full_disk_is_told_from_other_failures_and_the_old_content_stands() {
+fn a_full_disk_is_distinguished_from_other_failures_and_the_old_content_stays() {
     let (_dir, journal) = state();
     let mut file = journal.create(&key("m"), b"old").unwrap();
     file.copies.spare = OpenOptions::new().write(true).open("/dev/full").unwrap();
@@ -186,7 +186,7 @@ fn a_full_disk_is_told_from_other_failures_and_the_old_content_stands() {
 }
 
 #[test]
-fn after_a_write_that_failed_the_old_content_stands_and_the_next_write_succeeds() {
+fn after_a_failed_write_the_old_content_stays_and_the_next_write_succeeds() {
     let (dir, journal) = state();
     let mut file = journal.create(&key("m"), b"old").unwrap();
     let spare = path(&dir, "m.source.spare");
@@ -209,7 +209,7 @@ fn after_a_write_that_failed_the_old_content_stands_and_the_next_write_succeeds(
 }
 
 #[test]
-fn making_a_journal_that_fails_leaves_nothing_and_does_not_touch_the_finished_one() {
+fn a_failed_creation_leaves_nothing_and_does_not_touch_the_finished_journal() {
     for blocked in ["m.source.spare", "m.source.new"] {
         let (dir, journal) = state();
         fs::create_dir(path(&dir, blocked)).unwrap();
@@ -248,7 +248,7 @@ fn a_write_cut_off_at_any_byte_of_the_spare_leaves_the_old_content() {
 }
 
 #[test]
-fn without_an_exchange_of_names_writes_are_as_whole() {
+fn without_an_exchange_of_names_writes_are_still_atomic() {
     let (dir, journal) = state();
     let mut file = journal.create(&key("m"), b"0").unwrap();
     file.copies.exchanges = false;
@@ -269,7 +269,7 @@ fn without_an_exchange_of_names_writes_are_as_whole() {
 }
 
 #[test]
-fn what_cannot_be_read_says_why_keeps_its_spare_and_does_not_hide_the_others() {
+fn an_unreadable_journal_has_its_error_keeps_its_spare_and_does_not_hide_the_others() {
     let (dir, journal) = state();
     for id in ["crc", "cut", "empty", "foreign", "good", "newer"] {
         drop(journal.create(&key(id), b"{\"attempt\":1}").unwrap());
@@ -392,7 +392,7 @@ fn a_directory_or_a_link_under_a_journals_name_is_refused() {
 }
 
 #[test]
-fn leftovers_are_cleared_away_where_that_is_safe_and_strange_files_are_left() {
+fn leftovers_are_removed_where_that_is_safe_and_unknown_files_stay() {
     let (dir, journal) = state();
     journal.create(&key("ended"), b"1").unwrap().finish(b"2").unwrap();
     drop(journal.create(&key("alive"), b"1").unwrap());
@@ -409,7 +409,7 @@ fn leftovers_are_cleared_away_where_that_is_safe_and_strange_files_are_left() {
 }
 
 #[test]
-fn the_oldest_finished_journals_go_and_no_others() {
+fn only_the_oldest_finished_journals_are_removed() {
     let (dir, journal) = state();
     let start = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000);
     for (age, id) in ["e", "d", "c", "b", "a"].into_iter().enumerate() {
@@ -457,7 +457,7 @@ fn a_damaged_epoch_is_an_error_and_not_zero() {
 }
 
 #[test]
-fn nobody_but_the_owner_reads_what_is_journalled() {
+fn only_the_owner_can_read_the_journals() {
     let dir = TempDir::new().unwrap();
     let state_dir = dir.path().join("state");
     let journal = Journal::open(&state_dir).unwrap();

@@ -1,5 +1,6 @@
-//! A control group of its own for each twin, so that an agent which ends takes nothing along, and a twin that is discarded leaves
-//! nothing behind. Version 2 only: cgroup.kill is atomic, and cgroup.events tells when the last process has gone.
+//! A control group of its own for each twin, so that a twin outlives the agent that started it, and leaves
+//! nothing behind when it is discarded. Version 2 only: cgroup.kill is atomic, and cgroup.events reports when
+//! the last process has gone.
 //!
 //! `<root>/slackwater/<namespace>.<name>-<migration>`, as in Documentation/admin-guide/cgroup-v2.rst.
 
@@ -27,10 +28,10 @@ pub enum CgroupError {
         "{path} is not cgroup v2: mount it there (`mount -t cgroup2`), or boot with systemd.unified_cgroup_hierarchy=1"
     )]
     NotV2 {
-        /// The root that was looked at.
+        /// The root.
         path: PathBuf,
     },
-    /// The root is not there or cannot be looked at.
+    /// The root does not exist or cannot be read.
     #[error("cannot use the cgroups at {path}")]
     Root {
         /// The root.
@@ -38,10 +39,10 @@ pub enum CgroupError {
         /// Why.
         source: io::Error,
     },
-    /// A name that is no name of a directory.
-    #[error("`{name}` is no name for a cgroup")]
+    /// A name that cannot be the name of a directory.
+    #[error("`{name}` cannot be the name of a cgroup")]
     Name {
-        /// It.
+        /// The name.
         name: String,
     },
     /// No permission, or a limit on how many there may be.
@@ -52,7 +53,7 @@ pub enum CgroupError {
         /// Why.
         source: io::Error,
     },
-    /// Somebody lives in it.
+    /// There are processes in it.
     #[error("the cgroup {path} is in use by process {pid}")]
     InUse {
         /// The group.
@@ -68,7 +69,7 @@ pub enum CgroupError {
         /// Why.
         source: io::Error,
     },
-    /// Its last process did not go.
+    /// Its last process did not end.
     #[error("processes of the cgroup {path} are still there {} ms after they have been killed", limit.as_millis())]
     StillThere {
         /// The group.
@@ -104,14 +105,14 @@ impl Cgroup {
     /// Makes the group `<root>/slackwater/<name>`, or takes over an empty one of that name.
     ///
     /// # Errors
-    /// [`CgroupError`]: no cgroup v2 at `root`, no permission, or a group of that name in which processes live.
+    /// [`CgroupError`]: no cgroup v2 at `root`, no permission, or a group of that name with processes in it.
     pub fn make(root: &Path, name: &str) -> Result<Self, CgroupError> {
         let at_root = |source: io::Error| CgroupError::Root { path: root.to_owned(), source };
         let kind = rustix::fs::statfs(root).map_err(|errno| at_root(errno.into()))?;
         if kind.f_type as i64 != CGROUP2_SUPER_MAGIC {
             return Err(CgroupError::NotV2 { path: root.to_owned() });
         }
-        let group = Self::named(root, name)?;
+        let group = Self::with_name(root, name)?;
         fs::create_dir_all(&group.path)
             .map_err(|source| CgroupError::Make { path: group.path.clone(), source })?;
         match group.processes()?.first() {
@@ -120,11 +121,11 @@ impl Cgroup {
         }
     }
 
-    /// The group `<root>/slackwater/<name>`, whether it is there or not.
+    /// The group `<root>/slackwater/<name>`, whether it exists or not.
     ///
     /// # Errors
     /// [`CgroupError::Name`].
-    pub fn named(root: &Path, name: &str) -> Result<Self, CgroupError> {
+    pub fn with_name(root: &Path, name: &str) -> Result<Self, CgroupError> {
         let mut components = Path::new(name).components();
         if !matches!((components.next(), components.next()), (Some(Component::Normal(only)), None) if only == name)
         {
@@ -133,7 +134,7 @@ impl Cgroup {
         Ok(Self { path: root.join(PARENT).join(name) })
     }
 
-    /// The group in which a process lives, if that is a twin's: `None` for a VMM that was started by somebody else.
+    /// The group of a process if the agent made it: `None` for a VMM that was not started as a twin.
     ///
     /// # Errors
     /// If `/proc/<pid>/cgroup` cannot be read.
@@ -143,17 +144,17 @@ impl Cgroup {
         Ok(twins_group(&text).map(|name| Self { path: root.join(PARENT).join(name) }))
     }
 
-    /// Its name: [`Cgroup::named`] finds it again by that.
+    /// Its name: [`Cgroup::with_name`] finds it again by that.
     pub fn name(&self) -> &str {
         self.path.file_name().and_then(|name| name.to_str()).unwrap_or_default()
     }
 
-    /// Where it is.
+    /// Its path.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The processes that live in it, as the agent's PID namespace numbers them.
+    /// The processes in it, by their numbers in the agent's PID namespace.
     ///
     /// # Errors
     /// If cgroup.procs cannot be read.
@@ -163,14 +164,15 @@ impl Cgroup {
         Ok(text.lines().filter_map(|line| line.parse().ok()).collect())
     }
 
-    /// Kills all that lives in it, waits until it is empty, and removes it. A group that is gone already is no error.
+    /// Kills all its processes, waits until it is empty, and removes it. It is not an error if the group does
+    /// not exist.
     ///
     /// # Errors
-    /// [`CgroupError::StillThere`] after `limit`; a process in an uninterruptible sleep cannot be killed. [`CgroupError::File`],
-    /// [`CgroupError::Watch`].
+    /// [`CgroupError::StillThere`] after `limit`; a process in an uninterruptible sleep cannot be killed.
+    /// [`CgroupError::File`], [`CgroupError::Watch`].
     pub async fn clear(&self, limit: Duration) -> Result<(), CgroupError> {
         let events = self.path.join("cgroup.events");
-        // Watched before the kill: the last process may be gone before anybody looks.
+        // Watched before the kill: the last process may end before the first look.
         let changes = match FileEvents::watch(&events) {
             Ok(changes) => changes,
             Err(_) if !self.path.exists() => return Ok(()),
@@ -191,7 +193,7 @@ impl Cgroup {
     }
 }
 
-/// Whether cgroup.events says that something lives in the group or below.
+/// Whether cgroup.events says that there are processes in the group or below it.
 fn populated(events: &Path) -> Result<bool, CgroupError> {
     let text =
         fs::read_to_string(events).map_err(|source| CgroupError::File { path: events.to_owned(), source })?;
@@ -210,21 +212,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn where_there_is_no_cgroup_v2_the_error_says_so_and_what_helps() {
+    fn without_cgroup_v2_the_error_says_what_to_do() {
         let dir = tempfile::tempdir().unwrap();
-        let told = |root: &Path| Cgroup::make(root, "demo.counter-1").unwrap_err().to_string();
+        let message = |root: &Path| Cgroup::make(root, "demo.counter-1").unwrap_err().to_string();
         assert_eq!(
-            told(dir.path()),
+            message(dir.path()),
             format!(
-                "{} is not cgroup v2: mount it there (`mount -t cgroup2`), or boot with systemd.unified_cgroup_hierarchy=1",
+                "{} is not cgroup v2: mount it there (`mount -t cgroup2`), or boot with \
+                 systemd.unified_cgroup_hierarchy=1",
                 dir.path().display()
             )
         );
-        assert_eq!(told(Path::new("/nowhere")), "cannot use the cgroups at /nowhere");
+        assert_eq!(message(Path::new("/nowhere")), "cannot use the cgroups at /nowhere");
     }
 
     #[test]
-    fn only_a_group_directly_below_ours_is_a_twins() {
+    fn only_a_group_directly_below_the_agents_is_a_twins() {
         assert_eq!(twins_group("0::/slackwater/demo.a-1\n"), Some("demo.a-1"));
         assert_eq!(twins_group("5:pids:/x\n0::/slackwater/demo.a-1\n"), Some("demo.a-1"));
         for other in [

@@ -1,9 +1,10 @@
-//! What stands between the agent and a twin for a moment: the agent's own program, called as
+//! The step between the agent and a twin: the agent's own program, called as
 //! `twin-exec --cgroup DIR [--descriptor NUMBER=PATH]... -- PROGRAM ARGUMENT...`.
 //!
-//! It leaves the agent's session and control group, closes what it makes to other users, opens what the program is to be given open,
-//! and becomes the program. Between fork and exec of one's own process only async-signal-safe code may run, which takes `unsafe`; a
-//! program of its own may do as it likes. The agent itself has none of these descriptors: a forgotten one would keep a device bound.
+//! It leaves the agent's session and control group, closes its files to other users, opens the descriptors
+//! that the program gets, and becomes the program. Between fork and exec of one's own process only
+//! async-signal-safe code may run, which takes `unsafe`; a program of its own has no such limit. The agent
+//! itself has none of these descriptors: a forgotten one would keep a device bound.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -24,7 +25,7 @@ pub struct TwinExec {
     /// Directory of the control group to enter
     #[arg(long)]
     pub cgroup: PathBuf,
-    /// What the program finds open, for reading and writing
+    /// File that the program gets open, for reading and writing
     #[arg(long = "descriptor", value_name = "NUMBER=PATH")]
     pub descriptors: Vec<Descriptor>,
     /// Program to become, and its arguments
@@ -32,12 +33,12 @@ pub struct TwinExec {
     pub command: Vec<OsString>,
 }
 
-/// A file that a program is given open. On the command line `NUMBER=PATH`.
+/// A file that a program gets open. On the command line `NUMBER=PATH`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Descriptor {
-    /// By which number.
+    /// Its number in the program.
     pub number: i32,
-    /// Which file.
+    /// Its path.
     pub path: PathBuf,
 }
 
@@ -83,7 +84,7 @@ impl Descriptor {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TwinExecError {
-    /// It leads a process group already.
+    /// It already leads a process group.
     #[error("cannot begin a session of its own")]
     BeginSession(#[source] io::Error),
     /// The group is gone, or may not be entered.
@@ -94,7 +95,7 @@ pub enum TwinExecError {
         /// Why.
         source: io::Error,
     },
-    /// A device that is held by somebody else, or a file that is not there.
+    /// Another process holds the device, or the file does not exist.
     #[error("cannot open {} for the program", descriptor.path.display())]
     Open {
         /// What.
@@ -102,7 +103,7 @@ pub enum TwinExecError {
         /// Why.
         source: io::Error,
     },
-    /// There is no program to become.
+    /// The command line names no program.
     #[error("no program is named")]
     NoProgram,
     /// The program is missing or cannot be executed.
@@ -121,11 +122,11 @@ impl TwinExec {
         if let Err(errno) = rustix::process::setsid() {
             return TwinExecError::BeginSession(errno.into());
         }
-        // 0 is the writer itself.
+        // 0 is the writing process.
         if let Err(source) = std::fs::write(self.cgroup.join("cgroup.procs"), "0") {
             return TwinExecError::EnterCgroup { path: self.cgroup, source };
         }
-        // What the VMM makes, its socket above all, is for this user alone.
+        // The files that the VMM creates, above all its socket, are for this user alone.
         rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
         let mut open = Vec::with_capacity(self.descriptors.len());
         for descriptor in self.descriptors {

@@ -1,4 +1,4 @@
-//! Waiting until something happens to a file or in a directory: inotify, for async code.
+//! Waiting for a change of a file or a directory: inotify, for async code.
 
 use std::path::Path;
 use std::sync::Arc;

@@ -1,5 +1,5 @@
-//! Starting a VMM's program: as a child that does not end with the agent, in a session and a control group of its own, without a
-//! shell, with its output in a file.
+//! Starting a VMM's program: as a child that outlives the agent, in a session and a control group of its own,
+//! without a shell, with its output in a file.
 
 use std::ffi::OsString;
 use std::fs::{self, OpenOptions};
@@ -14,31 +14,32 @@ use tokio::process::{Child, Command};
 use super::cgroup::Cgroup;
 use super::exec::Descriptor;
 
-/// How much of its log is told when it fails to start.
-const TOLD_LOG_LINES: usize = 8;
-const TOLD_LOG_BYTES: u64 = 2048;
+/// How much of its log is quoted when it fails to start.
+const QUOTED_LOG_LINES: usize = 8;
+const QUOTED_LOG_BYTES: u64 = 2048;
 
-/// Between bind(2), which can be seen, and listen(2), which cannot.
+/// Pause between two attempts to connect to a socket that exists: bind(2) shows in the directory, listen(2)
+/// does not.
 pub(crate) const NOT_LISTENING_YET: Duration = Duration::from_millis(10);
 
 /// What to start.
 pub(crate) struct Launch<'a> {
-    /// The command that becomes the program: [`launcher`](super::twin::launcher).
+    /// The command that becomes the program: the agent's own, as [`twin-exec`](super::exec).
     pub(crate) launcher: &'a [OsString],
-    /// It is there.
+    /// It exists.
     pub(crate) cgroup: &'a Cgroup,
-    /// The program's working directory; it is there.
+    /// The program's working directory; it exists.
     pub(crate) directory: &'a Path,
-    /// Takes what the program says; made if it is not there.
+    /// Receives the output of the program; created if it does not exist.
     pub(crate) log: &'a Path,
-    /// What it is given open.
+    /// Files that the program gets open.
     pub(crate) descriptors: &'a [Descriptor],
     /// Absolute; the caller has checked that it is allowed.
     pub(crate) program: &'a Path,
     pub(crate) arguments: &'a [String],
 }
 
-/// Why nothing was started.
+/// Why the program was not started.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum LaunchError {
     #[error("cannot write {path}: {source}")]
@@ -72,19 +73,19 @@ impl Launch<'_> {
     }
 }
 
-/// The last lines of a log, as far as they can be read.
+/// The last lines of a log; empty if it cannot be read.
 pub(crate) fn end_of(log: &Path) -> String {
     let read = || -> io::Result<Vec<u8>> {
         let mut file = fs::File::open(log)?;
         let length = file.metadata()?.len();
-        file.seek(SeekFrom::Start(length.saturating_sub(TOLD_LOG_BYTES)))?;
+        file.seek(SeekFrom::Start(length.saturating_sub(QUOTED_LOG_BYTES)))?;
         let mut end = Vec::new();
-        file.take(TOLD_LOG_BYTES).read_to_end(&mut end)?;
+        file.take(QUOTED_LOG_BYTES).read_to_end(&mut end)?;
         Ok(end)
     };
     let end = read().unwrap_or_default();
     let end = String::from_utf8_lossy(&end);
     let lines: Vec<&str> = end.lines().collect();
-    let told = lines.len().saturating_sub(TOLD_LOG_LINES);
-    lines.get(told..).unwrap_or_default().join("\n")
+    let skipped = lines.len().saturating_sub(QUOTED_LOG_LINES);
+    lines.get(skipped..).unwrap_or_default().join("\n")
 }

@@ -1,4 +1,5 @@
-//! Processes of this node: how the agent starts one that outlives it, keeps it in a control group, and clears it away.
+//! Processes of this node: how the agent starts one that outlives it, keeps it in a control group, and clears
+//! it away.
 //!
 //! | module | what it knows |
 //! |---|---|

@@ -157,7 +157,7 @@ impl Preflight {
                 Verdict { not_compared: vec![nothing.to_owned()], ..Verdict::default() }
             }
         };
-        verdict.findings.extend(files::look(&files::named(&plan.arguments), &plan.directory));
+        verdict.findings.extend(files::missing(&files::in_arguments(&plan.arguments), &plan.directory));
         verdict
     }
 

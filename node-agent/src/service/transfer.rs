@@ -86,7 +86,7 @@ impl Transfer for TransferService {
             Some(blob_header::Blob::Device(index)) => {
                 (Blob::Device(usize::try_from(index).unwrap_or(usize::MAX)), Channel::default())
             }
-            Some(blob_header::Blob::Vmm(state)) => (Blob::Vmm, Channel::understand(state)?),
+            Some(blob_header::Blob::Vmm(state)) => (Blob::Vmm, Channel::from_proto(state)?),
             None => return Err(invalid("header.blob is absent: a device's index, or vmm")),
         };
         let run = self.reservation(&caller, header.attempt)?;

@@ -1,4 +1,4 @@
-//! Which of the streams of a VMM's own state one is. A device's blob has one stream only.
+//! The streams of a VMM's own state. A device's blob has one stream only.
 
 use slackwater_proto::tonic::Status;
 use slackwater_proto::transfer::VmmState;
@@ -14,7 +14,7 @@ pub struct Channel {
 }
 
 impl Channel {
-    /// All that there are with so many besides the main one; that comes first.
+    /// All streams, the main one first, if there are `more` besides it.
     pub fn all(more: u8) -> impl Iterator<Item = Self> {
         (0..=more).map(move |number| Self { number, more })
     }
@@ -29,20 +29,20 @@ impl Channel {
         usize::from(self.more) + 1
     }
 
-    /// Whether the end of this one is the end of all.
+    /// Whether it is the main one: its end is the end of all.
     pub fn is_main(self) -> bool {
         self.number == 0
     }
 
-    pub(super) fn told(self) -> VmmState {
+    pub(super) fn to_proto(self) -> VmmState {
         VmmState { channel: self.number.into(), more_channels: self.more.into() }
     }
 
-    /// Reads what a source says.
+    /// Checks what a source sent.
     ///
     /// # Errors
-    /// INVALID_ARGUMENT, with the field and what would be right.
-    pub fn understand(state: VmmState) -> Result<Self, Status> {
+    /// INVALID_ARGUMENT, with the field and its valid range.
+    pub fn from_proto(state: VmmState) -> Result<Self, Status> {
         let VmmState { channel, more_channels } = state;
         let more =
             u8::try_from(more_channels).ok().filter(|more| *more <= MAX_CHANNELS).ok_or_else(|| {
@@ -64,22 +64,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_one_end_tells_the_other_understands() {
+    fn a_channel_is_the_same_at_both_ends() {
         for channel in Channel::all(3) {
-            assert_eq!(Channel::understand(channel.told()).unwrap(), channel);
+            assert_eq!(Channel::from_proto(channel.to_proto()).unwrap(), channel);
             assert_eq!(channel.count(), 4);
         }
-        assert_eq!(Channel::understand(VmmState::default()).unwrap(), Channel::default());
+        assert_eq!(Channel::from_proto(VmmState::default()).unwrap(), Channel::default());
         assert_eq!(Channel::all(2).filter(|channel| channel.is_main()).count(), 1);
     }
 
     #[test]
-    fn a_channel_that_cannot_be_is_refused_with_what_would_be_right() {
-        let said = |channel, more_channels| {
-            Channel::understand(VmmState { channel, more_channels }).unwrap_err().message().to_owned()
+    fn an_invalid_channel_is_refused_with_the_valid_range() {
+        let refusal = |channel, more_channels| {
+            Channel::from_proto(VmmState { channel, more_channels }).unwrap_err().message().to_owned()
         };
-        assert_eq!(said(0, 17), "header.vmm.more_channels is 17; it must be 0 to 16");
-        assert_eq!(said(3, 2), "header.vmm.channel is 3; with more_channels 2 it must be 0 to 2");
-        assert_eq!(said(256, 0), "header.vmm.channel is 256; with more_channels 0 it must be 0 to 0");
+        assert_eq!(refusal(0, 17), "header.vmm.more_channels is 17; it must be 0 to 16");
+        assert_eq!(refusal(3, 2), "header.vmm.channel is 3; with more_channels 2 it must be 0 to 2");
+        assert_eq!(refusal(256, 0), "header.vmm.channel is 256; with more_channels 0 it must be 0 to 0");
     }
 }

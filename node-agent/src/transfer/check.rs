@@ -1,8 +1,8 @@
-//! Whether a blob is what its sender says it is. Pure.
+//! Checks that a blob is what its sender says it is. Pure.
 
 use super::CHUNK_MAX_BYTES;
 
-/// What a whole blob is known by.
+/// The length and digest of a whole blob.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Summary {
     /// Its length.
@@ -44,7 +44,7 @@ pub enum Mismatch {
     },
 }
 
-/// Counts and hashes a blob as it goes by.
+/// Counts and hashes a blob while it passes.
 #[derive(Clone, Debug, Default)]
 pub struct Tally {
     length_bytes: u64,
@@ -60,10 +60,10 @@ impl Tally {
         offset
     }
 
-    /// Adds a chunk that has come in.
+    /// Adds a chunk that has arrived.
     ///
     /// # Errors
-    /// If it is not the next one, or has no size that a chunk may have. Nothing has been added then.
+    /// If it is not the next one, or has an invalid size. Nothing is added then.
     pub fn accept(&mut self, announced_offset: u64, data: &[u8]) -> Result<(), Mismatch> {
         if data.is_empty() || data.len() > CHUNK_MAX_BYTES {
             return Err(Mismatch::ChunkSize(data.len()));
@@ -80,12 +80,12 @@ impl Tally {
         self.length_bytes
     }
 
-    /// What the blob is known by, if it ends here.
+    /// The summary of the blob, if it ends here.
     pub fn summary(&self) -> Summary {
         Summary { length_bytes: self.length_bytes, digest: self.hasher.finalize() }
     }
 
-    /// Compares with what the sender says of the whole blob.
+    /// Compares the whole blob with the sender's trailer.
     ///
     /// # Errors
     /// If the length or the digest differs.
@@ -143,7 +143,9 @@ mod tests {
 
         #[test]
         fn a_chunk_lost_doubled_or_swapped_is_noticed(
-            blob in proptest::collection::vec(any::<u8>(), 100..2000), chunk in 1..50_usize, at in any::<proptest::sample::Index>(),
+            blob in proptest::collection::vec(any::<u8>(), 100..2000),
+            chunk in 1..50_usize,
+            at in any::<proptest::sample::Index>(),
         ) {
             let (chunks, summary) = sent(&blob, chunk);
             let at = at.index(chunks.len());
@@ -159,8 +161,10 @@ mod tests {
         }
 
         #[test]
-        fn one_bit_turned_over_is_noticed(
-            blob in proptest::collection::vec(any::<u8>(), 1..2000), at in any::<proptest::sample::Index>(), bit in 0..8_u8,
+        fn a_flipped_bit_is_noticed(
+            blob in proptest::collection::vec(any::<u8>(), 1..2000),
+            at in any::<proptest::sample::Index>(),
+            bit in 0..8_u8,
         ) {
             let (mut chunks, summary) = sent(&blob, 64);
             let at = at.index(blob.len());
@@ -180,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn a_digest_of_another_length_is_refused_in_words() {
+    fn a_digest_of_another_length_is_refused() {
         let error = Tally::default().verify(0, b"abc").unwrap_err();
         assert!(error.to_string().starts_with("the blob's digest is af1349b9"), "{error}");
     }

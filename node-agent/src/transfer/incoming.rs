@@ -1,4 +1,4 @@
-//! The receiving half of a blob's stream: everything is checked, in order, before it is handed on.
+//! The receiving half of a blob's stream: everything is checked, in order, before it goes on.
 
 use std::future::Future;
 
@@ -10,7 +10,7 @@ use slackwater_proto::transfer::{SendBlobRequest, send_blob_request};
 
 use super::check::{Mismatch, Summary, Tally};
 
-/// Where the bytes of a blob go: a device in RESUMING, or the twin.
+/// Takes the bytes of a blob: a device in RESUMING, or the twin.
 pub trait Sink: Send {
     /// Takes the next bytes. Returns when there is room for more.
     fn write(&mut self, data: Bytes) -> impl Future<Output = Result<(), Failure>> + Send;
@@ -33,7 +33,7 @@ pub enum ReceiveError {
     Broken {
         /// What had arrived.
         received_bytes: u64,
-        /// What the transport said.
+        /// The status of the transport.
         status: Box<Status>,
     },
     /// The blob was given up by its sender.
@@ -44,7 +44,7 @@ pub enum ReceiveError {
         /// What had arrived.
         received_bytes: u64,
     },
-    /// Whoever should take it would not.
+    /// The device, or the twin, did not take it.
     #[error(transparent)]
     Sink(Failure),
 }
@@ -79,7 +79,7 @@ pub async fn receive(
                 return Err(ReceiveError::Order("a second header"));
             }
             None => {
-                return Err(ReceiveError::Order("an empty message, or one of a kind that is not known here"));
+                return Err(ReceiveError::Order("an empty message, or one of an unknown kind"));
             }
         }
     };
@@ -160,7 +160,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_broken_stream_says_how_far_it_came() {
+    async fn a_broken_stream_says_how_many_bytes_arrived() {
         let (result, _) = run(vec![chunk(0, b"slack"), Err(Status::unavailable("link down"))]).await;
         assert_eq!(
             result.unwrap_err().to_string(),

@@ -23,16 +23,16 @@ use crate::faults::BlobFaults;
 /// Chunks that wait for the transport: enough to read the next while one is being sent.
 const CHUNKS_IN_FLIGHT: usize = 2;
 
-/// A wait counts while it lasts, and not only when it is over.
-const WAITING_IS_COUNTED_EVERY: Duration = Duration::from_millis(100);
+/// A wait is counted while it lasts, and not only when it is over.
+const COUNT_WAIT_EVERY: Duration = Duration::from_millis(100);
 
 /// The stream has ended before the blob did; its [`Receipt`] says why.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the stream to the destination has ended")]
 pub struct StreamEnded;
 
-/// Where a blob's bytes go. Dropped without [`Outgoing::finish`], it ends the stream without a trailer, which the destination
-/// takes for what it is: a blob that was given up.
+/// The sending end of a blob. Dropped without [`Outgoing::finish`], it ends the stream without a trailer: the
+/// destination then knows that the source gave the blob up.
 #[derive(Debug)]
 pub struct Outgoing {
     messages: mpsc::Sender<SendBlobRequest>,
@@ -41,7 +41,7 @@ pub struct Outgoing {
     faults: BlobFaults,
 }
 
-/// The destination's word on a blob.
+/// The destination's answer to a blob.
 #[derive(Debug)]
 pub struct Receipt(JoinHandle<Result<(), Status>>);
 
@@ -58,7 +58,8 @@ impl Receipt {
     }
 }
 
-/// Opens a blob's stream on a connection of its own, so that no blob waits behind another. `flow` tells how it gets on.
+/// Opens a blob's stream on a connection of its own, so that no blob waits behind another. `flow` counts its
+/// progress.
 pub fn open(
     transport: Transport,
     attempt: Attempt,
@@ -71,7 +72,7 @@ pub fn open(
         attempt: Some(attempt),
         blob: Some(match blob {
             Blob::Device(index) => blob_header::Blob::Device(u32::try_from(index).unwrap_or(u32::MAX)),
-            Blob::Vmm => blob_header::Blob::Vmm(channel.told()),
+            Blob::Vmm => blob_header::Blob::Vmm(channel.to_proto()),
         }),
     };
     let first = SendBlobRequest { message: Some(send_blob_request::Message::Header(header)) };
@@ -84,8 +85,8 @@ pub fn open(
 }
 
 impl Outgoing {
-    /// Sends the blob's next bytes, at most [`CHUNK_MAX_BYTES`](super::CHUNK_MAX_BYTES) of them. Waits while the destination is
-    /// slower.
+    /// Sends the blob's next bytes, at most [`CHUNK_MAX_BYTES`](super::CHUNK_MAX_BYTES) of them. Waits while
+    /// the destination is slower.
     ///
     /// # Errors
     /// If the stream has ended.
@@ -99,7 +100,7 @@ impl Outgoing {
         for chunk in self.faults.chunk(BlobChunk { offset, data }) {
             self.transmit(send_blob_request::Message::Chunk(chunk)).await?;
         }
-        self.flow.took(length);
+        self.flow.add_bytes(length);
         Ok(())
     }
 
@@ -126,8 +127,8 @@ impl Outgoing {
         tokio::pin!(sending);
         loop {
             let began = Instant::now();
-            let sent = tokio::time::timeout(WAITING_IS_COUNTED_EVERY, &mut sending).await;
-            self.flow.has_waited(began.elapsed());
+            let sent = tokio::time::timeout(COUNT_WAIT_EVERY, &mut sending).await;
+            self.flow.add_wait(began.elapsed());
             if let Ok(sent) = sent {
                 return sent.map_err(|_| StreamEnded);
             }

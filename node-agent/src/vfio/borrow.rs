@@ -1,12 +1,12 @@
 //! A device that a VMM has open, borrowed from its process.
 //!
-//! The VMM names the number of a descriptor; `pidfd_getfd(2)` gives a duplicate of it, so that the agent drives the same open
-//! file. That takes CAP_SYS_PTRACE over the VMM's process. The duplicate is checked to be a VFIO device, and the one that the
-//! VMM says it is, where the kernel lets that be seen: a character device has a device number, a descriptor that came by a
-//! VFIO group has none.
+//! The VMM names the number of a descriptor; `pidfd_getfd(2)` gives a duplicate of it, so that the agent
+//! drives the same open file. That takes CAP_SYS_PTRACE over the VMM's process. The duplicate is checked to
+//! be a VFIO device, and the one that the VMM says it is, as far as the kernel shows that: a character device
+//! has a device number, a descriptor that was opened by a VFIO group has none.
 //!
-//! Dropping the duplicate changes nothing in the device. But as long as it is open the device stays bound, even if the VMM has
-//! ended: drop it as soon as [`VmmProcess::exited`] returns.
+//! Dropping the duplicate changes nothing in the device. But as long as it is open the device stays bound,
+//! even if the VMM has ended: drop it as soon as [`VmmProcess::exited`] returns.
 
 use std::fs;
 use std::io;
@@ -22,7 +22,8 @@ use super::os_error::OsError;
 use super::sys;
 use crate::host::node::boot_id;
 
-/// The target of the link in /proc/PID/fd of a VFIO device that was opened by its group. It does not say which device it is.
+/// The target of the link in /proc/PID/fd of a VFIO device that was opened by its group. It does not say
+/// which device it is.
 pub(crate) const GROUP_DEVICE: &str = "anon_inode:[vfio-device]";
 
 /// Why a device could not be borrowed.
@@ -42,7 +43,7 @@ pub enum BorrowError {
         /// What the kernel answered.
         errno: OsError,
     },
-    /// A file of /proc could not be read or understood.
+    /// A file of /proc could not be read or parsed.
     #[error("reading {}: {why}", path.display())]
     ReadProc {
         /// The file.
@@ -75,7 +76,7 @@ pub enum BorrowError {
         pid: u32,
         /// The number that it named.
         descriptor: i32,
-        /// What it is, as /proc tells.
+        /// What it is, by its link in /proc.
         what: String,
     },
     /// It is a VFIO device, but not the one that the VMM named.
@@ -100,7 +101,7 @@ pub enum BorrowError {
     },
 }
 
-/// What tells a process from any other that had or will have its number, across reboots, too.
+/// Identifies a process uniquely, also across reboots: process ids are used again.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct ProcessIdentity {
     /// The kernel's boot id.
@@ -111,7 +112,7 @@ pub struct ProcessIdentity {
     pub start_ticks: u64,
 }
 
-/// The process of a VMM, held by a pidfd: its number cannot be given to another one unnoticed.
+/// The process of a VMM, held by a pidfd: its number cannot pass to another process unnoticed.
 #[derive(Debug)]
 pub struct VmmProcess {
     identity: ProcessIdentity,
@@ -138,7 +139,7 @@ impl VmmProcess {
         Ok(Self { identity, pidfd })
     }
 
-    /// What tells the process from any other.
+    /// Its unique identity.
     #[must_use]
     pub fn identity(&self) -> &ProcessIdentity {
         &self.identity
@@ -178,11 +179,12 @@ impl VmmProcess {
     /// # Panics
     /// Outside a tokio runtime.
     pub async fn exited(&self) -> Result<(), BorrowError> {
-        let failed = |error: io::Error| BorrowError::Wait { pid: self.identity.pid, why: error.to_string() };
-        let pidfd = self.pidfd.try_clone().map_err(failed)?;
-        let pidfd = sys::watch_readable(pidfd).map_err(failed)?;
+        let wait_error =
+            |error: io::Error| BorrowError::Wait { pid: self.identity.pid, why: error.to_string() };
+        let pidfd = self.pidfd.try_clone().map_err(wait_error)?;
+        let pidfd = sys::watch_readable(pidfd).map_err(wait_error)?;
         // A pidfd becomes readable once, when the process ends, and stays so.
-        pidfd.readable().await.map(|_| ()).map_err(failed)
+        pidfd.readable().await.map(|_| ()).map_err(wait_error)
     }
 }
 
@@ -191,7 +193,7 @@ impl VmmProcess {
 enum Kind {
     /// A VFIO character device of the device with this name.
     Cdev(String),
-    /// A VFIO device that came by a group. Which one cannot be seen.
+    /// A VFIO device that was opened by its group. It cannot be seen which one.
     GroupDevice,
     /// Something else: what /proc calls it.
     Other(String),
@@ -234,7 +236,8 @@ fn start_ticks(pid: u32) -> Result<u64, BorrowError> {
     parse_start_ticks(&stat).ok_or_else(|| unreadable(&path, &"the start time is missing"))
 }
 
-/// Field 22 (proc_pid_stat(5)). The second field, the program's name in parentheses, may itself hold spaces and parentheses.
+/// Field 22 (proc_pid_stat(5)). The second field, the program's name in parentheses, may itself hold spaces
+/// and parentheses.
 fn parse_start_ticks(stat: &str) -> Option<u64> {
     let (_, after_name) = stat.rsplit_once(')')?;
     after_name.split_ascii_whitespace().nth(22 - 3)?.parse().ok()

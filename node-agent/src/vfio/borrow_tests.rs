@@ -1,4 +1,5 @@
-//! Borrowing from a child process. Real VFIO devices are borrowed in the lab; here the devices are /dev/null and a pipe.
+//! Borrowing from a child process. Real VFIO devices are borrowed in the lab; here the devices are /dev/null
+//! and a pipe.
 
 use std::os::unix::fs::symlink;
 use std::process::{Child, Command, Stdio};
@@ -61,7 +62,7 @@ fn another_device_than_the_named_one_is_refused_with_both_names() {
 }
 
 #[test]
-fn what_is_no_vfio_device_is_refused_and_said_to_be_what_it_is() {
+fn a_descriptor_that_is_not_a_vfio_device_is_refused_and_described() {
     let vmm = child(Stdio::null());
     let pid = vmm.id();
     let process = VmmProcess::open(pid).unwrap();
@@ -93,7 +94,7 @@ async fn the_end_of_the_process_is_noticed() {
 }
 
 #[test]
-fn a_process_that_has_ended_but_was_not_waited_for_is_no_process() {
+fn a_process_that_has_ended_but_was_not_waited_for_cannot_be_opened() {
     let mut vmm = child(Stdio::null());
     let process = VmmProcess::open(vmm.id()).unwrap();
     drop(vmm.stdin.take());
@@ -106,7 +107,7 @@ fn a_process_that_has_ended_but_was_not_waited_for_is_no_process() {
 }
 
 #[test]
-fn the_identity_of_a_process_tells_boot_number_and_start() {
+fn the_identity_of_a_process_has_its_boot_its_number_and_its_start() {
     let first = VmmProcess::open(std::process::id()).unwrap();
     let again = VmmProcess::open(std::process::id()).unwrap();
     assert_eq!(first.identity(), again.identity());
@@ -118,7 +119,7 @@ fn the_identity_of_a_process_tells_boot_number_and_start() {
 }
 
 #[test]
-fn the_start_time_is_found_behind_any_program_name() {
+fn the_start_time_is_found_after_any_program_name() {
     let stat = "4711 (a) b) (c) S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 987654 20 21";
     assert_eq!(parse_start_ticks(stat), Some(987_654));
     assert_eq!(parse_start_ticks("4711 (short) S 1 2 3"), None);

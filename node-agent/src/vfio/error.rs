@@ -1,4 +1,4 @@
-//! What can go wrong with a device, in words that name the device and say where it stands now.
+//! Errors of devices. Each names the device and the state that it is in now.
 
 use std::fmt;
 
@@ -9,8 +9,8 @@ use super::os_error::OsError;
 /// A call other than a state change has failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DeviceError {
-    /// The driver did not tell its features: it has no migration, or the device is not open for use.
-    #[error("{device}: the driver does not tell its migration features: {errno}")]
+    /// The driver did not report its features: it has no migration, or the device is not bound.
+    #[error("{device}: the driver does not report its migration features: {errno}")]
     ReadFeatures {
         /// The device's name.
         device: String,
@@ -25,15 +25,15 @@ pub enum DeviceError {
         /// What the kernel answered.
         errno: OsError,
     },
-    /// The kernel told a state that is not known here.
-    #[error("{device}: the kernel tells the migration state {number}, which is not known here")]
+    /// The kernel reported a state that this agent does not know.
+    #[error("{device}: the kernel reports the migration state {number}, which this agent does not know")]
     UnknownState {
         /// The device's name.
         device: String,
         /// The kernel's number.
         number: u32,
     },
-    /// Data was to be moved, but this process holds no data stream of the device.
+    /// Data was to be read or written, but this process has no data stream of the device open.
     #[error("{device}: no data stream is open")]
     NoDataStream {
         /// The device's name.
@@ -48,14 +48,15 @@ pub enum DeviceError {
         errno: OsError,
     },
     /// The data stream has ended in a state in which it has no end.
-    #[error("{device}: the data stream has ended while the device stands in {state}")]
+    #[error("{device}: the data stream has ended while the device is in {state}")]
     EndedIn {
         /// The device's name.
         device: String,
-        /// Where it stands.
+        /// The state that it is in.
         state: MigrationState,
     },
-    /// Writing to the data stream. Some of the bytes may have been taken: the load cannot be completed any more.
+    /// Writing to the data stream. Some of the bytes may have been taken: the load cannot be completed any
+    /// more.
     #[error("{device}: loading its state: {errno} (after {taken} of {bytes} bytes of this piece)")]
     WriteData {
         /// The device's name.
@@ -99,12 +100,12 @@ pub enum DeviceError {
         /// What the kernel answered.
         errno: OsError,
     },
-    /// The reset was accepted, but the device does not stand in RUNNING after it.
-    #[error("{device}: after a reset the device stands in {found}, not in RUNNING")]
+    /// The driver accepted the reset, but the device is not in RUNNING after it.
+    #[error("{device}: after a reset the device is in {found}, not in RUNNING")]
     AfterReset {
         /// The device's name.
         device: String,
-        /// Where it was found.
+        /// The state that was read back.
         found: MigrationState,
     },
     /// The thread that serves the device has ended: the device was released, or its code panicked.
@@ -115,7 +116,8 @@ pub enum DeviceError {
     },
 }
 
-/// A state change has failed. Whatever the reason, the state was read back afterwards, see [`SetStateError::found`].
+/// A state change has failed. The state was read back afterwards, whatever the reason: see
+/// [`SetStateError::found`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SetStateError {
     /// The state before the change could not be read. Nothing was asked of the driver.
@@ -133,15 +135,16 @@ pub enum SetStateError {
     Impossible {
         /// The device's name.
         device: String,
-        /// Where the device stands.
+        /// The state that the device is in.
         from: MigrationState,
         /// The state that was to be asked for.
         asked: MigrationState,
         /// Why not.
         reason: PathError,
     },
-    /// A write has failed in this RESUMING session: what was loaded is not what was sent. Nothing was asked of the driver,
-    /// since not every driver would refuse (mtty loads the damaged data). Only a reset leads out.
+    /// A write has failed in this RESUMING session: what was loaded is not what was sent. Nothing was asked
+    /// of the driver, since not every driver would refuse (mtty loads the damaged data). Only a reset leads
+    /// out.
     #[error(
         "{device}: not asked for RESUMING -> {asked}, since loading its state has failed; only a reset leads out"
     )]
@@ -151,30 +154,30 @@ pub enum SetStateError {
         /// The state that was to be asked for.
         asked: MigrationState,
     },
-    /// The driver has refused.
+    /// The driver refused.
     #[error("{device}: the driver refused {from} -> {asked}: {errno}; the device stands in {found}")]
     Refused {
         /// The device's name.
         device: String,
-        /// Where the device stood before.
+        /// The state before.
         from: MigrationState,
         /// The state that was asked for.
         asked: MigrationState,
-        /// Where it was found afterwards: `from`, or any state of the path, or ERROR.
+        /// The state that was read back: `from`, any state of the path, or ERROR.
         found: Found,
         /// What the kernel answered.
         errno: OsError,
     },
-    /// The driver has accepted, but the device was read back elsewhere.
-    #[error("{device}: the driver accepted {from} -> {asked}, but the device stands in {found}")]
+    /// The driver accepted, but another state was read back.
+    #[error("{device}: the driver accepted {from} -> {asked}, but the device is in {found}")]
     Elsewhere {
         /// The device's name.
         device: String,
-        /// Where the device stood before.
+        /// The state before.
         from: MigrationState,
         /// The state that was asked for.
         asked: MigrationState,
-        /// Where it was found afterwards.
+        /// The state that was read back.
         found: Found,
     },
     /// The thread that serves the device has ended. Whether the driver was asked is unknown.
@@ -214,7 +217,7 @@ impl SetStateError {
         }
     }
 
-    /// Where the device stands after the failure, if that could be read.
+    /// The state of the device after the failure, if it could be read.
     #[must_use]
     pub fn found(&self) -> Option<MigrationState> {
         match self {
@@ -226,10 +229,10 @@ impl SetStateError {
     }
 }
 
-/// Where a device was found when its state was read back.
+/// The state that was read back.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Found {
-    /// Here.
+    /// This one.
     State(MigrationState),
     /// It could not be read.
     Unreadable(Box<DeviceError>),

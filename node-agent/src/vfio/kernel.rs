@@ -1,4 +1,4 @@
-//! A device of the kernel's own, by migration v2.
+//! A device of the kernel, by VFIO migration v2.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -10,10 +10,10 @@ use super::error::DeviceError;
 use super::os_error::OsError;
 use super::{stream, sys, uapi};
 
-/// A device over an open, bound VFIO device descriptor, borrowed from a VMM or the agent's own.
+/// A device behind an open, bound VFIO device descriptor: the agent's own, or borrowed from a VMM.
 ///
-/// Dropping it closes this process's descriptors and does nothing else. If they were the last ones, the kernel closes the
-/// device as it does for any process that ends.
+/// Dropping it closes this process's descriptors and does nothing else. If they were the last ones, the
+/// kernel closes the device as it does for any process that ends.
 #[derive(Debug)]
 pub struct KernelDevice {
     name: String,
@@ -27,7 +27,8 @@ impl KernelDevice {
     /// Takes over a descriptor, and asks the driver for its features.
     ///
     /// # Errors
-    /// [`DeviceError::ReadFeatures`]: ENOTTY if the driver has no migration, EINVAL if a character device has not been bound.
+    /// [`DeviceError::ReadFeatures`]: ENOTTY if the driver has no migration, EINVAL if a character device has
+    /// not been bound.
     pub fn new(name: impl Into<String>, device: OwnedFd) -> Result<Self, DeviceError> {
         let name = name.into();
         match sys::migration_flags(device.as_fd()) {
@@ -93,7 +94,7 @@ impl Device for KernelDevice {
     }
 
     fn read_data(&mut self, max_bytes: usize) -> Result<DataRead, DeviceError> {
-        // An end, too, is told in two ways: the temporary one by ENOMSG (the header) or by 0 bytes (mtty).
+        // There are two signs of a temporary end: ENOMSG (vfio.h) and 0 bytes (mtty).
         let errno = match stream::read_piece(self.data()?, max_bytes.clamp(1, MAX_READ_BYTES)) {
             Ok(piece) if !piece.is_empty() => return Ok(DataRead::Data(piece)),
             Ok(_) => None,
@@ -127,9 +128,8 @@ impl Device for KernelDevice {
     }
 
     fn precopy_info(&mut self) -> Result<PrecopyInfo, DeviceError> {
-        let (initial_bytes, dirty_bytes) = sys::precopy_info(self.data()?)
-            .map_err(|errno| DeviceError::PrecopyInfo { device: self.name.clone(), errno: OsError(errno) })?;
-        Ok(PrecopyInfo { initial_bytes, dirty_bytes })
+        sys::precopy_info(self.data()?)
+            .map_err(|errno| DeviceError::PrecopyInfo { device: self.name.clone(), errno: OsError(errno) })
     }
 
     fn trigger_intx(&mut self) -> Result<bool, DeviceError> {
@@ -157,12 +157,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_descriptor_that_is_no_vfio_device_is_refused_in_words() {
+    fn a_descriptor_that_is_not_a_vfio_device_is_refused() {
         let null = std::fs::File::open("/dev/null").unwrap();
         let error = KernelDevice::new("vf0", null.into()).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "vf0: the driver does not tell its migration features: Inappropriate ioctl for device (ENOTTY)"
+            "vf0: the driver does not report its migration features: Inappropriate ioctl for device (ENOTTY)"
         );
     }
 }

@@ -1,14 +1,14 @@
 //! VFIO devices: the kernel's calls that change their migration states and move their data. The states themselves are the core's
 //! ([`slackwater_handover::state`]).
 //!
-//! | module | what it knows |
+//! | module | what it does |
 //! |---|---|
 //! | `uapi` | the kernel's numbers in the core's types |
-//! | [`device`], [`error`] | the seam at a device: what it can be asked, and how it fails |
-//! | [`kernel`] | the kernel's devices, by migration v2 |
-//! | [`borrow`], [`probe`] | how to get at one: from a VMM's process, or a free one for a moment |
+//! | [`device`], [`error`] | the seam to a device: its calls and its errors |
+//! | [`kernel`] | devices of the kernel, by migration v2 |
+//! | [`borrow`], [`probe`] | opening one: borrowed from a VMM's process, or a free one for a moment |
 //! | [`worker`] | a thread per device, and the async handle to it |
-//! | `fake` | a device in memory that records and goes wrong (tests, feature `faults`) |
+//! | `fake` | a device in memory that records calls and fails on demand (tests, feature `faults`) |
 
 pub mod borrow;
 pub mod device;

@@ -1,10 +1,10 @@
-//! An errno as a person can read it.
+//! An errno in readable form.
 
 use std::fmt;
 
 use rustix::io::Errno;
 
-/// What the kernel answered, in words and by name: `Invalid argument (EINVAL)`.
+/// An errno that the kernel answered. It is displayed in words and by name: `Invalid argument (EINVAL)`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OsError(pub Errno);
 
@@ -70,7 +70,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_errno_is_said_in_words_and_by_name() {
+    fn an_errno_is_displayed_in_words_and_by_name() {
         assert_eq!(OsError(Errno::INVAL).to_string(), "Invalid argument (EINVAL)");
         assert_eq!(OsError(Errno::XFULL).to_string(), "Exchange full (errno 54)");
     }

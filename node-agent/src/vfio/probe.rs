@@ -1,4 +1,4 @@
-//! A free device, opened for a moment: what does its driver advertise?
+//! What the driver of a free device advertises. The device is opened for a moment.
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, OwnedFd};
@@ -10,7 +10,7 @@ use slackwater_handover::state::Features;
 use super::os_error::OsError;
 use super::{sys, uapi};
 
-/// Why a device could not be opened or asked.
+/// Why the features of a free device are not known.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ProbeError {
     /// Opening the iommufd, or the device.
@@ -21,13 +21,13 @@ pub enum ProbeError {
         /// What the kernel answered.
         errno: OsError,
     },
-    /// Somebody has it.
+    /// Another process has it open.
     #[error("{} is in use", path.display())]
     InUse {
         /// The character device.
         path: PathBuf,
     },
-    /// It is not in use, as far as the kernel tells, but cannot be bound to an iommufd.
+    /// The kernel does not say that it is in use, but it cannot be bound to an iommufd.
     #[error("binding {} to an iommufd: {errno}", path.display())]
     Bind {
         /// The character device.
@@ -36,7 +36,7 @@ pub enum ProbeError {
         errno: OsError,
     },
     /// The driver advertises no migration.
-    #[error("the driver of {} does not tell its migration features: {errno}", path.display())]
+    #[error("the driver of {} does not report its migration features: {errno}", path.display())]
     ReadFeatures {
         /// The character device.
         path: PathBuf,
@@ -47,11 +47,12 @@ pub enum ProbeError {
 
 /// The features of the free device behind a VFIO character device (`/dev/vfio/devices/vfioN`).
 ///
-/// For the moment that this takes, nobody else can open the device, and some drivers reset it: not to be called on a device that
-/// a VM is about to get. The migration state of the device is not changed.
+/// Meanwhile no other process can open the device, and some drivers reset it: do not call this on a device
+/// that a VM is about to get. The migration state of the device does not change.
 ///
 /// # Errors
-/// [`ProbeError::InUse`] where the kernel answers EBUSY or EINVAL: it tells "bound by somebody else" so.
+/// [`ProbeError::InUse`] where the kernel answers EBUSY or EINVAL: its answers for a device that another
+/// process has bound.
 pub fn features(cdev: &Path) -> Result<Features, ProbeError> {
     let device = open_bound(cdev)?;
     let flags = sys::migration_flags(device.as_fd());
@@ -60,7 +61,8 @@ pub fn features(cdev: &Path) -> Result<Features, ProbeError> {
         .map_err(|errno| ProbeError::ReadFeatures { path: cdev.to_owned(), errno: OsError(errno) })
 }
 
-/// Opens a VFIO character device and binds it to an iommufd of its own, which lives as long as the device's descriptor does.
+/// Opens a VFIO character device and binds it to an iommufd of its own, which lives as long as the device's
+/// descriptor does.
 ///
 /// # Errors
 /// As [`features`].
@@ -89,7 +91,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_cannot_be_opened_is_named() {
+    fn an_error_names_the_path_that_cannot_be_opened() {
         let error = open(Path::new("/dev/vfio/devices/none")).unwrap_err();
         assert_eq!(error.to_string(), "opening /dev/vfio/devices/none: No such file or directory (ENOENT)");
     }

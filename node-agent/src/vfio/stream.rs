@@ -6,7 +6,8 @@ use bytes::Bytes;
 use rustix::buffer::spare_capacity;
 use rustix::io::{Errno, read, retry_on_intr, write};
 
-/// Reads once: at most `max_bytes` into a buffer of that size, which is then handed on. Empty at an end of the stream.
+/// Reads once: at most `max_bytes` into a buffer of that size, which is then handed on. Empty at an end of
+/// the stream.
 pub(super) fn read_piece(stream: BorrowedFd<'_>, max_bytes: usize) -> Result<Bytes, Errno> {
     let mut buffer = Vec::with_capacity(max_bytes);
     let bytes = retry_on_intr(|| read(stream, spare_capacity(&mut buffer)))?;
@@ -17,7 +18,8 @@ pub(super) fn read_piece(stream: BorrowedFd<'_>, max_bytes: usize) -> Result<Byt
     Ok(buffer.into())
 }
 
-/// Writes everything, in as many steps as the driver likes. The error tells how many bytes it had taken before.
+/// Writes everything, in as many steps as the driver needs. The error has the bytes that it had taken
+/// before.
 pub(super) fn write_all(stream: BorrowedFd<'_>, data: &[u8]) -> Result<(), (usize, Errno)> {
     let mut taken = 0;
     while let Some(rest) = data.get(taken..).filter(|rest| !rest.is_empty()) {
@@ -62,7 +64,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_tells_how_much_was_taken() {
+    fn an_error_has_the_bytes_that_were_taken() {
         let (reader, writer) = pipe().unwrap();
         assert_eq!(write_all(reader.as_fd(), b"1"), Err((0, Errno::BADF)));
         assert_eq!(read_piece(writer.as_fd(), 1), Err(Errno::BADF));

@@ -1,8 +1,8 @@
-//! The ioctls of VFIO migration v2, and the only unsafe code of the agent. Each ioctl is a safe function over a borrowed
-//! descriptor that says what the kernel said, and decides nothing.
+//! The ioctls of VFIO migration v2, and the only unsafe code of the agent. Each ioctl is a safe function over
+//! a borrowed descriptor that returns what the kernel answered, and decides nothing.
 //!
-//! Source: include/uapi/linux/vfio.h of the kernel. On a character device each one but [`bind_iommufd`] gives EINVAL before
-//! the device has been bound.
+//! Source: include/uapi/linux/vfio.h of the kernel. On a character device each one but [`bind_iommufd`] gives
+//! EINVAL before the device has been bound.
 
 #![allow(unsafe_code)]
 
@@ -21,6 +21,8 @@ use vfio_bindings::bindings::vfio::{
     vfio_device_bind_iommufd, vfio_device_feature_mig_data_size, vfio_device_feature_mig_state,
     vfio_device_feature_migration, vfio_irq_set, vfio_precopy_info,
 };
+
+use super::device::PrecopyInfo;
 
 /// An ioctl of VFIO: `_IO(VFIO_TYPE, VFIO_BASE + offset)`.
 const fn vfio(offset: u8) -> Opcode {
@@ -51,11 +53,13 @@ const fn argsz<T>() -> u32 {
 /// VFIO_DEVICE_FEATURE: `flags` is the feature's number and GET or SET.
 ///
 /// # Safety
-/// `T` is the kernel's structure for the feature in `flags`, plain integers without pointers into this process.
+/// `T` is the kernel's structure for the feature in `flags`, plain integers without pointers into this
+/// process.
 unsafe fn feature<T>(device: BorrowedFd<'_>, flags: u32, data: T) -> Result<T, Errno> {
     let mut call = FeatureCall { argsz: argsz::<FeatureCall<T>>(), flags, data };
-    // SAFETY: the kernel reads and writes at most `argsz` bytes at the address of `call`, which is that large and lives until
-    // the ioctl has returned. By the contract of this function every bit pattern that it writes is a `T`.
+    // SAFETY: the kernel reads and writes at most `argsz` bytes at the address of `call`, which is that large
+    // and lives until the ioctl has returned. By the contract of this function every bit pattern that it
+    // writes is a `T`.
     unsafe { ioctl(device, Updater::<DEVICE_FEATURE, _>::new(&mut call)) }?;
     Ok(call.data)
 }
@@ -75,15 +79,15 @@ pub(super) fn mig_state(device: BorrowedFd<'_>) -> Result<u32, Errno> {
     unsafe { feature(device, flags, data) }.map(|data| data.device_state)
 }
 
-/// Asks for a state (VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE, SET). Gives the data stream, if the change has opened one.
-/// After an error the device may be in any state along the path.
+/// Asks for a state (VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE, SET). Gives the data stream, if the change has
+/// opened one. After an error the device may be in any state along the path.
 pub(super) fn set_mig_state(device: BorrowedFd<'_>, state: u32) -> Result<Option<OwnedFd>, Errno> {
     let flags = VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE | VFIO_DEVICE_FEATURE_SET;
     let data = vfio_device_feature_mig_state { device_state: state, data_fd: -1 };
     // SAFETY: the structure is this feature's, and consists of two integers.
     let data_fd = unsafe { feature(device, flags, data) }?.data_fd;
-    // SAFETY: after a success a number that is not negative is a descriptor that the kernel has just made for this call, so
-    // nobody else owns it.
+    // SAFETY: after a success a number that is not negative is a descriptor that the kernel has just made for
+    // this call, so no other code owns it.
     Ok((data_fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(data_fd) }))
 }
 
@@ -95,17 +99,17 @@ pub(super) fn mig_data_bytes(device: BorrowedFd<'_>) -> Result<u64, Errno> {
         .map(|data| data.stop_copy_length)
 }
 
-/// What is left to pre-copy (VFIO_MIG_GET_PRECOPY_INFO), asked of the data descriptor: initial and dirty bytes.
-pub(super) fn precopy_info(data_stream: BorrowedFd<'_>) -> Result<(u64, u64), Errno> {
+/// What is left to pre-copy (VFIO_MIG_GET_PRECOPY_INFO, on the data descriptor).
+pub(super) fn precopy_info(data_stream: BorrowedFd<'_>) -> Result<PrecopyInfo, Errno> {
     let mut info = vfio_precopy_info { argsz: argsz::<vfio_precopy_info>(), ..Default::default() };
-    // SAFETY: the kernel reads and writes at most `argsz` bytes at the address of `info`, which is that large, consists of
-    // integers, and lives until the ioctl has returned.
+    // SAFETY: the kernel reads and writes at most `argsz` bytes at the address of `info`, which is that
+    // large, consists of integers, and lives until the ioctl has returned.
     unsafe { ioctl(data_stream, Updater::<MIG_GET_PRECOPY_INFO, _>::new(&mut info)) }?;
-    Ok((info.initial_bytes, info.dirty_bytes))
+    Ok(PrecopyInfo { initial_bytes: info.initial_bytes, dirty_bytes: info.dirty_bytes })
 }
 
-/// Signals the device's INTx to whoever listens for it, as if the device had raised it (VFIO_DEVICE_SET_IRQS, ACTION_TRIGGER).
-/// EINVAL: nobody listens for an INTx of the device.
+/// Signals the device's INTx to its listener, as if the device had raised it (VFIO_DEVICE_SET_IRQS,
+/// ACTION_TRIGGER). EINVAL: no process listens for an INTx of the device.
 pub(super) fn trigger_intx(device: BorrowedFd<'_>) -> Result<(), Errno> {
     let mut call = vfio_irq_set {
         argsz: argsz::<vfio_irq_set>(),
@@ -115,8 +119,8 @@ pub(super) fn trigger_intx(device: BorrowedFd<'_>) -> Result<(), Errno> {
         count: 1,
         ..Default::default()
     };
-    // SAFETY: the kernel reads at most `argsz` bytes at the address of `call`, which is that large, and lives until the ioctl has
-    // returned. Without data none are read behind it.
+    // SAFETY: the kernel reads at most `argsz` bytes at the address of `call`, which is that large, and lives
+    // until the ioctl has returned. Without data none are read behind it.
     unsafe { ioctl(device, Updater::<DEVICE_SET_IRQS, _>::new(&mut call)) }
 }
 
@@ -126,8 +130,8 @@ pub(super) fn reset(device: BorrowedFd<'_>) -> Result<(), Errno> {
     unsafe { ioctl(device, NoArg::<DEVICE_RESET>::new()) }
 }
 
-/// Binds an opened character device to an iommufd (VFIO_DEVICE_BIND_IOMMUFD), which makes it usable. The device keeps a
-/// reference to the iommufd. EINVAL or EBUSY: somebody else has bound the device.
+/// Binds an opened character device to an iommufd (VFIO_DEVICE_BIND_IOMMUFD), which makes it usable. The
+/// device keeps a reference to the iommufd. EINVAL or EBUSY: another process has bound the device.
 pub(super) fn bind_iommufd(device: BorrowedFd<'_>, iommufd: BorrowedFd<'_>) -> Result<(), Errno> {
     let mut bind = vfio_device_bind_iommufd {
         argsz: argsz::<vfio_device_bind_iommufd>(),
@@ -136,8 +140,9 @@ pub(super) fn bind_iommufd(device: BorrowedFd<'_>, iommufd: BorrowedFd<'_>) -> R
         out_devid: 0,
         token_uuid_ptr: 0,
     };
-    // SAFETY: the kernel reads and writes at most `argsz` bytes at the address of `bind`, which is that large, and lives until
-    // the ioctl has returned. The one pointer in it is used only with a flag that is not set.
+    // SAFETY: the kernel reads and writes at most `argsz` bytes at the address of `bind`, which is that
+    // large, and lives until the ioctl has returned. The one pointer in it is used only with a flag that is
+    // not set.
     unsafe { ioctl(device, Updater::<DEVICE_BIND_IOMMUFD, _>::new(&mut bind)) }
 }
 
@@ -146,8 +151,8 @@ pub(super) fn bind_iommufd(device: BorrowedFd<'_>, iommufd: BorrowedFd<'_>) -> R
 /// # Panics
 /// Outside a tokio runtime.
 pub(super) fn watch_readable(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
-    // SAFETY: an `OwnedFd` is the same open descriptor until it is dropped, which the `AsyncFd` does only after it has taken
-    // it out of the runtime.
+    // SAFETY: an `OwnedFd` is the same open descriptor until it is dropped, which the `AsyncFd` does only
+    // after it has taken it out of the runtime.
     unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) }.map_err(io::Error::from)
 }
 
@@ -177,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_vfio_device_answers_enotty() {
+    fn a_file_that_is_not_a_vfio_device_answers_enotty() {
         let null = std::fs::File::open("/dev/null").unwrap();
         let fd = null.as_fd();
         assert_eq!(migration_flags(fd), Err(Errno::NOTTY));

@@ -7,11 +7,13 @@
 //! ```
 //!
 //! - Calls are carried out in the order in which they come; each has ended before the next begins.
-//! - No call blocks the async runtime, whatever the device does. A deadline is the caller's: it drops the future.
-//! - A call whose future is dropped before the call has begun is not carried out. One that has begun is finished, and the state
-//!   that the device is then in has to be read. Data that was read for nobody is kept for the next read: it is never lost.
-//! - The thread drops the device and ends when the last handle is dropped, or by [`DeviceHandle::release`]; dropping a handle
-//!   does not wait for that. A device that hangs keeps its thread.
+//! - No call blocks the async runtime, whatever the device does. The caller sets a deadline by dropping the
+//!   future.
+//! - A call whose future is dropped before the call has begun is not carried out. One that has begun is
+//!   finished, and the state that the device is then in must be read. Data that was read for a caller that
+//!   has gone is kept for the next read: it is never lost.
+//! - The thread drops the device and ends when the last handle is dropped, or by [`DeviceHandle::release`];
+//!   dropping a handle does not wait for that. A device that hangs keeps its thread.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -30,9 +32,9 @@ use crate::host::clock::monotonic_ns;
 /// A state change that was read back, with its time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Reached {
-    /// Where the device stood.
+    /// The state before.
     pub from: MigrationState,
-    /// Where it stands.
+    /// The state now.
     pub to: MigrationState,
     /// How long it took, reading back included, waiting for earlier calls not.
     pub took: Duration,
@@ -48,7 +50,7 @@ pub struct DeviceHandle {
     calls: mpsc::Sender<Message>,
 }
 
-/// What a handle sends to the thread.
+/// Sent by a handle to the thread.
 enum Message {
     Call(Box<dyn FnOnce(&mut Served) + Send>),
     Release(oneshot::Sender<()>),
@@ -60,23 +62,23 @@ struct Served {
     unclaimed: Unclaimed,
 }
 
-/// What was read from the stream that is open now, for somebody who was gone when it came; in the order of the stream. Another
-/// stream gets another one, so that what comes back late goes nowhere.
+/// Data that was read from the open stream for a caller that had gone, in the order of the stream. Each
+/// stream has its own queue, so that data that comes back late does not get into another stream.
 type Unclaimed = Arc<Mutex<VecDeque<Bytes>>>;
 
-/// Data on its way to whoever asked for it. If it is dropped there unopened, it goes back to the head of the unclaimed.
-struct Parcel {
+/// Data on its way to the caller. If the caller drops it unclaimed, it goes back to the head of the queue.
+struct InTransit {
     data: Option<Bytes>,
     unclaimed: Unclaimed,
 }
 
-impl Parcel {
-    fn open(mut self) -> Bytes {
+impl InTransit {
+    fn claim(mut self) -> Bytes {
         self.data.take().unwrap_or_default()
     }
 }
 
-impl Drop for Parcel {
+impl Drop for InTransit {
     fn drop(&mut self) {
         if let Some(data) = self.data.take() {
             self.unclaimed.lock().push_front(data);
@@ -84,9 +86,9 @@ impl Drop for Parcel {
     }
 }
 
-/// [`DataRead`], on its way.
-enum Given {
-    Data(Parcel),
+/// A [`DataRead`] on its way to the caller.
+enum Answer {
+    Data(InTransit),
     Drained,
     End,
 }
@@ -108,7 +110,7 @@ impl DeviceHandle {
                     Message::Release(done) => {
                         drop(served);
                         drop(called);
-                        // Whoever asked for it may be gone; it is released all the same.
+                        // The caller may have gone; the device is released all the same.
                         let _ = done.send(());
                         return;
                     }
@@ -138,7 +140,7 @@ impl DeviceHandle {
         self.call(|served| served.device.state()).await
     }
 
-    /// Asks for a state once, and reads it back, after a refusal, too.
+    /// Requests a state once, and reads it back, also after a refusal.
     ///
     /// # Errors
     /// As [`Device::set_state`], and [`SetStateError::WorkerEnded`].
@@ -147,22 +149,22 @@ impl DeviceHandle {
         answer.unwrap_or_else(|| Err(SetStateError::WorkerEnded { device: self.name.to_string(), asked: to }))
     }
 
-    /// Reads from the data stream: at most `max_bytes`, and at most [`super::device::MAX_READ_BYTES`]. The bytes are handed
-    /// on without a copy. May be cancelled: what was read meanwhile comes with the next read.
+    /// Reads from the data stream: at most `max_bytes`, and at most [`super::device::MAX_READ_BYTES`]. The
+    /// bytes are handed on without a copy. May be cancelled: the next read then gives what this one has read.
     ///
     /// # Errors
     /// As [`Device::read_data`], and [`DeviceError::WorkerEnded`].
     pub async fn read_data(&self, max_bytes: usize) -> Result<DataRead, DeviceError> {
         Ok(match self.call(move |served| served.read_data(max_bytes)).await? {
-            // Opened in the same poll in which it arrives: from here on it is the asker's.
-            Given::Data(parcel) => DataRead::Data(parcel.open()),
-            Given::Drained => DataRead::Drained,
-            Given::End => DataRead::End,
+            // Claimed in the same poll in which it arrives: from here on it is the caller's.
+            Answer::Data(data) => DataRead::Data(data.claim()),
+            Answer::Drained => DataRead::Drained,
+            Answer::End => DataRead::End,
         })
     }
 
-    /// Writes all of `data` to the data stream in RESUMING. If it is cancelled, whether `data` was written is unknown: the load
-    /// has failed then.
+    /// Writes all of `data` to the data stream in RESUMING. If it is cancelled, whether `data` was written is
+    /// unknown: the load has failed then.
     ///
     /// # Errors
     /// As [`Device::write_data`], and [`DeviceError::WorkerEnded`].
@@ -219,8 +221,8 @@ impl DeviceHandle {
         .await
     }
 
-    /// Drops the device after the calls that came before, and returns when that is done: its descriptor is closed then. The
-    /// device's state does not change. Later calls by other handles fail with `WorkerEnded`.
+    /// Drops the device after the calls that came before, and returns when that is done: its descriptor is
+    /// closed then. The device's state does not change. Later calls by other handles fail with `WorkerEnded`.
     pub async fn release(self) {
         let (done, released) = oneshot::channel();
         if self.calls.send(Message::Release(done)).await.is_ok() {
@@ -237,7 +239,7 @@ impl DeviceHandle {
         self.answer(call).await.unwrap_or_else(ended)
     }
 
-    /// Has the thread carry out `call`, unless nobody waits for it any more when its turn comes. `None`: the thread has ended.
+    /// Runs `call` on the thread, unless the caller has gone before its turn. `None`: the thread has ended.
     async fn answer<T: Send + 'static>(
         &self,
         call: impl FnOnce(&mut Served) -> T + Send + 'static,
@@ -245,7 +247,7 @@ impl DeviceHandle {
         let (reply, answer) = oneshot::channel();
         let call = Box::new(move |served: &mut Served| {
             if !reply.is_closed() {
-                // If the asker has gone meanwhile, the answer is dropped here.
+                // If the caller has gone meanwhile, the answer is dropped here.
                 let _ = reply.send(call(served));
             }
         });
@@ -271,7 +273,7 @@ impl Served {
         result.map(|change| Reached { from: change.from, to: change.to, took, at_ns })
     }
 
-    fn read_data(&mut self, max_bytes: usize) -> Result<Given, DeviceError> {
+    fn read_data(&mut self, max_bytes: usize) -> Result<Answer, DeviceError> {
         let unclaimed = self.unclaimed.lock().pop_front();
         let data = match unclaimed {
             Some(mut data) => {
@@ -282,11 +284,11 @@ impl Served {
             }
             None => match self.device.read_data(max_bytes)? {
                 DataRead::Data(data) => data,
-                DataRead::Drained => return Ok(Given::Drained),
-                DataRead::End => return Ok(Given::End),
+                DataRead::Drained => return Ok(Answer::Drained),
+                DataRead::End => return Ok(Answer::End),
             },
         };
-        Ok(Given::Data(Parcel { data: Some(data), unclaimed: Arc::clone(&self.unclaimed) }))
+        Ok(Answer::Data(InTransit { data: Some(data), unclaimed: Arc::clone(&self.unclaimed) }))
     }
 }
 

@@ -1,4 +1,4 @@
-//! The handle against fakes that hang, panic and are given up.
+//! The handle with fakes that hang, panic and are abandoned.
 
 use std::future::Future;
 use std::pin::pin;
@@ -27,7 +27,7 @@ async fn a_change_comes_with_its_time_on_the_monotonic_clock() {
 }
 
 #[tokio::test]
-async fn a_refusal_reaches_the_asker_as_it_is() {
+async fn a_refusal_reaches_the_caller_unchanged() {
     let (vf0, _) = serve(FakeDevice::new("vf0").refuse(Stop, Errno::BUSY));
     let error = vf0.set_state(Stop).await.unwrap_err();
     assert_eq!(error.found(), Some(Running));
@@ -39,13 +39,13 @@ async fn devices_change_state_in_parallel() {
     let (gate_0, gate_1) = (Gate::new(), Gate::new());
     let (vf0, _) = serve(FakeDevice::new("vf0").hang_at(Stop, &gate_0));
     let (vf1, _) = serve(FakeDevice::new("vf1").hang_at(Stop, &gate_1));
-    let both_under_way = async {
+    let both_started = async {
         gate_0.reached().await;
         gate_1.reached().await;
         gate_0.open();
         gate_1.open();
     };
-    let (first, second, ()) = tokio::join!(vf0.set_state(Stop), vf1.set_state(Stop), both_under_way);
+    let (first, second, ()) = tokio::join!(vf0.set_state(Stop), vf1.set_state(Stop), both_started);
     assert_eq!((first.unwrap().to, second.unwrap().to), (Stop, Stop));
 }
 
@@ -80,14 +80,14 @@ async fn a_call_that_was_given_up_before_its_turn_is_not_carried_out() {
 }
 
 #[tokio::test]
-async fn data_read_for_somebody_who_has_gone_comes_with_the_next_read() {
+async fn data_read_for_a_caller_that_has_gone_comes_with_the_next_read() {
     let gate = Gate::new();
     let (vf0, watch) = serve(FakeDevice::new("vf0").blob("12345").hang_in_read(&gate));
     vf0.set_state(StopCopy).await.unwrap();
     {
-        let mut given_up = pin!(vf0.read_data(4));
-        let mut nobody = Context::from_waker(Waker::noop());
-        assert!(matches!(given_up.as_mut().poll(&mut nobody), Poll::Pending));
+        let mut abandoned = pin!(vf0.read_data(4));
+        let mut context = Context::from_waker(Waker::noop());
+        assert!(matches!(abandoned.as_mut().poll(&mut context), Poll::Pending));
         gate.reached().await;
     }
     gate.open();
@@ -99,14 +99,14 @@ async fn data_read_for_somebody_who_has_gone_comes_with_the_next_read() {
 }
 
 #[tokio::test]
-async fn data_that_has_arrived_but_was_not_looked_at_comes_with_the_next_read() {
+async fn data_that_has_arrived_but_was_not_polled_comes_with_the_next_read() {
     let gate = Gate::new();
     let (vf0, _) = serve(FakeDevice::new("vf0").blob("12345").hang_in_read(&gate));
     vf0.set_state(StopCopy).await.unwrap();
     {
-        let mut given_up = pin!(vf0.read_data(2));
-        let mut nobody = Context::from_waker(Waker::noop());
-        assert!(matches!(given_up.as_mut().poll(&mut nobody), Poll::Pending));
+        let mut abandoned = pin!(vf0.read_data(2));
+        let mut context = Context::from_waker(Waker::noop());
+        assert!(matches!(abandoned.as_mut().poll(&mut context), Poll::Pending));
         gate.open();
         // A call that is answered after the read shows that the read's answer lies ready.
         vf0.estimate_bytes().await.unwrap();
@@ -121,9 +121,9 @@ async fn data_kept_from_one_stream_does_not_turn_up_in_the_next() {
     let (vf0, watch) = serve(FakeDevice::new("vf0").pre_copy("12").blob("345").hang_in_read(&gate));
     vf0.set_state(PreCopy).await.unwrap();
     {
-        let mut given_up = pin!(vf0.read_data(2));
-        let mut nobody = Context::from_waker(Waker::noop());
-        assert!(matches!(given_up.as_mut().poll(&mut nobody), Poll::Pending));
+        let mut abandoned = pin!(vf0.read_data(2));
+        let mut context = Context::from_waker(Waker::noop());
+        assert!(matches!(abandoned.as_mut().poll(&mut context), Poll::Pending));
         gate.reached().await;
     }
     gate.open();
@@ -135,7 +135,7 @@ async fn data_kept_from_one_stream_does_not_turn_up_in_the_next() {
 }
 
 #[tokio::test]
-async fn a_device_that_panics_is_an_error_for_its_askers_only() {
+async fn a_device_that_panics_is_an_error_for_its_callers_only() {
     let (vf0, watch) = serve(FakeDevice::new("vf0").panic_at(Stop));
     let error = vf0.set_state(Stop).await.unwrap_err();
     assert_eq!(error, SetStateError::WorkerEnded { device: "vf0".into(), asked: Stop });

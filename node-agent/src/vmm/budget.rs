@@ -1,4 +1,4 @@
-//! How long a guest may stand still, and what becomes of a migration that cannot keep to that.
+//! How long a guest may be stopped, and what happens to a migration that would exceed that.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,17 +8,17 @@ use tokio::sync::mpsc;
 use crate::transfer::flow::Flow;
 use crate::vfio::worker::DeviceHandle;
 
-/// The budget of a migration that was given none.
+/// The budget of a migration that sets none.
 pub const DEFAULT_BUDGET: Duration = Duration::from_millis(300);
 /// The greatest budget.
 pub const MAX_BUDGET: Duration = Duration::from_secs(60);
-/// Bytes per second that a migration may take of the wire, where nobody says more or less: 1 GiB.
+/// Bytes per second that a migration may take of the wire, by default: 1 GiB.
 pub const DEFAULT_BANDWIDTH: u64 = 1 << 30;
 
 /// What to do when the state does not fit the budget.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OnExceeded {
-    /// The migration is given up; the guest runs on where it is.
+    /// The migration is given up; the guest runs on at the source.
     #[default]
     Abort,
     /// The guest is stopped for longer.
@@ -28,13 +28,13 @@ pub enum OnExceeded {
 /// What a migration may cost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Budget {
-    /// For so long the VMM may expect to need for what is left when it stops the guest.
+    /// The longest time that the VMM may expect to need for the rest when it stops the guest.
     pub downtime: Duration,
-    /// What to do when it expects to need longer.
+    /// What to do if it expects to need longer.
     pub on_exceeded: OnExceeded,
-    /// What it may take of the wire.
+    /// The bandwidth that it may use.
     pub bandwidth_bytes_per_second: u64,
-    /// By how many connections it may go besides the main one.
+    /// Connections that it may use besides the main one.
     pub channels: u8,
 }
 
@@ -49,33 +49,35 @@ impl Default for Budget {
     }
 }
 
-/// What a VMM expects of the blackout while it copies a guest that runs.
+/// The blackout that a VMM expects while it copies a running guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Estimate {
-    /// For so long the guest would stand still if it were stopped now, as far as the bytes go that are left.
+    /// How long the guest would be stopped if it were stopped now, by the bytes that are left.
     pub downtime: Duration,
-    /// It may stand still for so long from now on, where that is more than the budget.
+    /// How long it may be stopped from now on, if that is more than the budget.
     pub allowed: Option<Duration>,
 }
 
-/// What a VMM needs to watch its own copying by.
+/// What a VMM needs to watch its own copying.
 #[derive(Debug)]
 pub struct Copying {
     /// What it may cost.
     pub budget: Budget,
-    /// The VM's devices: their drivers tell how much state they have.
+    /// The VM's devices: their drivers estimate the size of their state.
     pub devices: Vec<DeviceHandle>,
-    /// How the VMM's own state gets on, on all its connections together.
+    /// The progress of the VMM's own state, over all its connections.
     pub flow: Arc<Flow>,
-    /// Who hears of estimates.
+    /// Receives estimates.
     pub tell: mpsc::UnboundedSender<Estimate>,
 }
 
 /// The blackout would take longer than it may.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "the guest would stand still for about {expected:?}, and its downtimeBudget is {:?}; {passes} passes over its RAM in {:?} \
-     have not changed that. A larger downtimeBudget, onBudgetExceeded: Proceed, or more bandwidth would let it move (it is reckoned \
+    "the guest would stand still for about {expected:?}, and its downtimeBudget is {:?}; {passes} passes over its \
+     RAM in {:?} \
+     have not changed that. A larger downtimeBudget, onBudgetExceeded: Proceed, or more bandwidth would let it \
+     move (it is reckoned \
      with {bandwidth_bytes_per_second} bytes per second; the agent's --migration-bandwidth allows {})",
     budget.downtime, whole_seconds(*elapsed), budget.bandwidth_bytes_per_second
 )]
@@ -84,9 +86,9 @@ pub struct BudgetExceeded {
     pub budget: Budget,
     /// What is expected.
     pub expected: Duration,
-    /// How often the guest's RAM has been gone through.
+    /// Completed passes over the guest's RAM.
     pub passes: u64,
-    /// What the wire is reckoned to carry.
+    /// The assumed bandwidth of the wire.
     pub bandwidth_bytes_per_second: u64,
     /// Since the copying began.
     pub elapsed: Duration,

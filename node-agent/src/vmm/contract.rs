@@ -1,8 +1,9 @@
 //! The driver of the VMM contract: `slackwater.vmm.v1` over the VMM's Unix socket.
 //!
-//! The agent takes devices out of the process behind the socket and lets it write guest memory that it sends to another node, so
-//! it trusts only a socket that nobody but itself could have made: mode 0600, owned by the agent's own user, and served by a
-//! process of that user. The process is the one that SO_PEERCRED names: the one that called listen(2).
+//! The agent takes devices out of the process behind the socket and lets it write guest memory that it sends
+//! to another node, so it trusts only a socket that no other user could have made: mode 0600, owned by the
+//! agent's own user, and served by a process of that user. The process is the one that SO_PEERCRED names: the
+//! one that called listen(2).
 
 use std::path::Path;
 use std::pin::Pin;
@@ -29,7 +30,8 @@ use super::{
 };
 use crate::vfio::borrow::VmmProcess;
 
-/// How long each call may take. Loading and the stream of a save have no deadline: RAM takes as long as the wire needs.
+/// How long each call may take. Loading and the stream of a save have no deadline: RAM takes as long as the
+/// wire needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Deadlines {
     /// Connecting, and Describe.
@@ -68,11 +70,12 @@ pub struct ContractVmm {
 }
 
 impl ContractVmm {
-    /// Connects to the VMM on this socket and holds its process. The connection is the only one: when it ends, so does this.
+    /// Connects to the VMM on this socket and holds its process. The connection is the only one: when it
+    /// ends, so does this.
     ///
     /// # Errors
-    /// [`VmmError::Trust`] if the socket or who serves it may not be trusted, [`VmmError::Connect`] if nobody serves it,
-    /// [`VmmError::Deadline`] if nobody takes the connection.
+    /// [`VmmError::Trust`] if the socket or its server may not be trusted, [`VmmError::Connect`] if no
+    /// process serves it, [`VmmError::Deadline`] if no process accepts the connection.
     pub async fn connect(socket: &Path, deadlines: Deadlines) -> Result<Self, VmmError> {
         trust(socket, PRIVATE)?;
         let limit = deadlines.describe;
@@ -93,13 +96,13 @@ impl ContractVmm {
     ) -> Result<T, VmmError> {
         match timeout(limit, answer).await {
             Ok(Ok(response)) => Ok(response.into_inner()),
-            Ok(Err(status)) => Err(failed(call, &status)),
+            Ok(Err(status)) => Err(from_status(call, &status)),
             Err(_) => Err(VmmError::Deadline { call, limit }),
         }
     }
 }
 
-/// The one stream that the contract knows.
+/// The contract has one stream.
 fn only(call: &'static str, mut streams: Vec<LoadStream>) -> Result<LoadStream, VmmError> {
     match (streams.pop(), streams.len()) {
         (Some(stream), 0) => Ok(stream),
@@ -110,8 +113,8 @@ fn only(call: &'static str, mut streams: Vec<LoadStream>) -> Result<LoadStream, 
     }
 }
 
-/// The VMM's own words, or that it was lost.
-fn failed(call: &'static str, status: &Status) -> VmmError {
+/// The VMM's own message, or that it was lost.
+fn from_status(call: &'static str, status: &Status) -> VmmError {
     let message = words(status);
     if is_lost(status) {
         return VmmError::Lost { call, message };
@@ -119,34 +122,39 @@ fn failed(call: &'static str, status: &Status) -> VmmError {
     VmmError::Refused { call, code: status.code(), message }
 }
 
-/// Checks what Describe answers.
-fn understand(answer: DescribeResponse) -> Result<Description, VmmError> {
-    let wrong = |reason: String| VmmError::Answer { call: "describe", reason };
+/// Checks the answer to Describe.
+fn parse(answer: DescribeResponse) -> Result<Description, VmmError> {
+    let not_valid = |reason: String| VmmError::Answer { call: "describe", reason };
     let run_state = match answer.run_state() {
         WireRunState::Running => RunState::Running,
         WireRunState::Paused => RunState::Paused,
         WireRunState::Incoming => RunState::Incoming,
-        WireRunState::Unspecified => return Err(wrong(format!("run_state {} is unknown", answer.run_state))),
+        WireRunState::Unspecified => {
+            return Err(not_valid(format!("run_state {} is unknown", answer.run_state)));
+        }
     };
     let dirty_tracking = match answer.dirty_tracking() {
         WireDirtyTracking::None => DirtyTracking::None,
         WireDirtyTracking::DeviceLog => DirtyTracking::DeviceLog,
         WireDirtyTracking::Iommu => DirtyTracking::Iommu,
         WireDirtyTracking::Unspecified => {
-            return Err(wrong(format!("dirty_tracking {} is unknown", answer.dirty_tracking)));
+            return Err(not_valid(format!("dirty_tracking {} is unknown", answer.dirty_tracking)));
         }
     };
     let mut devices: Vec<VmmDevice> = Vec::with_capacity(answer.devices.len());
     for device in answer.devices {
         let name = device.name;
         if name.is_empty() {
-            return Err(wrong(format!("device {} has no name", devices.len())));
+            return Err(not_valid(format!("device {} has no name", devices.len())));
         }
         if device.descriptor < 0 {
-            return Err(wrong(format!("device {name} has the descriptor {}", device.descriptor)));
+            return Err(not_valid(format!("device {name} has the descriptor {}", device.descriptor)));
         }
         if devices.iter().any(|other| other.name == name || other.descriptor == device.descriptor) {
-            return Err(wrong(format!("device {name}, descriptor {}, is named twice", device.descriptor)));
+            return Err(not_valid(format!(
+                "device {name}, descriptor {}, is named twice",
+                device.descriptor
+            )));
         }
         devices.push(VmmDevice { name, descriptor: device.descriptor, guest_address: device.guest_address });
     }
@@ -154,8 +162,8 @@ fn understand(answer: DescribeResponse) -> Result<Description, VmmError> {
     Ok(Description { run_state, devices, ram_bytes, dirty_tracking, vmm: answer.vmm, blocked: Vec::new() })
 }
 
-/// The pieces of a load as messages. A type of its own, since of a nameless adapter around a boxed stream the compiler cannot
-/// prove that the call is Send.
+/// The pieces of a load as messages. A named type, because the compiler cannot prove that the call is Send
+/// with an anonymous adapter around a boxed stream.
 struct LoadRequests(LoadStream);
 
 impl Stream for LoadRequests {
@@ -171,7 +179,7 @@ impl Vmm for ContractVmm {
     async fn describe(&self) -> Result<Description, VmmError> {
         let mut client = self.client.clone();
         let answer = self.call("describe", self.deadlines.describe, client.describe(DescribeRequest {}));
-        understand(answer.await?)
+        parse(answer.await?)
     }
 
     async fn start_save(&self, live: bool, _budget: Budget) -> Result<SaveStreams, VmmError> {
@@ -181,7 +189,7 @@ impl Vmm for ContractVmm {
         let pieces = stream.filter_map(async |piece| match piece {
             Ok(piece) if piece.data.is_empty() => None,
             Ok(piece) => Some(Ok(piece.data)),
-            Err(status) => Some(Err(failed("start_save", &status))),
+            Err(status) => Some(Err(from_status("start_save", &status))),
         });
         Ok(vec![pieces.boxed()])
     }
@@ -206,7 +214,7 @@ impl Vmm for ContractVmm {
         let state = only("start_load", state)?;
         let mut client = self.client.clone();
         let answer = client.start_load(LoadRequests(state)).await;
-        answer.map(drop).map_err(|status| failed("start_load", &status))
+        answer.map(drop).map_err(|status| from_status("start_load", &status))
     }
 
     async fn finish_load(&self) -> Result<(), VmmError> {
@@ -223,7 +231,7 @@ impl Vmm for ContractVmm {
     async fn quit(&self) -> Result<(), VmmError> {
         let mut client = self.client.clone();
         match self.call("quit", self.deadlines.quit, client.quit(QuitRequest {})).await {
-            // It may have ended before its answer was on its way.
+            // It may have ended before it could answer.
             Err(VmmError::Lost { .. }) => timeout(self.deadlines.quit, self.exited())
                 .await
                 .map_err(|_| VmmError::Deadline { call: "quit", limit: self.deadlines.quit }),

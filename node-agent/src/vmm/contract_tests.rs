@@ -42,13 +42,13 @@ async fn connected(stub: Stub) -> (Served, ContractVmm) {
 }
 
 #[tokio::test]
-async fn every_call_reaches_the_vmm_and_its_refusals_come_back_in_its_words() {
+async fn every_call_reaches_the_vmm_and_its_refusals_come_back_with_its_message() {
     let stub = Stub::default();
     let (_served, vmm) = connected(stub.clone()).await;
     assert_eq!(vmm.pid(), std::process::id(), "the one that listens");
 
     let error = vmm.start_save(true, Budget::default()).await.err().unwrap().to_string();
-    assert_eq!(error, "the VMM refused start_save: nobody tracks what the devices write");
+    assert_eq!(error, "the VMM refused start_save: the devices' writes are not tracked");
     let saved: Vec<_> =
         vmm.start_save(false, Budget::default()).await.unwrap().swap_remove(0).collect().await;
     let saved: Vec<String> = saved
@@ -89,7 +89,7 @@ async fn a_call_that_is_not_answered_ends_at_its_deadline() {
 }
 
 #[tokio::test]
-async fn a_vmm_that_goes_away_is_lost_and_not_taken_for_one_that_refuses() {
+async fn a_vmm_that_ends_is_lost_and_not_mistaken_for_one_that_refuses() {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("vmm.sock");
     let listener = bind_unix(&socket).unwrap();
@@ -106,7 +106,7 @@ async fn a_vmm_that_goes_away_is_lost_and_not_taken_for_one_that_refuses() {
 }
 
 #[tokio::test]
-async fn only_a_socket_that_nobody_else_could_have_made_is_trusted() {
+async fn only_a_socket_that_no_other_user_could_have_made_is_trusted() {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("vmm.sock");
     let refusal = async |path: &Path| {
@@ -154,7 +154,7 @@ fn description() -> DescribeResponse {
 }
 
 #[tokio::test]
-async fn a_description_is_taken_over_in_the_vmms_order() {
+async fn a_description_keeps_the_vmms_order() {
     let (_served, vmm) = connected(Stub { description: description(), ..Stub::default() }).await;
     let described = vmm.describe().await.unwrap();
     assert_eq!((described.run_state, described.dirty_tracking), (RunState::Running, DirtyTracking::None));
@@ -167,7 +167,7 @@ async fn a_description_is_taken_over_in_the_vmms_order() {
 }
 
 #[test]
-fn a_description_that_makes_no_sense_is_refused_with_what_is_wrong() {
+fn an_invalid_description_is_refused_with_what_is_wrong() {
     type Change = fn(&mut DescribeResponse);
     let changes: [(&str, Change); 6] = [
         ("run_state 9 is unknown", |d| d.run_state = 9),
@@ -180,7 +180,7 @@ fn a_description_that_makes_no_sense_is_refused_with_what_is_wrong() {
     for (reason, change) in changes {
         let mut described = description();
         change(&mut described);
-        let error = understand(described).unwrap_err().to_string();
+        let error = parse(described).unwrap_err().to_string();
         assert_eq!(error, format!("the VMM's answer to describe is not valid: {reason}"));
     }
 }

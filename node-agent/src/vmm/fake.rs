@@ -1,4 +1,5 @@
-//! A VMM for tests: it keeps the contract's order, records every call in a log that others may share, and fails on demand.
+//! A VMM for tests: it enforces the contract's order, records every call in a log that others may share, and
+//! fails on demand.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -43,13 +44,13 @@ pub struct FakeVmm {
 struct Inner {
     run_state: RunState,
     devices: Vec<VmmDevice>,
-    /// What a save gives, piece by piece.
+    /// The pieces of a save.
     state: Vec<Bytes>,
     saving: Option<mpsc::Sender<Result<Bytes, VmmError>>>,
     loaded: Option<Bytes>,
     failures: HashSet<&'static str>,
     hangs: HashMap<&'static str, Arc<Notify>>,
-    /// Devices that it drives by itself, as QEMU does.
+    /// Devices that it drives itself, as QEMU does.
     driven: Vec<DeviceHandle>,
 }
 
@@ -89,12 +90,13 @@ impl FakeVmm {
         self
     }
 
-    /// Lets it drive these devices by itself, as QEMU does.
+    /// Makes it drive these devices itself, as QEMU does.
     pub fn drive(&self, devices: &[DeviceHandle]) {
         self.inner.lock().driven = devices.to_vec();
     }
 
-    /// Takes the devices that it drives to a state, one after the other. What they refuse is seen by whoever looks at them.
+    /// Takes the devices that it drives to a state, one after the other. A refusal shows in the state of the
+    /// device.
     async fn lead(&self, to: MigrationState) {
         let devices = self.inner.lock().driven.clone();
         for device in devices {
@@ -102,7 +104,7 @@ impl FakeVmm {
         }
     }
 
-    /// Lets every call of this name fail, until [`FakeVmm::mend`]: `pause`, `finish_save`, ...
+    /// Makes every call of this name fail, until [`FakeVmm::mend`]: `pause`, `finish_save`, ...
     pub fn fail(&self, call: &'static str) {
         self.inner.lock().failures.insert(call);
     }
@@ -112,7 +114,7 @@ impl FakeVmm {
         self.inner.lock().failures.remove(call);
     }
 
-    /// Lets every call of this name wait, after it has been logged, for a notification.
+    /// Makes every call of this name wait, after it has been logged, for a notification.
     pub fn hang(&self, call: &'static str) -> Arc<Notify> {
         let release = Arc::new(Notify::new());
         self.inner.lock().hangs.insert(call, Arc::clone(&release));
@@ -130,12 +132,12 @@ impl FakeVmm {
         self.inner.lock().run_state
     }
 
-    /// What a twin has been given, once its load has ended.
+    /// The state that a twin has loaded, once its load has ended.
     pub fn loaded(&self) -> Option<Bytes> {
         self.inner.lock().loaded.clone()
     }
 
-    /// Logs the call; then waits, fails or passes, as the script says.
+    /// Logs the call; then waits, fails or passes, as scripted.
     async fn enter(&self, call: &'static str) -> Result<(), VmmError> {
         self.log.add(format!("{} {call}", self.name));
         let lost = || VmmError::Lost { call, message: "its process has ended".to_owned() };
@@ -150,7 +152,7 @@ impl FakeVmm {
             }
         }
         if self.inner.lock().failures.contains(call) {
-            return Err(refused(call, Code::Internal, "the test says so"));
+            return Err(refusal(call, Code::Internal, "the test says so"));
         }
         Ok(())
     }
@@ -161,11 +163,11 @@ impl FakeVmm {
         if now == state {
             return Ok(());
         }
-        Err(refused(call, Code::FailedPrecondition, &format!("the VM is {now:?}, and must be {state:?}")))
+        Err(refusal(call, Code::FailedPrecondition, &format!("the VM is {now:?}, and must be {state:?}")))
     }
 }
 
-fn refused(call: &'static str, code: Code, message: &str) -> VmmError {
+fn refusal(call: &'static str, code: Code, message: &str) -> VmmError {
     VmmError::Refused { call, code, message: message.to_owned() }
 }
 
@@ -187,7 +189,7 @@ impl Vmm for FakeVmm {
     async fn start_save(&self, live: bool, _budget: Budget) -> Result<SaveStreams, VmmError> {
         self.enter("start_save").await?;
         if live {
-            return Err(refused("start_save", Code::FailedPrecondition, "nobody tracks dirty pages"));
+            return Err(refusal("start_save", Code::FailedPrecondition, "dirty pages are not tracked"));
         }
         let (pieces, stream) = mpsc::channel(1);
         self.inner.lock().saving = Some(pieces);
@@ -219,10 +221,10 @@ impl Vmm for FakeVmm {
             (inner.saving.take(), inner.state.clone())
         };
         let pieces =
-            pieces.ok_or_else(|| refused("finish_save", Code::FailedPrecondition, "no save is under way"))?;
+            pieces.ok_or_else(|| refusal("finish_save", Code::FailedPrecondition, "no save is under way"))?;
         for piece in state {
             if pieces.send(Ok(piece)).await.is_err() {
-                return Err(refused("finish_save", Code::Cancelled, "nobody takes the state"));
+                return Err(refusal("finish_save", Code::Cancelled, "the state is not read"));
             }
         }
         Ok(())
@@ -232,8 +234,8 @@ impl Vmm for FakeVmm {
         self.enter("abort_save").await?;
         let saving = self.inner.lock().saving.take();
         if let Some(pieces) = saving {
-            // Nobody may be reading any more.
-            let _ = pieces.try_send(Err(refused("start_save", Code::Aborted, "the save was aborted")));
+            // The reader may have gone.
+            let _ = pieces.try_send(Err(refusal("start_save", Code::Aborted, "the save was aborted")));
             if self.driver() == Driver::Vmm {
                 self.lead(MigrationState::Running).await;
                 self.inner.lock().run_state = RunState::Running;
@@ -270,7 +272,7 @@ impl Vmm for FakeVmm {
         self.require("finish_load", RunState::Incoming)?;
         let mut inner = self.inner.lock();
         if inner.loaded.is_none() {
-            return Err(refused("finish_load", Code::FailedPrecondition, "nothing has been loaded"));
+            return Err(refusal("finish_load", Code::FailedPrecondition, "nothing has been loaded"));
         }
         inner.run_state = RunState::Paused;
         Ok(())

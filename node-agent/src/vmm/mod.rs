@@ -1,8 +1,9 @@
-//! The VMM of a VM: what the hand-over asks of it, whichever program it is.
+//! The VMM of a VM: the calls that the hand-over makes to it, whichever program it is.
 //!
-//! Order at the source: [`Vmm::start_save`], devices to pre-copy, [`Vmm::pause`], all devices quiesced and stopped and read back,
-//! [`Vmm::finish_save`] while the devices' captures run. Order at the destination: [`Vmm::start_load`], [`Vmm::finish_load`], all
-//! devices out of RESUMING, and, after the commit and with all devices RUNNING, [`Vmm::resume`].
+//! Order at the source: [`Vmm::start_save`], devices to pre-copy, [`Vmm::pause`], all devices quiesced and
+//! stopped and read back, [`Vmm::finish_save`] while the devices' captures run. Order at the destination:
+//! [`Vmm::start_load`], [`Vmm::finish_load`], all devices out of RESUMING, and, after the commit and with all
+//! devices RUNNING, [`Vmm::resume`].
 
 use std::os::fd::RawFd;
 use std::path::Path;
@@ -36,10 +37,11 @@ pub mod server;
 mod stub;
 pub mod twin;
 
-/// RAM and machine state as the VMM gives them, in pieces of at most 1 MiB. Ends after the last piece; an error ends it, too.
+/// RAM and machine state as the VMM gives them, in pieces of at most 1 MiB. Ends after the last piece; an
+/// error ends it, too.
 pub type SaveStream = BoxStream<'static, Result<Bytes, VmmError>>;
 
-/// A save: the main stream first. Only a VMM of QEMU's that was allowed more connections gives more than that one.
+/// A save: the main stream first. Only a QEMU that may use more connections gives more streams.
 pub type SaveStreams = Vec<SaveStream>;
 
 /// The same bytes in the same order, cut anywhere.
@@ -50,16 +52,16 @@ pub type LoadStream = BoxStream<'static, Bytes>;
 pub enum RunState {
     /// Its vCPUs run.
     Running,
-    /// Its vCPUs stand still.
+    /// Its vCPUs are stopped.
     Paused,
     /// A twin that has not finished loading.
     Incoming,
 }
 
-/// Who can tell which guest pages the devices have written.
+/// Who tracks the guest pages that the devices write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DirtyTracking {
-    /// Nobody: RAM can be copied only while the VM stands still.
+    /// None: RAM can be copied only while the VM is paused.
     None,
     /// The devices.
     DeviceLog,
@@ -67,18 +69,18 @@ pub enum DirtyTracking {
     Iommu,
 }
 
-/// A device as its VMM sees it.
+/// A device of a VM, as its VMM describes it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct VmmDevice {
     /// PCI address or UUID on the host.
     pub name: String,
     /// Number of the VFIO device's descriptor in the VMM's process.
     pub descriptor: RawFd,
-    /// Where the guest sees it, for people.
+    /// Its address in the guest, for messages.
     pub guest_address: String,
 }
 
-/// What a VM consists of.
+/// A VM as its VMM describes it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Description {
     /// Whether it runs.
@@ -91,7 +93,7 @@ pub struct Description {
     pub dirty_tracking: DirtyTracking,
     /// Program and version, for logs.
     pub vmm: String,
-    /// Why the VMM would refuse a migration now, in its own words.
+    /// The VMM's own reasons to refuse a migration now.
     pub blocked: Vec<String>,
 }
 
@@ -100,13 +102,13 @@ pub struct Description {
 pub struct DeviceSeen {
     /// In the VM's order.
     pub index: usize,
-    /// The state that it says.
+    /// The state that the VMM reports.
     pub state: MigrationState,
-    /// When it was heard of.
+    /// When the report arrived.
     pub at: Clock,
 }
 
-/// Why a VMM did not do what it was asked.
+/// A call to a VMM has failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum VmmError {
@@ -118,31 +120,31 @@ pub enum VmmError {
     Trust {
         /// The socket.
         path: String,
-        /// What is wrong with it, and what would be right.
+        /// What is wrong, and what would be right.
         reason: String,
     },
     /// The VMM answered with an error.
     #[error("the VMM refused {call}: {message}")]
     Refused {
-        /// Which call.
+        /// The call.
         call: &'static str,
         /// Its code.
         code: Code,
-        /// Its words.
+        /// Its message.
         message: String,
     },
     /// The connection broke, mostly because its process has ended.
     #[error("the VMM was lost during {call}: {message}")]
     Lost {
-        /// Which call.
+        /// The call.
         call: &'static str,
-        /// What was seen.
+        /// What happened.
         message: String,
     },
     /// No answer in time.
     #[error("the VMM did not answer {call} within {} ms", limit.as_millis())]
     Deadline {
-        /// Which call.
+        /// The call.
         call: &'static str,
         /// How long it had.
         limit: Duration,
@@ -150,10 +152,10 @@ pub enum VmmError {
     /// The blackout would take longer than the budget allows.
     #[error(transparent)]
     BudgetExceeded(BudgetExceeded),
-    /// An answer that means nothing.
+    /// An answer that is not valid.
     #[error("the VMM's answer to {call} is not valid: {reason}")]
     Answer {
-        /// Which call.
+        /// The call.
         call: &'static str,
         /// What is wrong with it.
         reason: String,
@@ -162,72 +164,75 @@ pub enum VmmError {
 
 /// A VMM that runs a VM, or was started to take one over.
 ///
-/// Each call has its own deadline, and returns when what it names has happened, not when it has been asked for.
+/// Each call has its own deadline, and returns when its effect has happened, not when it was requested.
 #[async_trait]
 pub trait Vmm: Send + Sync {
-    /// What the VM consists of. Any time.
+    /// Describes the VM. At any time.
     async fn describe(&self) -> Result<Description, VmmError>;
 
-    /// Whether the VM runs. Asked in the blackout: by a VMM that has a shorter way to say it than to describe itself, in that way.
+    /// Whether the VM runs. Called in the blackout, so a VMM with a shorter way than [`Vmm::describe`] uses
+    /// that.
     async fn run_state(&self) -> Result<RunState, VmmError> {
         self.describe().await.map(|description| description.run_state)
     }
 
-    /// Begins a save. With `live`, RAM flows while the guest runs; refused if nobody tracks the devices' writes.
-    /// The stream has no deadline: it lasts as long as RAM and the wire need.
-    /// A VMM that does not drive its devices is stopped before it copies, and leaves the budget aside.
+    /// Begins a save. With `live`, RAM flows while the guest runs; refused if the devices' writes are not
+    /// tracked. The stream has no deadline: it lasts as long as RAM and the wire need. A VMM that does not
+    /// drive its devices is stopped before it copies, and ignores the budget.
     async fn start_save(&self, live: bool, budget: Budget) -> Result<SaveStreams, VmmError>;
 
-    /// Returns when no vCPU runs and nothing in the VMM touches a device. It stays so until [`Vmm::resume`].
+    /// Returns when no vCPU runs and nothing in the VMM accesses a device, until [`Vmm::resume`].
     async fn pause(&self) -> Result<(), VmmError>;
 
-    /// Lets the save end: the remaining RAM and the machine state. Only when every device has been read back as stopped.
-    /// Returns when the stream's last byte has been given.
+    /// Completes the save: the remaining RAM and the machine state. Only when every device has been read back
+    /// as stopped. Returns when the stream's last byte has been given.
     async fn finish_save(&self) -> Result<(), VmmError>;
 
     /// Ends a save without a result. The VM stays as it is, paused if it was paused.
     async fn abort_save(&self) -> Result<(), VmmError>;
 
-    /// At a twin: takes what [`Vmm::start_save`] gave. As many streams, in the same order. Returns when all have
-    /// ended and all of it has been understood. No deadline.
+    /// At a twin: takes what [`Vmm::start_save`] gave. As many streams, in the same order. Returns when all
+    /// have ended and all of it has been parsed. No deadline.
     async fn start_load(&self, state: Vec<LoadStream>) -> Result<(), VmmError>;
 
-    /// At a twin: puts everything in place. The devices stand in RESUMING and are not touched.
+    /// At a twin: puts everything in place. The devices are in RESUMING and are not touched.
     async fn finish_load(&self) -> Result<(), VmmError>;
 
-    /// Lets the vCPUs run. The devices are RUNNING before it is called, unless the VMM drives them: it wakes them then, and a VM
-    /// that runs already is left as it is.
+    /// Lets the vCPUs run. The devices are RUNNING before it is called, unless the VMM drives them: it starts
+    /// them then, and leaves a VM that runs already as it is.
     async fn resume(&self) -> Result<(), VmmError>;
 
-    /// Ends the VMM: it answers and then exits.
+    /// Asks the VMM to exit: it answers first.
     async fn quit(&self) -> Result<(), VmmError>;
 
-    /// Who issues the state changes of its devices during a migration.
+    /// Which side issues the state changes of its devices during a migration.
     fn driver(&self) -> Driver {
         Driver::Agent
     }
 
-    /// Returns when what is left to save is little enough for the blackout, after [`Vmm::start_save`]. A VMM that drives its devices
-    /// has then stopped its vCPUs and its devices, too, and waits for [`Vmm::finish_save`].
+    /// Returns when what is left to save is little enough for the blackout, after [`Vmm::start_save`]. A VMM
+    /// that drives its devices has then stopped its vCPUs and its devices, too, and waits for
+    /// [`Vmm::finish_save`].
     ///
-    /// It fails by [`VmmError::BudgetExceeded`] when the blackout would be too long for the budget, and the migration is to be given
-    /// up then. No deadline.
+    /// [`VmmError::BudgetExceeded`] if the blackout would be too long for the budget: the migration must be
+    /// given up. No deadline.
     async fn converged(&self, _copy: Copying) -> Result<(), VmmError> {
         Ok(())
     }
 
-    /// Tells from now on where the VMM takes its devices, as far as it says so; None if it does not drive them. Taken once.
+    /// The state changes of its devices from now on, as far as the VMM reports them; None if it does not
+    /// drive them. Taken once.
     fn watch_devices(&self) -> Option<mpsc::UnboundedReceiver<DeviceSeen>> {
         None
     }
 
-    /// What a twin says while it loads to the VMM that saves; None if it says nothing. Taken once.
+    /// The replies of a loading twin to the VMM that saves; None if it sends none. Taken once.
     fn take_replies(&self) -> Option<mpsc::Receiver<Bytes>> {
         None
     }
 
-    /// Hands what the twin says to the VMM that saves.
-    fn reply(&self, _said: Bytes) -> Result<(), VmmError> {
+    /// Passes a reply of the twin to the VMM that saves.
+    fn reply(&self, _reply: Bytes) -> Result<(), VmmError> {
         Ok(())
     }
 
@@ -244,28 +249,29 @@ pub trait LocalVmm: Vmm + std::fmt::Debug {
     /// Its process.
     fn process(&self) -> &VmmProcess;
 
-    /// Finds out what a destination's VMM must be able to do; [`LocalVmm::facts`] has it then. It may take seconds.
+    /// Collects what a destination's VMM must be able to do, for [`LocalVmm::facts`]. It may take seconds.
     async fn learn(&self) {}
 
-    /// What [`LocalVmm::learn`] has found; None before, and of a VMM that is not compared.
+    /// The result of [`LocalVmm::learn`]; None before, and for a VMM that is not compared.
     fn facts(&self) -> Option<Facts> {
         None
     }
 
-    /// Why the VMM would refuse a migration now; None of one that never does, and need not be asked again.
+    /// The VMM's reasons to refuse a migration now; None if it never refuses, and need not be asked again.
     async fn blocked(&self) -> Result<Option<Vec<String>>, VmmError> {
         Ok(None)
     }
 
-    /// Ends the VMM: asks it to quit, and kills its process if it has not ended in time. Returns when it has ended.
+    /// Ends the VMM: asks it to quit, and kills its process if it has not ended in time. Returns when it has
+    /// ended.
     async fn end(&self) -> Result<(), VmmError>;
 }
 
 /// Connects to the VMM that serves a VM's socket.
 ///
 /// # Errors
-/// [`VmmError::Trust`] if the socket or who serves it may not be trusted, [`VmmError::Connect`] if nobody serves it,
-/// [`VmmError::Deadline`] if nobody takes the connection.
+/// [`VmmError::Trust`] if the socket or its server may not be trusted, [`VmmError::Connect`] if no process
+/// serves it, [`VmmError::Deadline`] if no process accepts the connection.
 pub async fn connect(
     vmm: &VmmEntry,
     socket: &Path,

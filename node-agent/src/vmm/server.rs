@@ -1,8 +1,9 @@
 //! The process behind a VMM's socket.
 //!
-//! The agent takes devices out of it and lets it write guest memory that it sends to another node, so it trusts only a socket that
-//! nobody but itself could have made: owned by the agent's own user, closed to all others, and served by a process of that user.
-//! The process is the one that SO_PEERCRED names: the one that called listen(2).
+//! The agent takes devices out of it and lets it write guest memory that it sends to another node, so it
+//! trusts only a socket that no other user could have made: owned by the agent's own user, closed to all
+//! others, and served by a process of that user. The process is the one that SO_PEERCRED names: the one that
+//! called listen(2).
 
 use std::future::pending;
 use std::io;
@@ -20,13 +21,13 @@ use tracing::warn;
 use super::VmmError;
 use crate::vfio::borrow::VmmProcess;
 
-/// The mode of a socket that only its owner can use, as the contract wants it.
+/// The mode of a socket that only its owner can use, as the contract requires.
 pub const PRIVATE: u32 = 0o600;
 
-/// Lets only sockets through that nobody but this user could have made, with these permissions at most.
+/// Checks that no other user could have made the socket. It may have these permissions at most.
 ///
 /// # Errors
-/// [`VmmError::Trust`], or [`VmmError::Connect`] if there is none.
+/// [`VmmError::Trust`], or [`VmmError::Connect`] if it does not exist.
 pub fn trust(socket: &Path, most: u32) -> Result<(), VmmError> {
     trust_for(socket, most, geteuid().as_raw())
 }
@@ -54,7 +55,7 @@ pub(super) fn trust_for(socket: &Path, most: u32, user: u32) -> Result<(), VmmEr
     Err(VmmError::Trust { path: socket.display().to_string(), reason })
 }
 
-/// The process, held by a pidfd: another one that gets its number is never taken for it.
+/// The process, held by a pidfd: another process with its number is never mistaken for it.
 #[derive(Debug)]
 pub struct Server {
     process: VmmProcess,
@@ -62,7 +63,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// The process that serves the socket, as a connection to it tells.
+    /// The process that serves the socket, by the credentials of a connection to it.
     ///
     /// # Errors
     /// [`VmmError::Trust`] if it may not be trusted, or cannot be held.
@@ -78,11 +79,11 @@ impl Server {
                 "its process is in another PID namespace: the agent must see the VMM's process".to_owned(),
             )
         })?;
-        let ended = |why: String| distrust(format!("its process {pid} cannot be held: {why}"));
+        let not_held = |why: String| distrust(format!("its process {pid} cannot be held: {why}"));
         let pidfd = pidfd_open(pid, PidfdFlags::empty())
-            .map_err(|errno| ended(io::Error::from(errno).to_string()))?;
+            .map_err(|errno| not_held(io::Error::from(errno).to_string()))?;
         let process = VmmProcess::open(pid.as_raw_nonzero().get().unsigned_abs())
-            .map_err(|error| ended(error.to_string()))?;
+            .map_err(|error| not_held(error.to_string()))?;
         Ok(Self { process, pidfd })
     }
 
@@ -104,10 +105,11 @@ impl Server {
         }
     }
 
-    /// Waits until the process has ended that was asked to quit, and kills it if it has not within `limit`, or has refused.
+    /// Waits until the process that was asked to quit has ended, and kills it after `limit`, or if it
+    /// refused.
     ///
     /// # Errors
-    /// [`VmmError::Deadline`] if it is still there, killed or not.
+    /// [`VmmError::Deadline`] if it still exists after that.
     pub async fn end(&self, asked: Result<(), VmmError>, limit: Duration) -> Result<(), VmmError> {
         if let Err(error) = asked {
             warn!(pid = self.pid(), %error, "the VMM did not quit");
@@ -120,7 +122,7 @@ impl Server {
             .map_err(|_| VmmError::Deadline { call: "the end of its process", limit })
     }
 
-    /// By the pidfd: never another process that has got its number.
+    /// By the pidfd: never another process with its number.
     fn kill(&self) {
         // It fails only if the process has ended.
         if let Err(error) = pidfd_send_signal(&self.pidfd, Signal::KILL) {

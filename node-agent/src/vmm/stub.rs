@@ -1,4 +1,4 @@
-//! A VMM that serves the contract in tests, and answers as it is told.
+//! A VMM that serves the contract in tests, with scripted answers.
 
 use std::future::pending;
 use std::sync::{Arc, Mutex};
@@ -56,7 +56,7 @@ impl Vmm for Stub {
         request: Request<StartSaveRequest>,
     ) -> Result<Response<Self::StartSaveStream>, Status> {
         if request.into_inner().live {
-            return Err(Status::failed_precondition("nobody tracks what the devices write"));
+            return Err(Status::failed_precondition("the devices' writes are not tracked"));
         }
         let (sender, receiver) = tokio::sync::mpsc::channel(8);
         for data in ["ra", "", "m"] {

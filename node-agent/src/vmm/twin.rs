@@ -1,12 +1,12 @@
-//! Starting a twin: the VMM that is to become the VM at the destination.
+//! Starting a twin: the VMM that takes over the VM at the destination.
 //!
 //! ```text
 //! agent ── fork ── agent's own program as `twin-exec` ── setsid, enter the cgroup ── exec ── the VMM
 //!   └─ waits: the directory of the socket changes, or the twin ends, or the deadline passes
 //! ```
 //!
-//! The twin has a session and a control group of its own, no pipe to the agent and no parent-death signal, and it writes its output
-//! to a file: an agent that dies, or is upgraded, takes nothing along.
+//! The twin has a session and a control group of its own, no pipe to the agent and no parent-death signal,
+//! and it writes its output to a file: it outlives an agent that dies, or is upgraded.
 
 use std::ffi::OsString;
 use std::fs;
@@ -44,38 +44,39 @@ pub struct TwinPlan {
     pub cgroup_name: String,
     /// The VM's directory at this node: [`vms::directory`]. It is made, and must not hold a VM yet.
     pub directory: PathBuf,
-    /// What it will speak.
+    /// Its protocol, socket and devices.
     pub vmm: VmmEntry,
     /// Absolute; the caller has checked that it is allowed.
     pub program: PathBuf,
-    /// With all placeholders filled in.
+    /// Its arguments, with all placeholders filled in.
     pub arguments: Vec<String>,
-    /// What it is given open.
+    /// The files that it gets open.
     pub descriptors: Vec<Descriptor>,
-    /// Where the twin will serve the contract.
+    /// The socket that the twin will serve.
     pub socket: PathBuf,
-    /// Within so long it must answer Describe.
+    /// How long it may take to answer Describe.
     pub start_limit: Duration,
-    /// For its calls.
+    /// The deadlines of its calls.
     pub deadlines: Deadlines,
 }
 
-/// The agent's own program as `twin-exec`. The link leads to the program that runs, even if its file has been replaced meanwhile.
+/// The agent's own program as `twin-exec`. The link leads to the program that runs, even if its file has been
+/// replaced meanwhile.
 pub fn launcher() -> Vec<OsString> {
     vec!["/proc/self/exe".into(), TWIN_EXEC.into()]
 }
 
-/// Why there is no twin. Nothing of it is left, unless it says so.
+/// The twin could not be started, or ended. Nothing of it is left, unless the error says so.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TwinError {
-    /// A VM lives in the directory.
+    /// There is a VM in the directory.
     #[error("{directory} holds a VM already: it has a vm.json")]
     AlreadyHere {
         /// The directory.
         directory: PathBuf,
     },
-    /// The directory, or a file in it.
+    /// The directory, or a file in it, could not be used.
     #[error("cannot use the directory of the twin, {path}: {source}")]
     Directory {
         /// The file or directory.
@@ -103,7 +104,7 @@ pub enum TwinError {
         source: io::Error,
     },
     /// The twin ended before it answered.
-    #[error("the twin {program} ended before it answered: {status}{}", log_words(log))]
+    #[error("the twin {program} ended before it answered: {status}{}", quote_log(log))]
     Ended {
         /// What was started.
         program: PathBuf,
@@ -113,26 +114,26 @@ pub enum TwinError {
         log: String,
     },
     /// The twin runs, and does not answer.
-    #[error("the twin {program} did not answer within {} ms: {reason}{}", limit.as_millis(), log_words(log))]
+    #[error("the twin {program} did not answer within {} ms: {reason}{}", limit.as_millis(), quote_log(log))]
     Silent {
         /// What was started.
         program: PathBuf,
         /// How long it had.
         limit: Duration,
-        /// What was tried last.
+        /// The last error.
         reason: String,
         /// The end of its log.
         log: String,
     },
-    /// A VMM that is to end does not.
+    /// A VMM did not end.
     #[error("the VMM could not be ended: {0}")]
     End(VmmError),
-    /// Somebody answers, but not a twin.
+    /// Another process than the twin answers.
     #[error("{socket} is served by something else than the twin: {reason}")]
     NotTheTwin {
         /// The socket.
         socket: PathBuf,
-        /// How that was seen.
+        /// Why it is not the twin.
         reason: String,
     },
 }
@@ -142,30 +143,30 @@ impl TwinPlan {
         self.directory.join(LOG_FILE)
     }
 
-    /// The end of what the twin has said, in words that follow on why it has ended.
+    /// The end of the twin's log, as the continuation of an error message.
     #[must_use]
     pub fn last_words(&self) -> String {
-        log_words(&end_of(&self.log()))
+        quote_log(&end_of(&self.log()))
     }
 }
 
-fn log_words(log: &str) -> String {
+fn quote_log(log: &str) -> String {
     if log.is_empty() { "; its log is empty".to_owned() } else { format!("; its log ends in:\n{log}") }
 }
 
-/// A twin that has answered and waits for its state.
+/// A twin that has answered and waits for the VM's state.
 #[derive(Debug)]
 pub struct Twin {
     vmm: Arc<dyn LocalVmm>,
     description: Description,
-    remains: Remains,
+    footprint: Footprint,
     /// Reaped by the runtime when it has ended, even after this is gone.
     _child: Child,
 }
 
-/// What there is of a twin besides its process.
+/// What a twin consists of besides its process.
 #[derive(Clone, Debug)]
-struct Remains {
+struct Footprint {
     cgroup: Cgroup,
     directory: PathBuf,
     socket: PathBuf,
@@ -177,29 +178,30 @@ impl Twin {
         &self.vmm
     }
 
-    /// What it said of itself at the start.
+    /// Its answer to Describe at the start.
     pub fn description(&self) -> &Description {
         &self.description
     }
 
-    /// Ends it and clears everything away. The agent's duplicates of its devices must have been dropped, or the devices stay in use.
+    /// Ends it and removes everything. The agent's duplicates of its devices must have been dropped, or the
+    /// devices stay in use.
     ///
     /// # Errors
     /// What is left, if something is.
     pub async fn discard(self, limit: Duration) -> Result<(), TwinError> {
-        self.remains.clear(limit).await
+        self.footprint.clear(limit).await
     }
 }
 
-impl Remains {
-    /// Kills what is left of a twin, and removes its cgroup and its directory.
+impl Footprint {
+    /// Kills the processes of a twin, and removes its cgroup and its directory.
     async fn clear(&self, limit: Duration) -> Result<(), TwinError> {
         self.cgroup.clear(limit).await.map_err(TwinError::Cgroup)?;
         retire(&self.directory, &self.socket)
     }
 }
 
-/// Clears away a twin that an earlier agent may have started by this plan, and that never ran: all of it, or what is left.
+/// Removes a twin that never ran and that an earlier agent may have started by this plan.
 ///
 /// # Errors
 /// What is left, if something is.
@@ -207,12 +209,12 @@ pub async fn clear(plan: &TwinPlan, limit: Duration) -> Result<(), TwinError> {
     if vms::holds_vm(&plan.directory) {
         return Err(TwinError::AlreadyHere { directory: plan.directory.clone() });
     }
-    let cgroup = Cgroup::named(&plan.cgroup_root, &plan.cgroup_name).map_err(TwinError::Cgroup)?;
+    let cgroup = Cgroup::with_name(&plan.cgroup_root, &plan.cgroup_name).map_err(TwinError::Cgroup)?;
     cgroup.clear(limit).await.map_err(TwinError::Cgroup)?;
     retire(&plan.directory, &plan.socket)
 }
 
-/// Clears away what is left of a VM that runs elsewhere now and whose process has ended: as [`end`].
+/// As [`end`], for a VM whose process has ended.
 ///
 /// # Errors
 /// What is left, if something is.
@@ -228,9 +230,9 @@ pub async fn forget(
     retire(directory, socket)
 }
 
-/// Ends a VM that runs elsewhere now: its VMM, the cgroup if it was once a twin here ([`Cgroup::of_process`], asked while the process
-/// was there to be asked about), and its directory, but for what others have put there. The agent's duplicates of its devices
-/// must have been dropped.
+/// Ends a VM that runs elsewhere now: its VMM, the cgroup if it was once a twin here ([`Cgroup::of_process`],
+/// read while the process existed), and its directory, except for the files of others. The agent's duplicates
+/// of its devices must have been dropped.
 ///
 /// # Errors
 /// What is left, if something is.
@@ -253,49 +255,50 @@ fn retire(directory: &Path, socket: &Path) -> Result<(), TwinError> {
 /// Starts a twin and waits until it answers Describe as a twin does.
 ///
 /// # Errors
-/// [`TwinError`]. What was made by then has been cleared away; where that failed, it is logged.
+/// [`TwinError`]. What was created by then is removed; a failure of that is logged.
 pub async fn start(plan: TwinPlan) -> Result<Twin, TwinError> {
     if vms::holds_vm(&plan.directory) {
         return Err(TwinError::AlreadyHere { directory: plan.directory });
     }
     let cgroup = Cgroup::make(&plan.cgroup_root, &plan.cgroup_name).map_err(TwinError::Cgroup)?;
-    let remains = Remains { cgroup, directory: plan.directory.clone(), socket: plan.socket.clone() };
+    let footprint = Footprint { cgroup, directory: plan.directory.clone(), socket: plan.socket.clone() };
     let started = match prepare(&plan) {
-        Ok(()) => start_in(&plan, remains.clone()).await,
+        Ok(()) => start_in(&plan, footprint.clone()).await,
         Err(error) => Err(error),
     };
     if started.is_err()
-        && let Err(left) = remains.clear(plan.deadlines.quit).await
+        && let Err(left) = footprint.clear(plan.deadlines.quit).await
     {
         warn!(directory = %plan.directory.display(), %left, "something is left of a twin that did not start");
     }
     started
 }
 
-/// Makes the directory, and takes away what an earlier twin may have left in it: its socket would be in the way.
+/// Creates the directory, and removes what an earlier twin may have left in it: its socket would be in the
+/// way.
 fn prepare(plan: &TwinPlan) -> Result<(), TwinError> {
-    let failed = |path: &Path, source| TwinError::Directory { path: path.to_owned(), source };
+    let directory_error = |path: &Path, source| TwinError::Directory { path: path.to_owned(), source };
     let directory = &plan.directory;
     retire(directory, &plan.socket)?;
     let mut builder = fs::DirBuilder::new();
     builder.recursive(true).mode(0o700);
-    builder.create(directory).map_err(|source| failed(directory, source))?;
+    builder.create(directory).map_err(|source| directory_error(directory, source))?;
     if let Some(parent) = plan.socket.parent().filter(|parent| parent.starts_with(directory)) {
-        builder.create(parent).map_err(|source| failed(parent, source))?;
+        builder.create(parent).map_err(|source| directory_error(parent, source))?;
     }
     Ok(())
 }
 
-async fn start_in(plan: &TwinPlan, remains: Remains) -> Result<Twin, TwinError> {
+async fn start_in(plan: &TwinPlan, footprint: Footprint) -> Result<Twin, TwinError> {
     let directory = plan.socket.parent().unwrap_or(&plan.directory);
-    // Watched before the start: the socket may be there before anybody looks.
+    // Watched before the start: the socket may exist before the first look.
     let changes = FileEvents::watch(directory)
         .map_err(|source| TwinError::Watch { path: directory.to_owned(), source })?;
     let log = plan.log();
     let launch = Launch {
         launcher: &plan.launcher,
-        cgroup: &remains.cgroup,
-        directory: &remains.directory,
+        cgroup: &footprint.cgroup,
+        directory: &footprint.directory,
         log: &log,
         descriptors: &plan.descriptors,
         program: &plan.program,
@@ -309,13 +312,13 @@ async fn start_in(plan: &TwinPlan, remains: Remains) -> Result<Twin, TwinError> 
     let mut last_seen = "it has not made its socket".to_owned();
     let answered = async {
         loop {
-            match answer(plan, &remains).await {
+            match answer(plan, &footprint).await {
                 Ok(answered) => return Ok(answered),
-                Err(NotYet::Listening(why)) => {
+                Err(NotYet::NotListening(why)) => {
                     last_seen = why;
                     sleep(NOT_LISTENING_YET).await;
                 }
-                Err(NotYet::There(why)) => {
+                Err(NotYet::NoSocket(why)) => {
                     last_seen = why;
                     changes.next().await;
                 }
@@ -328,7 +331,7 @@ async fn start_in(plan: &TwinPlan, remains: Remains) -> Result<Twin, TwinError> 
         answered = timeout_at(deadline, answered) => match answered {
             Ok(Ok((vmm, description))) => {
                 info!(pid = vmm.pid(), program = %program.display(), vmm = description.vmm, "twin started");
-                return Ok(Twin { vmm, description, remains, _child: child });
+                return Ok(Twin { vmm, description, footprint, _child: child });
             }
             Ok(Err(error)) => error,
             Err(_) => {
@@ -345,30 +348,30 @@ async fn start_in(plan: &TwinPlan, remains: Remains) -> Result<Twin, TwinError> 
     Err(error)
 }
 
-/// Why the twin has not answered.
+/// Why the twin has not answered yet.
 enum NotYet {
-    /// The socket is not there, or not in order: it will be seen when that changes.
-    There(String),
-    /// The socket is there, and nobody listens on it, which cannot be seen when it changes.
-    Listening(String),
-    /// And it never will.
+    /// The socket does not exist, or is not usable: a change of that will be seen.
+    NoSocket(String),
+    /// The socket exists, but no process listens on it: a change of that cannot be seen.
+    NotListening(String),
+    /// It never will.
     Never(TwinError),
 }
 
-async fn answer(plan: &TwinPlan, remains: &Remains) -> Result<(Arc<dyn LocalVmm>, Description), NotYet> {
+async fn answer(plan: &TwinPlan, footprint: &Footprint) -> Result<(Arc<dyn LocalVmm>, Description), NotYet> {
     let connected = super::connect(&plan.vmm, &plan.socket, plan.deadlines).await;
     let vmm = connected.map_err(|error| match error {
-        VmmError::Connect(_) if plan.socket.exists() => NotYet::Listening(error.to_string()),
-        other => NotYet::There(other.to_string()),
+        VmmError::Connect(_) if plan.socket.exists() => NotYet::NotListening(error.to_string()),
+        other => NotYet::NoSocket(other.to_string()),
     })?;
     let never = |reason: String| NotYet::Never(TwinError::NotTheTwin { socket: plan.socket.clone(), reason });
-    let processes = remains.cgroup.processes().map_err(|error| NotYet::Never(TwinError::Cgroup(error)))?;
+    let processes = footprint.cgroup.processes().map_err(|error| NotYet::Never(TwinError::Cgroup(error)))?;
     if !processes.contains(&vmm.pid()) {
-        return Err(never(format!("process {} is not in {}", vmm.pid(), remains.cgroup.path().display())));
+        return Err(never(format!("process {} is not in {}", vmm.pid(), footprint.cgroup.path().display())));
     }
     let description = vmm.describe().await.map_err(|error| match error {
-        // It has just ended, and how will be known in a moment.
-        VmmError::Lost { .. } => NotYet::There(error.to_string()),
+        // It has just ended; its exit status follows.
+        VmmError::Lost { .. } => NotYet::NoSocket(error.to_string()),
         other => never(other.to_string()),
     })?;
     if description.run_state != RunState::Incoming {

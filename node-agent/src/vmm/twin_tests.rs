@@ -18,7 +18,8 @@ use crate::vmm::Vmm as _;
 use crate::vmm::contract::ContractVmm;
 use crate::vmm::stub::Stub;
 
-/// Not a test of its own: the part that a child of another test plays, after the first `--` of its command line.
+/// Not a test of its own: the part that a child of another test plays, after the first `--` of its command
+/// line.
 #[tokio::test]
 async fn act() {
     #[derive(clap::Parser)]
@@ -147,7 +148,8 @@ fn pipes(pid: &str, wanted: fn(&str) -> bool) -> BTreeSet<PathBuf> {
     fs::read_dir(format!("/proc/{pid}/fd")).unwrap().filter_map(pipe).collect()
 }
 
-/// Opened by this process, and not inherited from whoever started the tests: with O_CLOEXEC, as all that Rust opens.
+/// Opened by this process, and not inherited from the starter of the tests: with O_CLOEXEC, as Rust opens
+/// files.
 fn is_own(info: &str) -> bool {
     let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).unwrap().trim();
     u32::from_str_radix(flags, 8).unwrap() & 0o2_000_000 != 0
@@ -163,7 +165,7 @@ impl Drop for Place {
 const LIMIT: Duration = Duration::from_secs(10);
 
 #[tokio::test]
-async fn a_twin_has_its_own_session_and_cgroup_and_nothing_of_the_agents_and_is_discarded_whole() {
+async fn a_twin_shares_no_session_cgroup_or_descriptor_with_the_agent_and_is_discarded_completely() {
     let Some(place) = Place::new(&["serve-with-child", "{socket}"]) else { return };
     let twin = start(place.plan.clone()).await.unwrap();
     assert_eq!(twin.description().run_state, RunState::Incoming);
@@ -191,7 +193,7 @@ async fn a_twin_has_its_own_session_and_cgroup_and_nothing_of_the_agents_and_is_
 }
 
 #[tokio::test]
-async fn a_twin_that_is_kept_becomes_a_vm_and_can_be_ended_with_all_that_belongs_to_it() {
+async fn a_twin_that_is_kept_becomes_a_vm_and_can_be_ended_completely() {
     let Some(place) = Place::new(&["serve", "{socket}"]) else { return };
     let twin = start(place.plan.clone()).await.unwrap();
     let vmm = Arc::clone(twin.vmm());
@@ -248,25 +250,27 @@ async fn a_twin_that_does_not_answer_is_killed_at_the_deadline() {
     let Some(mut place) = Place::new(&["idle"]) else { return };
     place.plan.start_limit = Duration::from_millis(300);
     let told = place.refusal().await;
-    let expected = "the twin PROGRAM did not answer within 300 ms: the VMM cannot be reached: cannot connect to the socket \
+    let expected = "the twin PROGRAM did not answer within 300 ms: the VMM cannot be reached: cannot connect to \
+        the socket \
         RUN/vms/demo.counter/vmm.sock: it does not exist; its log ends in:\n";
     assert!(told.starts_with(expected), "{told}");
     place.assert_nothing_left();
 }
 
 #[tokio::test]
-async fn what_runs_a_vm_already_is_no_twin() {
+async fn a_vmm_that_already_runs_a_vm_is_not_a_twin() {
     let Some(place) = Place::new(&["serve-running", "{socket}"]) else { return };
     let told = place.refusal().await;
     assert_eq!(
         told,
-        "RUN/vms/demo.counter/vmm.sock is served by something else than the twin: its VM is Running, and must be Incoming"
+        "RUN/vms/demo.counter/vmm.sock is served by something else than the twin: its VM is Running, and must be \
+         Incoming"
     );
     place.assert_nothing_left();
 }
 
 #[tokio::test]
-async fn somebody_elses_socket_is_not_taken_for_the_twins() {
+async fn the_socket_of_another_process_is_not_mistaken_for_the_twins() {
     let Some(mut place) = Place::new(&["idle"]) else { return };
     place.plan.socket = place.run.path().join("other.sock");
     let socket = place.plan.socket.clone();

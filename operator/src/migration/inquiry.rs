@@ -1,5 +1,5 @@
 //! Asking both ends what they have journalled, as long as a migration does not go on by itself, and doing
-//! what the [resolver](super::resolver) says. A round relays what the last one found, pauses, and asks both
+//! what the [resolver](slackwater_handover::resolver) says. A round relays what the last one found, pauses, and asks both
 //! ends at once.
 
 use std::sync::Arc;

@@ -1,5 +1,5 @@
-//! Blobs that are damaged on the way, or stall: `blob.<index>` or `blob.vmm` is set to `corrupt`, `truncate`, `reorder`, `extend`
-//! or `stall`.
+//! Blobs that are damaged on the way, or stall: `blob.<index>` or `blob.vmm` is set to `corrupt`, `truncate`,
+//! `reorder`, `extend` or `stall`.
 
 use bytes::{Bytes, BytesMut};
 use slackwater_handover::Blob;
@@ -50,7 +50,8 @@ impl BlobFaults {
     /// The chunks to send in place of this one.
     pub(crate) fn chunk(&mut self, chunk: BlobChunk) -> Vec<BlobChunk> {
         match self.fault {
-            // Only the last chunk is touched, once it is known to be the last: a driver may refuse a damaged header itself.
+            // Only the last chunk is touched, once it is known to be the last: a driver may refuse a damaged
+            // header itself.
             Some(BlobFault::Corrupt | BlobFault::Truncate) => {
                 self.held_back.replace(chunk).into_iter().collect()
             }

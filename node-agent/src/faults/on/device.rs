@@ -2,10 +2,11 @@
 //!
 //! | fault | what it does |
 //! |---|---|
-//! | `device.error=<STATE>[@<device>]` | a request for STATE fails with EIO and is not carried out: the device stays in its state |
-//! | `device.hang=<STATE>:<seconds>[@<device>]` | a request for STATE takes that much longer, or until the fault is cleared, and is carried out |
+//! | `device.error=<STATE>[@<device>]` | the request fails with EIO: the device stays in its state |
+//! | `device.hang=<STATE>:<seconds>[@<device>]` | the request takes longer, or until the fault is cleared |
 //!
-//! In place of STATE: `read` (of final data, in STOP_COPY), `write`, `reset`. Without `@<device>` it applies to every device of the node.
+//! In place of STATE: `read` (of final data, in STOP_COPY), `write`, `reset`. Without `@<device>` it applies
+//! to every device of the node.
 
 use std::time::Duration;
 
@@ -32,7 +33,8 @@ impl FaultyDevice {
         Self { device: Box::new(device), faults: Box::new(super::value) }
     }
 
-    /// The value of a fault if it is set for this call to this device, and the part of it between the call and the device.
+    /// The value of a fault if it is set for this call to this device, and the part of it between the call
+    /// and the device.
     fn fault_for(&self, fault: &str, call: &str) -> Option<(String, String)> {
         let value = (self.faults)(fault)?;
         let (what, device) = value.split_once('@').map_or((value.as_str(), None), |(w, d)| (w, Some(d)));

@@ -1,12 +1,12 @@
 //! The fault points of a program that tests run: what a test sets, happens.
 //!
-//! The file that the environment variable `SLACKWATER_FAULTS_FILE` names holds one `name=value` per line. Every fault point reads it
-//! again, so a test sets and clears faults while the agent runs.
+//! The file that the environment variable `SLACKWATER_FAULTS_FILE` names holds one `name=value` per line.
+//! Every fault point reads it again, so a test sets and clears faults while the agent runs.
 //!
 //! | fault | what it does |
 //! |---|---|
 //! | `halt.source=<phase>`, `halt.destination=<phase>` | the hand-over halts when it enters that phase |
-//! | `device.error=<STATE>[@<device>]` | a change to that state (or `read`, `write`, `reset`) fails: [`device`] |
+//! | `device.error=<STATE>[@<device>]` | a change to that state fails: [`device`] |
 //! | `device.hang=<STATE>:<seconds>[@<device>]` | a change to that state takes that much longer: [`device`] |
 //! | `blob.<index>`, `blob.vmm` | a blob is damaged on the way, or stalls: [`blob`] |
 //! | `ignore-device-model=yes` | a device of another model may be reserved |
@@ -35,8 +35,9 @@ fn value(name: &str) -> Option<String> {
     find(&std::fs::read_to_string(path).ok()?, name)
 }
 
-/// If `halt.<end>=<phase>` is set now, logs it and waits until it is cleared. The log repeats whatever follows the phase in the value,
-/// so that a test finds its own halt (`halt.source=stopping case-17`: "halted at stopping case-17").
+/// If `halt.<end>=<phase>` is set now, logs it and waits until it is cleared. The log repeats whatever
+/// follows the phase in the value, so that a test finds its own halt (`halt.source=stopping case-17`: "halted
+/// at stopping case-17").
 pub(crate) async fn halt(end: End, phase: impl Debug) {
     let (role, name) = match end {
         End::Source => ("source", names::HALT_SOURCE),

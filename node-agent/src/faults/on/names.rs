@@ -1,5 +1,5 @@
-//! Every name of a fault, and of the variable that names their file. The check that no release program has one of them reads
-//! the strings from this file.
+//! Every name of a fault, and of the variable that names their file. The check that no release program has
+//! one of them reads the strings from this file.
 
 /// The environment variable with the path of the file of faults.
 pub(super) const FILE: &str = "SLACKWATER_FAULTS_FILE";

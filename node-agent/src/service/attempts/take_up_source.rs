@@ -40,7 +40,7 @@ pub(super) async fn take_up(node: &NodeResources, key: Key, entry: Entry) -> Res
     };
     let directory = vms::directory_of(&node.config.run_dir, &entry.namespace, &entry.name);
     let remains = VmRemains {
-        cgroup: cgroup.as_ref().and_then(|name| Cgroup::named(&node.config.cgroup_root, name).ok()),
+        cgroup: cgroup.as_ref().and_then(|name| Cgroup::with_name(&node.config.cgroup_root, name).ok()),
         socket: known.map(|known| known.socket).unwrap_or_else(|| directory.join("vmm.sock")),
         directory,
     };

@@ -1,4 +1,4 @@
-//! How a fake device is made, and told what to do wrong.
+//! Building a fake device, and scripting its failures.
 
 use std::sync::Arc;
 
@@ -13,7 +13,7 @@ use super::{CallLog, FakeDevice, FakeWatch, Gate, Inner};
 use crate::vfio::device::MAX_READ_BYTES;
 
 impl FakeDevice {
-    /// A sound device, RUNNING, with every feature and nothing to tell.
+    /// A device that works, in RUNNING, with every feature and without data.
     #[must_use]
     pub fn new(name: impl Into<String>) -> Self {
         Self {
@@ -45,7 +45,7 @@ impl FakeDevice {
         self
     }
 
-    /// Where it stands at first.
+    /// Its first state.
     #[must_use]
     pub fn in_state(self, state: MigrationState) -> Self {
         let mut inner = self.inner.lock();
@@ -83,8 +83,8 @@ impl FakeDevice {
         self
     }
 
-    /// As mtty: a load of fewer bytes is refused on leaving RESUMING (EINVAL), a byte more on writing it (ENOMEM). Without
-    /// it, as mlx5: everything is taken.
+    /// As mtty: a load of fewer bytes is refused on leaving RESUMING (EINVAL), a byte more on writing it
+    /// (ENOMEM). Without it, as mlx5: everything is taken.
     #[must_use]
     pub fn expects_bytes(mut self, bytes: usize) -> Self {
         self.expects_bytes = Some(bytes);
@@ -97,7 +97,7 @@ impl FakeDevice {
         self.refusing(Refusal { to, nth: None, errno, left_in: None })
     }
 
-    /// Refuses every request for `to`, and stands in `left_in` afterwards.
+    /// Refuses every request for `to`, and is in `left_in` afterwards.
     #[must_use]
     pub fn refuse_leaving_in(self, to: MigrationState, errno: Errno, left_in: MigrationState) -> Self {
         self.refusing(Refusal { to, nth: None, errno, left_in: Some(left_in) })
@@ -109,14 +109,14 @@ impl FakeDevice {
         self.refusing(Refusal { to, nth: Some(nth), errno, left_in: None })
     }
 
-    /// Says that it went to `to`, and stays where it was.
+    /// Accepts the change to `to`, and stays where it was.
     #[must_use]
     pub fn pretend(mut self, to: MigrationState) -> Self {
         self.script.pretend = Some(to);
         self
     }
 
-    /// Refuses to leave RESUMING, whatever for: a blob that the driver does not like.
+    /// Refuses to leave RESUMING for any state: the driver rejects the blob.
     #[must_use]
     pub fn refuse_load(mut self, errno: Errno) -> Self {
         self.script.refuse_load = Some(errno);
@@ -130,7 +130,7 @@ impl FakeDevice {
         self
     }
 
-    /// Does not tell its state.
+    /// Fails to report its state.
     #[must_use]
     pub fn refuse_state(mut self, errno: Errno) -> Self {
         self.script.refuse_state = Some(errno);
@@ -172,7 +172,7 @@ impl FakeDevice {
         self
     }
 
-    /// Gives only the first `bytes` of what it has and says that this was all.
+    /// Gives only the first `bytes` of its data and reports the end.
     #[must_use]
     pub fn ends_after(mut self, bytes: usize) -> Self {
         self.script.ends_after = Some(bytes);
@@ -186,7 +186,7 @@ impl FakeDevice {
         self
     }
 
-    /// To look into it later.
+    /// A view into it for later.
     #[must_use]
     pub fn watch(&self) -> FakeWatch {
         FakeWatch { inner: Arc::clone(&self.inner), alive: self.alive.subscribe() }

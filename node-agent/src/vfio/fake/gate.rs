@@ -1,4 +1,4 @@
-//! A place at which a fake device hangs until a test lets it go on.
+//! A point at which a fake device hangs until a test opens it.
 
 use std::sync::Arc;
 
@@ -30,7 +30,7 @@ impl Gate {
         self.0.opened.notify_all();
     }
 
-    /// Returns as soon as a device has come to the gate.
+    /// Returns as soon as a device has reached the gate.
     pub async fn reached(&self) {
         // The sender lives as long as `self`: the wait cannot fail.
         let _ = self.0.reached.subscribe().wait_for(|reached| *reached).await;

@@ -1,4 +1,4 @@
-//! What fake devices were asked, in one order for all that share a log.
+//! The calls to fake devices, in one order for all that share a log.
 
 use std::sync::Arc;
 
@@ -63,7 +63,8 @@ impl CallLog {
         self.0.lock().clone()
     }
 
-    /// Only the state changes so far: `vf0 asked RUNNING_P2P`, `vf0 reached RUNNING_P2P`, `vf1 refused STOP_COPY in STOP`.
+    /// Only the state changes so far: `vf0 asked RUNNING_P2P`, `vf0 reached RUNNING_P2P`, `vf1 refused
+    /// STOP_COPY in STOP`.
     #[must_use]
     pub fn changes(&self) -> Vec<String> {
         let line = |entry: Entry| {

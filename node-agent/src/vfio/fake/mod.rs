@@ -1,7 +1,9 @@
-//! A device in memory: it follows the state table for its features, records what it is asked, and goes wrong as it is told.
+//! A device in memory: it follows the state table for its features, records its calls, and fails as scripted.
 //!
 //! ```
-//! # use slackwater_node_agent::vfio::{device::Device, fake::{CallLog, FakeDevice}, state::{Features, MigrationState}};
+//! # use slackwater_node_agent::vfio::device::Device;
+//! # use slackwater_node_agent::vfio::fake::{CallLog, FakeDevice};
+//! # use slackwater_handover::state::{Features, MigrationState};
 //! let log = CallLog::new();
 //! let mut vf0 = FakeDevice::new("vf0").with_features(Features::STOP_COPY).log(&log).blob("state");
 //! vf0.set_state(MigrationState::StopCopy)?;
@@ -29,8 +31,8 @@ use super::device::{DataRead, Device, MAX_READ_BYTES, PrecopyInfo};
 use super::error::DeviceError;
 use super::os_error::OsError;
 
-/// The fake device. Made by [`FakeDevice::new`] and the methods that follow it; RUNNING with all features and no data if
-/// nothing else is said.
+/// The fake device. Made by [`FakeDevice::new`] and the methods that follow it; RUNNING with all features and
+/// no data if not configured otherwise.
 #[derive(Debug)]
 pub struct FakeDevice {
     name: String,
@@ -143,7 +145,8 @@ impl FakeDevice {
         Ok(())
     }
 
-    /// What the saving session has to give next, after `read` bytes: the rest of the pre-copy content, or else of the blob.
+    /// What the saving session has to give next, after `read` bytes: the rest of the pre-copy content, or
+    /// else of the blob.
     fn readable(&self, state: MigrationState, read: usize) -> Bytes {
         let end = self.script.ends_after.unwrap_or(usize::MAX);
         let rest = |content: &Bytes, begin: usize| {
@@ -235,7 +238,7 @@ impl Device for FakeDevice {
             gate.pass();
         }
         if self.script.panic_at == Some(to) {
-            panic!("{} was told to panic at {to}", self.name);
+            panic!("{} panics at {to}", self.name);
         }
         let result = self.walk(to);
         self.record(match result {

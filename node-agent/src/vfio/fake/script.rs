@@ -1,4 +1,4 @@
-//! What a fake device is told to do wrong.
+//! The scripted failures of a fake device.
 
 use rustix::io::Errno;
 use slackwater_handover::state::MigrationState;
@@ -18,7 +18,7 @@ pub(super) struct Refusal {
     pub(super) left_in: Option<MigrationState>,
 }
 
-/// All that goes wrong with one device.
+/// All failures of one device.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Script {
     pub(super) refusals: Vec<Refusal>,
@@ -36,7 +36,7 @@ pub(super) struct Script {
 }
 
 impl Script {
-    /// The refusal that meets the `count`-th request for `to`.
+    /// The refusal of the `count`-th request for `to`.
     pub(super) fn refusal(&self, to: MigrationState, count: usize) -> Option<Refusal> {
         self.refusals
             .iter()

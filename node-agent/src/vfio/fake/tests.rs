@@ -1,4 +1,4 @@
-//! The fake obeys the rules of a device, and [`Device::set_state`] keeps its promises over it.
+//! The fake keeps to the rules of a device, and [`Device::set_state`] keeps its contract with it.
 
 use super::*;
 use crate::vfio::device::Change;
@@ -32,7 +32,7 @@ fn a_change_is_asked_once_and_read_back() {
 }
 
 #[test]
-fn a_refusal_tells_what_was_asked_where_the_device_stands_and_why_in_words() {
+fn a_refusal_says_what_was_requested_which_state_the_device_is_in_and_why() {
     let mut vf0 = FakeDevice::new("vf0").in_state(StopCopy).refuse(Stop, Errno::INVAL);
     let error = vf0.set_state(Stop).unwrap_err();
     assert_eq!(
@@ -51,7 +51,7 @@ fn a_refusal_may_leave_the_device_along_the_path_or_in_error() {
 }
 
 #[test]
-fn a_state_that_cannot_be_read_back_is_said_to_be_unknown() {
+fn a_state_that_cannot_be_read_back_is_reported_as_unknown() {
     let mut vf0 = FakeDevice::new("vf0").refuse_state(Errno::NOTCONN);
     let error = vf0.set_state(Stop).unwrap_err();
     assert!(matches!(error, SetStateError::StateUnknown { .. }), "{error}");
@@ -60,21 +60,21 @@ fn a_state_that_cannot_be_read_back_is_said_to_be_unknown() {
 }
 
 #[test]
-fn what_the_features_do_not_allow_is_never_asked_of_the_driver() {
+fn a_state_that_the_features_do_not_allow_is_never_requested() {
     let log = CallLog::new();
     let mut vf0 = FakeDevice::new("vf0").with_features(Features::STOP_COPY).log(&log);
-    let refused = |vf0: &mut FakeDevice, to| match vf0.set_state(to) {
+    let reason_of = |vf0: &mut FakeDevice, to| match vf0.set_state(to) {
         Err(SetStateError::Impossible { reason, .. }) => reason,
         other => panic!("{other:?}"),
     };
-    assert_eq!(refused(&mut vf0, PreCopy), PathError::Unsupported(PreCopy));
-    assert_eq!(refused(&mut vf0, RunningP2p), PathError::Unsupported(RunningP2p));
-    assert_eq!(refused(&mut vf0, Error), PathError::ToError);
+    assert_eq!(reason_of(&mut vf0, PreCopy), PathError::Unsupported(PreCopy));
+    assert_eq!(reason_of(&mut vf0, RunningP2p), PathError::Unsupported(RunningP2p));
+    assert_eq!(reason_of(&mut vf0, Error), PathError::ToError);
     assert_eq!(log.changes(), [""; 0]);
 }
 
 #[test]
-fn a_driver_that_says_yes_and_stays_elsewhere_is_found_out() {
+fn a_driver_that_accepts_and_stays_in_its_state_is_detected() {
     let error = FakeDevice::new("vf0").pretend(Stop).set_state(Stop).unwrap_err();
     let expected = Found::State(Running);
     assert!(matches!(&error, SetStateError::Elsewhere { found, .. } if *found == expected), "{error}");
@@ -129,7 +129,7 @@ fn after_a_failed_write_only_a_reset_leads_out_of_resuming() {
 }
 
 #[test]
-fn each_fault_strikes_where_it_was_told() {
+fn each_fault_hits_where_it_was_scripted() {
     let mut vf0 = FakeDevice::new("vf0").refuse_nth(2, Stop, Errno::BUSY);
     vf0.set_state(Stop).unwrap();
     vf0.set_state(Running).unwrap();
@@ -157,7 +157,7 @@ fn each_fault_strikes_where_it_was_told() {
 }
 
 #[test]
-fn devices_that_share_a_log_are_told_apart_and_ordered() {
+fn entries_of_devices_that_share_a_log_are_distinct_and_ordered() {
     let log = CallLog::new();
     let mut vf0 = FakeDevice::new("vf0").log(&log);
     let mut vf1 = FakeDevice::new("vf1").log(&log).refuse(Stop, Errno::IO);

@@ -1,4 +1,4 @@
-//! The migration capabilities that both ends need, and those that they must not have.
+//! The migration capabilities that both ends need, and those that must be off.
 
 use slackwater_proto::tonic::Code;
 
@@ -6,23 +6,25 @@ use super::super::VmmError;
 use super::qmp::commands::{
     MigrateSetCapabilities, MigrateSetParameters, MigrationCapability, QueryMigrateCapabilities,
 };
-use super::{QemuVmm, of_qmp};
+use super::{QemuVmm, from_qmp};
 
-/// Switched on where QEMU knows them: its events, the stop before the final state that the gate needs, the twin's word on whether
-/// it has loaded its devices, and, at the twin, no lock on a disk before it runs.
+/// Switched on where QEMU knows them: its events, the stop before the final state that the gate needs, the
+/// twin's report that it has loaded its devices, and, at the twin, no lock on a disk before it runs.
 const ON: [&str; 5] =
     ["events", "pause-before-switchover", "return-path", "switchover-ack", "late-block-activate"];
 /// Without these there is no gate, and no safe hand-over.
 const NEEDED: [&str; 2] = ["pause-before-switchover", "return-path"];
 /// Several streams instead of one; switched on if there are to be several, and off if not.
 const MULTIFD: &str = "multifd";
-/// Switched off where QEMU knows them: the source could not take the VM back, or the state would not come at all.
+/// Switched off where QEMU knows them: the source could not take the VM back, or the state would not come at
+/// all.
 const OFF: [&str; 4] = ["postcopy-ram", "release-ram", "x-colo", "background-snapshot"];
 
 impl QemuVmm {
-    /// The capabilities that both ends need, switched, for so many channels besides the main one.
+    /// Switches the capabilities that both ends need, for this many channels besides the main one.
     pub(super) async fn prepare(&self, call: &'static str, channels: u8) -> Result<(), VmmError> {
-        let known = self.qmp.execute(QueryMigrateCapabilities).await.map_err(|error| of_qmp(call, error))?;
+        let known =
+            self.qmp.execute(QueryMigrateCapabilities).await.map_err(|error| from_qmp(call, error))?;
         let knows = |name: &&str| known.iter().any(|capability| capability.capability == *name);
         let needed = NEEDED.iter().copied().chain((channels > 0).then_some(MULTIFD));
         if let Some(missing) = needed.into_iter().find(|name| !knows(name)) {
@@ -38,12 +40,12 @@ impl QemuVmm {
             OFF.iter().chain(more_off).filter(|name| knows(name)).map(|name| MigrationCapability::off(name));
         let capabilities = on.chain(off).collect();
         let set = self.qmp.execute(MigrateSetCapabilities { capabilities }).await;
-        set.map_err(|error| of_qmp(call, error))?;
+        set.map_err(|error| from_qmp(call, error))?;
         if channels == 0 {
             return Ok(());
         }
         let parameters =
             MigrateSetParameters { multifd_channels: Some(channels), ..MigrateSetParameters::default() };
-        self.qmp.execute(parameters).await.map(drop).map_err(|error| of_qmp(call, error))
+        self.qmp.execute(parameters).await.map(drop).map_err(|error| from_qmp(call, error))
     }
 }

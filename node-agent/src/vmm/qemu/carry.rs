@@ -14,28 +14,28 @@ use tokio::sync::mpsc;
 
 use super::super::{LoadStream, SaveStream, VmmError};
 
-/// What its name has that the monitor's has not: two VMs may have their monitors in one folder.
-const ENDING: &str = ".migrate";
-/// Pieces of what a twin says that wait for whoever takes them. It says a few dozen bytes in all.
+/// Suffix to the monitor's name: two VMs may have their monitors in one folder.
+const SUFFIX: &str = ".migrate";
+/// The most pieces of a twin's replies that wait to be taken. It sends a few dozen bytes in all.
 pub(super) const REPLIES: usize = 64;
 
-/// A piece of a save, at most.
+/// The most bytes in a piece of a save.
 const PIECE_BYTES: usize = 1 << 20;
-/// A piece of what a twin says, at most.
+/// The most bytes in a piece of a reply.
 const REPLY_BYTES: usize = 64 << 10;
 
-/// A save on its way.
+/// A save in progress.
 pub(super) struct Carried {
-    /// What QEMU gives.
+    /// The pieces from QEMU.
     pub(super) pieces: SaveStream,
-    /// What the twin says goes here. The socket stays open until this and the pieces are dropped.
+    /// Takes the twin's replies. The socket stays open until this and the pieces are dropped.
     pub(super) replies: mpsc::Sender<Bytes>,
 }
 
-/// Its path, beside the monitor's.
+/// The path of the socket, beside the monitor's.
 pub(super) fn beside(monitor: &Path) -> PathBuf {
     let mut path = monitor.to_owned().into_os_string();
-    path.push(ENDING);
+    path.push(SUFFIX);
     path.into()
 }
 
@@ -47,8 +47,8 @@ pub(super) fn listen(path: &Path) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-/// Waits until QEMU has connected: with its main stream first (QEMU: socket_start_outgoing_migration(), and multifd_send_setup() when
-/// that one is up), then with so many more.
+/// Waits until QEMU has connected: with its main stream first (QEMU: socket_start_outgoing_migration(), and
+/// multifd_send_setup() when that one is up), then with so many more.
 pub(super) async fn accept(listener: &UnixListener, more: u8) -> io::Result<(UnixStream, Vec<UnixStream>)> {
     let (main, _) = listener.accept().await?;
     let mut others = Vec::with_capacity(more.into());
@@ -58,19 +58,19 @@ pub(super) async fn accept(listener: &UnixListener, more: u8) -> io::Result<(Uni
     Ok((main, others))
 }
 
-/// What is not there is no error.
+/// A missing file is not an error.
 pub(super) fn remove(path: &Path) {
     let _ = std::fs::remove_file(path);
 }
 
-/// Reads what QEMU gives on its main stream, and writes what the twin says.
+/// Reads QEMU's main stream, and writes the twin's replies to it.
 pub(super) fn save(stream: UnixStream) -> Carried {
     let (from, mut to) = stream.into_split();
-    let (replies, mut said) = mpsc::channel::<Bytes>(REPLIES);
+    let (replies, mut queue) = mpsc::channel::<Bytes>(REPLIES);
     tokio::spawn(async move {
-        while let Some(said) = said.recv().await {
-            // QEMU has ended its migration, and says so itself.
-            if to.write_all(&said).await.is_err() {
+        while let Some(reply) = queue.recv().await {
+            // QEMU has ended its migration, and reports that itself.
+            if to.write_all(&reply).await.is_err() {
                 return;
             }
         }
@@ -78,7 +78,7 @@ pub(super) fn save(stream: UnixStream) -> Carried {
     Carried { pieces: read(from), replies }
 }
 
-/// Reads what QEMU gives on another stream. Nobody answers there.
+/// Reads another stream of QEMU. It has no replies.
 pub(super) fn save_channel(stream: UnixStream) -> SaveStream {
     read(stream)
 }
@@ -92,36 +92,36 @@ fn read<R: AsyncRead + Unpin + Send + 'static>(from: R) -> SaveStream {
                 let piece = buffer.split().freeze();
                 Some((Ok(piece), (from, buffer)))
             }
-            Err(error) => Some((Err(failed("start_save", &error)), (from, buffer))),
+            Err(error) => Some((Err(socket_error("start_save", &error)), (from, buffer))),
         }
     };
     stream::unfold((from, BytesMut::new()), read).boxed()
 }
 
-/// Writes a state to QEMU, which listens at `path`, in all its streams at once, and passes on what QEMU says on the main one, the
-/// first, meanwhile and afterwards, until it closes the sockets.
+/// Writes a state to QEMU, which listens at `path`, in all its streams at once, and passes on QEMU's replies
+/// on the main one, the first, until QEMU closes the sockets.
 ///
 /// # Errors
-/// When QEMU does not take it all.
+/// If QEMU does not take all of it.
 pub(super) async fn load_all(
     path: &Path,
     streams: Vec<LoadStream>,
     replies: &mpsc::Sender<Bytes>,
 ) -> io::Result<()> {
     let loads = streams.into_iter().enumerate().map(|(number, stream)| {
-        // What is said on the others is for nobody.
+        // Replies on the others are dropped.
         let replies = if number == 0 { replies.clone() } else { mpsc::channel(1).0 };
         load(path, stream, replies)
     });
     try_join_all(loads).await.map(drop)
 }
 
-/// It connects with its first piece: QEMU looks at a connection's first bytes to know which stream it is, and does nothing else while
-/// they do not come.
+/// It connects with its first piece: QEMU reads the first bytes of a connection to know which stream it is,
+/// and does nothing else until they arrive.
 async fn load(path: &Path, mut state: LoadStream, replies: mpsc::Sender<Bytes>) -> io::Result<()> {
     let Some(first) = state.next().await else { return Ok(()) };
     let (mut from, mut to) = UnixStream::connect(path).await?.into_split();
-    let answering = tokio::spawn(async move {
+    let replying = tokio::spawn(async move {
         let mut buffer = BytesMut::with_capacity(REPLY_BYTES);
         while let Ok(read) = from.read_buf(&mut buffer).await {
             if read == 0 || replies.send(buffer.split().freeze()).await.is_err() {
@@ -133,19 +133,19 @@ async fn load(path: &Path, mut state: LoadStream, replies: mpsc::Sender<Bytes>) 
     let mut next = Some(first);
     while let Some(piece) = next {
         if let Err(error) = to.write_all(&piece).await {
-            answering.abort();
+            replying.abort();
             return Err(error);
         }
         next = state.next().await;
     }
-    // What QEMU still says is read until it has closed; this end is closed then, too, and not before.
+    // QEMU's replies are read until it closes its end; only then is this end closed.
     tokio::spawn(async move {
-        let _ = answering.await;
+        let _ = replying.await;
         drop(to);
     });
     Ok(())
 }
 
-pub(super) fn failed(call: &'static str, error: &io::Error) -> VmmError {
+pub(super) fn socket_error(call: &'static str, error: &io::Error) -> VmmError {
     VmmError::Refused { call, code: Code::Unavailable, message: format!("the migration's socket: {error}") }
 }

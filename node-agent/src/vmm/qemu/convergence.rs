@@ -1,12 +1,12 @@
-//! Whether QEMU's copying comes to an end within the budget. Pure: samples in, decisions out.
+//! Whether QEMU's copying converges within the budget. Pure: samples in, decisions out.
 //!
-//! QEMU stops the VM only when it expects to need no longer than `downtime-limit` for what is left. It goes through RAM again and
-//! again until then, for ever if need be. A migration has exceeded its limit when RAM has been gone through 3 times, the last pass has
-//! not lowered the estimate by a quarter, and
+//! QEMU stops the VM only when it expects to need no longer than `downtime-limit` for what is left. It makes
+//! pass after pass over RAM until then, without an end. A migration has exceeded its limit after 3 passes
+//! over RAM, if the last pass has not lowered the estimate by a quarter, and
 //!
 //! - the estimate has stayed above the limit for 5 s, or
-//! - QEMU has not stopped the VM within 30 s, whatever the estimate says: then QEMU knows of something that is not told (a driver
-//!   that does not say how much state it has counts for 100 GiB).
+//! - QEMU has not stopped the VM within 30 s, whatever the estimate says: then QEMU counts something that it
+//!   does not report (a driver that does not report the size of its state counts as 100 GiB).
 //!
 //! ```text
 //!   limit = budget ──▶ copying ── exceeded ──▶ Abort: given up
@@ -20,42 +20,42 @@ use super::qmp::MigrationStatus;
 use super::qmp::commands::MigrationInfo;
 use crate::vmm::budget::{Budget, BudgetExceeded, Estimate, OnExceeded};
 
-/// For so long the estimate must have been above the limit.
+/// How long the estimate must have been above the limit.
 const HELD: Duration = Duration::from_secs(5);
-/// So often RAM must have been gone through.
+/// How many passes over RAM there must have been.
 const PASSES: u64 = 3;
-/// For so long QEMU may go on although nothing that is known keeps it from stopping the VM.
+/// How long QEMU may go on although the estimate allows it to stop the VM.
 const STUCK: Duration = Duration::from_secs(30);
-/// An estimate is told no oftener.
-const TELL_EVERY: Duration = Duration::from_secs(1);
-/// The greatest `downtime-limit` that QEMU takes.
+/// The shortest time between two reported estimates.
+const REPORT_EVERY: Duration = Duration::from_secs(1);
+/// The greatest `downtime-limit` that QEMU accepts.
 const GREATEST_LIMIT: Duration = Duration::from_millis(2_000_000);
 
-/// What is known at a moment of the copying.
+/// The state of the copying at a moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Sample {
     /// Since the copying began.
     pub(super) elapsed: Duration,
-    /// How often the dirty log was read: once before the first pass, and once after each.
+    /// How often the dirty log was read: before the first pass, and after each pass.
     pub(super) syncs: u64,
     /// Bytes of RAM that are still to be sent.
     pub(super) ram_bytes: u64,
-    /// What QEMU expects to need for RAM, if it says so. It leaves the devices' state out.
+    /// QEMU's own estimate for RAM, if there is one. It does not include the devices' state.
     pub(super) ram_downtime: Option<Duration>,
-    /// Bytes of device state, as the drivers tell.
+    /// Bytes of device state, by the drivers' estimates.
     pub(super) device_bytes: u64,
 }
 
 impl Sample {
-    /// What `query-migrate` tells; None while QEMU does not copy.
-    pub(super) fn of(
+    /// From the answer to `query-migrate`; None while QEMU does not copy.
+    pub(super) fn from_info(
         info: &MigrationInfo,
         budget: Budget,
         elapsed: Duration,
         device_bytes: u64,
     ) -> Option<Self> {
         let ram = info.ram.filter(|_| info.status == Some(MigrationStatus::Active))?;
-        // Until QEMU has measured how fast pages are written, it repeats the limit that it was given.
+        // Until QEMU has measured how fast pages are written, it reports its own limit.
         let measured = |downtime: &Duration| ram.dirty_pages_rate > 0 && *downtime != budget.downtime;
         Some(Self {
             elapsed,
@@ -66,12 +66,12 @@ impl Sample {
         })
     }
 
-    /// RAM has not yet been gone through once.
+    /// The first pass over RAM is not complete.
     pub(super) fn in_first_pass(&self) -> bool {
         self.syncs < 2
     }
 
-    /// How long the guest would stand still. None in the first pass: what is left then is mostly what was never sent.
+    /// How long the guest would be stopped. None in the first pass: most of the rest then was never sent.
     fn downtime(&self, bandwidth_bytes_per_second: u64) -> Option<Duration> {
         if self.in_first_pass() {
             return None;
@@ -92,17 +92,17 @@ fn time_for(bytes: u64, bytes_per_second: u64) -> Duration {
 pub(super) enum Verdict {
     /// Nothing.
     GoOn,
-    /// Let QEMU expect so long.
+    /// Raise QEMU's limit to this.
     Raise(Duration),
     /// End the migration.
     GiveUp(BudgetExceeded),
 }
 
-/// What follows from a sample.
+/// The result of a sample.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Step {
-    /// What is worth telling.
-    pub(super) tell: Option<Estimate>,
+    /// An estimate to report.
+    pub(super) report: Option<Estimate>,
     /// What to do.
     pub(super) verdict: Verdict,
 }
@@ -113,12 +113,12 @@ pub(super) struct Convergence {
     budget: Budget,
     /// QEMU's `downtime-limit`.
     limit: Duration,
-    /// What was told last, and when.
-    told: Option<(Duration, Duration)>,
+    /// The last reported estimate, and when it was.
+    reported: Option<(Duration, Duration)>,
     under_this_limit: Window,
 }
 
-/// What was seen since the limit was set.
+/// The samples since the limit was set.
 #[derive(Clone, Copy, Debug, Default)]
 struct Window {
     /// The time and the syncs of its first sample.
@@ -131,28 +131,28 @@ struct Window {
 
 impl Convergence {
     pub(super) fn new(budget: Budget) -> Self {
-        Self { budget, limit: budget.downtime, told: None, under_this_limit: Window::default() }
+        Self { budget, limit: budget.downtime, reported: None, under_this_limit: Window::default() }
     }
 
-    /// Takes in a sample, later than all before, on a wire that carries so many bytes per second.
+    /// Adds a sample that is later than all before, on a wire with this bandwidth.
     pub(super) fn step(&mut self, sample: Sample, bandwidth_bytes_per_second: u64) -> Step {
         let estimate = sample.downtime(bandwidth_bytes_per_second);
-        let Some(downtime) = estimate else { return Step { tell: None, verdict: Verdict::GoOn } };
+        let Some(downtime) = estimate else { return Step { report: None, verdict: Verdict::GoOn } };
         let verdict = if self.under_this_limit.exceeded(sample, downtime, self.limit) {
             self.exceeded(sample, downtime, bandwidth_bytes_per_second)
         } else {
             Verdict::GoOn
         };
         let raised = matches!(verdict, Verdict::Raise(_));
-        let tell = (raised || self.is_news(downtime, sample.elapsed)).then(|| {
-            self.told = Some((downtime, sample.elapsed));
+        let report = (raised || self.is_news(downtime, sample.elapsed)).then(|| {
+            self.reported = Some((downtime, sample.elapsed));
             Estimate { downtime, allowed: (self.limit > self.budget.downtime).then_some(self.limit) }
         });
-        Step { tell, verdict }
+        Step { report, verdict }
     }
 
     fn exceeded(&mut self, sample: Sample, downtime: Duration, bandwidth_bytes_per_second: u64) -> Verdict {
-        // That QEMU has not stopped the VM says that it expects no less.
+        // QEMU has not stopped the VM, so it expects at least its limit.
         let expected = downtime.max(self.limit);
         if self.budget.on_exceeded == OnExceeded::Abort {
             let (passes, elapsed) = (sample.syncs.saturating_sub(1), sample.elapsed);
@@ -169,10 +169,10 @@ impl Convergence {
         Verdict::Raise(limit)
     }
 
-    /// It differs by more than a tenth from what was told, and that was a while ago.
+    /// It differs by more than a tenth from the last reported estimate, and that was a while ago.
     fn is_news(&self, downtime: Duration, elapsed: Duration) -> bool {
-        self.told.is_none_or(|(told, when)| {
-            told.abs_diff(downtime) > told / 10 && elapsed.saturating_sub(when) >= TELL_EVERY
+        self.reported.is_none_or(|(reported, when)| {
+            reported.abs_diff(downtime) > reported / 10 && elapsed.saturating_sub(when) >= REPORT_EVERY
         })
     }
 }
@@ -221,7 +221,7 @@ mod tests {
         Sample { elapsed, syncs, ram_downtime, ..Sample::default() }
     }
 
-    /// Steps once a second with these syncs and estimates, up to the first verdict that is not to go on.
+    /// Steps once a second with these syncs and estimates, up to the first verdict other than to go on.
     fn run(budget: Budget, samples: impl IntoIterator<Item = (u64, u64)>) -> Option<(u64, Verdict)> {
         let mut convergence = Convergence::new(budget);
         (0..).zip(samples).find_map(|(second, (syncs, downtime))| {
@@ -231,14 +231,16 @@ mod tests {
     }
 
     #[test]
-    fn what_stays_above_the_budget_is_given_up_after_five_seconds_with_what_was_expected() {
+    fn a_migration_that_stays_above_the_budget_is_given_up_after_five_seconds_with_its_estimate() {
         let (second, verdict) = run(budget(300, OnExceeded::Abort), (2..).map(|syncs| (syncs, 412))).unwrap();
         assert_eq!(second, 5);
         let Verdict::GiveUp(exceeded) = verdict else { panic!("{verdict:?}") };
         assert_eq!(
             exceeded.to_string(),
-            "the guest would stand still for about 412ms, and its downtimeBudget is 300ms; 6 passes over its RAM in 5s have not \
-             changed that. A larger downtimeBudget, onBudgetExceeded: Proceed, or more bandwidth would let it move (it is reckoned \
+            "the guest would stand still for about 412ms, and its downtimeBudget is 300ms; 6 passes over its RAM \
+             in 5s have not \
+             changed that. A larger downtimeBudget, onBudgetExceeded: Proceed, or more bandwidth would let it move \
+             (it is reckoned \
              with 52428800 bytes per second; the agent's --migration-bandwidth allows 104857600)"
         );
     }
@@ -256,18 +258,18 @@ mod tests {
         let mut convergence = Convergence::new(budget(300, OnExceeded::Abort));
         for second in 0..1000 {
             let step = convergence.step(sample(second, 1, 60_000), 50 * MIB);
-            assert_eq!(step, Step { tell: None, verdict: Verdict::GoOn });
+            assert_eq!(step, Step { report: None, verdict: Verdict::GoOn });
         }
     }
 
     #[test]
-    fn a_copying_that_each_pass_brings_nearer_is_left_alone() {
+    fn a_copying_that_improves_with_each_pass_is_left_alone() {
         let halving = (0..12_u64).map(|pass| (2 + pass, 1_000_000 >> pass));
         assert_eq!(run(budget(300, OnExceeded::Abort), halving), None);
     }
 
     #[test]
-    fn an_estimate_that_keeps_to_the_budget_is_not_held_against_it_unless_qemu_does_not_stop_the_vm() {
+    fn an_estimate_within_the_budget_is_accepted_unless_qemu_does_not_stop_the_vm() {
         let at_the_budget = |seconds: u64| (0..seconds).map(|second| (2 + second, 300));
         assert_eq!(run(budget(300, OnExceeded::Abort), at_the_budget(30)), None);
         let (second, verdict) = run(budget(300, OnExceeded::Proceed), at_the_budget(31)).unwrap();
@@ -275,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn an_estimate_that_falls_below_the_budget_now_and_then_has_not_stayed_above_it() {
+    fn an_estimate_that_falls_below_the_budget_from_time_to_time_has_not_stayed_above_it() {
         let falling = (0..29_u64).map(|second| (2 + second, if second % 4 == 3 { 200 } else { 412 }));
         assert_eq!(run(budget(300, OnExceeded::Abort), falling), None);
     }
@@ -288,7 +290,7 @@ mod tests {
             let expected = if second < 6 { 412 } else { 5_000 };
             let step = convergence.step(sample(second, 2 + second, expected), 50 * MIB);
             if let Verdict::Raise(limit) = step.verdict {
-                assert_eq!(step.tell, Some(Estimate { downtime: ms(expected), allowed: Some(limit) }));
+                assert_eq!(step.report, Some(Estimate { downtime: ms(expected), allowed: Some(limit) }));
                 raised.push((second, limit));
             }
         }
@@ -296,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn a_limit_that_qemu_would_refuse_is_not_asked_for() {
+    fn a_limit_that_qemu_would_refuse_is_not_set() {
         let mut convergence = Convergence::new(budget(60_000, OnExceeded::Proceed));
         let raised: Vec<_> = (0..40)
             .map(|second| convergence.step(sample(second, 2 + second, 1_999_000), 50 * MIB).verdict)
@@ -306,32 +308,32 @@ mod tests {
     }
 
     #[test]
-    fn an_estimate_is_told_when_it_has_changed_by_more_than_a_tenth() {
+    fn an_estimate_is_reported_when_it_has_changed_by_more_than_a_tenth() {
         let mut convergence = Convergence::new(budget(300, OnExceeded::Abort));
-        let told: Vec<_> = [100, 109, 110, 111, 100, 99, 0, 0, 1]
+        let reported: Vec<_> = [100, 109, 110, 111, 100, 99, 0, 0, 1]
             .into_iter()
             .zip(0..)
-            .filter_map(|(downtime, second)| convergence.step(sample(second, 2, downtime), 50 * MIB).tell)
+            .filter_map(|(downtime, second)| convergence.step(sample(second, 2, downtime), 50 * MIB).report)
             .map(|estimate| estimate.downtime.as_millis())
             .collect();
-        assert_eq!(told, [100, 111, 99, 0, 1]);
+        assert_eq!(reported, [100, 111, 99, 0, 1]);
     }
 
     #[test]
-    fn the_devices_state_counts_and_ram_goes_by_its_bytes_where_qemu_says_nothing() {
+    fn the_devices_state_counts_and_ram_counts_by_its_bytes_without_an_estimate_of_qemu() {
         let sample = Sample { syncs: 2, ram_bytes: 50 * MIB, device_bytes: 64 * MIB, ..Sample::default() };
         assert_eq!(sample.downtime(100 * MIB), Some(ms(1140)));
-        let said = Sample { ram_downtime: Some(ms(20)), ..sample };
-        assert_eq!(said.downtime(100 * MIB), Some(ms(660)));
+        let with_estimate = Sample { ram_downtime: Some(ms(20)), ..sample };
+        assert_eq!(with_estimate.downtime(100 * MIB), Some(ms(660)));
         assert_eq!(time_for(u64::MAX, 0), ms(u64::MAX));
     }
 
     #[test]
-    fn qemus_own_word_counts_once_it_has_measured_and_only_while_it_copies() {
+    fn qemus_own_estimate_counts_once_it_has_measured_and_only_while_it_copies() {
         let info = |text: serde_json::Value| serde_json::from_value::<MigrationInfo>(text).unwrap();
         let ram = json!({"remaining": 8192, "dirty-pages-rate": 7, "dirty-sync-count": 4});
         let active = info(json!({"status": "active", "expected-downtime": 412, "ram": ram}));
-        let read = |info: &MigrationInfo| Sample::of(info, budget(300, OnExceeded::Abort), ms(1), 36);
+        let read = |info: &MigrationInfo| Sample::from_info(info, budget(300, OnExceeded::Abort), ms(1), 36);
         let expected = Sample {
             elapsed: ms(1),
             syncs: 4,

@@ -1,5 +1,5 @@
-//! Watching over QEMU while it copies a VM that runs: what it is told of the budget and of the wire, and when it is told to stop trying.
-//! What to do is decided in convergence.rs and throughput.rs.
+//! Supervising QEMU while it copies a running VM: its limits by the budget and the wire, and giving the
+//! migration up. convergence.rs and throughput.rs decide.
 
 use std::time::Duration;
 
@@ -12,31 +12,31 @@ use super::convergence::{Convergence, Sample, Verdict};
 use super::qmp::commands::{MigrateSetParameters, QueryMigrate};
 use super::qmp::{MigrationStatus, QmpError};
 use super::throughput::{Counted, Throughput};
-use super::{QemuVmm, of_qmp};
+use super::{QemuVmm, from_qmp};
 
-/// How often it is looked at whether QEMU's copying comes to an end.
-const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// Interval of the samples of QEMU's copying.
+const SAMPLE_EVERY: Duration = Duration::from_millis(500);
 
 impl QemuVmm {
-    /// The blackout that QEMU aims for, and what it may assume of the wire for that.
+    /// Sets the blackout that QEMU aims for, and the bandwidth that it may assume for that.
     pub(super) async fn limit(&self, call: &'static str, budget: Budget) -> Result<(), VmmError> {
         let parameters = MigrateSetParameters {
             max_bandwidth: Some(budget.bandwidth_bytes_per_second),
             avail_switchover_bandwidth: self.switchover_bandwidth(&Throughput::new(&budget)),
             ..downtime_limit(budget.downtime)
         };
-        self.qmp.execute(parameters).await.map(drop).map_err(|error| of_qmp(call, error))
+        self.qmp.execute(parameters).await.map(drop).map_err(|error| from_qmp(call, error))
     }
 
-    /// None where QEMU knows of no such parameter, and goes by what it measures at its own socket.
+    /// None if QEMU has no such parameter: it uses the bandwidth that it measures at its own socket.
     fn switchover_bandwidth(&self, wire: &Throughput) -> Option<u64> {
         self.qmp.version().qemu.at_least(8, 2).then_some(wire.bytes_per_second())
     }
 
-    /// Has QEMU reckon with what the wire has turned out to carry.
-    async fn reckon_with(&self, wire: &Throughput) -> Result<(), QmpError> {
+    /// Sets the bandwidth that QEMU assumes to the measured one.
+    async fn set_bandwidth(&self, wire: &Throughput) -> Result<(), QmpError> {
         let Some(bandwidth) = self.switchover_bandwidth(wire) else { return Ok(()) };
-        debug!(pid = self.server.pid(), bandwidth, "the wire carries so many bytes per second");
+        debug!(pid = self.server.pid(), bandwidth, "the wire carries this many bytes per second");
         let parameters = MigrateSetParameters {
             avail_switchover_bandwidth: Some(bandwidth),
             ..MigrateSetParameters::default()
@@ -44,12 +44,12 @@ impl QemuVmm {
         self.qmp.execute(parameters).await.map(drop)
     }
 
-    /// How far the copying is; None when there is nothing to go by.
-    async fn look(&self, copy: &Copying, began: Instant) -> Option<Sample> {
+    /// A sample of the copying; None if QEMU does not answer.
+    async fn sample(&self, copy: &Copying, began: Instant) -> Option<Sample> {
         let info = match self.qmp.execute(QueryMigrate).await {
             Ok(info) => info,
             Err(error) => {
-                debug!(%error, "QEMU does not tell how far it is");
+                debug!(%error, "QEMU does not report its progress");
                 return None;
             }
         };
@@ -57,31 +57,31 @@ impl QemuVmm {
         for device in &copy.devices {
             match device.estimate_bytes().await {
                 Ok(bytes) => device_bytes = device_bytes.saturating_add(bytes),
-                Err(error) => debug!(%error, "a device does not tell how much state it has"),
+                Err(error) => debug!(%error, "a device does not report the size of its state"),
             }
         }
-        Sample::of(&info, copy.budget, began.elapsed(), device_bytes)
+        Sample::from_info(&info, copy.budget, began.elapsed(), device_bytes)
     }
 
-    /// Waits until QEMU has stopped the VM, or is not to any more.
-    pub(super) async fn copy_until_it_stands(&self, copy: Copying) -> Result<(), VmmError> {
+    /// Waits until QEMU has stopped the VM, or the migration must be given up.
+    pub(super) async fn copy_until_stopped(&self, copy: Copying) -> Result<(), VmmError> {
         let call = "migrate";
-        let stands = self.until(call, |status| *status == MigrationStatus::PreSwitchover);
-        tokio::pin!(stands);
+        let stopped = self.until(call, |status| *status == MigrationStatus::PreSwitchover);
+        tokio::pin!(stopped);
         let mut course = Convergence::new(copy.budget);
         let mut wire = Throughput::new(&copy.budget);
         let began = Instant::now();
-        let mut looks = interval(LOOK_EVERY);
-        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut ticks = interval(SAMPLE_EVERY);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            let look = async {
-                looks.tick().await;
-                self.look(&copy, began).await
+            let next_sample = async {
+                ticks.tick().await;
+                self.sample(&copy, began).await
             };
             let sample = tokio::select! {
                 biased;
-                stands = &mut stands => return stands.map(drop),
-                sample = look => sample,
+                stopped = &mut stopped => return stopped.map(drop),
+                sample = next_sample => sample,
             };
             let Some(sample) = sample else { continue };
             let counted = Counted {
@@ -91,11 +91,11 @@ impl QemuVmm {
                 first_pass: sample.in_first_pass(),
             };
             if wire.step(counted) {
-                self.reckon_with(&wire).await.map_err(|error| of_qmp(call, error))?;
+                self.set_bandwidth(&wire).await.map_err(|error| from_qmp(call, error))?;
             }
             let step = course.step(sample, wire.bytes_per_second());
-            if let Some(estimate) = step.tell {
-                // That nobody listens does not matter to QEMU.
+            if let Some(estimate) = step.report {
+                // It fails if the receiver has gone, which does not matter here.
                 let _ = copy.tell.send(estimate);
             }
             match step.verdict {
@@ -107,7 +107,7 @@ impl QemuVmm {
                         "QEMU does not keep to the budget, and may take longer"
                     );
                     let raised = self.qmp.execute(downtime_limit(limit)).await;
-                    raised.map_err(|error| of_qmp(call, error))?;
+                    raised.map_err(|error| from_qmp(call, error))?;
                 }
                 Verdict::GiveUp(exceeded) => return Err(VmmError::BudgetExceeded(exceeded)),
             }

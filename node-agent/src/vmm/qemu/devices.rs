@@ -40,16 +40,19 @@ enum ListError {
 #[derive(Debug, thiserror::Error)]
 enum AssignError {
     #[error(
-        "QEMU was given the devices `{}` by their descriptors alone, and does not tell which is which: each needs sysfsdev= or host= \
+        "QEMU was given the devices `{}` by their descriptors alone, and does not say which is which: each needs \
+         sysfsdev= or host= \
          beside fd=",
         ids.join("`, `")
     )]
     Ambiguous { ids: Vec<String> },
-    #[error("QEMU has the device `{id}`, {}, but its process has no VFIO descriptor for it", name.as_deref().unwrap_or("a device that it was given by its descriptor"))]
+    #[error("QEMU has the device `{id}`, {}, but its process has no VFIO descriptor for \
+        it", name.as_deref().unwrap_or("a device that it was given by its descriptor"))]
     NoDescriptor { id: String, name: Option<String> },
 }
 
-/// The device's name on the host: by `sysfsdev` or `host`, whichever QEMU was given. None if it was given a descriptor.
+/// The device's name on the host, from `sysfsdev` or `host`, whichever QEMU was given. None if it was given a
+/// descriptor.
 async fn name(qmp: &QmpClient, id: &str) -> Result<Option<String>, VmmError> {
     for property in ["sysfsdev", "host"] {
         let path = format!("/machine/peripheral/{id}");
@@ -58,11 +61,11 @@ async fn name(qmp: &QmpClient, id: &str) -> Result<Option<String>, VmmError> {
             super::QmpError::Refused { class, desc, .. } => not_valid(&format!(
                 "vmm.devices names `{id}`, and QEMU has no such VFIO device ({class}: {desc})"
             )),
-            other => super::of_qmp("describe", other),
+            other => super::from_qmp("describe", other),
         })?;
         let value = value.as_str().unwrap_or_default();
         let last = Path::new(value).file_name().and_then(|last| last.to_str()).unwrap_or_default();
-        // What `host` says when it was not given.
+        // The value of `host` if it was not given.
         if !last.is_empty() && last != "ffffffff:ffffffff:ffffffff.ffffffff" && !last.starts_with("ffff") {
             return Ok(Some(last.to_owned()));
         }
@@ -75,7 +78,7 @@ async fn name(qmp: &QmpClient, id: &str) -> Result<Option<String>, VmmError> {
 struct Open {
     /// Character devices, by the device's name.
     named: BTreeMap<String, i32>,
-    /// Those that came by a group.
+    /// Those that were opened by a group.
     nameless: Vec<i32>,
 }
 
@@ -85,7 +88,7 @@ fn open_devices(pid: u32) -> Result<Open, ListError> {
     let mut links = Vec::new();
     for entry in fs::read_dir(&folder).map_err(unreadable)? {
         let entry = entry.map_err(unreadable)?;
-        // It may be closed by now.
+        // It may have been closed meanwhile.
         let Ok(target) = fs::read_link(entry.path()) else { continue };
         let Some(number) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
         links.push((number, target));
@@ -109,8 +112,9 @@ fn sort(links: &[(i32, PathBuf)], device_of: impl Fn(&Path) -> Option<String>) -
     open
 }
 
-/// A device that came by a group gets any of those: only all of them together mean something. One that QEMU was given by its
-/// descriptor alone gets what nobody else has; there may be one.
+/// A device that was opened by a group gets any of those descriptors: only all of them together are
+/// meaningful. A device that QEMU was given by its descriptor alone gets the one that is left; there may be
+/// one such device.
 fn assign(wanted: &[(String, Option<String>)], mut open: Open) -> Result<Vec<VmmDevice>, AssignError> {
     let nameless = wanted.iter().filter(|(_, name)| name.is_none());
     if nameless.clone().count() > 1 {
@@ -144,9 +148,9 @@ fn assign(wanted: &[(String, Option<String>)], mut open: Open) -> Result<Vec<Vmm
     Ok(devices)
 }
 
-/// The kernel's state that QEMU names.
-pub(super) fn state(told: &VfioState) -> Option<MigrationState> {
-    Some(match told {
+/// The kernel's state for QEMU's name of it.
+pub(super) fn state(reported: &VfioState) -> Option<MigrationState> {
+    Some(match reported {
         VfioState::Stop => MigrationState::Stop,
         VfioState::Running => MigrationState::Running,
         VfioState::StopCopy => MigrationState::StopCopy,
@@ -171,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn links_are_told_apart_by_what_they_lead_to() {
+    fn links_are_sorted_by_their_targets() {
         let links = [(3, "/dev/kvm"), (7, "/dev/vfio/devices/vfio1"), (9, GROUP_DEVICE), (4, "socket:[1]")];
         let links = links.map(|(number, target)| (number, PathBuf::from(target)));
         let open = sort(&links, |path| path.ends_with("vfio1").then(|| "uuid-b".to_owned()));
@@ -179,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn each_device_gets_its_own_descriptor_or_one_that_came_by_a_group() {
+    fn each_device_gets_its_own_descriptor_or_one_that_was_opened_by_a_group() {
         let open =
             || Open { named: [("a".to_owned(), 7), ("b".to_owned(), 6)].into(), nameless: vec![9, 10] };
         let found = assign(&wanted(&[Some("b"), Some("a")]), open()).unwrap();

@@ -1,21 +1,24 @@
-//! The driver of QEMU, over a QMP socket of the agent's own.
+//! The driver of QEMU, over a QMP socket for the agent alone.
 //!
-//! QEMU drives its own devices. The agent begins and ends each step of QEMU's migration, looks at the devices between them, and
-//! carries QEMU's stream to the twin, both ways:
+//! QEMU drives its own devices. The agent begins and ends each step of QEMU's migration, reads the devices
+//! between them, and carries QEMU's stream to the twin, in both directions:
 //!
 //! ```text
-//! source's QEMU ──migrate unix:*.migrate──▶ agent ═══ blob ═══▶ agent ──▶ migrate-incoming unix:*.migrate ── twin's QEMU
-//!               ◀──────────────────────────── agent ◀══ replies ══ agent ◀──
+//! source's QEMU ── migrate unix:*.migrate ──▶ agent ══ blob ══▶ agent ──▶ migrate-incoming unix:*.migrate
+//!                                           ◀ agent ◀ replies ═ agent ◀──                    twin's QEMU
 //!
-//! start_save    capabilities, parameters, migrate           start_load    capabilities, migrate-incoming, the bytes
-//! converged     status pre-switchover: VM and devices stand (convergence.rs: whether it ever comes to that)
-//! (the gate: the agent reads each device: STOP_COPY or STOP)
-//! finish_save   migrate-continue, status completed          finish_load   status completed, the VM paused (-S)
-//!                                                           (the check: the agent leads each device RESUMING -> STOP)
-//! abort_save    migrate_cancel                              resume        cont
+//! source                                                destination
+//! start_save    capabilities, parameters, migrate       start_load    capabilities, migrate-incoming, bytes
+//! converged     status pre-switchover: VM and devices
+//!               are stopped (convergence.rs decides)
+//! (gate: the agent reads each device: STOP_COPY, STOP)
+//! finish_save   migrate-continue, status completed      finish_load   status completed, the VM paused (-S)
+//!                                                       (check: the agent takes each device to STOP)
+//! abort_save    migrate_cancel                          resume        cont
 //! ```
 //!
-//! With `return-path` the source's QEMU is `completed` only when the twin's has said that it has loaded everything.
+//! With `return-path` the source's QEMU is `completed` only when the twin's has reported that it has loaded
+//! everything.
 
 mod capabilities;
 mod carry;
@@ -58,76 +61,77 @@ use super::{
 use crate::host::clock::Clock;
 use crate::vfio::borrow::VmmProcess;
 
-/// QEMU makes its socket by its umask: any mode will do that is closed to everybody else.
+/// The mode of QEMU's socket depends on its umask: any mode is accepted that is closed to other users.
 const OWNERS_ONLY: u32 = 0o700;
 
-/// Between two looks at a state that QEMU is about to change.
-const LOOK_AGAIN: Duration = Duration::from_millis(5);
+/// Pause between two queries of a state that QEMU is about to change.
+const POLL_EVERY: Duration = Duration::from_millis(5);
 /// How long `cont` may take: QEMU locks its disks before.
 const CONT_LIMIT: Duration = Duration::from_secs(60);
-/// How long a state that QEMU has promised may take to be told.
-const SETTLING: Duration = Duration::from_secs(10);
+/// How long QEMU may take to report the state that must follow.
+const SETTLE_LIMIT: Duration = Duration::from_secs(10);
 
-/// A VM of QEMU's, or a twin.
+/// A QEMU VM, or a twin.
 #[derive(Debug)]
 pub struct QemuVmm {
     qmp: QmpClient,
     server: Server,
-    /// Of its devices, in the VM's order.
+    /// The ids of its devices, in the VM's order.
     ids: Vec<String>,
-    /// Where its migration's stream goes by.
-    carrier: PathBuf,
+    /// The socket of its migration's stream.
+    stream_socket: PathBuf,
     deadlines: Deadlines,
-    /// What the twin says goes to the VMM that saves by this.
+    /// Takes the twin's replies to the QEMU that saves.
     to_qemu: Mutex<Option<mpsc::Sender<Bytes>>>,
-    /// What this twin says, until somebody takes it.
+    /// The replies of this twin, until they are taken.
     from_qemu: (mpsc::Sender<Bytes>, Mutex<Option<mpsc::Receiver<Bytes>>>),
-    /// What a destination is compared with.
+    /// What a destination must be able to do.
     facts: OnceLock<Facts>,
 }
 
 impl QemuVmm {
-    /// Connects to the monitor on this socket and holds QEMU's process. `ids` are those of the VM's devices.
+    /// Connects to the monitor on this socket and holds QEMU's process. `ids` are the ids of the VM's
+    /// devices.
     ///
     /// # Errors
-    /// [`VmmError::Trust`] if the socket or who serves it may not be trusted, [`VmmError::Connect`] if nobody serves it,
-    /// [`VmmError::Deadline`] if nobody greets.
+    /// [`VmmError::Trust`] if the socket or its server may not be trusted, [`VmmError::Connect`] if no
+    /// process serves it, [`VmmError::Deadline`] if there is no greeting.
     pub async fn connect(socket: &Path, ids: &[String], deadlines: Deadlines) -> Result<Self, VmmError> {
         trust(socket, OWNERS_ONLY)?;
         let qmp = QmpClient::connect(socket).await.map_err(|error| match error {
             QmpError::Connect { path, reason } | QmpError::NoGreeting { path, reason } => {
                 VmmError::Connect(ConnectError::Socket { path, reason })
             }
-            other => of_qmp("connect", other),
+            other => from_qmp("connect", other),
         })?;
         let server = Server::of(Ok(qmp.peer()), socket)?;
-        let (tell, told) = mpsc::channel(REPLIES);
+        let (sender, replies) = mpsc::channel(REPLIES);
         Ok(Self {
             qmp,
             server,
             ids: ids.to_vec(),
-            carrier: carry::beside(socket),
+            stream_socket: carry::beside(socket),
             deadlines,
             to_qemu: Mutex::default(),
-            from_qemu: (tell, Mutex::new(Some(told))),
+            from_qemu: (sender, Mutex::new(Some(replies))),
             facts: OnceLock::new(),
         })
     }
 
-    /// Waits until the migration stands where `there` says, or has ended otherwise.
+    /// Waits until the migration has a status that `wanted` accepts, or has ended with another one.
     async fn until(
         &self,
         call: &'static str,
-        there: impl Fn(&MigrationStatus) -> bool,
+        wanted: impl Fn(&MigrationStatus) -> bool,
     ) -> Result<MigrationInfo, VmmError> {
         let ended = |status: &MigrationStatus| {
             use MigrationStatus::{Cancelled, Completed, Failed};
             matches!(status, Completed | Failed | Cancelled)
         };
-        let reached = |info: &MigrationInfo| info.status.as_ref().is_some_and(|s| there(s) || ended(s));
-        let info = self.qmp.migration_status_until(reached).await.map_err(|error| of_qmp(call, error))?;
+        let reached = |info: &MigrationInfo| info.status.as_ref().is_some_and(|s| wanted(s) || ended(s));
+        let info = self.qmp.migration_status_until(reached).await.map_err(|error| from_qmp(call, error))?;
         match &info.status {
-            Some(status) if there(status) => Ok(info),
+            Some(status) if wanted(status) => Ok(info),
             status => {
                 let status = status.as_ref().map_or("none", MigrationStatus::as_ref);
                 let why = info.error_desc.as_deref().unwrap_or("it does not say why");
@@ -139,13 +143,13 @@ impl QemuVmm {
 
     async fn status(&self, call: &'static str) -> Result<QemuState, VmmError> {
         let status = self.qmp.execute_within(QueryStatus, self.deadlines.describe).await;
-        status.map(|status| status.status).map_err(|error| of_qmp(call, error))
+        status.map(|status| status.status).map_err(|error| from_qmp(call, error))
     }
 
-    /// QEMU tells of no change of these.
+    /// QEMU has no event for a change of these.
     async fn blocked_reasons(&self, call: &'static str) -> Result<Vec<String>, VmmError> {
         let info = self.qmp.execute_within(QueryMigrate, self.deadlines.describe).await;
-        Ok(info.map_err(|error| of_qmp(call, error))?.blocked_reasons.unwrap_or_default())
+        Ok(info.map_err(|error| from_qmp(call, error))?.blocked_reasons.unwrap_or_default())
     }
 
     async fn ram_bytes(&self) -> u64 {
@@ -153,9 +157,9 @@ impl QemuVmm {
         summary.and_then(|summary| summary.get("base-memory")?.as_u64()).unwrap_or(0)
     }
 
-    /// Why a load broke off, in QEMU's words, if it has any.
-    async fn why_load_failed(&self, seen: String) -> VmmError {
-        let info = timeout(SETTLING, self.until("start_load", |_| false)).await;
+    /// Why a load broke off: QEMU's own message, if it has one.
+    async fn load_error(&self, seen: String) -> VmmError {
+        let info = timeout(SETTLE_LIMIT, self.until("start_load", |_| false)).await;
         match info {
             Ok(Err(error)) => error,
             _ => VmmError::Refused { call: "start_load", code: Code::Aborted, message: seen },
@@ -188,14 +192,15 @@ impl Vmm for QemuVmm {
         let call = "start_save";
         self.prepare(call, budget.channels).await?;
         self.limit(call, budget).await?;
-        let listener = carry::listen(&self.carrier).map_err(|error| carry::failed(call, &error))?;
-        let uri = format!("unix:{}", self.carrier.display());
-        self.qmp.execute(Migrate { uri }).await.map_err(|error| of_qmp(call, error))?;
+        let listener =
+            carry::listen(&self.stream_socket).map_err(|error| carry::socket_error(call, &error))?;
+        let uri = format!("unix:{}", self.stream_socket.display());
+        self.qmp.execute(Migrate { uri }).await.map_err(|error| from_qmp(call, error))?;
         let accepted = timeout(self.deadlines.save, carry::accept(&listener, budget.channels)).await;
-        // Nobody else is to connect.
-        carry::remove(&self.carrier);
+        // No other program may connect.
+        carry::remove(&self.stream_socket);
         let (main, more) = match accepted {
-            Ok(accepted) => accepted.map_err(|error| carry::failed(call, &error))?,
+            Ok(accepted) => accepted.map_err(|error| carry::socket_error(call, &error))?,
             Err(_) => return Err(VmmError::Deadline { call: "migrate", limit: self.deadlines.save }),
         };
         let Carried { pieces, replies } = carry::save(main);
@@ -204,13 +209,13 @@ impl Vmm for QemuVmm {
     }
 
     async fn converged(&self, copy: Copying) -> Result<(), VmmError> {
-        self.copy_until_it_stands(copy).await
+        self.copy_until_stopped(copy).await
     }
 
     async fn pause(&self) -> Result<(), VmmError> {
         match self.status("pause").await? {
             QemuState::Running => {
-                self.qmp.execute(Stop).await.map(drop).map_err(|error| of_qmp("pause", error))
+                self.qmp.execute(Stop).await.map(drop).map_err(|error| from_qmp("pause", error))
             }
             _ => Ok(()),
         }
@@ -218,7 +223,7 @@ impl Vmm for QemuVmm {
 
     async fn finish_save(&self) -> Result<(), VmmError> {
         let call = "finish_save";
-        self.qmp.execute(MigrateContinue::switch_over()).await.map_err(|error| of_qmp(call, error))?;
+        self.qmp.execute(MigrateContinue::switch_over()).await.map_err(|error| from_qmp(call, error))?;
         let done = self.until(call, |status| *status == MigrationStatus::Completed);
         let info = timeout(self.deadlines.finish_save, done)
             .await
@@ -236,12 +241,12 @@ impl Vmm for QemuVmm {
     async fn abort_save(&self) -> Result<(), VmmError> {
         let call = "abort_save";
         *self.to_qemu.lock() = None;
-        carry::remove(&self.carrier);
-        let info = self.qmp.execute(QueryMigrate).await.map_err(|error| of_qmp(call, error))?;
+        carry::remove(&self.stream_socket);
+        let info = self.qmp.execute(QueryMigrate).await.map_err(|error| from_qmp(call, error))?;
         if info.status.is_none_or(|status| status.is_over()) {
             return Ok(());
         }
-        self.qmp.execute(MigrateCancel).await.map_err(|error| of_qmp(call, error))?;
+        self.qmp.execute(MigrateCancel).await.map_err(|error| from_qmp(call, error))?;
         let ended = self.until(call, MigrationStatus::is_over);
         timeout(self.deadlines.save, ended)
             .await
@@ -253,18 +258,18 @@ impl Vmm for QemuVmm {
         let call = "start_load";
         let channels = u8::try_from(state.len().saturating_sub(1)).unwrap_or(u8::MAX);
         self.prepare(call, channels).await?;
-        carry::remove(&self.carrier);
-        let uri = format!("unix:{}", self.carrier.display());
-        // A twin that cannot load is to say why, and not to end.
+        carry::remove(&self.stream_socket);
+        let uri = format!("unix:{}", self.stream_socket.display());
+        // A twin that cannot load must report why, and not exit.
         let quiet = serde_json::json!({"uri": uri, "exit-on-error": false});
         let arguments =
             if self.qmp.version().qemu.at_least(9, 1) { quiet } else { serde_json::json!({"uri": uri}) };
-        self.qmp.raw("migrate-incoming", arguments).await.map_err(|error| of_qmp(call, error))?;
-        let loaded = carry::load_all(&self.carrier, state, &self.from_qemu.0).await;
-        carry::remove(&self.carrier);
+        self.qmp.raw("migrate-incoming", arguments).await.map_err(|error| from_qmp(call, error))?;
+        let loaded = carry::load_all(&self.stream_socket, state, &self.from_qemu.0).await;
+        carry::remove(&self.stream_socket);
         match loaded {
             Ok(()) => Ok(()),
-            Err(error) => Err(self.why_load_failed(format!("QEMU stopped taking its state: {error}")).await),
+            Err(error) => Err(self.load_error(format!("QEMU stopped taking its state: {error}")).await),
         }
     }
 
@@ -275,8 +280,8 @@ impl Vmm for QemuVmm {
             self.until(call, |status| *status == MigrationStatus::Completed).await?;
             loop {
                 match self.status(call).await? {
-                    // It is told a moment before the machine has been put together.
-                    QemuState::InMigrate => tokio::time::sleep(LOOK_AGAIN).await,
+                    // The status comes shortly before the machine is complete.
+                    QemuState::InMigrate => tokio::time::sleep(POLL_EVERY).await,
                     QemuState::Paused | QemuState::Prelaunch => return Ok(()),
                     other => {
                         let message = format!("the twin is {other} after its load, and must be paused (-S)");
@@ -290,27 +295,27 @@ impl Vmm for QemuVmm {
 
     async fn resume(&self) -> Result<(), VmmError> {
         let call = "resume";
-        let until = Instant::now() + SETTLING;
+        let until = Instant::now() + SETTLE_LIMIT;
         loop {
             match self.status(call).await? {
                 QemuState::Running => return Ok(()),
-                // A migration that failed or was cancelled is told before QEMU has taken the VM back.
-                QemuState::FinishMigrate if Instant::now() < until => tokio::time::sleep(LOOK_AGAIN).await,
+                // QEMU reports a failed or cancelled migration before it has taken the VM back.
+                QemuState::FinishMigrate if Instant::now() < until => tokio::time::sleep(POLL_EVERY).await,
                 _ => break,
             }
         }
         match self.qmp.execute_within(Cont, self.deadlines.run_state).await {
             Ok(_) => {}
-            // QEMU carries it out all the same, when it has its disks or its locks.
+            // QEMU still executes it, once it has its disks or its locks.
             Err(QmpError::Deadline { .. }) => warn!(pid = self.server.pid(), "QEMU takes long to `cont`"),
-            Err(error) => return Err(of_qmp(call, error)),
+            Err(error) => return Err(from_qmp(call, error)),
         }
         let until = Instant::now() + CONT_LIMIT;
         loop {
             match self.status(call).await {
                 Ok(state) if has_run(&state) => return Ok(()),
                 Ok(_) | Err(VmmError::Deadline { .. }) if Instant::now() < until => {
-                    tokio::time::sleep(LOOK_AGAIN).await;
+                    tokio::time::sleep(POLL_EVERY).await;
                 }
                 Ok(other) => {
                     let message = format!("QEMU took `cont`, but is {other}");
@@ -323,11 +328,11 @@ impl Vmm for QemuVmm {
 
     async fn quit(&self) -> Result<(), VmmError> {
         match self.qmp.execute_within(Quit, self.deadlines.quit).await {
-            // It may have ended before its answer was on its way.
+            // It may have ended before it could answer.
             Ok(_) | Err(QmpError::Lost { .. }) => timeout(self.deadlines.quit, self.exited())
                 .await
                 .map_err(|_| VmmError::Deadline { call: "quit", limit: self.deadlines.quit }),
-            Err(error) => Err(of_qmp("quit", error)),
+            Err(error) => Err(from_qmp("quit", error)),
         }
     }
 
@@ -337,40 +342,40 @@ impl Vmm for QemuVmm {
 
     /// By QEMU's events, if the devices were given `migration-events=on`.
     fn watch_devices(&self) -> Option<mpsc::UnboundedReceiver<DeviceSeen>> {
-        let (tell, told) = mpsc::unbounded_channel();
+        let (sender, states) = mpsc::unbounded_channel();
         let (mut events, ids) = (self.qmp.events(), self.ids.clone());
         tokio::spawn(async move {
             loop {
                 let notice = tokio::select! {
                     notice = events.next() => notice,
-                    () = tell.closed() => return,
+                    () = sender.closed() => return,
                 };
                 let Some(notice) = notice else { return };
                 let Notice::Event(event) = notice else { continue };
                 let EventKind::VfioMigration { device_id, state, .. } = event.kind else { continue };
                 let index = ids.iter().position(|id| *id == device_id);
                 if let (Some(index), Some(state)) = (index, devices::state(&state))
-                    && tell.send(DeviceSeen { index, state, at: Clock::now() }).is_err()
+                    && sender.send(DeviceSeen { index, state, at: Clock::now() }).is_err()
                 {
                     return;
                 }
             }
         });
-        Some(told)
+        Some(states)
     }
 
     fn take_replies(&self) -> Option<mpsc::Receiver<Bytes>> {
         self.from_qemu.1.lock().take()
     }
 
-    fn reply(&self, said: Bytes) -> Result<(), VmmError> {
+    fn reply(&self, reply: Bytes) -> Result<(), VmmError> {
         let to_qemu = self.to_qemu.lock().clone();
-        match to_qemu.map(|to_qemu| to_qemu.try_send(said)) {
+        match to_qemu.map(|to_qemu| to_qemu.try_send(reply)) {
             None | Some(Ok(())) => Ok(()),
-            // Its migration has ended, which is told elsewhere.
+            // Its migration has ended; that is reported elsewhere.
             Some(Err(mpsc::error::TrySendError::Closed(_))) => Ok(()),
             Some(Err(mpsc::error::TrySendError::Full(_))) => {
-                let message = format!("QEMU does not read what the twin says: {REPLIES} pieces wait");
+                let message = format!("QEMU does not read the twin's replies: {REPLIES} pieces wait");
                 Err(VmmError::Refused { call: "reply", code: Code::ResourceExhausted, message })
             }
         }
@@ -403,11 +408,12 @@ impl LocalVmm for QemuVmm {
                     machine = facts.machine_type,
                     "QEMU has told what it is"
                 );
-                // It is there already if somebody else has asked, too.
+                // A concurrent call may have set it.
                 let _ = self.facts.set(facts);
             }
             Err(error) => {
-                warn!(pid = self.pid(), %error, "QEMU does not tell what it is, so targets cannot be compared with it")
+                warn!(pid = self.pid(), %error, "QEMU does not report what it is, so targets cannot be compared \
+                    with it")
             }
         }
     }
@@ -425,13 +431,13 @@ impl LocalVmm for QemuVmm {
     }
 }
 
-/// Whether the vCPUs run, or have run since: a guest may have come to grief as soon as it was let go.
+/// Whether the vCPUs run, or have run since: the guest may have failed as soon as it was resumed.
 fn has_run(state: &QemuState) -> bool {
     use QemuState::{FinishMigrate, InMigrate, Paused, PostMigrate, Prelaunch};
     !matches!(state, FinishMigrate | InMigrate | Paused | PostMigrate | Prelaunch)
 }
 
-fn of_qmp(call: &'static str, error: QmpError) -> VmmError {
+fn from_qmp(call: &'static str, error: QmpError) -> VmmError {
     match error {
         QmpError::Lost { reason, .. } => VmmError::Lost { call, message: reason },
         QmpError::Deadline { limit, .. } => VmmError::Deadline { call, limit },

@@ -55,7 +55,7 @@ async fn a_vm_that_runs_already_is_left_as_it_is() {
 }
 
 #[tokio::test]
-async fn a_cont_that_qemu_answers_late_has_been_heard_all_the_same() {
+async fn a_cont_that_qemu_answers_late_is_still_executed() {
     let server = Server::new();
     let hasty = Deadlines { run_state: Duration::from_millis(50), ..Deadlines::default() };
     let (vm, mut talk) = vm(&server, hasty).await;
@@ -71,7 +71,7 @@ async fn a_cont_that_qemu_answers_late_has_been_heard_all_the_same() {
 }
 
 #[tokio::test]
-async fn a_qemu_that_refuses_cont_is_not_taken_for_one_that_runs() {
+async fn a_qemu_that_refuses_cont_is_not_mistaken_for_one_that_runs() {
     let server = Server::new();
     let (vm, mut talk) = vm(&server, Deadlines::default()).await;
     let script = async {
@@ -87,13 +87,14 @@ async fn a_qemu_that_refuses_cont_is_not_taken_for_one_that_runs() {
 }
 
 #[tokio::test]
-async fn a_save_has_ended_when_qemu_says_completed_and_not_when_it_takes_the_vm_back() {
+async fn a_save_has_ended_when_qemu_reports_completed_and_not_when_it_takes_the_vm_back() {
     for (end, saved) in [("completed", true), ("cancelled", false), ("failed", false)] {
         let server = Server::new();
         let (vm, mut talk) = vm(&server, Deadlines::default()).await;
         let script = async {
             answers(&mut talk, vec![("migrate-continue", json!({})), migration("device")]).await;
-            let event = json!({"event": "MIGRATION", "data": {"status": end}, "timestamp": {"seconds": 1, "microseconds": 0}});
+            let timestamp = json!({"seconds": 1, "microseconds": 0});
+            let event = json!({"event": "MIGRATION", "data": {"status": end}, "timestamp": timestamp});
             talk.say(&event.to_string()).await;
             answers(&mut talk, vec![migration(end)]).await;
         };

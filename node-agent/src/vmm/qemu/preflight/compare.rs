@@ -3,13 +3,13 @@
 use super::version::release;
 use super::{Accelerator, Facts, Finding, Kind, Offer, Verdict, machine};
 
-/// So many missing features are named.
-const NAMED: usize = 32;
+/// The most missing features that a message names.
+const NAMED_FEATURES: usize = 32;
 
-/// What at the destination keeps its QEMU from taking over a VM.
+/// Compares the QEMU of a destination with the QEMU of a VM.
 ///
-/// `program` is the twin's, `arguments` are the twin's, `no_kvm` says why there is no KVM. `offer` is None, with the reason, where
-/// the program could not be asked.
+/// `program` and `arguments` are the twin's, `no_kvm` is the reason if there is no KVM. `offer` is the
+/// reason if the program could not be queried.
 pub fn compare(
     facts: &Facts,
     offer: Result<&Offer, &str>,
@@ -28,7 +28,8 @@ pub fn compare(
     match (facts.accelerator, no_kvm) {
         (Some(Accelerator::Kvm), Some(why)) => {
             let message = format!(
-                "the VM runs under KVM, and /dev/kvm cannot be used there: {why}. Load kvm_intel or kvm_amd, or let the agent's \
+                "the VM runs under KVM, and /dev/kvm cannot be used there: {why}. Load kvm_intel or kvm_amd, or \
+                 let the agent's \
                  user use it"
             );
             verdict.findings.push(Finding::new(Kind::AcceleratorMissing, message));
@@ -36,7 +37,7 @@ pub fn compare(
         (None, _) => {
             verdict
                 .not_compared
-                .push("the CPU: the source has named an accelerator that is not known here".to_owned());
+                .push("the CPU: the target's agent does not know the source's accelerator".to_owned());
         }
         _ => {}
     }
@@ -54,14 +55,16 @@ fn versions(facts: &Facts, offer: &Offer, program: &str, verdict: &mut Verdict) 
                 if facts.package.is_empty() { String::new() } else { format!(" ({})", facts.package) };
             let (major, minor) = theirs;
             let message = format!(
-                "{program} is QEMU {here} there, and the VM runs under QEMU {source}{package}: an older QEMU cannot load what a newer \
+                "{program} is QEMU {here} there, and the VM runs under QEMU {source}{package}: an older QEMU \
+                 cannot load what a newer \
                  one has saved. Install QEMU {major}.{minor} or newer there"
             );
             verdict.findings.push(Finding::new(Kind::QemuOlder, message));
         }
         (Some(_), Some(_)) => {}
         _ => verdict.not_compared.push(format!(
-            "the version: QEMU's is {source:?} at the source and {here:?} at the target, and one of them does not begin with \
+            "the version: QEMU's is {source:?} at the source and {here:?} at the target, and one of them does not \
+             begin with \
              MAJOR.MINOR"
         )),
     }
@@ -70,7 +73,7 @@ fn versions(facts: &Facts, offer: &Offer, program: &str, verdict: &mut Verdict) 
 fn machines(facts: &Facts, offer: &Offer, program: &str, arguments: &[String], verdict: &mut Verdict) {
     let wanted = &facts.machine_type;
     if wanted.is_empty() || offer.machines.is_empty() {
-        verdict.not_compared.push("the machine type: QEMU has not told it".to_owned());
+        verdict.not_compared.push("the machine type: QEMU does not report it".to_owned());
         return;
     }
     if !offer.machines.iter().any(|machine| machine.name == *wanted) {
@@ -111,12 +114,13 @@ fn features(facts: &Facts, offer: &Offer, verdict: &mut Verdict) {
     if missing.is_empty() {
         return;
     }
-    let named = missing.get(..NAMED).unwrap_or(&missing).join(", ");
-    let more = missing.len().saturating_sub(NAMED);
+    let named = missing.get(..NAMED_FEATURES).unwrap_or(&missing).join(", ");
+    let more = missing.len().saturating_sub(NAMED_FEATURES);
     let more = if more > 0 { format!(" and {more} more") } else { String::new() };
     let (count, s) = (missing.len(), if missing.len() == 1 { "" } else { "s" });
     let message = format!(
-        "the guest sees {count} CPU feature{s} that cannot be had there under {}: {named}{more}. Choose a target whose CPU has \
+        "the guest sees {count} CPU feature{s} that cannot be had there under {}: {named}{more}. Choose a target \
+         whose CPU has \
          them, or start the VM with a CPU model that both have",
         accelerator.as_str()
     );
@@ -192,7 +196,8 @@ mod tests {
             assert_eq!(
                 message,
                 format!(
-                    "/usr/bin/qemu is QEMU {version} there, and the VM runs under QEMU 10.0.2 (Debian 1:10.0.2): an older QEMU \
+                    "/usr/bin/qemu is QEMU {version} there, and the VM runs under QEMU 10.0.2 (Debian 1:10.0.2): \
+                     an older QEMU \
                      cannot load what a newer one has saved. Install QEMU 10.0 or newer there"
                 )
             );
@@ -200,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn a_version_that_cannot_be_compared_is_said_and_in_nobodys_way() {
+    fn a_version_that_cannot_be_compared_is_reported_and_does_not_prevent_a_migration() {
         for (source, here) in [("acme 7", "10.0.2"), ("10.0.2", ""), ("x", "y")] {
             let other = Offer { version: here.to_owned(), ..offer() };
             let verdict = judge(&Facts { version: source.to_owned(), ..facts() }, &other);
@@ -208,7 +213,8 @@ mod tests {
             assert_eq!(
                 verdict.not_compared,
                 [format!(
-                    "the version: QEMU's is {source:?} at the source and {here:?} at the target, and one of them does not begin with \
+                    "the version: QEMU's is {source:?} at the source and {here:?} at the target, and one of them \
+                     does not begin with \
                      MAJOR.MINOR"
                 )]
             );
@@ -216,13 +222,14 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_type_that_is_not_known_is_named_with_the_nearest() {
+    fn an_unknown_machine_type_is_named_with_the_nearest() {
         let verdict = judge(&Facts { machine_type: "pc-q35-10.1".to_owned(), ..facts() }, &offer());
         assert_eq!(
             only(&verdict),
             (
                 Kind::MachineTypeUnknown,
-                "the VM's machine type is pc-q35-10.1, and /usr/bin/qemu (QEMU 10.0.2) does not know it there; the newest of its \
+                "the VM's machine type is pc-q35-10.1, and /usr/bin/qemu (QEMU 10.0.2) does not know it there; the \
+                 newest of its \
                  kind there is pc-q35-10.0"
             )
         );
@@ -231,13 +238,14 @@ mod tests {
     }
 
     #[test]
-    fn an_alias_that_stands_for_another_type_there_is_told() {
+    fn an_alias_for_another_type_at_the_destination_is_reported() {
         let verdict = judge(&Facts { machine_type: "pc-q35-9.2".to_owned(), ..facts() }, &offer());
         assert_eq!(
             only(&verdict),
             (
                 Kind::MachineTypeDiffers,
-                "twin.args[1] asks for the machine q35, which is pc-q35-10.0 there, and the VM's machine type is pc-q35-9.2: write \
+                "twin.args[1] asks for the machine q35, which is pc-q35-10.0 there, and the VM's machine type is \
+                 pc-q35-9.2: write \
                  `-machine pc-q35-9.2` in vm.json"
             )
         );
@@ -255,7 +263,8 @@ mod tests {
             only(&judge(&source, &offer())),
             (
                 Kind::CpuFeaturesMissing,
-                "the guest sees 2 CPU features that cannot be had there under kvm: gfni, vaes. Choose a target whose CPU has them, \
+                "the guest sees 2 CPU features that cannot be had there under kvm: gfni, vaes. Choose a target \
+                 whose CPU has them, \
                  or start the VM with a CPU model that both have"
             )
         );
@@ -268,14 +277,15 @@ mod tests {
     }
 
     #[test]
-    fn without_kvm_that_is_told_and_features_are_not() {
+    fn without_kvm_that_is_reported_and_features_are_not() {
         let none = Offer { cpu_features: None, ..offer() };
         let verdict = compare(&facts(), Ok(&none), PROGRAM, &q35(), Some("Permission denied (os error 13)"));
         assert_eq!(
             only(&verdict),
             (
                 Kind::AcceleratorMissing,
-                "the VM runs under KVM, and /dev/kvm cannot be used there: Permission denied (os error 13). Load kvm_intel or kvm_amd, or \
+                "the VM runs under KVM, and /dev/kvm cannot be used there: Permission denied (os error 13). Load \
+                 kvm_intel or kvm_amd, or \
                  let the agent's user use it"
             )
         );
@@ -284,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn everything_is_told_at_once_and_the_gravest_first() {
+    fn everything_is_reported_at_once_and_the_gravest_first() {
         let source =
             Facts { cpu_features: features(&["gfni"]), machine_type: "pc-q35-11.0".to_owned(), ..facts() };
         let old = Offer { version: "9.1.0".to_owned(), ..offer() };
@@ -297,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn a_program_that_could_not_be_asked_is_said_and_in_nobodys_way() {
+    fn a_program_that_could_not_be_queried_is_reported_and_does_not_prevent_a_migration() {
         let verdict = compare(&facts(), Err("it ended"), PROGRAM, &q35(), None);
         assert_eq!(verdict.findings, []);
         assert_eq!(verdict.not_compared, ["version, machine type and CPU: it ended"]);

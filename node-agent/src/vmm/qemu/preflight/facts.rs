@@ -1,7 +1,8 @@
-//! What the QEMU of a running VM says of itself.
+//! The facts about the QEMU of a running VM.
 //!
-//! All of it is answered by QEMU's main loop without disturbing a vCPU. Features are asked one by one, since the commands that tell all
-//! at once do not tell what this guest sees: `query-cpu-model-expansion` is about models, and `feature-words` leaves out MSRs.
+//! All of it is answered by QEMU's main loop without disturbing a vCPU. Features are asked one by one,
+//! because the commands that list all at once do not list what this guest sees: `query-cpu-model-expansion`
+//! is about models, and `feature-words` leaves out MSRs.
 
 use std::collections::BTreeSet;
 
@@ -13,10 +14,10 @@ use super::{Accelerator, Facts, features};
 use crate::vmm::qemu::qmp::commands::{QomGet, QomListProperties, QueryCpusFast, QueryKvm};
 use crate::vmm::qemu::qmp::{QmpClient, QmpError};
 
-/// Questions that are on their way at once: few, so that whoever else asks QEMU something does not wait for them.
-const AT_ONCE: usize = 8;
+/// Concurrent queries: few, so that other callers of QEMU do not wait for them.
+const CONCURRENT_QUERIES: usize = 8;
 
-/// Asks.
+/// Queries QEMU.
 ///
 /// # Errors
 /// Any [`QmpError`].
@@ -34,7 +35,7 @@ pub async fn collect(qmp: &QmpClient) -> Result<Facts, QmpError> {
     })
 }
 
-/// Those of the first vCPU: all have the same.
+/// The features of the first vCPU: all vCPUs have the same.
 async fn cpu_features(qmp: &QmpClient) -> Result<BTreeSet<String>, QmpError> {
     let cpus = qmp.execute(QueryCpusFast).await?;
     let Some(cpu) = cpus.first().map(|cpu| cpu.qom_path.clone()) else { return Ok(BTreeSet::new()) };
@@ -53,9 +54,9 @@ async fn which_are_set(qmp: &QmpClient, cpu: &str, names: Vec<String>) -> Result
     let ask = |name: String| async move {
         match get(qmp, cpu, &name).await {
             Ok(value) => Ok((value == Value::Bool(true)).then(|| features::plain(&name))),
-            // One that cannot be read is one that cannot be compared.
+            // A feature that cannot be read cannot be compared.
             Err(error @ QmpError::Refused { .. }) => {
-                debug!(name, %error, "QEMU does not tell a CPU feature");
+                debug!(name, %error, "QEMU does not report a CPU feature");
                 Ok(None)
             }
             Err(error) => Err(error),
@@ -63,7 +64,7 @@ async fn which_are_set(qmp: &QmpClient, cpu: &str, names: Vec<String>) -> Result
     };
     stream::iter(names)
         .map(ask)
-        .buffered(AT_ONCE)
+        .buffered(CONCURRENT_QUERIES)
         .try_filter_map(|found| async { Ok(found) })
         .try_collect()
         .await

@@ -1,9 +1,10 @@
-//! Which properties of QEMU's CPU objects are features that a guest sees.
+//! The properties of QEMU's CPU objects that are features of the guest.
 //!
-//! Of the boolean properties of an x86 CPU (target/i386/cpu.c) those are bits of a CPUID leaf or of a feature MSR that are made by
-//! `x86_cpu_register_bit_prop()`: these have no default value in `qom-list-properties`, while the settings of QEMU's own
-//! (`x86_cpu_properties[]`: `check`, `hv-*`, `l3-cache`, `x-*` ...) have one. Measured with QEMU 10.0.2: 465 boolean properties, 49 of
-//! them with a default; of the others 4 are qdev's.
+//! Of the boolean properties of an x86 CPU (target/i386/cpu.c) those are bits of a CPUID leaf or of a feature
+//! MSR that are made by `x86_cpu_register_bit_prop()`: these have no default value in `qom-list-properties`,
+//! while the settings of QEMU itself (`x86_cpu_properties[]`: `check`, `hv-*`, `l3-cache`, `x-*` ...) have
+//! one. Measured with QEMU 10.0.2: 465 boolean properties, 49 of them with a default; of the others 4 are
+//! qdev's.
 
 use std::collections::BTreeSet;
 
@@ -12,8 +13,8 @@ use crate::vmm::qemu::qmp::commands::TypeProperty;
 /// Of all devices: hw/core/qdev.c and hw/core/cpu-common.c.
 const OF_THE_DEVICE: [&str; 4] = ["realized", "hotplugged", "hotpluggable", "start-powered-off"];
 
-/// What `-cpu max` leaves out although any node can give it (`no_autoenable_flags` of target/i386/cpu.c), or what follows from
-/// `-smp` and `-machine` and not from the node: the twin has the same arguments.
+/// What `-cpu max` leaves out although any node can give it (`no_autoenable_flags` of target/i386/cpu.c), or
+/// what follows from `-smp` and `-machine` and not from the node: the twin has the same arguments.
 const OF_THE_ARGUMENTS: [&str; 5] =
     ["ht", "cmp-legacy", "topoext", "kvm-hint-dedicated", "kvm-msi-ext-dest-id"];
 

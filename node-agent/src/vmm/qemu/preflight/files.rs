@@ -1,8 +1,9 @@
-//! The files that a twin's arguments name, which must be at the destination. Pure, but for [`look`].
+//! The files that a twin's arguments name, which must be at the destination. Pure, except for [`missing`].
 //!
-//! Known are the options that name a file by themselves (`-kernel`, `-bios` ...), and in options of the form `key=value,...` and in the
-//! JSON of `-blockdev` the keys of [`KEYS`]. What QEMU would take for an address and not for a file is left out: by its own rule
-//! (`path_has_protocol()` of block.c) a colon before the first slash makes it one, as in `nbd:` or `https:`.
+//! They are the values of some options (`-kernel`, `-bios` ...), and the values of [`KEYS`] in options of the
+//! form `key=value,...` and in the JSON of `-blockdev`. A value that QEMU takes for an address and not for a
+//! file is left out: by QEMU's rule (`path_has_protocol()` of block.c) a colon before the first slash makes
+//! it one, as in `nbd:` or `https:`.
 
 use std::path::{Path, PathBuf};
 
@@ -27,7 +28,7 @@ const FILE_OPTIONS: [&str; 13] = [
     "fdb",
     "readconfig",
 ];
-/// A file, or a folder in which QEMU makes one.
+/// A file, or a folder in which QEMU creates one.
 const MEMORY_OPTION: &str = "mem-path";
 /// Options with `key=value,...` among which there may be files.
 const OPTIONS: [&str; 7] = ["drive", "blockdev", "object", "device", "fw_cfg", "smbios", "acpitable"];
@@ -39,21 +40,21 @@ const KEYS: [&str; 4] = ["file", "filename", "romfile", MEMORY_OPTION];
 enum Use {
     /// It is read.
     Read,
-    /// It, or the folder that it is in, must be there: memory.
+    /// It, or the folder that it is in, must exist: memory.
     Memory,
 }
 
 /// A file that an argument names.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Named {
-    /// Which of the arguments, from 0.
+pub struct NamedFile {
+    /// The number of the argument, from 0.
     index: usize,
     path: PathBuf,
     usage: Use,
 }
 
 /// All files that these arguments name.
-pub fn named(arguments: &[String]) -> Vec<Named> {
+pub fn in_arguments(arguments: &[String]) -> Vec<NamedFile> {
     let mut found = Vec::new();
     for (index, pair) in arguments.windows(2).enumerate() {
         let [option, value] = pair else { continue };
@@ -78,7 +79,7 @@ pub fn named(arguments: &[String]) -> Vec<Named> {
     found
 }
 
-/// Strings only: `file` alone may be the name of another node, which is no file.
+/// Strings only: `file` alone may be the name of another node, which is not a file.
 fn of_json(json: &Value, add: &mut impl FnMut(&str, &str)) {
     for (key, value) in json.as_object().into_iter().flatten() {
         match value {
@@ -109,8 +110,8 @@ fn pairs(text: &str) -> Vec<(String, String)> {
     found
 }
 
-/// None if it is no file, or one that QEMU looks for in its own folders.
-fn file(index: usize, key: &str, value: &str) -> Option<Named> {
+/// None if it is not a file, or one that QEMU searches in its own folders.
+fn file(index: usize, key: &str, value: &str) -> Option<NamedFile> {
     let path = value.strip_prefix("file:").unwrap_or(value);
     let is_address = path.split('/').next().is_some_and(|first| first.contains(':'));
     let is_searched_for = matches!(key, "bios" | "romfile") && !path.starts_with('/');
@@ -120,16 +121,16 @@ fn file(index: usize, key: &str, value: &str) -> Option<Named> {
         return None;
     }
     let usage = if key.ends_with(MEMORY_OPTION) { Use::Memory } else { Use::Read };
-    Some(Named { index, path: PathBuf::from(path), usage })
+    Some(NamedFile { index, path: PathBuf::from(path), usage })
 }
 
-/// Which of the files are not there, or cannot be read. Nothing is opened: to open a device can do something to it. Relative paths
-/// are those of the twin's folder.
-pub fn look(files: &[Named], folder: &Path) -> Vec<Finding> {
-    files.iter().filter_map(|file| look_at(file, folder)).collect()
+/// The files that do not exist or cannot be read. No file is opened: opening a device can have an effect.
+/// Relative paths start at the twin's folder.
+pub fn missing(files: &[NamedFile], folder: &Path) -> Vec<Finding> {
+    files.iter().filter_map(|file| finding(file, folder)).collect()
 }
 
-fn look_at(file: &Named, folder: &Path) -> Option<Finding> {
+fn finding(file: &NamedFile, folder: &Path) -> Option<Finding> {
     let path = folder.join(&file.path);
     let path = match file.usage {
         Use::Memory if !path.exists() => path.parent().map(Path::to_owned).unwrap_or(path),
@@ -150,7 +151,10 @@ mod tests {
 
     fn paths(arguments: &[&str]) -> Vec<(usize, String)> {
         let arguments: Vec<String> = arguments.iter().map(|argument| (*argument).to_owned()).collect();
-        named(&arguments).into_iter().map(|file| (file.index, file.path.display().to_string())).collect()
+        in_arguments(&arguments)
+            .into_iter()
+            .map(|file| (file.index, file.path.display().to_string()))
+            .collect()
     }
 
     #[test]
@@ -186,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_file_of_the_node_is_left_out() {
+    fn values_that_are_not_files_of_the_node_are_left_out() {
         for arguments in [
             &["-drive", "file=nbd://10.0.0.1:10809/x"][..],
             &["-drive", "if=none,driver=raw,file.driver=nbd,file.host=10.0.0.1,file.port=1"],
@@ -211,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_there_is_told_with_its_argument() {
+    fn a_missing_file_is_reported_with_its_argument() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("there"), "").unwrap();
         let at = dir.path().display();
@@ -228,10 +232,12 @@ mod tests {
             &format!("memory-backend-file,mem-path={at}/no/no"),
         ]
         .map(str::to_owned);
-        let told: Vec<String> =
-            look(&named(&arguments), dir.path()).into_iter().map(|finding| finding.message).collect();
+        let messages: Vec<String> = missing(&in_arguments(&arguments), dir.path())
+            .into_iter()
+            .map(|finding| finding.message)
+            .collect();
         assert_eq!(
-            told,
+            messages,
             [
                 format!("twin.args[3] names {at}/none, which is not there"),
                 format!("twin.args[5] names {at}/there/below, which is not there"),

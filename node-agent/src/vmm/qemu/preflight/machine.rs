@@ -2,7 +2,7 @@
 
 use super::MachineType;
 
-/// What `-machine` or `-M` says, the last one: QEMU goes by that. None: its default.
+/// The value of the last `-machine` or `-M`: QEMU uses that one. None: its default.
 pub(super) fn asked_for(arguments: &[String]) -> Option<(usize, &str)> {
     let mut found = None;
     for (index, pair) in arguments.windows(2).enumerate() {
@@ -23,7 +23,7 @@ pub(super) fn asked_for(arguments: &[String]) -> Option<(usize, &str)> {
     found
 }
 
-/// The type that a name, or none, stands for at a QEMU.
+/// The machine type of a name, or of none, at a QEMU.
 pub(super) fn resolve<'a>(name: Option<&str>, machines: &'a [MachineType]) -> Option<&'a str> {
     let is = |machine: &&MachineType| match name {
         Some(name) => machine.name == name || machine.alias.as_deref() == Some(name),
@@ -68,7 +68,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_machine_that_is_named_counts() {
+    fn the_last_machine_option_counts() {
         for (arguments, expected) in [
             ("-S -machine pc-q35-10.0,accel=kvm", Some((2, "pc-q35-10.0"))),
             ("-M q35", Some((1, "q35"))),
@@ -84,7 +84,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_an_alias_and_no_name_stand_for_a_type() {
+    fn a_name_an_alias_and_no_name_resolve_to_a_type() {
         let machines = machines();
         assert_eq!(resolve(Some("pc-q35-9.2"), &machines), Some("pc-q35-9.2"));
         assert_eq!(resolve(Some("pc"), &machines), Some("pc-i440fx-10.0"));

@@ -1,13 +1,14 @@
-//! Whether the QEMU of a destination could take over a VM of QEMU's, found out before its twin is started.
+//! Whether the QEMU of a destination could take over a QEMU VM. It is checked before the twin is started.
 //!
 //! ```text
-//! source                                    destination
-//! the VM's QEMU ──facts──▶ (operator) ──▶   the twin's program, run once without a machine ──probe──▶ offer
-//!                                           compare(facts, offer), files(twin's arguments) ──▶ findings: Reserve is refused
+//! source                                   destination
+//! the VM's QEMU ──facts──▶ (operator) ──▶  the twin's program, run once without a machine ──probe──▶ offer
+//!                                          compare(facts, offer), files(twin's arguments) ──▶ findings
+//!                                          with findings, Reserve is refused
 //! ```
 //!
-//! The rules are QEMU's own: docs/devel/migration/compatibility.rst for versions and machine types, docs/system/i386/cpu-models-x86.rst
-//! for CPUs. What decides is pure; `facts.rs` and `probe.rs` ask.
+//! The rules are QEMU's: docs/devel/migration/compatibility.rst for versions and machine types,
+//! docs/system/i386/cpu-models-x86.rst for CPUs. The decision is pure; `facts.rs` and `probe.rs` query.
 
 mod compare;
 pub mod facts;
@@ -23,16 +24,16 @@ use strum::{Display, EnumString, IntoStaticStr};
 
 pub use self::compare::compare;
 
-/// What the QEMU of a VM is, as far as another one must be able to take its state over.
+/// The properties of a VM's QEMU that another QEMU needs to take over its state.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Facts {
     /// As in `10.0.2`.
     pub version: String,
-    /// What the distribution calls it; may be empty.
+    /// The distribution's version; may be empty.
     pub package: String,
     /// With its version, as in `pc-q35-10.0`.
     pub machine_type: String,
-    /// What runs the guest's code; None if the source has named one that is not known here.
+    /// What runs the guest's code; None if this agent does not know the source's accelerator.
     pub accelerator: Option<Accelerator>,
     /// The features that the guest sees: [`features`].
     pub cpu_features: BTreeSet<String>,
@@ -55,14 +56,14 @@ impl Accelerator {
     }
 }
 
-/// What a QEMU at the destination has.
+/// What a QEMU at the destination offers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Offer {
     /// As in `10.0.2`.
     pub version: String,
     /// The machine types that it knows.
     pub machines: Vec<MachineType>,
-    /// The features that it can give a guest; None where it was not asked: the accelerator is missing.
+    /// The features that it can give a guest; None if it was not queried: the accelerator is missing.
     pub cpu_features: Option<BTreeSet<String>>,
 }
 
@@ -73,7 +74,7 @@ pub struct MachineType {
     pub name: String,
     /// Another name, such as `q35`.
     pub alias: Option<String>,
-    /// What QEMU takes without `-machine`.
+    /// Whether QEMU uses it without `-machine`.
     pub is_default: bool,
 }
 
@@ -108,7 +109,7 @@ impl Kind {
 pub struct Finding {
     /// Its kind.
     pub kind: Kind,
-    /// For a person, without a full stop: what is wrong, and what would be right.
+    /// For users, without a full stop: what is wrong, and what would be right.
     pub message: String,
 }
 
@@ -118,17 +119,17 @@ impl Finding {
     }
 }
 
-/// What a comparison has come to.
+/// The result of a comparison.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Verdict {
-    /// All that is in the way, the gravest first.
+    /// All obstacles, the gravest first.
     pub findings: Vec<Finding>,
-    /// What could not be compared, and why. It is in nobody's way.
+    /// What could not be compared, and why. It does not prevent a migration.
     pub not_compared: Vec<String>,
 }
 
 impl Verdict {
-    /// The reason and the words of a refusal; None if nothing is in the way.
+    /// The reason and the message of a refusal; None if there is no obstacle.
     pub fn refusal(&self) -> Option<(Kind, String)> {
         let first = self.findings.first()?;
         let all = match self.findings.as_slice() {
@@ -158,16 +159,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_refusal_has_all_findings_and_the_first_ones_reason() {
+    fn a_refusal_has_all_findings_and_the_reason_of_the_first() {
         assert_eq!(Verdict::default().refusal(), None);
         let older = Finding::new(Kind::QemuOlder, "it is older".to_owned());
         let file = Finding::new(Kind::FileMissing, "a file is not there".to_owned());
         let one = Verdict { findings: vec![file.clone()], not_compared: vec!["the CPU".to_owned()] };
-        let told = "FileMissing: a file is not there; not compared: the CPU".to_owned();
-        assert_eq!(one.refusal(), Some((Kind::FileMissing, told)));
+        let expected = "FileMissing: a file is not there; not compared: the CPU".to_owned();
+        assert_eq!(one.refusal(), Some((Kind::FileMissing, expected)));
         let two = Verdict { findings: vec![older, file], not_compared: Vec::new() };
-        let told =
+        let expected =
             "2 things are in the way: (1) QEMUOlder: it is older; (2) FileMissing: a file is not there";
-        assert_eq!(two.refusal(), Some((Kind::QemuOlder, told.to_owned())));
+        assert_eq!(two.refusal(), Some((Kind::QemuOlder, expected.to_owned())));
     }
 }

@@ -1,7 +1,8 @@
-//! What a QEMU of this node has: its program is run once, without a machine, and asked.
+//! What a QEMU of this node offers: its program is run once, without a machine, and queried.
 //!
-//! It is started as a twin is (its own session and control group, umask, no shell), from a folder of its own, and its group is killed
-//! when it has answered, or has not in time. Under KVM a program without a machine makes an empty VM and no vCPU.
+//! It is started as a twin is (its own session and control group, umask, no shell), from a folder of its own,
+//! and its group is killed when it has answered, or has not in time. Under KVM a program without a machine
+//! makes an empty VM and no vCPU.
 
 use std::ffi::OsString;
 use std::os::unix::fs::DirBuilderExt;
@@ -29,12 +30,12 @@ use crate::vmm::server::trust;
 
 /// Its folder in the run directory.
 const FOLDER: &str = "probe";
-/// How long its processes may take to go when they are killed.
-const GOING: Duration = Duration::from_secs(5);
+/// How long its processes may take to end when they are killed.
+const KILL_LIMIT: Duration = Duration::from_secs(5);
 /// The model with all features that there are.
 const MODEL: &str = "max";
 
-/// How programs are asked. One at a time: the group and the folder are the same for all.
+/// Queries programs, one at a time: the group and the folder are the same for all.
 #[derive(Clone, Debug)]
 pub struct Prober {
     /// The command that becomes the program: [`launcher`](crate::vmm::twin::launcher).
@@ -45,11 +46,11 @@ pub struct Prober {
     pub cgroup_name: String,
     /// The agent's run directory.
     pub run_dir: PathBuf,
-    /// Within so long it must have answered everything.
+    /// How long it may take to answer everything.
     pub limit: Duration,
 }
 
-/// Why a program could not be asked.
+/// A program could not be queried.
 #[derive(Debug, thiserror::Error)]
 #[error("{program}, run without a machine, could not be asked: {cause}{}", quote_log(log))]
 pub struct ProbeError {
@@ -89,7 +90,7 @@ fn quote_log(log: &str) -> String {
 }
 
 impl Prober {
-    /// Asks a program, which the caller has checked to be allowed. Nothing of it is left.
+    /// Queries a program, which the caller has checked to be allowed. Nothing of it is left.
     ///
     /// # Errors
     /// [`ProbeError`]
@@ -102,19 +103,19 @@ impl Prober {
         if let Err(error) = self.clear().await {
             warn!(
                 error = error_chain(&error),
-                "something is left of a QEMU that was only asked what it can do"
+                "something is left of a QEMU that was started only to query it"
             );
         }
         asked.map_err(|cause| error(cause, log))
     }
 
-    /// Ends what an agent that died meanwhile may have left.
+    /// Removes what an agent that died may have left.
     ///
     /// # Errors
     /// [`CgroupError`]
     pub async fn clear(&self) -> Result<(), CgroupError> {
-        Cgroup::named(&self.cgroup_root, &self.cgroup_name)?.clear(GOING).await?;
-        // What cannot be removed is in the way of the next one, which says so.
+        Cgroup::with_name(&self.cgroup_root, &self.cgroup_name)?.clear(KILL_LIMIT).await?;
+        // A folder that cannot be removed makes the next query fail, with an error.
         let _ = fs::remove_dir_all(self.folder());
         Ok(())
     }
@@ -136,7 +137,7 @@ impl Prober {
             .map_err(|source| ProbeCause::MakeFolder { folder: folder.clone(), source })?;
         let cgroup = Cgroup::make(&self.cgroup_root, &self.cgroup_name)?;
         let socket = folder.join("qmp.sock");
-        // Watched before the start: the socket may be there before anybody looks.
+        // Watched before the start: the socket may exist before the first look.
         let changes = FileEvents::watch(&folder)
             .map_err(|source| ProbeCause::Watch { folder: folder.clone(), source })?;
         let launch = Launch {
@@ -200,7 +201,7 @@ async fn ask_on(socket: &Path, changes: &FileEvents, cgroup: &Cgroup) -> Result<
     Ok(ask(&qmp).await?)
 }
 
-/// Asks a QEMU without a machine.
+/// Queries a QEMU without a machine.
 ///
 /// # Errors
 /// Any [`QmpError`].
@@ -209,7 +210,8 @@ pub(super) async fn ask(qmp: &QmpClient) -> Result<Offer, QmpError> {
     let machines = qmp.execute(QueryMachines).await?;
     let expansion = QueryCpuModelExpansion {
         expansion: CpuModelExpansionType::Full,
-        // Those that forbid a migration unless more is set (invtsc), too: the guest would not have come so far with them otherwise.
+        // Those that forbid a migration unless more is set (invtsc), too: the guest would not have come so
+        // far with them otherwise.
         model: CpuModel { name: MODEL.to_owned(), props: Some(json!({"migratable": false})) },
     };
     let expanded = qmp.execute(expansion).await?.model;

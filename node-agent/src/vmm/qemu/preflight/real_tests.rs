@@ -1,4 +1,5 @@
-//! With the QEMU of this machine, emulating: what a VM tells of itself and what a QEMU offers are of one kind.
+//! With the QEMU of this machine, emulating: what a VM tells of itself and what a QEMU offers are of one
+//! kind.
 
 use std::ffi::OsString;
 use std::os::unix::fs::PermissionsExt;
@@ -50,7 +51,7 @@ impl Place {
     }
 
     fn assert_nothing_left(&self) {
-        let group = Cgroup::named(&self.prober.cgroup_root, &self.prober.cgroup_name).unwrap();
+        let group = Cgroup::with_name(&self.prober.cgroup_root, &self.prober.cgroup_name).unwrap();
         assert!(!group.path().exists(), "the cgroup is left");
         assert_eq!(
             std::fs::read_dir(self.run.path())
@@ -97,7 +98,7 @@ async fn vm(arguments: &str) -> Facts {
 }
 
 #[tokio::test]
-async fn a_qemu_offers_all_that_a_vm_of_the_same_qemu_has_whatever_its_cpu_and_machine() {
+async fn a_qemu_offers_every_feature_of_a_vm_of_the_same_qemu_whatever_its_cpu_and_machine() {
     let Some(place) = Place::new() else { return };
     let offer = place.prober.ask(Path::new(PROGRAM), Accelerator::Tcg).await.unwrap();
     place.assert_nothing_left();
@@ -121,7 +122,7 @@ async fn a_qemu_offers_all_that_a_vm_of_the_same_qemu_has_whatever_its_cpu_and_m
 }
 
 #[tokio::test]
-async fn a_feature_that_was_switched_off_is_not_among_what_a_guest_sees() {
+async fn a_feature_that_was_switched_off_is_not_among_the_guests_features() {
     if Place::new().is_none() {
         return;
     }
@@ -139,7 +140,7 @@ async fn a_feature_that_was_switched_off_is_not_among_what_a_guest_sees() {
 }
 
 #[tokio::test]
-async fn of_a_program_that_does_not_answer_nothing_is_left_and_its_last_words_are_told() {
+async fn nothing_is_left_of_a_program_that_does_not_answer_and_its_last_output_is_quoted() {
     let Some(mut place) = Place::new() else { return };
     let silent = place.script("echo I will not >&2; sleep 1000 & sleep 1000");
     place.prober.limit = Duration::from_millis(1500);

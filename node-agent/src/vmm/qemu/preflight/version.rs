@@ -5,7 +5,7 @@ pub(super) fn release(version: &str) -> Option<(u32, u32)> {
     let mut parts = version.trim().split('.');
     let major = parts.next()?.parse().ok()?;
     let minor = parts.next()?;
-    // `10.0-rc1`, `9.2+ds`: what follows the number is the packager's.
+    // `10.0-rc1`, `9.2+ds`: the rest is the packager's.
     let digits = minor.find(|c: char| !c.is_ascii_digit()).unwrap_or(minor.len());
     let minor = minor.get(..digits)?.parse().ok()?;
     Some((major, minor))
@@ -16,7 +16,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_release_is_what_a_version_begins_with() {
+    fn a_release_is_the_beginning_of_a_version() {
         for (text, expected) in [
             ("10.0.2", Some((10, 0))),
             ("9.2.91", Some((9, 2))),

@@ -1,4 +1,4 @@
-//! What the commands answer. What QEMU adds in later versions is ignored.
+//! The answers to the commands. Fields that later versions of QEMU add are ignored.
 
 use std::fmt;
 
@@ -23,9 +23,9 @@ pub struct StatusInfo {
 /// QEMU's version.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Deserialize)]
 pub struct Version {
-    /// As QEMU counts it.
+    /// QEMU's own version.
     pub qemu: VersionTriple,
-    /// What the distribution calls it; empty if nobody packaged it.
+    /// The distribution's version; empty without a package.
     #[serde(default)]
     pub package: String,
 }
@@ -86,9 +86,9 @@ pub struct KvmInfo {
 pub struct MachineInfo {
     /// Its name, such as `pc-q35-10.0`.
     pub name: String,
-    /// Another name, such as `q35`: what it stands for changes with QEMU's version.
+    /// Another name, such as `q35`: its machine type changes with QEMU's version.
     pub alias: Option<String>,
-    /// Whether it is what QEMU takes without `-machine`.
+    /// Whether QEMU uses it without `-machine`.
     #[serde(default)]
     pub is_default: bool,
     /// The most vCPUs that it can have.
@@ -126,7 +126,7 @@ pub struct TypeProperty {
     /// Its type, such as `bool`.
     #[serde(rename = "type")]
     pub kind: String,
-    /// What it is unless somebody sets it. Only settings of QEMU's own (qdev properties) say so.
+    /// Its default. Only settings of QEMU itself (qdev properties) have one.
     pub default_value: Option<Value>,
 }
 
@@ -149,7 +149,7 @@ pub struct CpuModelExpansion {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct MigrationInfo {
-    /// Where it stands.
+    /// Its status.
     pub status: Option<MigrationStatus>,
     /// Why it failed.
     pub error_desc: Option<String>,
@@ -157,10 +157,10 @@ pub struct MigrationInfo {
     pub ram: Option<RamInfo>,
     /// What has been copied of VFIO devices, if there are any.
     pub vfio: Option<VfioInfo>,
-    /// How long the machine stood, in milliseconds. When it has completed.
+    /// How long the machine was stopped, in milliseconds. When it has completed.
     #[serde(rename = "downtime", default, deserialize_with = "optional_count")]
     pub downtime_ms: Option<u64>,
-    /// How long QEMU expects the machine to stand, in milliseconds. While it is active.
+    /// How long QEMU expects the machine to be stopped, in milliseconds. While it is active.
     #[serde(rename = "expected-downtime", default, deserialize_with = "optional_count")]
     pub expected_downtime_ms: Option<u64>,
     /// How long it has taken, in milliseconds.
@@ -173,7 +173,7 @@ pub struct MigrationInfo {
     pub blocked_reasons: Option<Vec<String>>,
 }
 
-/// How far RAM is.
+/// The progress of RAM.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case", default)]
 pub struct RamInfo {
@@ -198,12 +198,12 @@ pub struct RamInfo {
     /// Bytes sent while the guest ran.
     #[serde(deserialize_with = "count")]
     pub precopy_bytes: u64,
-    /// Bytes sent while the guest stood.
+    /// Bytes sent while the guest was stopped.
     #[serde(deserialize_with = "count")]
     pub downtime_bytes: u64,
 }
 
-/// How far the VFIO devices are.
+/// The progress of the VFIO devices.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
 pub struct VfioInfo {
@@ -216,12 +216,12 @@ pub struct VfioInfo {
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct MigrationParameters {
-    /// How long the machine may stand, in milliseconds.
+    /// How long the machine may be stopped, in milliseconds.
     #[serde(rename = "downtime-limit")]
     pub downtime_limit_ms: Option<u64>,
     /// The most that is sent, in bytes per second; 0 for no limit.
     pub max_bandwidth: Option<u64>,
-    /// What QEMU may assume for the switch-over, in bytes per second; 0 if it goes by what it measures.
+    /// What QEMU may assume for the switch-over, in bytes per second; 0 if it uses what it measures.
     pub avail_switchover_bandwidth: Option<u64>,
     /// Connections of `multifd`.
     pub multifd_channels: Option<u8>,
@@ -230,7 +230,7 @@ pub struct MigrationParameters {
     pub rest: Map<String, Value>,
 }
 
-/// QAPI's `int` is signed; a count below zero is one that QEMU could not take.
+/// QAPI's `int` is signed; a negative count is one that QEMU could not determine.
 fn count<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
     #[derive(Deserialize)]
     #[serde(untagged)]
@@ -256,15 +256,16 @@ mod tests {
     use crate::vmm::qemu::qmp::message::parse;
 
     #[test]
-    fn with_no_migration_there_is_nothing_to_say() {
+    fn without_a_migration_every_field_is_empty() {
         assert_eq!(parse::<MigrationInfo>(&json!({})), Ok(MigrationInfo::default()));
     }
 
     #[test]
-    fn a_migration_is_read_with_what_there_is() {
+    fn a_migration_is_parsed_with_the_fields_that_it_has() {
         let answer = json!({
             "status": "active", "total-time": 812, "setup-time": 3, "expected-downtime": -1,
-            "ram": {"transferred": 67_108_924, "remaining": 4096, "total": 34_078_720, "mbps": 268.4, "dirty-pages-rate": 7},
+            "ram": {"transferred": 67_108_924, "remaining": 4096, "total": 34_078_720, "mbps": 268.4,
+                    "dirty-pages-rate": 7},
             "vfio": {"transferred": 65_536}, "blocked-reasons": ["no P2P"], "daydreams": [1, 2],
         });
         let info: MigrationInfo = parse(&answer).unwrap();
@@ -278,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn a_childs_type_is_read_out_of_its_property() {
+    fn the_type_of_a_child_is_taken_from_its_property() {
         let property = |kind: &str| ObjectProperty { name: "v0".to_owned(), kind: kind.to_owned() };
         assert_eq!(property("child<vfio-pci>").child_type(), Some("vfio-pci"));
         assert_eq!(property("string").child_type(), None);

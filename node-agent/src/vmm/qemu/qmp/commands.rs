@@ -1,4 +1,4 @@
-//! The commands that the agent gives, as QEMU 10.0's QAPI has them, and what they answer (`answers.rs`).
+//! The commands that the agent sends, as in QEMU 10.0's QAPI, and their answers (`answers.rs`).
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -7,7 +7,7 @@ use serde_json::Value;
 pub use super::answers::*;
 use super::states::MigrationStatus;
 
-/// A command: what it serializes to are its arguments.
+/// A command. It serializes to its arguments.
 pub trait Command: Serialize {
     /// QEMU's name for it.
     const NAME: &'static str;
@@ -54,18 +54,19 @@ plain! {
     QueryMigrateCapabilities = "query-migrate-capabilities" -> Vec<MigrationCapability>;
     /// `query-migrate-parameters`.
     QueryMigrateParameters = "query-migrate-parameters" -> MigrationParameters;
-    /// `migrate_cancel`: answered at once, and with success even if there is no migration. Wait for the status `cancelled`.
+    /// `migrate_cancel`: answered at once, and with success even if there is no migration. Wait for the
+    /// status `cancelled`.
     MigrateCancel = "migrate_cancel" -> Done;
-    /// `stop`: the vCPUs stand when it has been answered.
+    /// `stop`: the vCPUs are stopped when it has been answered.
     Stop = "stop" -> Done;
-    /// `cont`: the vCPUs run, unless a migration still has to arrive: then they will.
+    /// `cont`: the vCPUs run, or after an incoming migration, if there is one.
     Cont = "cont" -> Done;
     /// `quit`: answered, and then QEMU ends. The answer may be lost with it.
     Quit = "quit" -> Done;
 }
 
 /// Commands with arguments.
-macro_rules! named {
+macro_rules! with_arguments {
     ($($command:ty = $name:literal -> $answer:ty;)*) => {
         $(
             impl Command for $command {
@@ -76,7 +77,7 @@ macro_rules! named {
     };
 }
 
-named! {
+with_arguments! {
     MigrateSetCapabilities = "migrate-set-capabilities" -> Done;
     MigrateSetParameters = "migrate-set-parameters" -> Done;
     Migrate = "migrate" -> Done;
@@ -109,7 +110,7 @@ impl MigrationCapability {
     }
 }
 
-/// `migrate-set-capabilities`: those that are not named stay as they are. Refused while a migration runs.
+/// `migrate-set-capabilities`: others stay as they are. Refused while a migration runs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct MigrateSetCapabilities {
     /// What to switch.
@@ -120,13 +121,14 @@ pub struct MigrateSetCapabilities {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct MigrateSetParameters {
-    /// How long the machine may stand, in milliseconds; at most 2,000,000.
+    /// How long the machine may be stopped, in milliseconds; at most 2,000,000.
     #[serde(rename = "downtime-limit", skip_serializing_if = "Option::is_none")]
     pub downtime_limit_ms: Option<u64>,
     /// The most that is sent, in bytes per second; 0 for no limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_bandwidth: Option<u64>,
-    /// What QEMU may assume for the switch-over, in bytes per second; 0 to let it go by what it measures. Since QEMU 8.2.
+    /// What QEMU may assume for the switch-over, in bytes per second; 0 to let it use what it measures. Since
+    /// QEMU 8.2.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub avail_switchover_bandwidth: Option<u64>,
     /// Connections of `multifd`, at least 1.
@@ -134,14 +136,16 @@ pub struct MigrateSetParameters {
     pub multifd_channels: Option<u8>,
 }
 
-/// `migrate`: answered when the migration has begun, and with success even if the destination cannot be reached: the status says so.
+/// `migrate`: answered when the migration has begun, and with success even if the destination cannot be
+/// reached: the status says so.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Migrate {
     /// Where to, such as `unix:PATH` or `tcp:HOST:PORT`.
     pub uri: String,
 }
 
-/// `migrate-incoming`, at a QEMU with `-incoming defer`: answered when it listens. If the migration fails, the QEMU ends.
+/// `migrate-incoming`, at a QEMU with `-incoming defer`: answered when it listens. If the migration fails,
+/// the QEMU ends.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct MigrateIncoming {
     /// Where to listen, such as `unix:PATH` or `tcp:HOST:PORT`.

@@ -27,13 +27,14 @@ use super::message::{Failure, Message, NotAnObject, Outcome};
 /// How many commands may wait to be written. QEMU itself takes eight at a time and then stops to read.
 const QUEUE: usize = 64;
 
-/// How long, when writing has failed, what QEMU wrote before may take to be read.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+/// After a failed write: how long the rest of QEMU's output may take to be read.
+const READ_REST_LIMIT: Duration = Duration::from_secs(1);
 
 /// Pause between two attempts to connect while the socket's queue is full: there is no event for it.
 const CONNECT_EVERY: Duration = Duration::from_millis(50);
 
-const HELD: &str = "another client may hold the monitor, which serves one at a time (libvirt occupies its own monitor: give the \
+const HELD_BY_ANOTHER: &str = "another client may hold the monitor, which serves one at a time (libvirt occupies \
+    its own monitor: give the \
                     agent a socket of its own)";
 
 /// A connection that has been negotiated and is not served yet.
@@ -42,24 +43,26 @@ pub(super) struct Negotiated {
     from: Lines<OwnedReadHalf>,
     to: OwnedWriteHalf,
     pub(super) version: Version,
-    /// Who serves the socket.
+    /// The process that serves the socket.
     pub(super) peer: UCred,
 }
 
-/// Connects, reads the greeting and leaves the negotiation behind, all within `limit`.
+/// Connects, reads the greeting and negotiates, all within `limit`.
 pub(super) async fn negotiate(socket: &Path, limit: Duration) -> Result<Negotiated, QmpError> {
     let path = || socket.to_owned();
     let mut stage = Stage::Connecting;
-    timeout(limit, talk(socket, &mut stage)).await.unwrap_or_else(|_| {
+    timeout(limit, negotiate_in_stages(socket, &mut stage)).await.unwrap_or_else(|_| {
         let ms = limit.as_millis();
         Err(match stage {
             Stage::Connecting => QmpError::Connect {
                 path: path(),
-                reason: format!("its queue of connections was full for {ms} ms: {HELD}"),
+                reason: format!("its queue of connections was full for {ms} ms: {HELD_BY_ANOTHER}"),
             },
             Stage::Greeting => QmpError::NoGreeting {
                 path: path(),
-                reason: format!("the connection was made, but nothing was said within {ms} ms: {HELD}"),
+                reason: format!(
+                    "the connection was made, but nothing was said within {ms} ms: {HELD_BY_ANOTHER}"
+                ),
             },
             Stage::Capabilities => QmpError::NoGreeting {
                 path: path(),
@@ -76,7 +79,7 @@ enum Stage {
     Capabilities,
 }
 
-async fn talk(socket: &Path, stage: &mut Stage) -> Result<Negotiated, QmpError> {
+async fn negotiate_in_stages(socket: &Path, stage: &mut Stage) -> Result<Negotiated, QmpError> {
     let no_greeting = |reason: String| QmpError::NoGreeting { path: socket.to_owned(), reason };
     let stream = connect(socket).await?;
     let peer = stream.peer_cred().map_err(|error| QmpError::Connect {
@@ -108,7 +111,8 @@ async fn talk(socket: &Path, stage: &mut Stage) -> Result<Negotiated, QmpError> 
     }
 }
 
-/// Connects. A full queue is waited for: two dead connections of an agent that was killed suffice to fill QEMU's.
+/// Connects. A full queue is waited for: two dead connections of an agent that was killed suffice to fill
+/// QEMU's.
 async fn connect(socket: &Path) -> Result<UnixStream, QmpError> {
     let pauses = ConstantBuilder::new().with_delay(CONNECT_EVERY).without_max_times();
     let connected = (|| UnixStream::connect(socket))
@@ -120,7 +124,7 @@ async fn connect(socket: &Path) -> Result<UnixStream, QmpError> {
             io::ErrorKind::NotFound => {
                 "it does not exist: was QEMU started with it (-qmp unix:PATH,server=on,wait=off)?".to_owned()
             }
-            io::ErrorKind::ConnectionRefused => "nobody listens on it: its QEMU has ended".to_owned(),
+            io::ErrorKind::ConnectionRefused => "no process listens on it: its QEMU has ended".to_owned(),
             _ => error.to_string(),
         };
         QmpError::Connect { path: socket.to_owned(), reason }
@@ -142,7 +146,7 @@ async fn next(from: &mut Lines<OwnedReadHalf>) -> Result<Message, EndError> {
     Ok(Message::parse(&from.next().await?)?)
 }
 
-/// A command as QEMU reads it.
+/// A command as a line.
 fn request(command: &str, arguments: Value, id: u64) -> Vec<u8> {
     let mut object = Map::new();
     object.insert("execute".to_owned(), json!(command));
@@ -153,7 +157,7 @@ fn request(command: &str, arguments: Value, id: u64) -> Vec<u8> {
     format!("{}\n", Value::Object(object)).into_bytes()
 }
 
-/// Who waits for which answer.
+/// The callers that wait for answers, by the command's id.
 #[derive(Debug, Default)]
 struct Waiting {
     last_id: u64,
@@ -184,7 +188,7 @@ impl Table {
         let mut waiting = self.lock();
         waiting.ended = Some(Ended { reason: reason.to_owned() });
         for (_, answer) in waiting.answers.drain() {
-            // It fails if nobody waits any more.
+            // It fails if the caller has gone.
             let _ = answer.send(Err(Failure::Lost { reason: reason.to_owned() }));
         }
     }
@@ -207,11 +211,11 @@ impl Connection {
         Self { table, requests, task }
     }
 
-    /// A place for a command's answer.
+    /// A slot for a command's answer.
     ///
     /// # Errors
     /// If the connection has broken: the command can be given to another one.
-    pub(super) fn place(&self) -> Result<Place, Ended> {
+    pub(super) fn slot(&self) -> Result<Slot, Ended> {
         let mut waiting = self.table.lock();
         if let Some(ended) = &waiting.ended {
             return Err(ended.clone());
@@ -220,7 +224,7 @@ impl Connection {
         let id = waiting.last_id;
         let (sender, answer) = oneshot::channel();
         waiting.answers.insert(id, sender);
-        Ok(Place { id, answer, table: self.table.clone(), requests: self.requests.clone() })
+        Ok(Slot { id, answer, table: self.table.clone(), requests: self.requests.clone() })
     }
 }
 
@@ -230,27 +234,28 @@ impl Drop for Connection {
     }
 }
 
-/// A command's place in a connection. Who drops it waits no longer, and a command that was not written yet will not be.
+/// A command's slot in a connection. Dropping it ends the wait, and a command that was not written yet will
+/// not be.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(super) struct Slot {
     id: u64,
     answer: oneshot::Receiver<Outcome>,
     table: Table,
     requests: mpsc::Sender<(u64, Vec<u8>)>,
 }
 
-impl Place {
-    /// Gives the command to QEMU and waits for its answer.
+impl Slot {
+    /// Sends the command to QEMU and waits for its answer.
     pub(super) async fn execute(mut self, command: &str, arguments: Value) -> Outcome {
         let line = request(command, arguments, self.id);
-        // If this fails, the connection has ended, and the answer says why.
+        // If this fails, the connection has ended, and the answer is the reason.
         let _ = self.requests.send((self.id, line)).await;
         let lost = || Failure::Lost { reason: "the client was dropped".to_owned() };
         (&mut self.answer).await.unwrap_or_else(|_| Err(lost()))
     }
 }
 
-impl Drop for Place {
+impl Drop for Slot {
     fn drop(&mut self) {
         self.table.take(self.id);
     }
@@ -269,14 +274,14 @@ async fn serve(
     };
     let reason = error.to_string();
     debug!(%reason, "a QMP connection has ended");
-    // The monitor is free again, and subscribers know, before anyone can connect anew.
+    // The monitor is free again, and subscribers have their notice, before a new connection.
     drop((from, to));
-    // Both fail if nobody listens.
+    // It fails if there is no subscriber.
     let _ = notices.send(Notice::Lost { reason: reason.clone() });
     table.end(&reason);
 }
 
-/// Reads until it cannot go on, and returns why.
+/// Reads until the connection ends.
 async fn read(
     from: &mut Lines<OwnedReadHalf>,
     table: &Table,
@@ -289,24 +294,24 @@ async fn read(
         };
         match message {
             Message::Event(event) => {
-                // It fails if nobody listens.
+                // It fails if there is no subscriber.
                 let _ = notices.send(Notice::Event(event));
             }
             Message::Answer { id: None, outcome } => {
-                warn!(?outcome, "QEMU answered without saying which command");
+                warn!(?outcome, "QEMU answered without the id of a command");
             }
             Message::Answer { id: Some(id), outcome } => match table.take(id) {
                 Some(answer) => {
                     let _ = answer.send(outcome);
                 }
-                None => debug!(id, "an answer that nobody waits for (any more)"),
+                None => debug!(id, "an answer without a waiting caller"),
             },
-            Message::Greeting(_) | Message::Unknown => debug!(?message, "ignored what QEMU said"),
+            Message::Greeting(_) | Message::Unknown => debug!(?message, "ignored a message of QEMU"),
         }
     }
 }
 
-/// Writes until it cannot go on, and returns why.
+/// Writes until the connection ends.
 async fn write(
     to: &mut (impl AsyncWrite + Unpin),
     mut queue: mpsc::Receiver<(u64, Vec<u8>)>,
@@ -317,8 +322,8 @@ async fn write(
             continue;
         }
         if let Err(error) = to.write_all(&line).await {
-            // The reader ends, too, when it has read what QEMU wrote before.
-            sleep(LAST_WORDS).await;
+            // The reader ends first if it reads the rest of QEMU's output.
+            sleep(READ_REST_LIMIT).await;
             return EndError::Write(error);
         }
     }

@@ -1,9 +1,9 @@
-//! Why a command brought no answer.
+//! Errors of commands.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// Why QEMU did not do, or did not say, what it was asked.
+/// A command to QEMU has failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum QmpError {
@@ -12,31 +12,31 @@ pub enum QmpError {
     Connect {
         /// The socket.
         path: PathBuf,
-        /// What was seen.
+        /// What happened.
         reason: String,
     },
-    /// A connection, but whoever took it did not greet as QEMU does.
+    /// The server did not greet as QEMU does.
     #[error("no QMP greeting on {}: {reason}", path.display())]
     NoGreeting {
         /// The socket.
         path: PathBuf,
-        /// What was seen instead, and what to do.
+        /// What happened instead, and what to do.
         reason: String,
     },
-    /// QEMU understood the command and refused it.
+    /// QEMU parsed the command and refused it.
     #[error("QEMU refused {command}: {desc} ({class})")]
     Refused {
-        /// Which command.
+        /// The command.
         command: String,
         /// QEMU's error class: `GenericError`, `CommandNotFound`, `DeviceNotFound` ...
         class: String,
-        /// QEMU's words.
+        /// QEMU's message.
         desc: String,
     },
-    /// The connection broke while the command was on its way. Nobody knows whether it was executed; it is not repeated.
+    /// The connection broke during the command. It is not known whether QEMU executed it; it is not repeated.
     #[error("QEMU was lost during {command}, which it may have executed or not: {reason}")]
     Lost {
-        /// Which command.
+        /// The command.
         command: String,
         /// Why the connection broke.
         reason: String,
@@ -44,23 +44,23 @@ pub enum QmpError {
     /// No answer in time. QEMU may execute the command later.
     #[error("QEMU did not answer {command} within {} ms, and may still execute it", limit.as_millis())]
     Deadline {
-        /// Which command.
+        /// The command.
         command: String,
-        /// How long it had, with the connecting if there was any.
+        /// How long it had, including a new connection.
         limit: Duration,
     },
-    /// An answer that cannot be understood.
+    /// An answer that cannot be parsed.
     #[error("QEMU's answer to {command} cannot be understood: {reason}")]
     Answer {
-        /// Which command.
+        /// The command.
         command: String,
-        /// Which field, and what is wrong with it.
+        /// The field, and what is wrong with it.
         reason: String,
     },
     /// The command's arguments cannot be written as JSON. Nothing was sent.
     #[error("the arguments of {command} cannot be written: {reason}")]
     Arguments {
-        /// Which command.
+        /// The command.
         command: String,
         /// What is wrong with them.
         reason: String,

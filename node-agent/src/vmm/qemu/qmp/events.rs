@@ -1,4 +1,4 @@
-//! What QEMU tells unasked, and the subscription to it.
+//! QEMU's events, and the subscription to them.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -11,13 +11,13 @@ use tracing::warn;
 use super::message::parse;
 use super::states::{MigrationStatus, VfioState};
 
-/// How many notices a subscriber may be behind.
+/// How many notices may wait for a subscriber.
 pub(super) const BACKLOG: usize = 256;
 
 /// Events of a longer line are passed on without their data: [`BACKLOG`] of them are kept.
 const EVENT_LIMIT_BYTES: usize = 64 << 10;
 
-/// Something that QEMU told.
+/// An event of QEMU.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Event {
     /// QEMU's clock, if it could read it.
@@ -29,28 +29,28 @@ pub struct Event {
 /// What has happened.
 #[derive(Clone, Debug, PartialEq)]
 pub enum EventKind {
-    /// `MIGRATION`: the migration has this status now. Told only with the capability `events`.
+    /// `MIGRATION`: the migration has this status now. Only with the capability `events`.
     Migration {
         /// The status.
         status: MigrationStatus,
     },
-    /// `MIGRATION_PASS`: RAM is gone through once more. Told only with the capability `events`.
+    /// `MIGRATION_PASS`: another pass over RAM begins. Only with the capability `events`.
     MigrationPass {
-        /// Which time, from 1.
+        /// The number of the pass, from 1.
         pass: u64,
     },
-    /// `STOP`: the vCPUs stand still.
+    /// `STOP`: the vCPUs are stopped.
     Stop,
     /// `RESUME`: the vCPUs run.
     Resume,
     /// `SHUTDOWN`: QEMU ends, or the guest has shut down.
     Shutdown {
-        /// Whether the guest wanted it.
+        /// Whether the guest requested it.
         guest: bool,
         /// QEMU's `ShutdownCause`, such as `host-qmp-quit`.
         reason: String,
     },
-    /// `VFIO_MIGRATION`: a device has entered a state. Told only of devices with `migration-events=on`.
+    /// `VFIO_MIGRATION`: a device has entered a state. Only for devices with `migration-events=on`.
     VfioMigration {
         /// The device's `id=`, empty if it has none.
         device_id: String,
@@ -59,7 +59,7 @@ pub enum EventKind {
         /// The state.
         state: VfioState,
     },
-    /// Any other event, or one of these with data that were not understood.
+    /// Any other event, or one of these with data that could not be parsed.
     Other {
         /// Its name.
         name: String,
@@ -68,17 +68,17 @@ pub enum EventKind {
     },
 }
 
-/// What a subscriber is told.
+/// A notice to a subscriber.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Notice {
-    /// QEMU told something.
+    /// An event.
     Event(Event),
-    /// This subscriber was too slow, and so many notices are gone: read the state with queries.
+    /// This subscriber was too slow and missed notices: read the state with queries.
     Lagged {
         /// How many.
         missed: u64,
     },
-    /// The connection broke. Nothing is told until the next command connects again.
+    /// The connection broke. There are no events until the next command connects again.
     Lost {
         /// Why it broke.
         reason: String,
@@ -87,12 +87,13 @@ pub enum Notice {
     Reconnected,
 }
 
-/// A subscription to the events of a QEMU. It never holds up the connection: who is too slow misses notices, and is told so.
+/// A subscription to the events of a QEMU. It never holds up the connection: a slow subscriber misses
+/// notices, and gets [`Notice::Lagged`].
 #[derive(Debug)]
 pub struct Events(broadcast::Receiver<Notice>);
 
 impl Events {
-    pub(super) fn of(sender: &broadcast::Sender<Notice>) -> Self {
+    pub(super) fn subscribe(sender: &broadcast::Sender<Notice>) -> Self {
         Self(sender.subscribe())
     }
 
@@ -105,7 +106,7 @@ impl Events {
         }
     }
 
-    /// Forgets what has been told and not been read.
+    /// Drops the notices that were not read.
     pub fn skip(&mut self) {
         while !matches!(self.0.try_recv(), Err(TryRecvError::Empty | TryRecvError::Closed)) {}
     }
@@ -155,7 +156,7 @@ impl Event {
     pub(super) fn parse(name: String, data: Value, timestamp: Value, line_bytes: usize) -> Self {
         let timestamp = Clock::deserialize(timestamp).ok().and_then(|clock| clock.time());
         if line_bytes > EVENT_LIMIT_BYTES {
-            warn!(event = name, line_bytes, "the data of an event are too long and are not passed on");
+            warn!(event = name, line_bytes, "the data of an event are too long and are dropped");
             return Self { timestamp, kind: EventKind::Other { name, data: Value::Null } };
         }
         let known = match name.as_str() {
@@ -172,7 +173,7 @@ impl Event {
             _ => return Self { timestamp, kind: EventKind::Other { name, data } },
         };
         let kind = known.unwrap_or_else(|reason| {
-            warn!(event = name, %reason, "an event was not understood");
+            warn!(event = name, %reason, "an event could not be parsed");
             EventKind::Other { name, data }
         });
         Self { timestamp, kind }

@@ -22,7 +22,7 @@ pub(super) enum LineError {
     Closed,
     #[error("the connection was closed within a line, after {bytes} bytes of it")]
     ClosedWithinLine { bytes: usize },
-    #[error("a line has more than {LINE_LIMIT_BYTES} bytes, which is no QMP message")]
+    #[error("a line has more than {LINE_LIMIT_BYTES} bytes, which is not a QMP message")]
     TooLong,
 }
 
@@ -35,7 +35,8 @@ impl From<LinesCodecError> for LineError {
     }
 }
 
-/// [`LinesCodec`] takes the rest of a closed connection for a line. Here it is an error: an answer may have been cut.
+/// [`LinesCodec`] takes the rest of a closed connection for a line. Here it is an error: an answer may have
+/// been cut.
 #[derive(Debug)]
 struct WholeLines(LinesCodec);
 
@@ -109,7 +110,7 @@ mod tests {
         let mut lines = Lines::new(&text[..]);
         assert_eq!(
             lines.next().await.unwrap_err().to_string(),
-            "a line has more than 4194304 bytes, which is no QMP message"
+            "a line has more than 4194304 bytes, which is not a QMP message"
         );
     }
 

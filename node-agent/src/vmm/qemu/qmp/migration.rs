@@ -14,9 +14,10 @@ const SHORTEST_PAUSE: Duration = Duration::from_millis(20);
 const LONGEST_PAUSE: Duration = Duration::from_millis(200);
 
 impl QmpClient {
-    /// Returns the first state of the migration that is wanted. It goes by events and, as they may be missing, by queries every
-    /// 20 to 200 ms. It has no deadline, also not for its queries: QEMU's main loop stands still for as long as devices are saved.
-    /// A state that lasts for less than a query may be missed: want `Completed` as well as what comes before it.
+    /// Returns the first state of the migration that `want` accepts. It uses events and, as they may be
+    /// missing, queries every 20 to 200 ms. It has no deadline, also not for its queries: QEMU's main loop is
+    /// blocked while devices are saved. A state that lasts for less than a query may be missed: want
+    /// `Completed` as well as what comes before it.
     ///
     /// # Errors
     /// When the connection breaks and cannot be made again, or breaks again at once; [`QmpError::Answer`] and

@@ -1,4 +1,4 @@
-//! A client of QEMU's machine protocol (QMP): JSON lines over a Unix socket that is the agent's own.
+//! A client of QEMU's machine protocol (QMP): JSON lines over a Unix socket for the agent alone.
 //!
 //! ```text
 //!               greeting, qmp_capabilities           closed, garbage, endless line
@@ -7,12 +7,14 @@
 //!       └───────────────────────────────── the next command ◀───────────────────────────┘
 //! ```
 //!
-//! - Any number of commands may be in flight; answers find them by `id`. A command has one deadline for all it needs, connecting
-//!   included. Who stops waiting takes back a command that was not written yet; any other may still be executed.
-//! - Events go to subscribers ([`QmpClient::events`]), who never hold up the connection. A subscriber is told when the connection
-//!   breaks and when there is a new one, and reads the state with queries then.
-//! - A command that was in flight when the connection broke is [`QmpError::Lost`]: it is not known whether QEMU executed it, and it
-//!   is never repeated. A command that finds the connection broken makes a new one, once, to the same process and no other.
+//! - Any number of commands may be in flight; answers find them by `id`. A command has one deadline for all
+//!   it needs, connecting included. A caller that stops waiting takes back a command that was not written
+//!   yet; one that was may still be executed.
+//! - Events go to subscribers ([`QmpClient::events`]), which never hold up the connection. A subscriber gets
+//!   a notice when the connection breaks and when there is a new one, and reads the state with queries then.
+//! - A command that was in flight when the connection broke is [`QmpError::Lost`]: it is not known whether
+//!   QEMU executed it, and it is never repeated. A command that finds the connection broken opens a new one,
+//!   once, and only to the same process.
 //! - Limits: a line has at most 4 MiB, 256 notices wait for a subscriber, 64 commands wait to be written.
 //!
 //! The protocol: docs/interop/qmp-spec.rst and qapi/*.json of QEMU 10.0.
@@ -42,7 +44,7 @@ pub use self::events::{Event, EventKind, Events, Notice};
 pub use self::states::{MigrationStatus, RunState, VfioState};
 
 use self::commands::Version;
-use self::connection::{Connection, Ended, Place, negotiate};
+use self::connection::{Connection, Ended, Slot, negotiate};
 use self::message::{Failure, parse};
 
 /// How long things may take.
@@ -50,7 +52,7 @@ use self::message::{Failure, parse};
 pub struct Deadlines {
     /// Connecting, the greeting and the negotiation, together.
     pub greeting: Duration,
-    /// Each command that is given no other limit.
+    /// Each command without a limit of its own.
     pub command: Duration,
 }
 
@@ -80,7 +82,8 @@ impl QmpClient {
     /// Connects to a QMP socket, with the usual deadlines. The socket serves one client at a time.
     ///
     /// # Errors
-    /// [`QmpError::Connect`] if nobody serves it, [`QmpError::NoGreeting`] if another client holds it or it is not QMP.
+    /// [`QmpError::Connect`] if no process serves it, [`QmpError::NoGreeting`] if another client holds it or
+    /// it is not QMP.
     pub async fn connect(socket: &Path) -> Result<Self, QmpError> {
         Self::connect_with(socket, Deadlines::default()).await
     }
@@ -99,12 +102,12 @@ impl QmpClient {
         Ok(Self { shared: Arc::new(shared) })
     }
 
-    /// The version that the last greeting told.
+    /// The version in the last greeting.
     pub fn version(&self) -> Version {
         self.shared.version.lock().clone()
     }
 
-    /// Who serves the socket: the same process on every connection.
+    /// The process that serves the socket, the same on every connection.
     pub fn peer(&self) -> UCred {
         self.shared.peer
     }
@@ -114,12 +117,12 @@ impl QmpClient {
         &self.shared.socket
     }
 
-    /// A subscription to all that QEMU tells from now on.
+    /// A subscription to all events from now on.
     pub fn events(&self) -> Events {
-        Events::of(&self.shared.notices)
+        Events::subscribe(&self.shared.notices)
     }
 
-    /// Gives a command to QEMU and waits for its answer.
+    /// Sends a command to QEMU and waits for its answer.
     ///
     /// # Errors
     /// Any [`QmpError`].
@@ -145,7 +148,7 @@ impl QmpClient {
             .map_err(|error| QmpError::Answer { command: C::NAME.to_owned(), reason: error.to_string() })
     }
 
-    /// Gives any command to QEMU. Its arguments are an object, or null if there are none.
+    /// Sends any command to QEMU. Its arguments are an object, or null if there are none.
     ///
     /// # Errors
     /// Any [`QmpError`].
@@ -159,18 +162,18 @@ impl QmpClient {
     /// The same.
     pub async fn raw_within(&self, name: &str, arguments: Value, limit: Duration) -> Result<Value, QmpError> {
         let execute = async {
-            let place = self.place(name).await?;
-            place.execute(name, arguments).await.map_err(|failure| failure.into_error(name))
+            let slot = self.slot(name).await?;
+            slot.execute(name, arguments).await.map_err(|failure| failure.into_error(name))
         };
         timeout(limit, execute).await.map_err(|_| QmpError::Deadline { command: name.to_owned(), limit })?
     }
 
-    /// A place for a command, in the connection or, if it has broken, in a new one.
-    async fn place(&self, command: &str) -> Result<Place, QmpError> {
+    /// A slot for a command, in the connection or, if it has broken, in a new one.
+    async fn slot(&self, command: &str) -> Result<Slot, QmpError> {
         let shared = &*self.shared;
         let mut connection = shared.connection.lock().await;
-        if let Ok(place) = connection.place() {
-            return Ok(place);
+        if let Ok(slot) = connection.slot() {
+            return Ok(slot);
         }
         let negotiated = negotiate(&shared.socket, shared.deadlines.greeting).await?;
         let (now, then) = (negotiated.peer.pid(), shared.peer.pid());
@@ -182,10 +185,10 @@ impl QmpClient {
             return Err(QmpError::Connect { path: shared.socket.clone(), reason });
         }
         *shared.version.lock() = negotiated.version.clone();
-        // Before anything that this connection tells. It fails if nobody listens.
+        // Before any event of this connection. It fails if there is no subscriber.
         let _ = shared.notices.send(Notice::Reconnected);
         *connection = Connection::start(negotiated, shared.notices.clone());
-        connection.place().map_err(|Ended { reason }| Failure::Lost { reason }.into_error(command))
+        connection.slot().map_err(|Ended { reason }| Failure::Lost { reason }.into_error(command))
     }
 }
 

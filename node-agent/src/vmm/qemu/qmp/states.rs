@@ -81,7 +81,7 @@ pub enum MigrationStatus {
     Colo,
     /// The machine stands, and waits for `migrate-continue` (capability `pause-before-switchover`).
     PreSwitchover,
-    /// The devices' state flows. QEMU before 10.0 tells it only with `pause-before-switchover`.
+    /// The devices' state flows. QEMU before 10.0 reports it only with `pause-before-switchover`.
     Device,
     /// Waits until the guest has let go of a failover device.
     WaitUnplug,

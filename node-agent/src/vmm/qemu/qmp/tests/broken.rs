@@ -10,8 +10,8 @@ use crate::vmm::qemu::qmp::{Deadlines, Notice, QmpClient, QmpError};
 const LONG: Duration = Duration::from_secs(15);
 const HASTY: Deadlines = Deadlines { greeting: Duration::from_millis(100), command: LONG };
 
-/// What a client says that meets a server which begins with this line.
-async fn met_with(line: &str) -> String {
+/// The error of a client whose server begins with this line.
+async fn error_after(line: &str) -> String {
     let server = Server::new();
     let script = async {
         let mut talk = server.accept().await;
@@ -25,17 +25,17 @@ async fn met_with(line: &str) -> String {
 }
 
 #[tokio::test]
-async fn who_does_not_greet_as_qemu_does_is_not_spoken_to() {
-    let error = met_with("220 mail.example ESMTP").await;
+async fn a_server_that_does_not_greet_as_qemu_does_is_refused() {
+    let error = error_after("220 mail.example ESMTP").await;
     assert!(error.ends_with("a line is not a JSON object: `220 mail.example ESMTP`"), "{error}");
-    let error = met_with(r#"{"return": {}}"#).await;
+    let error = error_after(r#"{"return": {}}"#).await;
     assert!(error.ends_with("the first line is not a greeting: it is not a QMP socket"), "{error}");
-    let error = met_with(r#"{"QMP": {"version": {"qemu": {"major": 10}}}}"#).await;
+    let error = error_after(r#"{"QMP": {"version": {"qemu": {"major": 10}}}}"#).await;
     assert!(error.ends_with("in `QMP`, field `version.qemu`: missing field `minor`"), "{error}");
 }
 
 #[tokio::test]
-async fn a_monitor_that_another_client_holds_is_told_as_such() {
+async fn a_monitor_that_another_client_holds_is_reported_as_such() {
     let server = Server::new();
     let (client, _silent) =
         soon(async { tokio::join!(QmpClient::connect_with(&server.socket, HASTY), server.accept()) }).await;
@@ -46,7 +46,7 @@ async fn a_monitor_that_another_client_holds_is_told_as_such() {
 }
 
 #[tokio::test]
-async fn a_qemu_that_greets_and_then_hangs_is_not_taken_for_one_that_is_held() {
+async fn a_qemu_that_greets_and_then_hangs_is_not_mistaken_for_one_that_is_held() {
     let server = Server::new();
     let script = async {
         let mut talk = server.accept().await;
@@ -60,12 +60,12 @@ async fn a_qemu_that_greets_and_then_hangs_is_not_taken_for_one_that_is_held() {
 }
 
 #[tokio::test]
-async fn a_socket_that_nobody_serves_is_told_as_such() {
+async fn a_socket_without_a_server_is_reported_as_such() {
     let server = Server::new();
     let socket = server.socket.clone();
     drop(server.listener);
     let error = soon(QmpClient::connect(&socket)).await.unwrap_err().to_string();
-    assert!(error.ends_with("nobody listens on it: its QEMU has ended"), "{error}");
+    assert!(error.ends_with("no process listens on it: its QEMU has ended"), "{error}");
     std::fs::remove_file(&socket).unwrap();
     let error = soon(QmpClient::connect(&socket)).await.unwrap_err().to_string();
     assert!(error.contains("it does not exist"), "{error}");
@@ -118,7 +118,7 @@ async fn many_commands_that_find_the_connection_broken_share_a_new_one() {
 }
 
 #[tokio::test]
-async fn a_command_that_cannot_connect_again_says_so_and_the_one_after_it_tries_anew() {
+async fn a_command_that_cannot_connect_again_fails_and_the_next_one_tries_again() {
     let server = Server::new();
     let (client, talk) = server.connected(LONG).await;
     let mut events = client.events();
@@ -169,13 +169,13 @@ async fn a_line_without_an_end_ends_the_connection() {
         written_bytes
     };
     let (stop, written_bytes) = soon(async { tokio::join!(client.execute(Stop), script) }).await;
-    let reason = "a line has more than 4194304 bytes, which is no QMP message".to_owned();
+    let reason = "a line has more than 4194304 bytes, which is not a QMP message".to_owned();
     assert_eq!(stop, Err(QmpError::Lost { command: "stop".to_owned(), reason }));
     assert!(written_bytes < 6 << 20, "the client took {written_bytes} bytes");
 }
 
 #[tokio::test]
-async fn a_server_that_does_not_read_holds_up_nobody_beyond_the_deadline() {
+async fn a_server_that_does_not_read_holds_up_no_command_beyond_its_deadline() {
     let (client, talk) = Server::new().connected(Duration::from_millis(300)).await;
     let large = json!({"text": "x".repeat(1 << 20)});
     let commands = (0..80).map(|_| client.raw("echo", large.clone()));

@@ -12,7 +12,7 @@ use crate::vmm::qemu::qmp::{Command, QmpError, RunState};
 const LONG: Duration = Duration::from_secs(15);
 
 #[tokio::test]
-async fn the_greeting_tells_the_version() {
+async fn the_greeting_has_the_version() {
     let (client, _talk) = Server::new().connected(LONG).await;
     assert_eq!(client.version().qemu, VersionTriple { major: 10, minor: 0, micro: 2 });
     assert_eq!(client.version().to_string(), "10.0.2 (Debian)");
@@ -44,7 +44,7 @@ async fn answers_that_come_out_of_order_find_their_commands() {
 }
 
 #[tokio::test]
-async fn unknown_fields_and_answers_to_nobody_are_ignored() {
+async fn unknown_fields_and_answers_without_a_command_are_ignored() {
     let (client, mut talk) = Server::new().connected(LONG).await;
     let script = async {
         let id = talk.expect("query-status").await["id"].clone();
@@ -61,7 +61,7 @@ async fn unknown_fields_and_answers_to_nobody_are_ignored() {
 }
 
 #[tokio::test]
-async fn a_refused_command_brings_qemus_class_and_words() {
+async fn a_refused_command_has_qemus_class_and_message() {
     let (client, mut talk) = Server::new().connected(LONG).await;
     let script = async {
         let id = talk.expect("stop").await["id"].clone();
@@ -86,7 +86,7 @@ async fn a_refused_command_brings_qemus_class_and_words() {
 }
 
 #[tokio::test]
-async fn a_command_that_is_not_answered_ends_at_its_deadline_and_its_late_answer_harms_nobody() {
+async fn a_command_that_is_not_answered_ends_at_its_deadline_and_its_late_answer_is_ignored() {
     let (client, mut talk) = Server::new().connected(Duration::from_millis(50)).await;
     let late = soon(client.execute(Stop)).await.unwrap_err();
     let limit = Duration::from_millis(50);
@@ -101,13 +101,14 @@ async fn a_command_that_is_not_answered_ends_at_its_deadline_and_its_late_answer
 }
 
 #[tokio::test]
-async fn an_answer_that_is_not_understood_names_its_field() {
+async fn an_answer_that_cannot_be_parsed_names_its_field() {
     let (client, mut talk) = Server::new().connected(LONG).await;
     let script = talk.answer("query-status", json!({"status": "running", "running": "yes"}));
     let (answer, ()) = soon(async { tokio::join!(client.execute(QueryStatus), script) }).await;
     assert_eq!(
         answer.unwrap_err().to_string(),
-        "QEMU's answer to query-status cannot be understood: field `running`: invalid type: string \"yes\", expected a boolean"
+        "QEMU's answer to query-status cannot be understood: field `running`: invalid type: string \"yes\", \
+         expected a boolean"
     );
 }
 
@@ -137,7 +138,7 @@ async fn dropped_clients_leave_the_monitor_free() {
 }
 
 #[test]
-fn commands_are_written_as_qapi_has_them() {
+fn commands_are_written_as_in_qapi() {
     fn written<C: Command>(command: &C) -> (&'static str, Value) {
         (C::NAME, serde_json::to_value(command).unwrap())
     }
@@ -148,7 +149,8 @@ fn commands_are_written_as_qapi_has_them() {
         }),
         (
             "migrate-set-capabilities",
-            json!({"capabilities": [{"capability": "events", "state": true}, {"capability": "multifd", "state": false}]})
+            json!({"capabilities": [{"capability": "events", "state": true},
+                              {"capability": "multifd", "state": false}]})
         )
     );
     let parameters = MigrateSetParameters {
@@ -169,7 +171,7 @@ fn commands_are_written_as_qapi_has_them() {
 }
 
 #[tokio::test]
-async fn a_large_number_among_the_parameters_stays_what_it_is() {
+async fn a_large_number_among_the_parameters_is_unchanged() {
     let (client, mut talk) = Server::new().connected(LONG).await;
     let script = talk.answer("query-migrate-parameters", json!({"max-bandwidth": u64::MAX, "tls-creds": ""}));
     let (answer, ()) = soon(async { tokio::join!(client.execute(QueryMigrateParameters), script) }).await;

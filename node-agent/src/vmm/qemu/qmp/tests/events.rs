@@ -47,7 +47,7 @@ async fn events_between_answers_reach_every_subscriber() {
 }
 
 #[tokio::test]
-async fn an_event_has_qemus_time_and_one_that_is_not_known_keeps_its_data() {
+async fn an_event_has_qemus_time_and_an_unknown_one_keeps_its_data() {
     let (client, mut talk) = Server::new().connected(LONG).await;
     let mut events = client.events();
     tell(&mut talk, "DAYDREAM", json!({"of": "boats"})).await;
@@ -71,7 +71,7 @@ async fn an_event_has_qemus_time_and_one_that_is_not_known_keeps_its_data() {
 }
 
 #[tokio::test]
-async fn a_slow_subscriber_is_told_what_it_missed_and_holds_nobody_up() {
+async fn a_slow_subscriber_learns_what_it_missed_and_holds_nothing_up() {
     let (client, mut talk) = Server::new().connected(LONG).await;
     let mut slow = client.events();
     let script = async {

@@ -19,7 +19,8 @@ use crate::vmm::qemu::qmp::commands::{
 };
 use crate::vmm::qemu::qmp::{Deadlines, EventKind, MigrationStatus, Notice, QmpClient, QmpError, RunState};
 
-/// A QEMU that serves this socket; `None`, and the reason on stdout, if there is none here. It is killed when it is dropped.
+/// A QEMU that serves this socket; `None`, and the reason on stdout, if there is none here. It is killed when
+/// it is dropped.
 async fn qemu(socket: &Path) -> Option<Child> {
     let program = "qemu-system-x86_64";
     let monitor = format!("unix:{},server=on,wait=off", socket.display());
@@ -41,7 +42,7 @@ async fn qemu(socket: &Path) -> Option<Child> {
     }
 }
 
-/// Returns when somebody listens. Of that there is no event.
+/// Returns when a process listens. There is no event for that.
 async fn listening(socket: &Path) {
     while UnixStream::connect(socket).await.is_err() {
         sleep(Duration::from_millis(20)).await;
@@ -99,7 +100,7 @@ async fn qemu_answers_what_the_agent_asks() {
 }
 
 #[tokio::test]
-async fn qemu_takes_what_the_agent_sets_for_a_migration() {
+async fn qemu_accepts_what_the_agent_sets_for_a_migration() {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("qmp.sock");
     let Some(mut child) = qemu(&socket).await else { return };
@@ -150,7 +151,8 @@ async fn qemu_serves_one_client_and_then_the_next() {
     soon(async {
         let holder = QmpClient::connect(&socket).await.unwrap();
         let hasty = Deadlines { greeting: Duration::from_millis(200), ..Deadlines::default() };
-        // The first ones wait in the queue of connections, where they stay when they have given up; the last finds it full.
+        // The first ones wait in the queue of connections, where they stay when they have given up; the last
+        // finds it full.
         let mut seen = Vec::new();
         for _ in 0..4 {
             let error = QmpClient::connect_with(&socket, hasty).await.unwrap_err();
