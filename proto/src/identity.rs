@@ -71,8 +71,8 @@ pub enum IdentityError {
     },
 }
 
-const NODE_NAME_RULE: &str = "a node's name has 1 to 253 characters of a-z, 0-9, `-` and `.`, and begins and ends with a \
-                              letter or digit";
+const NODE_NAME_RULE: &str = "a node's name has 1 to 253 characters of a-z, 0-9, `-` and `.`, and begins and \
+                              ends with a letter or digit";
 
 impl Role {
     /// Reads the role from a certificate in DER.
@@ -240,7 +240,8 @@ mod tests {
         let error = Role::from_certificate(&der).unwrap_err().to_string();
         assert_eq!(
             error,
-            "the certificate names more than one role: spiffe://slackwater.dev/operator, spiffe://slackwater.dev/agent/a"
+            "the certificate names more than one role: spiffe://slackwater.dev/operator, \
+             spiffe://slackwater.dev/agent/a"
         );
     }
 

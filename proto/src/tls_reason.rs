@@ -94,7 +94,9 @@ fn certificate(error: &CertificateError) -> String {
             "it is not valid yet".to_owned()
         }
         CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. } => {
-            "its extended key usage does not allow this use (an agent's needs server and client authentication)".to_owned()
+            "its extended key usage does not allow this use (an agent's needs server and client \
+             authentication)"
+                .to_owned()
         }
         other => other.to_string(),
     }

@@ -39,8 +39,9 @@ pub enum JournalError {
     /// As [`JournalError::NewerVersion`], and the migration that it is about has not ended here: an agent
     /// does not start over it.
     #[error(
-        "{} is an open journal of format {found}, and this agent reads formats up to {known}: it does not start over it. Run \
-         the newer agent that wrote it until the migration has ended, and drain the migrations of a node before a downgrade",
+        "{} is an open journal of format {found}, and this agent reads formats up to {known}: it does not start \
+         over it. Run the newer agent that wrote it until the migration has ended, and drain the migrations of \
+         a node before a downgrade",
         file.display()
     )]
     NewerVersionOpen {

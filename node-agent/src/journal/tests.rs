@@ -337,8 +337,9 @@ fn an_agent_does_not_start_over_an_open_journal_of_a_newer_version_and_changes_n
     assert_eq!(
         error.to_string(),
         format!(
-            "{} is an open journal of format 3, and this agent reads formats up to 2: it does not start over it. Run the \
-             newer agent that wrote it until the migration has ended, and drain the migrations of a node before a downgrade",
+            "{} is an open journal of format 3, and this agent reads formats up to 2: it does not start over \
+             it. Run the newer agent that wrote it until the migration has ended, and drain the migrations of \
+             a node before a downgrade",
             file.display()
         )
     );
