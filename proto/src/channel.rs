@@ -105,7 +105,7 @@ pub enum ConnectError {
         /// What happened instead.
         reason: String,
     },
-    /// No Unix socket, or no process that serves it.
+    /// No Unix socket, or no process listens on it.
     #[error("cannot connect to the socket {path}: {reason}")]
     Socket {
         /// The socket.
@@ -246,7 +246,7 @@ pub async fn open_unix(path: &Path) -> Result<UnixStream, ConnectError> {
         path: path.to_owned(),
         reason: match error.kind() {
             io::ErrorKind::NotFound => "it does not exist".to_owned(),
-            io::ErrorKind::ConnectionRefused => "nobody listens on it (its process has ended)".to_owned(),
+            io::ErrorKind::ConnectionRefused => "no process listens on it (it has ended)".to_owned(),
             io::ErrorKind::PermissionDenied => "permission denied".to_owned(),
             _ => error.to_string(),
         },
@@ -256,8 +256,7 @@ pub async fn open_unix(path: &Path) -> Result<UnixStream, ConnectError> {
 /// Speaks gRPC over a Unix socket that is connected already, so that the process behind it can be identified
 /// first.
 ///
-/// The channel lives as long as this one connection: only the process that was
-/// identified can answer.
+/// The channel lives as long as this one connection: only the process that was identified can answer on it.
 pub fn over_unix(stream: UnixStream) -> Channel {
     let mut stream = Some(stream);
     // The authority is localhost since h2 rejects a path. No keep-alive: a process that ends closes its
@@ -282,8 +281,8 @@ fn tuned(endpoint: Endpoint) -> Endpoint {
         .keep_alive_while_idle(true)
 }
 
-/// What a failed call means, for a person: the message of the other end, or, if the call was lost on the way,
-/// why. (`transport error` alone, as tonic puts it, is no help.)
+/// What a failed call means, for a person: the words of the other end, or, if the call was lost on the way,
+/// why. (`transport error` alone, as tonic puts it, does not help.)
 pub fn words(status: &Status) -> String {
     match status.source() {
         Some(source) => {
@@ -298,7 +297,7 @@ pub fn words(status: &Status) -> String {
     }
 }
 
-/// Whether a call was lost on the way, and not refused by the other end. Then it is unknown whether it has
+/// Whether a call was lost on the way, and not refused by the other end. Then it is not known whether it has
 /// been carried out.
 pub fn is_lost(status: &Status) -> bool {
     // What came over the wire has no source; what was made here, from an error of the transport, has.
@@ -328,7 +327,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_call_that_was_lost_is_told_from_one_that_was_refused_and_both_are_told_without_repetition() {
+    fn a_lost_call_differs_from_a_refused_one_and_neither_error_repeats_itself() {
         let refused = Status::failed_precondition("the VM is paused");
         assert_eq!((words(&refused).as_str(), is_lost(&refused)), ("the VM is paused", false));
         let refused = Status::aborted("");

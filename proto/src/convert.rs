@@ -2,9 +2,10 @@
 
 use slackwater_handover::policy::PeerToPeer;
 use slackwater_handover::state::Features;
-use slackwater_handover::{Failure, Reason, Record, Word};
+use slackwater_handover::{Failure, Reason, Record, Word, source};
 
-use crate::node::{self, JournalRecord, JournalState, MigrationFeatures};
+use crate::node::{self, Finished, JournalRecord, JournalState, MigrationFeatures, Outcome};
+use crate::transfer::Failed;
 
 /// A record that only a newer agent knows. It says nothing, which is not the same as having no journal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -113,6 +114,72 @@ impl From<node::PeerToPeer> for Option<PeerToPeer> {
     }
 }
 
+/// The phase that an operator sees. None: a phase that only carries out what has been decided already is not
+/// reported.
+#[must_use]
+pub fn reported_phase(phase: source::Phase) -> Option<node::Phase> {
+    use source::Phase;
+    match phase {
+        Phase::PreCopying => Some(node::Phase::PreCopy),
+        Phase::Pausing => Some(node::Phase::Pausing),
+        Phase::Quiescing => Some(node::Phase::Quiescing),
+        Phase::Stopping => Some(node::Phase::Stopping),
+        Phase::Capturing => Some(node::Phase::Capturing),
+        Phase::AwaitingStarted => Some(node::Phase::Committed),
+        Phase::Releasing => Some(node::Phase::Started),
+        Phase::Settling => Some(node::Phase::RollingBack),
+        Phase::New
+        | Phase::Saving
+        | Phase::Connecting
+        | Phase::Committing
+        | Phase::LeavingCapture
+        | Phase::WakingP2p
+        | Phase::Mending
+        | Phase::Waking
+        | Phase::Resuming
+        | Phase::Finished => None,
+    }
+}
+
+/// The phase that an operator sees at the end, if it sees one.
+#[must_use]
+pub fn last_phase(end: &source::End) -> Option<node::Phase> {
+    match end {
+        source::End::Succeeded => Some(node::Phase::Released),
+        source::End::RolledBack(_) => Some(node::Phase::RolledBack),
+        source::End::Refused(_) | source::End::Lost(_) => None,
+    }
+}
+
+/// Without the timings and the bytes, which the node has measured.
+impl From<source::End> for Finished {
+    fn from(end: source::End) -> Self {
+        let (outcome, failure) = match end {
+            source::End::Succeeded => (Outcome::Succeeded, None),
+            source::End::RolledBack(failure) => (Outcome::RolledBack, Some(failure)),
+            source::End::Refused(failure) => (Outcome::Refused, Some(failure)),
+            source::End::Lost(failure) => (Outcome::Lost, Some(failure)),
+        };
+        let (reason, message) = match failure {
+            Some(Failure { reason, message }) => (reason.as_str().to_owned(), message),
+            None => (String::new(), String::new()),
+        };
+        Self { outcome: outcome.into(), reason, message, ..Self::default() }
+    }
+}
+
+impl From<&Failure> for Failed {
+    fn from(failure: &Failure) -> Self {
+        Self { reason: failure.reason.as_str().to_owned(), message: failure.message.clone() }
+    }
+}
+
+impl From<&Failure> for node::Doubt {
+    fn from(failure: &Failure) -> Self {
+        Self { reason: failure.reason.as_str().to_owned(), message: failure.message.clone() }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -162,5 +229,35 @@ mod tests {
         for policy in [PeerToPeer::Required, PeerToPeer::AssumeIsolated] {
             assert_eq!(Option::from(node::PeerToPeer::from(policy)), Some(policy));
         }
+    }
+
+    #[test]
+    fn an_end_is_finished_with_its_outcome_and_its_failure() {
+        let failure = Failure::new(Reason::VmmExited, "the VMM has exited");
+        let finished = Finished::from(source::End::Lost(failure.clone()));
+        assert_eq!((finished.outcome(), finished.reason.as_str()), (Outcome::Lost, "VMMExited"));
+        assert_eq!(finished.message, failure.message);
+        let succeeded = Finished::from(source::End::Succeeded);
+        assert_eq!(succeeded, Finished { outcome: Outcome::Succeeded.into(), ..Finished::default() });
+    }
+
+    #[test]
+    fn the_commit_and_every_end_of_a_vm_that_runs_are_reported_phases() {
+        use source::{End, Phase};
+        assert_eq!(reported_phase(Phase::Committing), None);
+        assert_eq!(reported_phase(Phase::AwaitingStarted), Some(node::Phase::Committed));
+        let failure = Failure::new(Reason::Aborted, "the user asked for it");
+        assert_eq!(last_phase(&End::Succeeded), Some(node::Phase::Released));
+        assert_eq!(last_phase(&End::RolledBack(failure.clone())), Some(node::Phase::RolledBack));
+        assert_eq!(last_phase(&End::Lost(failure)), None);
+    }
+
+    #[test]
+    fn a_failure_that_an_end_reports_is_read_as_it_was_written() {
+        let told = Failure::new(Reason::DeviceFailed, "at the destination, EIO");
+        let Failed { reason, message } = Failed::from(&told);
+        assert_eq!(failure(&reason, &message), told);
+        let doubt = node::Doubt::from(&told);
+        assert_eq!((doubt.reason, doubt.message), (reason, message));
     }
 }

@@ -145,7 +145,7 @@ pub fn is_node_name(name: &str) -> bool {
     name.len() <= 253 && name.split('.').all(label)
 }
 
-/// The caller's role.
+/// The role of the caller.
 ///
 /// # Errors
 /// UNAUTHENTICATED if the call came without a certificate (over something else than TLS), or its certificate
@@ -271,7 +271,7 @@ mod tests {
     }
 
     #[test]
-    fn another_node_than_the_named_peer_is_told_who_may() {
+    fn the_refusal_of_another_node_names_the_one_that_may_call() {
         assert!(require_node("node-a", "node-a").is_ok());
         let status = require_node("node-c", "node-a").unwrap_err();
         assert_eq!(status.code(), Code::PermissionDenied);

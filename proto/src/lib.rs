@@ -25,7 +25,7 @@ pub mod tls;
 mod tls_reason;
 mod watched_io;
 
-/// The generated messages, clients and servers. Units, errors and meanings are in the .proto files.
+/// The generated messages, clients and servers. The .proto files give units, errors and meanings.
 #[allow(missing_docs, unreachable_pub, unused_qualifications, clippy::all, clippy::pedantic)]
 mod generated {
     pub mod node {

@@ -70,7 +70,7 @@ pub enum CredentialsError {
         /// End, for a person.
         to: String,
     },
-    /// The certificate is not for one of Slackwater's components.
+    /// The certificate names no role of Slackwater.
     #[error("the certificate {path} is not usable: {source}")]
     Role {
         /// The file.

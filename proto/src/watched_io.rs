@@ -13,7 +13,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::tls_reason::{self, Refusal};
 
-/// The first error of a connection: why it ended.
+/// The first error of a connection, for the caller that asks why it ended.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Ending(Arc<Mutex<Option<Ended>>>);
 
@@ -56,7 +56,7 @@ pub(crate) struct WatchedIo<IO> {
 }
 
 impl<IO> WatchedIo<IO> {
-    /// Watches `io`, and records its first error in `ending`.
+    /// Watches `io` and reports its first error to `ending`.
     pub(crate) fn new(io: IO, ending: Ending) -> Self {
         Self { io, ending }
     }

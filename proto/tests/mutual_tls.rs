@@ -1,4 +1,4 @@
-//! Who gets in over mutual TLS, who does not, and what each side is told.
+//! Which callers mutual TLS admits, which it refuses, and the error that each side gets.
 
 #![allow(clippy::expect_used, clippy::unwrap_used)]
 
@@ -315,7 +315,7 @@ async fn a_certificate_that_may_not_be_used_by_clients_is_refused_with_the_remed
 }
 
 #[tokio::test]
-async fn where_nobody_listens_or_somebody_else_does_the_error_says_so() {
+async fn the_error_says_that_no_process_listens_or_another_one_does() {
     let ca = Authority::new();
     let operator = ca.operator();
     let closed = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().to_string();
@@ -458,10 +458,7 @@ async fn a_unix_socket_is_its_owners_alone_and_has_no_callers_with_a_role() {
     let ended = channel::words(&client.describe(DescribeRequest {}).await.unwrap_err());
     assert!(ended.contains("the process has closed its socket"), "{ended}");
     let error = channel::connect_unix(&path).await.unwrap_err();
-    assert_eq!(
-        told(error),
-        "cannot connect to the socket SOCKET: nobody listens on it (its process has ended)"
-    );
+    assert_eq!(told(error), "cannot connect to the socket SOCKET: no process listens on it (it has ended)");
 }
 
 #[test]

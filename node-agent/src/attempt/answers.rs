@@ -3,29 +3,31 @@
 use bytes::Bytes;
 use slackwater_handover::source::Event;
 use slackwater_proto::convert;
-use slackwater_proto::node::{DeviceStateChange, Phase};
+use slackwater_proto::node::Phase;
 use slackwater_proto::transfer::{Clock as WireClock, handover_response::Message};
 
+use super::device::DeviceChange;
 use crate::host::clock::Clock;
 
-/// Puts the destination's times on the source's wall clock. Two nodes' clocks may be far apart, and a timeline of both would be
-/// out of order.
+/// Converts the destination's times to the source's wall clock. The clocks of two nodes may be far apart, and
+/// a timeline of both would be out of order.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct PeerClock {
     ahead_ns: i64,
 }
 
 impl PeerClock {
-    /// `ready` was read at the destination when it sent Ready, and `heard` here when that was heard.
-    pub(super) fn learn(ready: Option<WireClock>, heard: Clock) -> Self {
-        let ahead_ns = ready.map_or(0, |ready| ready.unix_ns.saturating_sub(heard.unix_ns));
+    /// `ready` was read at the destination when it sent Ready, and `received` here when that arrived.
+    pub(super) fn from_ready(ready: Option<WireClock>, received: Clock) -> Self {
+        let ahead_ns = ready.map_or(0, |ready| ready.unix_ns.saturating_sub(received.unix_ns));
         Self { ahead_ns }
     }
 
-    /// The destination's time on our wall clock; its monotonic clock stays its own. Nothing has happened after it was heard of.
-    fn ours(self, at: Option<WireClock>, heard: Clock) -> Clock {
+    /// The destination's time on this node's wall clock; its monotonic clock stays its own. Nothing has
+    /// happened after the report of it arrived.
+    fn to_local(self, at: Option<WireClock>, received: Clock) -> Clock {
         let at = at.unwrap_or_default();
-        let unix_ns = at.unix_ns.saturating_sub(self.ahead_ns).min(heard.unix_ns);
+        let unix_ns = at.unix_ns.saturating_sub(self.ahead_ns).min(received.unix_ns);
         Clock { monotonic_ns: at.monotonic_ns, unix_ns }
     }
 }
@@ -33,19 +35,19 @@ impl PeerClock {
 /// What is to be done with an answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Answer {
-    /// Tell the machine.
+    /// Give it to the machine.
     Event(Event),
-    /// Tell whoever watches, and, if there is one, the event to the machine.
+    /// Report the phase, and give the event, if there is one, to the machine.
     Phase(Clock, Phase, Option<Event>),
-    /// Tell whoever watches.
-    Device(Clock, DeviceStateChange),
-    /// Hand it to the VMM.
+    /// Report it.
+    Device(DeviceChange),
+    /// Give it to the VMM.
     Reply(Bytes),
 }
 
-/// Reads one answer of `peer`.
-pub(super) fn understand(peer: &str, clock: PeerClock, heard: Clock, message: Message) -> Answer {
-    let clock = |at| clock.ours(at, heard);
+/// Parses an answer of `peer` that was `received` then.
+pub(super) fn parse(peer: &str, clock: PeerClock, received: Clock, message: Message) -> Answer {
+    let clock = |at| clock.to_local(at, received);
     match message {
         Message::VmmReply(reply) => Answer::Reply(reply.data),
         Message::Ready(_) => Answer::Event(Event::PeerReady),
@@ -56,10 +58,10 @@ pub(super) fn understand(peer: &str, clock: PeerClock, heard: Clock, message: Me
             let message = format!("{peer}: {}", failed.message);
             Answer::Event(Event::Failed(convert::failure(&failed.reason, &message)))
         }
-        Message::DeviceStep(step) => Answer::Device(
-            clock(step.at),
-            DeviceStateChange { device: step.device, from: step.from, to: step.to, took_ns: step.took_ns },
-        ),
+        Message::DeviceStep(step) => {
+            let at = clock(step.at);
+            Answer::Device(DeviceChange::from_step(step, at))
+        }
     }
 }
 
@@ -74,24 +76,24 @@ mod tests {
     }
 
     #[test]
-    fn a_destination_whose_clock_is_ahead_is_told_on_the_sources_clock() {
-        let clock = PeerClock::learn(at(5, 9_000), Clock { monotonic_ns: 1, unix_ns: 1_010 });
-        let heard = Clock { monotonic_ns: 500, unix_ns: 1_500 };
+    fn the_times_of_a_destination_whose_clock_is_ahead_are_converted_to_the_sources_clock() {
+        let clock = PeerClock::from_ready(at(5, 9_000), Clock { monotonic_ns: 1, unix_ns: 1_010 });
+        let received = Clock { monotonic_ns: 500, unix_ns: 1_500 };
         let loaded = Message::Loaded(Loaded { at: at(400, 9_300) });
-        let Answer::Phase(told, Phase::Loaded, Some(Event::Loaded)) = understand("b", clock, heard, loaded)
+        let Answer::Phase(when, Phase::Loaded, Some(Event::Loaded)) = parse("b", clock, received, loaded)
         else {
-            panic!("not understood")
+            panic!("another answer")
         };
-        assert_eq!(told, Clock { monotonic_ns: 400, unix_ns: 1_310 });
+        assert_eq!(when, Clock { monotonic_ns: 400, unix_ns: 1_310 });
     }
 
     #[test]
-    fn nothing_is_told_to_have_happened_after_it_was_heard_of() {
-        let clock = PeerClock::learn(at(5, 1_000), Clock { monotonic_ns: 1, unix_ns: 1_400 });
-        let heard = Clock { monotonic_ns: 2, unix_ns: 1_500 };
-        assert_eq!(clock.ours(at(6, 1_200), heard).unix_ns, 1_500);
+    fn no_time_is_later_than_the_arrival_of_the_report() {
+        let clock = PeerClock::from_ready(at(5, 1_000), Clock { monotonic_ns: 1, unix_ns: 1_400 });
+        let received = Clock { monotonic_ns: 2, unix_ns: 1_500 };
+        assert_eq!(clock.to_local(at(6, 1_200), received).unix_ns, 1_500);
         assert_eq!(
-            understand("b", clock, heard, Message::Started(Started { at: None })),
+            parse("b", clock, received, Message::Started(Started { at: None })),
             Answer::Event(Event::Started)
         );
     }

@@ -1,8 +1,10 @@
-//! What has happened in one attempt, numbered and complete: every stream of events replays it from the start and then follows.
+//! What has happened in one attempt, numbered and complete. Every stream of events replays it from the start
+//! and then follows.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use futures::Stream;
+use parking_lot::Mutex;
 use slackwater_proto::node::{
     DeviceStateChange, Doubt, Estimate, Finished, MigrationEvent, Phase, Progress, migration_event::What,
 };
@@ -15,14 +17,22 @@ use crate::host::clock::Clock;
 pub struct EventLog {
     node: Arc<str>,
     events: Arc<Mutex<Vec<MigrationEvent>>>,
-    /// Events so far, and whether the last of them is Finished.
-    known: watch::Sender<(usize, bool)>,
+    extent: watch::Sender<Extent>,
+}
+
+/// How far the log goes.
+#[derive(Clone, Copy, Debug, Default)]
+struct Extent {
+    /// Events so far.
+    count: usize,
+    /// The last of them is Finished.
+    finished: bool,
 }
 
 impl EventLog {
     /// An empty log, kept by the agent of `node`.
     pub fn new(node: &str) -> Self {
-        Self { node: node.into(), events: Arc::default(), known: watch::Sender::new((0, false)) }
+        Self { node: node.into(), events: Arc::default(), extent: watch::Sender::new(Extent::default()) }
     }
 
     /// A phase was reached here, at `at`.
@@ -35,12 +45,12 @@ impl EventLog {
         self.push(peer, at, What::Phase(phase.into()));
     }
 
-    /// A device here was read back elsewhere.
+    /// A device here was read back in another state.
     pub fn device(&self, at: Clock, change: DeviceStateChange) {
         self.push(&self.node, at, What::DeviceState(change));
     }
 
-    /// A device of the other end was read back elsewhere, on its clock.
+    /// A device of the other end was read back in another state, on its clock.
     pub fn peer_device(&self, peer: &str, at: Clock, change: DeviceStateChange) {
         self.push(peer, at, What::DeviceState(change));
     }
@@ -67,38 +77,31 @@ impl EventLog {
 
     /// How it ended, if it has.
     pub fn end(&self) -> Option<Finished> {
-        let events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
+        let events = self.events.lock();
         events.iter().rev().find_map(|event| match &event.what {
             Some(What::Finished(finished)) => Some(finished.clone()),
             _ => None,
         })
     }
 
-    /// Waits for the end.
-    pub async fn until_finished(&self) -> Option<Finished> {
-        let mut known = self.known.subscribe();
-        known.wait_for(|(_, finished)| *finished).await.ok()?;
-        self.end()
-    }
-
     /// All events from the first on, as they come, up to Finished.
     pub fn follow(&self) -> impl Stream<Item = MigrationEvent> + Send + use<> {
         let log = self.clone();
-        let known = self.known.subscribe();
-        futures::stream::unfold((log, known, 0_usize), |(log, mut known, next)| async move {
-            let (count, finished) =
-                *known.wait_for(|(count, finished)| *count > next || *finished).await.ok()?;
+        let extent = self.extent.subscribe();
+        futures::stream::unfold((log, extent, 0_usize), |(log, mut extent, next)| async move {
+            let Extent { count, finished } =
+                *extent.wait_for(|extent| extent.count > next || extent.finished).await.ok()?;
             if next >= count && finished {
                 return None;
             }
-            let event = log.events.lock().unwrap_or_else(PoisonError::into_inner).get(next).cloned()?;
-            Some((event, (log, known, next + 1)))
+            let event = log.events.lock().get(next).cloned()?;
+            Some((event, (log, extent, next + 1)))
         })
     }
 
     fn push(&self, node: &str, at: Clock, what: What) {
-        let mut events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.known.borrow().1 {
+        let mut events = self.events.lock();
+        if self.extent.borrow().finished {
             return;
         }
         let finished = matches!(what, What::Finished(_));
@@ -110,7 +113,7 @@ impl EventLog {
             unix_ns: at.unix_ns,
             what: Some(what),
         });
-        self.known.send_replace((events.len(), finished));
+        self.extent.send_replace(Extent { count: events.len(), finished });
     }
 }
 

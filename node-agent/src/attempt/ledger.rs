@@ -1,5 +1,5 @@
-//! One attempt's journal at one end, for a shell: records are written one after the other, in the order in which they are asked
-//! for, and never block the machine.
+//! The journal of one attempt at one end. Records are written one after the other, in the order in which they
+//! are asked for, and never block the task that owns the state machine.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,10 +13,10 @@ use crate::attempt::entry::{Ended, Entry, FailureEntry};
 use crate::host::clock::Clock;
 use crate::journal::{Journal, JournalError, JournalFile, Key};
 
-/// The pause before a record that must not fail is tried again.
+/// The pause before a record that must not fail is written again.
 const AGAIN: Duration = Duration::from_secs(1);
 
-/// How often the end of an attempt is tried to be recorded.
+/// How many times the agent tries to record the end of an attempt.
 const FINISH_TRIES: u32 = 5;
 
 type Done = Box<dyn FnOnce(Result<(), Failure>) + Send>;
@@ -38,7 +38,7 @@ enum Job {
     },
 }
 
-/// Where it is asked for; clones are handles to the same.
+/// The handle to it. Clones are handles to the same journal.
 #[derive(Clone, Debug)]
 pub struct Ledger {
     jobs: mpsc::UnboundedSender<Job>,
@@ -54,18 +54,18 @@ struct Keeper {
 }
 
 impl Ledger {
-    /// A ledger in which nothing stands yet; `entry` is what will, with the first record.
+    /// A ledger without a record; `entry` is written with the first one.
     pub fn new(journal: Arc<Journal>, key: Key, entry: Entry) -> Self {
         Self::keep(journal, key, None, entry, JournalState::default())
     }
 
-    /// A ledger in which `entry` stands already.
+    /// A ledger that contains `entry` already.
     pub fn go_on(journal: Arc<Journal>, key: Key, file: JournalFile, entry: Entry) -> Self {
         let state = entry.state();
         Self::keep(journal, key, Some(file), entry, state)
     }
 
-    /// One of an attempt that has ended.
+    /// The ledger of an attempt that has ended.
     pub fn ended(entry: &Entry) -> Self {
         let (jobs, _) = mpsc::unbounded_channel();
         Self { jobs, state: watch::channel(entry.state()).1 }
@@ -78,23 +78,23 @@ impl Ledger {
         entry: Entry,
         state: JournalState,
     ) -> Self {
-        let (jobs, mut asked) = mpsc::unbounded_channel();
-        let (tell, state) = watch::channel(state);
-        let mut keeper = Keeper { journal, key, file, entry, state: tell };
+        let (jobs, mut inbox) = mpsc::unbounded_channel();
+        let (publish, state) = watch::channel(state);
+        let mut keeper = Keeper { journal, key, file, entry, state: publish };
         tokio::spawn(async move {
-            while let Some(job) = asked.recv().await {
+            while let Some(job) = inbox.recv().await {
                 keeper.perform(job).await;
             }
         });
         Self { jobs, state }
     }
 
-    /// What stands in the journal.
+    /// What the journal says.
     pub fn state(&self) -> JournalState {
         self.state.borrow().clone()
     }
 
-    /// What the next record is to say besides.
+    /// Changes what the next record says besides.
     pub(super) fn amend(&self, change: impl FnOnce(&mut Entry) + Send + 'static) {
         let _ = self.jobs.send(Job::Amend(Box::new(change)));
     }
@@ -110,7 +110,8 @@ impl Ledger {
         let _ = self.jobs.send(Job::Record { record, failure, again, done: Box::new(done) });
     }
 
-    /// Nothing will be recorded any more. A failure to say so is told in the log: the next agent finds out itself.
+    /// Records the end: nothing is recorded after it. If that fails, the log says so, and the next agent
+    /// finds out itself.
     pub(super) async fn finish(&self, failure: Option<Failure>, ended: Ended) {
         let (done, finished) = tokio::sync::oneshot::channel();
         let done: Done = Box::new(move |result| {
@@ -148,7 +149,7 @@ impl Keeper {
                     tokio::time::sleep(AGAIN).await;
                     result = self.write(entry.clone(), true).await;
                 }
-                // It has ended, recorded or not, and whoever asks may know.
+                // The attempt has ended, recorded or not, and a caller that asks may know.
                 self.state.send_replace(entry.state());
                 done(result);
             }

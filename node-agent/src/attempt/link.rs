@@ -1,4 +1,5 @@
-//! The source's connections to the destination: one for the decisions, and one for each blob, all up before the blackout.
+//! The source's connections to the destination: one for the decisions, and one for each blob. All are up
+//! before the blackout.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,55 +30,57 @@ const DECISIONS: usize = 4;
 /// For one question to the destination, connecting included.
 const SETTLE_LIMIT: Duration = Duration::from_secs(10);
 
-/// Whom to connect to, and for what.
+/// The destination's agent, and the attempt in which it takes part.
 #[derive(Clone, Debug)]
 pub struct Peer {
-    /// Ours.
+    /// This agent's.
     pub credentials: Arc<Credentials>,
-    /// The name that its certificate must carry.
+    /// The name of its node, which its certificate must carry.
     pub node: String,
     /// host:port
     pub address: String,
-    /// What is handed over.
+    /// The attempt.
     pub attempt: Attempt,
 }
 
-/// One blob's way to the destination.
+/// The stream of one blob, or of one channel of the VMM's.
 #[derive(Debug)]
-pub struct BlobLink {
-    /// Which, or of which this is a channel.
-    pub blob: Blob,
+pub(super) struct BlobLink {
+    /// Which blob.
+    pub(super) blob: Blob,
     /// Where its bytes go.
-    pub outgoing: Outgoing,
-    /// The destination's word on it.
-    pub receipt: Receipt,
-    /// How it gets on.
-    pub flow: Arc<Flow>,
+    pub(super) outgoing: Outgoing,
+    /// The destination's answer to it.
+    pub(super) receipt: Receipt,
+    /// How it gets on; the channels of one blob share it.
+    pub(super) flow: Arc<Flow>,
 }
 
 /// The open hand-over.
 #[derive(Debug)]
-pub struct Link {
-    decisions: mpsc::Sender<HandoverRequest>,
-    /// In the order of [`blobs`]; each further channel of the VMM's after its main one.
-    pub blobs: Vec<BlobLink>,
+pub(super) struct Link {
+    /// For what the source decides.
+    pub(super) decisions: Decisions,
+    /// In the order of [`blobs`]; the further channels of the VMM's blob come after its main one.
+    pub(super) blobs: Vec<BlobLink>,
     /// What the destination says after Ready.
-    pub answers: Answers,
+    pub(super) answers: AnswerStream,
 }
 
 /// What the destination says, and how to read its times.
 #[derive(Debug)]
-pub struct Answers {
-    pub(super) stream: Streaming<HandoverResponse>,
-    pub(super) peer_clock: PeerClock,
+pub(super) struct AnswerStream {
+    pub(super) messages: Streaming<HandoverResponse>,
+    pub(super) clock: PeerClock,
 }
 
 impl Peer {
-    /// Says Hello, waits for Ready, and opens a stream for each blob, and `channels` more for the VMM's own state.
+    /// Says Hello, waits for Ready, and opens a stream for each blob, and `channels` more for the VMM's own
+    /// state.
     ///
     /// # Errors
     /// TargetUnreachable, or what the destination says instead of Ready.
-    pub async fn connect(&self, devices: usize, channels: u8) -> Result<Link, Failure> {
+    pub(super) async fn connect(&self, devices: usize, channels: u8) -> Result<Link, Failure> {
         let unreachable = |why: String| Failure::new(Reason::TargetUnreachable, why);
         let channel = || async {
             connect(&self.credentials, &self.address, &self.node)
@@ -93,9 +96,9 @@ impl Peer {
                 unreachable(format!("{} refused the hand-over: {}", self.node, words(&status)))
             })?
             .into_inner();
-        let peer_clock = match answers.message().await {
+        let clock = match answers.message().await {
             Ok(Some(HandoverResponse { message: Some(handover_response::Message::Ready(ready)) })) => {
-                PeerClock::learn(ready.at, Clock::now())
+                PeerClock::from_ready(ready.at, Clock::now())
             }
             Ok(Some(HandoverResponse { message: Some(handover_response::Message::Failed(failed)) })) => {
                 return Err(convert::failure(&failed.reason, &format!("{}: {}", self.node, failed.message)));
@@ -107,22 +110,21 @@ impl Peer {
         for blob in blobs(devices) {
             let flow = Arc::<Flow>::default();
             let more = if blob == Blob::Vmm { channels } else { 0 };
-            for part in Channel::all(more) {
+            for each in Channel::all(more) {
                 let (transport, attempt) = (channel().await?, self.attempt.clone());
-                let (outgoing, receipt) = outgoing::open(transport, attempt, blob, part, Arc::clone(&flow));
+                let (outgoing, receipt) = outgoing::open(transport, attempt, blob, each, Arc::clone(&flow));
                 links.push(BlobLink { blob, outgoing, receipt, flow: Arc::clone(&flow) });
             }
         }
-        Ok(Link { decisions, blobs: links, answers: Answers { stream: answers, peer_clock } })
+        let (decisions, answers) = (Decisions(decisions), AnswerStream { messages: answers, clock });
+        Ok(Link { decisions, blobs: links, answers })
     }
-}
 
-impl Peer {
-    /// Says what stands in the source's journal, and hears what stands in the destination's.
+    /// Exchanges words with the destination: each end says what it has journalled.
     ///
     /// # Errors
     /// PeerLost, if it does not answer in time.
-    pub async fn settle(&self, own: JournalState) -> Result<Word, Failure> {
+    pub(super) async fn settle(&self, own: JournalState) -> Result<Word, Failure> {
         let silent = |why: String| {
             Failure::new(Reason::PeerLost, format!("the destination {} does not answer: {why}", self.node))
         };
@@ -140,30 +142,23 @@ impl Peer {
     }
 }
 
-/// What is left of a link when its blobs and its answers have been given to their tasks.
+/// Where the source's decisions go.
 #[derive(Debug)]
-pub struct Decisions(mpsc::Sender<HandoverRequest>);
-
-impl Link {
-    /// Takes it apart.
-    pub fn split(self) -> (Decisions, Vec<BlobLink>, Answers) {
-        (Decisions(self.decisions), self.blobs, self.answers)
-    }
-}
+pub(super) struct Decisions(mpsc::Sender<HandoverRequest>);
 
 impl Decisions {
     /// The point of no return has passed.
-    pub fn commit(&self) {
+    pub(super) fn commit(&self) {
         send(&self.0, handover_request::Message::Commit(Commit {}));
     }
 
     /// The VM stays here.
-    pub fn abort(&self, why: String) {
+    pub(super) fn abort(&self, why: String) {
         send(&self.0, handover_request::Message::Abort(Abort { why }));
     }
 }
 
-/// A full or closed channel means that the peer is gone, which its answers' stream reports.
+/// A full or closed channel means that the peer is gone; the stream of its answers reports that.
 fn send(decisions: &mpsc::Sender<HandoverRequest>, message: handover_request::Message) {
     let _ = decisions.try_send(HandoverRequest { message: Some(message) });
 }

@@ -1,5 +1,7 @@
-//! Where a blob goes that arrives at the destination.
+//! The destination's half of a blob: from the wire to a device or the twin. [`sending`](super::sending) is
+//! the other half.
 
+use std::fmt::Display;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -8,35 +10,48 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::of_twin;
+use super::device::EndDevice;
+use super::vmm_calls::twin_failure;
 use crate::transfer::channel::Channel;
 use crate::transfer::incoming::Sink;
-use crate::vfio::worker::DeviceHandle;
 use crate::vmm::{LoadStream, Vmm, VmmError};
 
 /// Pieces of each channel that wait for the twin.
 const PIECES_IN_FLIGHT: usize = 2;
 
-/// A device in RESUMING, or the twin.
+/// Takes a blob, or a channel of one.
 #[derive(Debug)]
-pub enum Receiver {
-    /// The device takes each piece before the next is read from the wire.
-    Device(DeviceHandle),
-    /// The twin takes a stream, or several.
-    Twin(TwinChannel),
+pub(super) enum BlobReceiver {
+    /// A device's state.
+    Device(DeviceReceiver),
+    /// A channel of the VMM's own state.
+    Vmm(VmmReceiver),
 }
 
-/// A load that the twin has begun, and the channels that have not come yet.
+/// Takes a device's state: each piece is written before the next is read from the wire.
 #[derive(Debug)]
-pub struct TwinLoad {
+pub(super) struct DeviceReceiver {
+    device: EndDevice,
+}
+
+impl DeviceReceiver {
+    /// The device is in RESUMING.
+    pub(super) fn new(device: EndDevice) -> Self {
+        Self { device }
+    }
+}
+
+/// The load of the VMM's own state, with the channels that have not come yet.
+#[derive(Debug)]
+pub(super) struct VmmLoad {
     waiting: Vec<Option<mpsc::Sender<Bytes>>>,
     loaded: Option<JoinHandle<Result<(), VmmError>>>,
     verified: Arc<watch::Sender<usize>>,
 }
 
-impl TwinLoad {
-    /// Begins a load of so many channels.
-    pub fn begin(vmm: Arc<dyn Vmm>, channels: usize) -> Self {
+impl VmmLoad {
+    /// Has the twin begin a load of so many channels.
+    pub(super) fn begin(vmm: Arc<dyn Vmm>, channels: usize) -> Self {
         let pairs = (0..channels).map(|_| {
             let (pieces, stream) = mpsc::channel(PIECES_IN_FLIGHT);
             (Some(pieces), Box::pin(ReceiverStream::new(stream)) as LoadStream)
@@ -46,8 +61,8 @@ impl TwinLoad {
         Self { waiting, loaded: Some(loaded), verified: Arc::new(watch::Sender::new(0)) }
     }
 
-    /// One of them, once. None if it has come before, or belongs to another number of channels.
-    pub fn channel(&mut self, channel: Channel) -> Option<Receiver> {
+    /// The receiver of a channel, once. None if it has come before, or counts another number of channels.
+    pub(super) fn channel(&mut self, channel: Channel) -> Option<VmmReceiver> {
         if channel.count() != self.waiting.len() {
             return None;
         }
@@ -55,34 +70,45 @@ impl TwinLoad {
         let loaded = if channel.is_main() { self.loaded.take() } else { None };
         let others = self.waiting.len() - 1;
         let verified = Arc::clone(&self.verified);
-        Some(Receiver::Twin(TwinChannel { pieces: Some(pieces), loaded, others, verified }))
+        Some(VmmReceiver { pieces: Some(pieces), loaded, others, verified })
     }
 }
 
-/// One channel of what a twin takes.
+/// Takes a channel of the VMM's own state.
 #[derive(Debug)]
-pub struct TwinChannel {
-    /// Pieces on their way to the twin; none any more once all have been given.
+pub(super) struct VmmReceiver {
+    /// To the twin. None when all pieces have been given.
     pieces: Option<mpsc::Sender<Bytes>>,
-    /// Of the main one: the twin's word on the whole.
+    /// Of the main channel: the twin's answer to the whole state.
     loaded: Option<JoinHandle<Result<(), VmmError>>>,
     others: usize,
-    /// How many of the others have been verified. The whole is whole when all of them have: the main one ends after them.
+    /// How many of the other channels have been verified. The main one ends after them: then the whole state
+    /// has been verified.
     verified: Arc<watch::Sender<usize>>,
 }
 
-impl TwinChannel {
+impl Sink for DeviceReceiver {
     async fn write(&mut self, data: Bytes) -> Result<(), Failure> {
-        let failed = |why: &str| Failure::new(Reason::VmmFailed, format!("at the destination, {why}"));
-        let pieces = self.pieces.as_ref().ok_or_else(|| failed("more state came after the end of it"))?;
+        self.device.handle.write_data(data).await.map_err(|error| self.device.failure(error))
+    }
+
+    async fn finish(&mut self) -> Result<(), Failure> {
+        // The driver reports whether it accepts the whole when the device leaves RESUMING.
+        Ok(())
+    }
+}
+
+impl Sink for VmmReceiver {
+    async fn write(&mut self, data: Bytes) -> Result<(), Failure> {
+        let pieces = self.pieces.as_ref().ok_or_else(|| vmm_failed("more state came after the end of it"))?;
         if pieces.send(data).await.is_ok() {
             return Ok(());
         }
-        // The main channel tells the twin's own words.
+        // On the main channel the twin's own words are the better reason.
         if self.loaded.is_some() {
-            word(&mut self.loaded).await?;
+            twin_answer(&mut self.loaded).await?;
         }
-        Err(failed("the twin stopped taking its state before the end"))
+        Err(vmm_failed("the twin stopped taking its state before the end"))
     }
 
     async fn finish(&mut self) -> Result<(), Failure> {
@@ -92,41 +118,40 @@ impl TwinChannel {
             return Ok(());
         }
         let mut verified = self.verified.subscribe();
-        // It is told by this one itself, too, so it cannot be gone.
+        // This receiver has a sender, too, so the channel stays open.
         let _ = verified.wait_for(|verified| *verified >= self.others).await;
-        word(&mut self.loaded).await
+        twin_answer(&mut self.loaded).await
     }
 }
 
-/// The twin's word on what it was given; asked once.
-async fn word(loaded: &mut Option<JoinHandle<Result<(), VmmError>>>) -> Result<(), Failure> {
-    let failed = |why: String| Failure::new(Reason::VmmFailed, format!("at the destination, {why}"));
+/// The twin's answer to its whole state; it answers once.
+async fn twin_answer(loaded: &mut Option<JoinHandle<Result<(), VmmError>>>) -> Result<(), Failure> {
     match loaded.take() {
         Some(task) => match task.await {
             Ok(Ok(())) => Ok(()),
-            Ok(Err(error)) => Err(of_twin(&error)),
-            Err(error) => Err(failed(format!("loading the twin ended early: {error}"))),
+            Ok(Err(error)) => Err(twin_failure(&error)),
+            Err(error) => Err(vmm_failed(format_args!("loading the twin ended early: {error}"))),
         },
-        None => Err(failed("the twin has already refused its state".to_owned())),
+        None => Err(vmm_failed("the twin has already refused its state")),
     }
 }
 
-impl Sink for Receiver {
+fn vmm_failed(why: impl Display) -> Failure {
+    Failure::new(Reason::VmmFailed, format!("at the destination, {why}"))
+}
+
+impl Sink for BlobReceiver {
     async fn write(&mut self, data: Bytes) -> Result<(), Failure> {
         match self {
-            Receiver::Device(device) => device
-                .write_data(data)
-                .await
-                .map_err(|error| Failure::new(Reason::DeviceFailed, format!("at the destination, {error}"))),
-            Receiver::Twin(channel) => channel.write(data).await,
+            Self::Device(receiver) => receiver.write(data).await,
+            Self::Vmm(receiver) => receiver.write(data).await,
         }
     }
 
     async fn finish(&mut self) -> Result<(), Failure> {
         match self {
-            // The driver says whether it takes the whole when the device leaves RESUMING.
-            Receiver::Device(_) => Ok(()),
-            Receiver::Twin(channel) => channel.finish().await,
+            Self::Device(receiver) => receiver.finish().await,
+            Self::Vmm(receiver) => receiver.finish().await,
         }
     }
 }
@@ -139,9 +164,9 @@ mod tests {
     use crate::vmm::fake::{FakeVmm, SharedLog};
 
     /// The receivers of a load of three channels, the main one first, and the twin.
-    fn load() -> (Vec<Receiver>, Arc<FakeVmm>) {
+    fn load() -> (Vec<VmmReceiver>, Arc<FakeVmm>) {
         let twin = Arc::new(FakeVmm::incoming("twin", SharedLog::default()));
-        let mut load = TwinLoad::begin(Arc::clone(&twin) as Arc<dyn Vmm>, 3);
+        let mut load = VmmLoad::begin(Arc::clone(&twin) as Arc<dyn Vmm>, 3);
         let receivers = Channel::all(2).map(|channel| load.channel(channel).unwrap()).collect();
         assert!(Channel::all(2).all(|channel| load.channel(channel).is_none()), "each comes once");
         assert!(Channel::all(3).all(|channel| load.channel(channel).is_none()), "there are three");
@@ -149,7 +174,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_whole_has_come_when_each_channel_has_been_verified_and_no_sooner() {
+    async fn the_state_is_whole_when_each_channel_has_been_verified_and_no_sooner() {
         let (mut receivers, twin) = load();
         for (receiver, piece) in receivers.iter_mut().zip(["ma", "on", "e"]) {
             receiver.write(Bytes::from_static(piece.as_bytes())).await.unwrap();
@@ -169,7 +194,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_channel_that_breaks_off_does_not_let_the_whole_pass_for_whole() {
+    async fn a_state_with_a_broken_channel_never_counts_as_whole() {
         let (mut receivers, _twin) = load();
         let broken = receivers.pop().unwrap();
         receivers.pop().unwrap().finish().await.unwrap();

@@ -1,4 +1,4 @@
-//! What a migration took, on the source's clock. Pure.
+//! How long the parts of a migration took, on the source's clock. Pure.
 
 use slackwater_proto::node::{Phase, Timings};
 
@@ -20,7 +20,8 @@ impl Marks {
         }
     }
 
-    /// What it took, if it ends now. A part that was never reached is 0; a blackout that has not ended lasts until now.
+    /// What it took, if it ends now. A part that was never reached is 0; a blackout that has not ended lasts
+    /// until now.
     pub(super) fn timings(&self, now_ns: u64) -> Timings {
         let between = |from: Option<u64>, to: Option<u64>| match (from, to) {
             (Some(from), Some(to)) => to.saturating_sub(from),

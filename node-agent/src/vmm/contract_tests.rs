@@ -99,7 +99,7 @@ async fn a_vmm_that_ends_is_lost_and_not_mistaken_for_one_that_refuses() {
     assert!(matches!(error, VmmError::Lost { call: "describe", .. }), "{error:?}");
     let error = ContractVmm::connect(&socket, Deadlines::default()).await.unwrap_err().to_string();
     let expected = format!(
-        "the VMM cannot be reached: cannot connect to the socket {}: nobody listens on it (its process has ended)",
+        "the VMM cannot be reached: cannot connect to the socket {}: no process listens on it (it has ended)",
         socket.display()
     );
     assert_eq!(error, expected);

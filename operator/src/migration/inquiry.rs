@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use slackwater_handover::Word;
-use slackwater_handover::resolver::{Decision, DoubtReason, Effect, End, Event, Heard, Resolver, Settlement};
+use slackwater_handover::resolver::{
+    Answer, Decision, DoubtReason, Effect, End, Event, Resolver, Settlement,
+};
 use tokio::time::Instant;
 
 use super::journals::{ask, node_of, relay};
@@ -25,8 +27,8 @@ const SHOW_UNREACHABLE_AFTER: Duration = Duration::from_secs(15);
 /// What both ends answered.
 #[derive(Debug)]
 pub(super) struct Round {
-    pub(super) source: Heard,
-    pub(super) target: Heard,
+    pub(super) source: Answer,
+    pub(super) target: Answer,
 }
 
 /// One end's record, on its way to the other end.
@@ -85,7 +87,7 @@ impl Inquiry {
 
     /// The source is known to have begun, and perhaps to have committed.
     pub(super) fn source_began(&mut self, committed: bool) {
-        self.take_in(Event::SourceTold { committed });
+        self.take_in(Event::SourceReported { committed });
     }
 
     /// An administrator has decided.
@@ -128,14 +130,14 @@ impl Inquiry {
     pub(super) fn judge(&mut self, round: Round) -> Option<Settlement> {
         let mut settled = None;
         let source = match round.source {
-            Heard::Says(word) => Event::SourceSays(word),
-            Heard::Silent(why) => Event::SourceSilent(why),
-            Heard::Unreadable(why) => Event::SourceUnreadable(why),
+            Answer::Says(word) => Event::SourceSays(word),
+            Answer::Silent(why) => Event::SourceSilent(why),
+            Answer::Unreadable(why) => Event::SourceUnreadable(why),
         };
         let target = match round.target {
-            Heard::Says(word) => Event::TargetSays(word),
-            Heard::Silent(why) => Event::TargetSilent(why),
-            Heard::Unreadable(why) => Event::TargetUnreadable(why),
+            Answer::Says(word) => Event::TargetSays(word),
+            Answer::Silent(why) => Event::TargetSilent(why),
+            Answer::Unreadable(why) => Event::TargetUnreadable(why),
         };
         self.source_doubt_is_newer = false;
         for event in [source, target] {
@@ -143,8 +145,8 @@ impl Inquiry {
             self.resolver = resolver;
             for effect in effects {
                 match effect {
-                    Effect::TellSource(word) => self.relays.push(Relay { to: End::Source, word }),
-                    Effect::TellTarget(word) => self.relays.push(Relay { to: End::Destination, word }),
+                    Effect::RelayToSource(word) => self.relays.push(Relay { to: End::Source, word }),
+                    Effect::RelayToTarget(word) => self.relays.push(Relay { to: End::Destination, word }),
                     Effect::Doubt { why, .. } => self.why = why,
                     Effect::NoDoubt => self.hurry(),
                     Effect::Settled(how) => settled = Some(how),

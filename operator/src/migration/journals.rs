@@ -1,6 +1,6 @@
 //! What the two ends have journalled: asking one, and relaying one's record to the other.
 
-use slackwater_handover::resolver::{End, Heard};
+use slackwater_handover::resolver::{Answer, End};
 use slackwater_handover::{Record, Word};
 use slackwater_proto::node::JournalState;
 
@@ -8,22 +8,22 @@ use super::request::Accepted;
 use crate::fleet::{CallError, Fleet};
 
 /// Asks an end what it has journalled.
-pub(super) async fn ask(fleet: &Fleet, accepted: &Accepted, end: End) -> Heard {
+pub(super) async fn ask(fleet: &Fleet, accepted: &Accepted, end: End) -> Answer {
     match fleet.resolve(node_of(accepted, end), accepted.resolve(None)).await {
         Ok(state) => {
-            Word::try_from(&state).map_or_else(|unknown| Heard::Silent(unknown.to_string()), Heard::Says)
+            Word::try_from(&state).map_or_else(|unknown| Answer::Silent(unknown.to_string()), Answer::Says)
         }
         // The one state that forbids an answer.
-        Err(error) if error.is_precondition() => Heard::Unreadable(error.to_string()),
-        Err(error) => Heard::Silent(error.to_string()),
+        Err(error) if error.is_precondition() => Answer::Unreadable(error.to_string()),
+        Err(error) => Answer::Silent(error.to_string()),
     }
 }
 
 /// The last record of an end, if it can be asked.
 pub(super) async fn record_at(fleet: &Fleet, accepted: &Accepted, end: End) -> Option<Record> {
     match ask(fleet, accepted, end).await {
-        Heard::Says(word) => word.record,
-        Heard::Silent(_) | Heard::Unreadable(_) => None,
+        Answer::Says(word) => word.record,
+        Answer::Silent(_) | Answer::Unreadable(_) => None,
     }
 }
 

@@ -1,6 +1,6 @@
 //! The table of [`super`], as code.
 
-use super::{Decision, DoubtReason, Effect, End, Heard, Journal, Resolver, Settlement, Unfit};
+use super::{Answer, Decision, DoubtReason, Effect, End, Journal, Resolver, Settlement, Unfit};
 use crate::{Reason, Record, Word};
 
 /// What a pair of words amounts to.
@@ -17,12 +17,12 @@ impl Verdict {
         Self::default()
     }
 
-    fn tell_source(word: &Word) -> Self {
-        Self { relay: Some(Effect::TellSource(word.clone())), ..Self::default() }
+    fn relay_to_source(word: &Word) -> Self {
+        Self { relay: Some(Effect::RelayToSource(word.clone())), ..Self::default() }
     }
 
-    fn tell_target(word: &Word) -> Self {
-        Self { relay: Some(Effect::TellTarget(word.clone())), ..Self::default() }
+    fn relay_to_target(word: &Word) -> Self {
+        Self { relay: Some(Effect::RelayToTarget(word.clone())), ..Self::default() }
     }
 
     /// It does not go on.
@@ -38,7 +38,7 @@ impl Verdict {
 
 impl Resolver {
     /// Judges a whole round.
-    pub(super) fn judge(mut self, source: &Heard, target: &Heard) -> (Self, Vec<Effect>) {
+    pub(super) fn judge(mut self, source: &Answer, target: &Answer) -> (Self, Vec<Effect>) {
         let verdict = self.verdict(source, target);
         let mut effects = Vec::new();
         if self.doubt.is_some() && verdict.doubt.is_none() {
@@ -52,7 +52,7 @@ impl Resolver {
         (self, effects)
     }
 
-    fn verdict(&self, source: &Heard, target: &Heard) -> Verdict {
+    fn verdict(&self, source: &Answer, target: &Answer) -> Verdict {
         if self.decided_for(End::Destination)
             && target.journal() == Journal::At(Record::Running)
             && is_gone(source)
@@ -60,9 +60,9 @@ impl Resolver {
             return Verdict::settled(Settlement::RunsAtDestination);
         }
         let word = match source {
-            Heard::Silent(why) => return self.silent(why, target),
-            Heard::Unreadable(why) => return Verdict::doubt(DoubtReason::SourceJournalUnreadable, why),
-            Heard::Says(word) => word,
+            Answer::Silent(why) => return self.silent(why, target),
+            Answer::Unreadable(why) => return Verdict::doubt(DoubtReason::SourceJournalUnreadable, why),
+            Answer::Says(word) => word,
         };
         match word.record {
             None => self.without_record(target),
@@ -79,18 +79,18 @@ impl Resolver {
     }
 
     /// The source has committed, and waits for the destination.
-    fn committed(&self, source: &Word, target: &Heard) -> Verdict {
+    fn committed(&self, source: &Word, target: &Answer) -> Verdict {
         let word = match target {
-            Heard::Silent(why) => return Verdict::doubt(DoubtReason::TargetUnreachable, why),
-            Heard::Unreadable(why) => return Verdict::doubt(DoubtReason::TargetJournalUnreadable, why),
-            Heard::Says(word) => word,
+            Answer::Silent(why) => return Verdict::doubt(DoubtReason::TargetUnreachable, why),
+            Answer::Unreadable(why) => return Verdict::doubt(DoubtReason::TargetJournalUnreadable, why),
+            Answer::Says(word) => word,
         };
         match word.record {
-            Some(Record::Running | Record::Discarded) => Verdict::tell_source(word),
-            Some(Record::Starting) if word.ended => Verdict::tell_source(word),
+            Some(Record::Running | Record::Discarded) => Verdict::relay_to_source(word),
+            Some(Record::Starting) if word.ended => Verdict::relay_to_source(word),
             // See `stated`.
             Some(Record::Loaded) if self.decided_for(End::Source) => Verdict::wait(),
-            Some(Record::Loaded) => Verdict::tell_target(source),
+            Some(Record::Loaded) => Verdict::relay_to_target(source),
             None => Verdict::doubt(DoubtReason::TargetForgot, ""),
             // RESERVED is a word from before LOADED that was long on its way; the others are no
             // destination's.
@@ -103,13 +103,13 @@ impl Resolver {
     }
 
     /// The source has nothing journalled.
-    fn without_record(&self, target: &Heard) -> Verdict {
+    fn without_record(&self, target: &Answer) -> Verdict {
         let forgot = |why: &str| Verdict::doubt(DoubtReason::SourceForgot, why);
         let word = match target {
-            Heard::Silent(why) | Heard::Unreadable(why) if self.began => return forgot(why),
+            Answer::Silent(why) | Answer::Unreadable(why) if self.began => return forgot(why),
             // It may wait there, fully loaded.
-            Heard::Silent(_) | Heard::Unreadable(_) => return Verdict::wait(),
-            Heard::Says(word) => word,
+            Answer::Silent(_) | Answer::Unreadable(_) => return Verdict::wait(),
+            Answer::Says(word) => word,
         };
         match word.record {
             Some(Record::Running) => Verdict::settled(Settlement::RunsAtDestination),
@@ -122,23 +122,23 @@ impl Resolver {
     }
 
     /// The source cannot be asked.
-    fn silent(&self, why: &str, target: &Heard) -> Verdict {
+    fn silent(&self, why: &str, target: &Answer) -> Verdict {
         match target {
-            Heard::Says(word) => match word.record {
+            Answer::Says(word) => match word.record {
                 Some(Record::Loaded) => Verdict::doubt(DoubtReason::SourceUnreachable, why),
                 None if self.committed => Verdict::doubt(DoubtReason::TargetForgot, why),
                 // It has started, or never will, and the source hears of it when it is back; or it has not
                 // come that far.
                 _ => Verdict::wait(),
             },
-            Heard::Unreadable(other) if self.committed => {
+            Answer::Unreadable(other) if self.committed => {
                 Verdict::doubt(DoubtReason::TargetJournalUnreadable, &format!("{other}; {why}"))
             }
-            Heard::Silent(other) if self.committed => {
+            Answer::Silent(other) if self.committed => {
                 Verdict::doubt(DoubtReason::AgentsUnreachable, &format!("{why}; {other}"))
             }
             // Before the commit the source goes on, or gives up, alone.
-            Heard::Silent(_) | Heard::Unreadable(_) => Verdict::wait(),
+            Answer::Silent(_) | Answer::Unreadable(_) => Verdict::wait(),
         }
     }
 
@@ -147,14 +147,18 @@ impl Resolver {
         let Decision { run_on, justification } = self.decision.clone()?;
         let stated = |record| Word { stated_because: Some(justification), ..Word::at(record) };
         match run_on {
-            End::Source if self.doubt.is_some() && source_may_be_told(source, target).is_ok() => {
-                Some(Effect::TellSource(stated(Record::Discarded)))
+            End::Source if self.doubt.is_some() && source_may_be_sent_discarded(source, target).is_ok() => {
+                Some(Effect::RelayToSource(stated(Record::Discarded)))
             }
             // DISCARDED may be on its way to the source already. What the destination journals upon this
             // decides.
-            End::Source if waits_at_both(source, target) => Some(Effect::TellTarget(stated(Record::Aborted))),
-            End::Destination if self.doubt.is_some() && target_may_be_told(source, target).is_ok() => {
-                Some(Effect::TellTarget(stated(Record::Committed)))
+            End::Source if waits_at_both(source, target) => {
+                Some(Effect::RelayToTarget(stated(Record::Aborted)))
+            }
+            End::Destination
+                if self.doubt.is_some() && target_may_be_sent_committed(source, target).is_ok() =>
+            {
+                Some(Effect::RelayToTarget(stated(Record::Committed)))
             }
             End::Source | End::Destination => None,
         }
@@ -163,25 +167,27 @@ impl Resolver {
 
 /// The source cannot be asked, or has nothing journalled, or has found that its VMM was gone when it came
 /// back: as an administrator had stated who let the destination start the VM.
-fn is_gone(source: &Heard) -> bool {
+fn is_gone(source: &Answer) -> bool {
     match source {
-        Heard::Silent(_) => true,
-        Heard::Says(word) => match word.record {
+        Answer::Silent(_) => true,
+        Answer::Says(word) => match word.record {
             None => true,
             Some(Record::Aborted) => {
                 word.failure.as_ref().is_some_and(|failure| failure.reason == Reason::VmmExited)
             }
             _ => false,
         },
-        Heard::Unreadable(_) => false,
+        Answer::Unreadable(_) => false,
     }
 }
 
 /// The source has given the migration up.
-fn aborted(source: &Word, target: &Heard) -> Verdict {
+fn aborted(source: &Word, target: &Answer) -> Verdict {
     let settled = source.ended.then(|| Settlement::GivenUp(source.failure.clone()));
     match target.journal() {
-        Journal::At(Record::Reserved | Record::Loaded) => Verdict { settled, ..Verdict::tell_target(source) },
+        Journal::At(Record::Reserved | Record::Loaded) => {
+            Verdict { settled, ..Verdict::relay_to_target(source) }
+        }
         Journal::At(Record::Starting | Record::Running) => Verdict::doubt(DoubtReason::Forked, ""),
         _ => Verdict { settled, ..Verdict::wait() },
     }
@@ -192,27 +198,27 @@ fn waits_at_both(source: Journal, target: Journal) -> bool {
 }
 
 /// DISCARDED may be stated to the source: it waits for the destination's word, and there is none to be had.
-pub(super) fn source_may_be_told(source: Journal, target: Journal) -> Result<(), Unfit> {
+pub(super) fn source_may_be_sent_discarded(source: Journal, target: Journal) -> Result<(), Unfit> {
     match target {
         Journal::At(Record::Starting | Record::Running) => return Err(Unfit::Started),
         Journal::Empty | Journal::NotRead => {}
         Journal::At(_) => return Err(Unfit::OtherAnswers(End::Destination)),
     }
     match source {
-        Journal::NotRead => Err(Unfit::CannotBeTold(End::Source)),
+        Journal::NotRead => Err(Unfit::CannotBeReached(End::Source)),
         Journal::At(Record::Committed) => Ok(()),
         Journal::Empty | Journal::At(_) => Err(Unfit::DoesNotWait(End::Source)),
     }
 }
 
 /// COMMITTED may be stated to the destination: it waits for the source's word, and there is none to be had.
-pub(super) fn target_may_be_told(source: Journal, target: Journal) -> Result<(), Unfit> {
+pub(super) fn target_may_be_sent_committed(source: Journal, target: Journal) -> Result<(), Unfit> {
     match source {
         Journal::Empty | Journal::NotRead => {}
         Journal::At(_) => return Err(Unfit::OtherAnswers(End::Source)),
     }
     match target {
-        Journal::NotRead => Err(Unfit::CannotBeTold(End::Destination)),
+        Journal::NotRead => Err(Unfit::CannotBeReached(End::Destination)),
         Journal::At(Record::Loaded) => Ok(()),
         Journal::At(Record::Starting | Record::Running) => Err(Unfit::Started),
         Journal::Empty | Journal::At(_) => Err(Unfit::DoesNotWait(End::Destination)),

@@ -61,7 +61,7 @@ pub struct Decision {
 pub enum Event {
     /// The source has reported that it began, or has committed: on its stream of events, or to the operator
     /// before a restart.
-    SourceTold {
+    SourceReported {
         /// It has passed its point of no return.
         committed: bool,
     },
@@ -137,9 +137,9 @@ pub enum Settlement {
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Effect {
     /// Relay this to the source, as the destination's word.
-    TellSource(Word),
+    RelayToSource(Word),
     /// Relay this to the destination, as the source's word.
-    TellTarget(Word),
+    RelayToTarget(Word),
     /// It is in doubt now, or for another reason, or still for the same with other words.
     Doubt {
         /// Why.
@@ -159,7 +159,7 @@ pub enum Unfit {
     /// Nothing is in doubt.
     NotInDoubt,
     /// The end that would have to act cannot be reached.
-    CannotBeTold(End),
+    CannotBeReached(End),
     /// The end that would have to act does not wait for anybody's word.
     DoesNotWait(End),
     /// The other end can be asked, and has a record: its own word decides.
@@ -170,7 +170,7 @@ pub enum Unfit {
 
 /// What one end answered in a round.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum Heard {
+pub enum Answer {
     /// Its word.
     Says(Word),
     /// It cannot be asked, and why.
@@ -179,7 +179,7 @@ pub enum Heard {
     Unreadable(String),
 }
 
-impl Heard {
+impl Answer {
     fn journal(&self) -> Journal {
         match self {
             Self::Says(word) => word.record.map_or(Journal::Empty, Journal::At),
@@ -203,8 +203,8 @@ enum Journal {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub struct Resolver {
     /// Of this round, not judged yet.
-    source: Option<Heard>,
-    target: Option<Heard>,
+    source: Option<Answer>,
+    target: Option<Answer>,
     /// The pair that was judged last.
     judged: Option<(Journal, Journal)>,
     /// The source is known to have begun, from all answers so far.
@@ -220,20 +220,20 @@ impl Resolver {
     #[must_use]
     pub fn step(mut self, event: Event) -> (Self, Vec<Effect>) {
         match event {
-            Event::SourceTold { committed } => {
+            Event::SourceReported { committed } => {
                 self.began = true;
                 self.committed |= committed;
             }
             Event::SourceSays(word) => {
                 self.began |= word.record.is_some();
                 self.committed |= matches!(word.record, Some(Record::Committed | Record::Released));
-                self.source = Some(Heard::Says(word));
+                self.source = Some(Answer::Says(word));
             }
-            Event::SourceSilent(why) => self.source = Some(Heard::Silent(why)),
-            Event::SourceUnreadable(why) => self.source = Some(Heard::Unreadable(why)),
-            Event::TargetSays(word) => self.target = Some(Heard::Says(word)),
-            Event::TargetSilent(why) => self.target = Some(Heard::Silent(why)),
-            Event::TargetUnreadable(why) => self.target = Some(Heard::Unreadable(why)),
+            Event::SourceSilent(why) => self.source = Some(Answer::Silent(why)),
+            Event::SourceUnreadable(why) => self.source = Some(Answer::Unreadable(why)),
+            Event::TargetSays(word) => self.target = Some(Answer::Says(word)),
+            Event::TargetSilent(why) => self.target = Some(Answer::Silent(why)),
+            Event::TargetUnreadable(why) => self.target = Some(Answer::Unreadable(why)),
             Event::Decided(decision) => self.decision = Some(decision),
         }
         match (self.source.take(), self.target.take()) {
@@ -276,8 +276,8 @@ impl Resolver {
             return Err(Unfit::NotInDoubt);
         };
         match run_on {
-            End::Source => judge::source_may_be_told(source, target),
-            End::Destination => judge::target_may_be_told(source, target),
+            End::Source => judge::source_may_be_sent_discarded(source, target),
+            End::Destination => judge::target_may_be_sent_committed(source, target),
         }
     }
 }

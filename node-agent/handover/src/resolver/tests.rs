@@ -13,12 +13,12 @@ const TARGET: [Option<Record>; 6] = [
 ];
 
 /// All that an end can answer, and its silence.
-fn all_of(records: &[Option<Record>]) -> Vec<Heard> {
-    let mut all = vec![Heard::Silent("unreachable".into()), Heard::Unreadable("bad CRC".into())];
+fn all_of(records: &[Option<Record>]) -> Vec<Answer> {
+    let mut all = vec![Answer::Silent("unreachable".into()), Answer::Unreadable("bad CRC".into())];
     for record in records {
         for ended in [false, true] {
             for failure in [None, Some(Failure::new(Reason::TargetFailed, "x"))] {
-                all.push(Heard::Says(Word { record: *record, ended, failure, stated_because: None }));
+                all.push(Answer::Says(Word { record: *record, ended, failure, stated_because: None }));
             }
         }
     }
@@ -29,19 +29,19 @@ fn journal(record: Option<Record>) -> Journal {
     record.map_or(Journal::Empty, Journal::At)
 }
 
-fn source(heard: &Heard) -> Event {
+fn source(heard: &Answer) -> Event {
     match heard.clone() {
-        Heard::Says(word) => Event::SourceSays(word),
-        Heard::Silent(why) => Event::SourceSilent(why),
-        Heard::Unreadable(why) => Event::SourceUnreadable(why),
+        Answer::Says(word) => Event::SourceSays(word),
+        Answer::Silent(why) => Event::SourceSilent(why),
+        Answer::Unreadable(why) => Event::SourceUnreadable(why),
     }
 }
 
-fn target(heard: &Heard) -> Event {
+fn target(heard: &Answer) -> Event {
     match heard.clone() {
-        Heard::Says(word) => Event::TargetSays(word),
-        Heard::Silent(why) => Event::TargetSilent(why),
-        Heard::Unreadable(why) => Event::TargetUnreadable(why),
+        Answer::Says(word) => Event::TargetSays(word),
+        Answer::Silent(why) => Event::TargetSilent(why),
+        Answer::Unreadable(why) => Event::TargetUnreadable(why),
     }
 }
 
@@ -57,24 +57,24 @@ fn steps(resolver: Resolver, events: impl IntoIterator<Item = Event>) -> (Resolv
     })
 }
 
-fn round(resolver: Resolver, s: &Heard, d: &Heard) -> (Resolver, Vec<Effect>) {
+fn round(resolver: Resolver, s: &Answer, d: &Answer) -> (Resolver, Vec<Effect>) {
     steps(resolver, [source(s), target(d)])
 }
 
-fn says(record: Record) -> Heard {
-    Heard::Says(Word::at(record))
+fn says(record: Record) -> Answer {
+    Answer::Says(Word::at(record))
 }
 
-fn nothing() -> Heard {
-    Heard::Says(Word::without_record())
+fn nothing() -> Answer {
+    Answer::Says(Word::without_record())
 }
 
-fn silent() -> Heard {
-    Heard::Silent("no route".into())
+fn silent() -> Answer {
+    Answer::Silent("no route".into())
 }
 
-fn ended(record: Record) -> Heard {
-    Heard::Says(Word { ended: true, ..Word::at(record) })
+fn ended(record: Record) -> Answer {
+    Answer::Says(Word { ended: true, ..Word::at(record) })
 }
 
 fn doubt(reason: DoubtReason) -> Effect {
@@ -93,7 +93,8 @@ fn reachable() -> Vec<Resolver> {
     let mut seen = std::collections::HashSet::from([Resolver::default()]);
     for _ in 0..2 {
         for resolver in seen.clone() {
-            let told = [Event::SourceTold { committed: false }, Event::SourceTold { committed: true }];
+            let told =
+                [Event::SourceReported { committed: false }, Event::SourceReported { committed: true }];
             let before = [decided(End::Source), decided(End::Destination)].into_iter().chain(told);
             seen.extend(before.map(|event| resolver.clone().step(event).0));
             for (s, d) in sources.iter().flat_map(|s| targets.iter().map(move |d| (s, d))) {
@@ -115,18 +116,18 @@ fn whatever_was_heard_before_only_a_fresh_word_or_a_decision_is_ever_relayed() {
             let case = format!("{resolver:?}: {s:?}, {d:?}: {effects:?}");
             for effect in &effects {
                 match effect {
-                    Effect::TellTarget(Word { stated_because: None, record, .. }) => {
+                    Effect::RelayToTarget(Word { stated_because: None, record, .. }) => {
                         assert_eq!(s.journal(), journal(*record), "{case}");
                         assert!(matches!(record, Some(Record::Committed | Record::Aborted)), "{case}");
                     }
-                    Effect::TellSource(Word { stated_because: None, record, .. }) => {
+                    Effect::RelayToSource(Word { stated_because: None, record, .. }) => {
                         assert_eq!(
                             (s.journal(), d.journal()),
                             (Journal::At(Record::Committed), journal(*record)),
                             "{case}"
                         );
                     }
-                    Effect::TellSource(Word { stated_because: Some(_), record, .. }) => {
+                    Effect::RelayToSource(Word { stated_because: Some(_), record, .. }) => {
                         assert_eq!(
                             (*record, s.journal()),
                             (Some(Record::Discarded), Journal::At(Record::Committed)),
@@ -135,7 +136,7 @@ fn whatever_was_heard_before_only_a_fresh_word_or_a_decision_is_ever_relayed() {
                         assert!(matches!(d.journal(), Journal::NotRead | Journal::Empty), "{case}");
                         assert!(after.decided_for_source() && after.doubt().is_some(), "{case}");
                     }
-                    Effect::TellTarget(Word {
+                    Effect::RelayToTarget(Word {
                         stated_because: Some(_),
                         record: Some(Record::Committed),
                         ..
@@ -144,7 +145,7 @@ fn whatever_was_heard_before_only_a_fresh_word_or_a_decision_is_ever_relayed() {
                         assert!(matches!(s.journal(), Journal::NotRead | Journal::Empty), "{case}");
                         assert!(!after.decided_for_source() && after.doubt().is_some(), "{case}");
                     }
-                    Effect::TellTarget(Word { stated_because: Some(_), record, .. }) => {
+                    Effect::RelayToTarget(Word { stated_because: Some(_), record, .. }) => {
                         assert_eq!(*record, Some(Record::Aborted), "{case}");
                         assert_eq!(
                             (s.journal(), d.journal()),
@@ -156,7 +157,8 @@ fn whatever_was_heard_before_only_a_fresh_word_or_a_decision_is_ever_relayed() {
                     Effect::Doubt { .. } | Effect::NoDoubt | Effect::Settled(_) => {}
                 }
             }
-            let told = |effect: &&Effect| matches!(effect, Effect::TellSource(_) | Effect::TellTarget(_));
+            let told =
+                |effect: &&Effect| matches!(effect, Effect::RelayToSource(_) | Effect::RelayToTarget(_));
             assert!(effects.iter().filter(told).count() <= 1, "{case}");
             let settled = effects.iter().any(|effect| matches!(effect, Effect::Settled(_)));
             assert!(!(settled && after.doubt().is_some()), "{case}");
@@ -177,29 +179,29 @@ impl Resolver {
 #[test]
 fn the_table_holds() {
     use DoubtReason::*;
-    let tell_source = |heard: &Heard| {
-        let Heard::Says(word) = heard else { panic!("{heard:?}") };
-        vec![Effect::TellSource(word.clone())]
+    let relay_to_source = |heard: &Answer| {
+        let Answer::Says(word) = heard else { panic!("{heard:?}") };
+        vec![Effect::RelayToSource(word.clone())]
     };
-    let tell_target = |record| vec![Effect::TellTarget(Word::at(record))];
+    let relay_to_target = |record| vec![Effect::RelayToTarget(Word::at(record))];
     let lost = Word {
         ended: true,
         failure: Some(Failure::new(Reason::TwinFailed, "it is gone")),
         ..Word::at(Record::Starting)
     };
-    let lost = Heard::Says(lost);
+    let lost = Answer::Says(lost);
     let expected = [
-        (says(Record::Committed), says(Record::Running), tell_source(&says(Record::Running))),
-        (says(Record::Committed), ended(Record::Running), tell_source(&ended(Record::Running))),
-        (says(Record::Committed), says(Record::Discarded), tell_source(&says(Record::Discarded))),
-        (says(Record::Committed), lost.clone(), tell_source(&lost)),
+        (says(Record::Committed), says(Record::Running), relay_to_source(&says(Record::Running))),
+        (says(Record::Committed), ended(Record::Running), relay_to_source(&ended(Record::Running))),
+        (says(Record::Committed), says(Record::Discarded), relay_to_source(&says(Record::Discarded))),
+        (says(Record::Committed), lost.clone(), relay_to_source(&lost)),
         (says(Record::Committed), says(Record::Starting), vec![]),
         (says(Record::Committed), says(Record::Reserved), vec![]),
-        (says(Record::Committed), says(Record::Loaded), tell_target(Record::Committed)),
+        (says(Record::Committed), says(Record::Loaded), relay_to_target(Record::Committed)),
         (says(Record::Committed), silent(), vec![doubt(TargetUnreachable)]),
         (says(Record::Committed), nothing(), vec![doubt(TargetForgot)]),
-        (says(Record::Aborted), says(Record::Reserved), tell_target(Record::Aborted)),
-        (says(Record::Aborted), says(Record::Loaded), tell_target(Record::Aborted)),
+        (says(Record::Aborted), says(Record::Reserved), relay_to_target(Record::Aborted)),
+        (says(Record::Aborted), says(Record::Loaded), relay_to_target(Record::Aborted)),
         (says(Record::Aborted), says(Record::Starting), vec![doubt(Forked)]),
         (ended(Record::Aborted), says(Record::Running), vec![doubt(Forked)]),
         (says(Record::Aborted), says(Record::Discarded), vec![]),
@@ -229,7 +231,7 @@ fn the_table_holds() {
 fn a_source_that_gave_it_up_and_is_done_is_settled_and_the_destination_hears_of_it() {
     let (_, effects) = round(Resolver::default(), &ended(Record::Aborted), &says(Record::Loaded));
     let said = Word { ended: true, ..Word::at(Record::Aborted) };
-    assert_eq!(effects, [Effect::TellTarget(said), Effect::Settled(Settlement::GivenUp(None))]);
+    assert_eq!(effects, [Effect::RelayToTarget(said), Effect::Settled(Settlement::GivenUp(None))]);
 }
 
 #[test]
@@ -240,13 +242,13 @@ fn nothing_is_decided_by_a_word_of_an_earlier_round() {
     assert_eq!(effects, []);
     // Meanwhile it has been resolved otherwise.
     let (_, effects) = resolver.step(Event::SourceSays(Word::at(Record::Aborted)));
-    assert_eq!(effects, [Effect::NoDoubt, Effect::TellTarget(Word::at(Record::Aborted))]);
+    assert_eq!(effects, [Effect::NoDoubt, Effect::RelayToTarget(Word::at(Record::Aborted))]);
 }
 
 #[test]
-fn a_journal_that_cannot_be_read_is_a_doubt_wherever_somebody_waits_for_it() {
-    let unreadable = || Heard::Unreadable("1.journal: bad CRC".into());
-    let doubt = |s: &Heard, d: &Heard| {
+fn a_journal_that_cannot_be_read_is_a_doubt_where_an_end_waits_for_it() {
+    let unreadable = || Answer::Unreadable("1.journal: bad CRC".into());
+    let doubt = |s: &Answer, d: &Answer| {
         let (resolver, effects) = round(Resolver::default(), s, d);
         if resolver.doubt().is_some() {
             let [Effect::Doubt { why, .. }] = &effects[..] else { panic!("{effects:?}") };
@@ -267,7 +269,7 @@ fn a_journal_that_cannot_be_read_is_a_doubt_wherever_somebody_waits_for_it() {
 
 #[test]
 fn what_has_started_is_said_to_have_started() {
-    let unreadable = Heard::Unreadable("bad CRC".into());
+    let unreadable = Answer::Unreadable("bad CRC".into());
     for record in [Record::Starting, Record::Running] {
         let (resolver, _) = round(Resolver::default(), &unreadable, &says(record));
         assert_eq!(resolver.fits(End::Source), Err(Unfit::Started));
@@ -287,7 +289,7 @@ fn a_doubt_that_clears_says_so_once() {
 #[test]
 fn a_source_that_had_begun_and_has_no_record_has_forgotten_it() {
     for (told, d) in [(false, nothing()), (false, silent()), (true, says(Record::Reserved))] {
-        let began = Resolver::default().step(Event::SourceTold { committed: told }).0;
+        let began = Resolver::default().step(Event::SourceReported { committed: told }).0;
         let (resolver, _) = round(began, &nothing(), &d);
         assert_eq!(resolver.doubt(), Some(DoubtReason::SourceForgot), "{d:?}");
     }
@@ -302,11 +304,11 @@ fn a_source_that_had_begun_and_has_no_record_has_forgotten_it() {
 #[test]
 fn when_neither_can_be_asked_it_is_in_doubt_only_after_the_commit() {
     assert_eq!(round(Resolver::default(), &silent(), &silent()).0.doubt(), None);
-    let committed = Resolver::default().step(Event::SourceTold { committed: true }).0;
+    let committed = Resolver::default().step(Event::SourceReported { committed: true }).0;
     let (resolver, effects) = round(committed, &silent(), &silent());
     assert_eq!(effects, [doubt(DoubtReason::AgentsUnreachable)]);
-    assert_eq!(resolver.fits(End::Source), Err(Unfit::CannotBeTold(End::Source)));
-    assert_eq!(resolver.fits(End::Destination), Err(Unfit::CannotBeTold(End::Destination)));
+    assert_eq!(resolver.fits(End::Source), Err(Unfit::CannotBeReached(End::Source)));
+    assert_eq!(resolver.fits(End::Destination), Err(Unfit::CannotBeReached(End::Destination)));
 }
 
 #[test]
@@ -319,7 +321,7 @@ fn a_decision_for_the_source_is_stated_to_it_in_every_round_until_it_is_heard() 
     for _ in 0..2 {
         let (next, effects) = round(resolver, &says(Record::Committed), &silent());
         let stated = Word { stated_because: Some("the node is off".into()), ..Word::at(Record::Discarded) };
-        assert_eq!(effects, [doubt(DoubtReason::TargetUnreachable), Effect::TellSource(stated)]);
+        assert_eq!(effects, [doubt(DoubtReason::TargetUnreachable), Effect::RelayToSource(stated)]);
         resolver = next;
     }
     let (_, effects) = round(resolver, &ended(Record::Aborted), &silent());
@@ -333,10 +335,10 @@ fn after_a_decision_for_the_source_a_loaded_destination_is_never_told_to_start()
     let (resolver, _) = round(resolver, &says(Record::Committed), &silent());
     let (resolver, effects) = round(resolver, &says(Record::Committed), &says(Record::Loaded));
     let stated = Word { stated_because: Some("the node is off".into()), ..Word::at(Record::Aborted) };
-    assert_eq!(effects, [Effect::NoDoubt, Effect::TellTarget(stated)]);
+    assert_eq!(effects, [Effect::NoDoubt, Effect::RelayToTarget(stated)]);
     // And what it has journalled upon that goes to the source as its own word.
     let (_, effects) = round(resolver, &says(Record::Committed), &says(Record::Discarded));
-    assert_eq!(effects, [Effect::TellSource(Word::at(Record::Discarded))]);
+    assert_eq!(effects, [Effect::RelayToSource(Word::at(Record::Discarded))]);
 }
 
 #[test]
@@ -347,15 +349,15 @@ fn a_decision_for_the_destination_needs_one_that_waits_and_a_source_that_has_not
     let (resolver, _) = resolver.step(decided(End::Destination));
     let (resolver, effects) = round(resolver, &silent(), &says(Record::Loaded));
     let stated = Word { stated_because: Some("the node is off".into()), ..Word::at(Record::Committed) };
-    assert_eq!(effects, [doubt(DoubtReason::SourceUnreachable), Effect::TellTarget(stated)]);
+    assert_eq!(effects, [doubt(DoubtReason::SourceUnreachable), Effect::RelayToTarget(stated)]);
     // The source is back, and has given it up: its word counts.
     let (_, effects) = round(resolver, &says(Record::Aborted), &says(Record::Loaded));
-    assert_eq!(effects, [Effect::NoDoubt, Effect::TellTarget(Word::at(Record::Aborted))]);
+    assert_eq!(effects, [Effect::NoDoubt, Effect::RelayToTarget(Word::at(Record::Aborted))]);
 }
 
 #[test]
 fn a_destination_that_has_started_is_never_overruled() {
-    let begun = Resolver::default().step(Event::SourceTold { committed: true }).0;
+    let begun = Resolver::default().step(Event::SourceReported { committed: true }).0;
     for d in [says(Record::Starting), says(Record::Running), ended(Record::Starting)] {
         for s in all_of(&SOURCE) {
             for run_on in [End::Source, End::Destination] {
@@ -363,7 +365,9 @@ fn a_destination_that_has_started_is_never_overruled() {
                 let (resolver, _) = resolver.step(decided(run_on));
                 let (_, effects) = round(resolver, &s, &d);
                 let stated = |effect: &Effect| match effect {
-                    Effect::TellSource(word) | Effect::TellTarget(word) => word.stated_because.is_some(),
+                    Effect::RelayToSource(word) | Effect::RelayToTarget(word) => {
+                        word.stated_because.is_some()
+                    }
                     _ => false,
                 };
                 assert!(!effects.iter().any(stated), "{s:?}, {d:?}: {effects:?}");

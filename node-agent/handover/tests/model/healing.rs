@@ -2,7 +2,7 @@
 
 use slackwater_handover::source;
 
-use crate::operator::{Deed, Statements};
+use crate::operator::{Act, Statements};
 use crate::steps::{Handover, Step};
 use crate::world::{Again, Config, LeftOver, Save, Side, World};
 
@@ -79,13 +79,13 @@ impl Handover {
         }
         next.operator.relayed.clear();
         let (source, destination) = (next.source.up, next.destination.up);
-        next.act(&self.0, Deed::BeginsAgain);
-        next.act(&self.0, Deed::AsksSource(source));
-        next.act(&self.0, Deed::AsksDestination(destination, None));
+        next.act(&self.0, Act::Restarts);
+        next.act(&self.0, Act::AsksSource(source));
+        next.act(&self.0, Act::AsksDestination(destination, None));
         let mut relays = Vec::new();
-        self.deeds(&next, &mut relays);
-        for deed in relays.into_iter().filter(|deed| matches!(deed, Deed::Relays(_))) {
-            next.act(&self.0, deed);
+        self.operator_acts(&next, &mut relays);
+        for act in relays.into_iter().filter(|act| matches!(act, Act::Relays(_))) {
+            next.act(&self.0, act);
         }
         next
     }

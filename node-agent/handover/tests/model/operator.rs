@@ -19,25 +19,25 @@ pub(crate) enum Statements {
     None,
     /// What is true: D is off and has not started the VM; S is off and has not resumed it, or has committed.
     True,
-    /// That D never started, where it can only not be asked.
+    /// That D never started, although all that is known is that it cannot be asked.
     Hasty,
-    /// That S never resumes, where it is off and nobody knows whether it has.
+    /// That S never resumes, although it is off and may have resumed before.
     Blind,
 }
 
-/// The operator. What of it outlives its process is `committed`, `decision` and `done`. Of a round that has
-/// been judged it keeps no more than that, either: what else a resolver keeps, it would learn again by the
-/// next round, as one that has begun again does.
+/// The operator. Only `committed`, `decision` and `done` outlive its process. Of a round that has been judged
+/// it keeps no more than that, either: it learns the rest of what a resolver keeps again by the next round, as
+/// one that has restarted does.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) struct Operator {
     pub resolver: Resolver,
-    /// S has been heard in this round.
+    /// S has answered in this round.
     pub heard: bool,
     /// It has shown that S has committed.
     pub committed: bool,
     /// Where an administrator wants the VM to run.
     pub decision: Option<Side>,
-    /// It has heard how it ended, and asks no more.
+    /// It knows how it ended, and asks no more.
     pub done: bool,
     /// Has been relayed, and may arrive at any time.
     pub relayed: BTreeSet<Relay>,
@@ -53,11 +53,11 @@ pub(crate) struct Relay {
     pub stated: bool,
 }
 
-/// What the operator does, or what befalls it.
+/// What the operator does, or what happens to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Deed {
-    /// S's stream of events tells that it has committed.
-    Told,
+pub(crate) enum Act {
+    /// S's stream of events reports that it has committed.
+    HearsCommit,
     /// A round: S is asked, then D; whether it answers.
     AsksSource(bool),
     /// The round is judged, and an administrator may decide by what is shown then.
@@ -65,7 +65,7 @@ pub(crate) enum Deed {
     /// Something relayed arrives.
     Relays(Relay),
     /// Another process takes over, from the status alone.
-    BeginsAgain,
+    Restarts,
 }
 
 impl Operator {
@@ -74,8 +74,8 @@ impl Operator {
         self.resolver = resolver;
         for effect in &effects {
             let (to, word) = match effect {
-                Effect::TellSource(word) => (Side::Source, word),
-                Effect::TellTarget(word) => (Side::Destination, word),
+                Effect::RelayToSource(word) => (Side::Source, word),
+                Effect::RelayToTarget(word) => (Side::Destination, word),
                 _ => continue,
             };
             let Some(record) = word.record else { continue };
@@ -90,7 +90,7 @@ impl Operator {
         self.resolver = Resolver::default();
         self.heard = false;
         if self.committed {
-            self.hear(attempt, Event::SourceTold { committed: true });
+            self.hear(attempt, Event::SourceReported { committed: true });
         }
         if let Some(run_on) = self.decision {
             let decision = Decision { run_on: end(run_on), justification: String::new() };
@@ -101,7 +101,7 @@ impl Operator {
 
 impl Handover {
     /// What the operator may do now.
-    pub(crate) fn deeds(&self, world: &World, deeds: &mut Vec<Deed>) {
+    pub(crate) fn operator_acts(&self, world: &World, acts: &mut Vec<Act>) {
         let operator = &world.operator;
         let arrives = |relay: &Relay| {
             let (attempt, over) = match relay.to {
@@ -120,25 +120,25 @@ impl Handover {
             };
             !over && Mutant::is_heard(self.0.mutant, relay.attempt, attempt)
         };
-        deeds.extend(operator.relayed.iter().copied().filter(arrives).map(Deed::Relays));
-        // While the stream is whole the two need nobody.
+        acts.extend(operator.relayed.iter().copied().filter(arrives).map(Act::Relays));
+        // While the stream is whole the two do not need the operator.
         let alone = world.stream.as_ref().is_none_or(|stream| stream.cut);
         if operator.done || !alone || world.reserved != world.attempt {
             return;
         }
-        deeds.push(Deed::Told);
+        acts.push(Act::HearsCommit);
         if !operator.heard {
-            deeds.push(Deed::AsksSource(false));
-            deeds.extend(world.source.up.then_some(Deed::AsksSource(true)));
+            acts.push(Act::AsksSource(false));
+            acts.extend(world.source.up.then_some(Act::AsksSource(true)));
             return;
         }
-        deeds.push(Deed::BeginsAgain);
+        acts.push(Act::Restarts);
         let may = [Side::Source, Side::Destination]
             .into_iter()
             .filter(|run_on| operator.decision.is_none() && self.may_be_stated(world, *run_on));
         for decides in [None].into_iter().chain(may.map(Some)) {
-            deeds.push(Deed::AsksDestination(false, decides));
-            deeds.extend(world.destination.up.then_some(Deed::AsksDestination(true, decides)));
+            acts.push(Act::AsksDestination(false, decides));
+            acts.extend(world.destination.up.then_some(Act::AsksDestination(true, decides)));
         }
     }
 
@@ -157,19 +157,19 @@ impl Handover {
 }
 
 impl World {
-    pub(crate) fn act(&mut self, config: &Config, deed: Deed) {
+    pub(crate) fn act(&mut self, config: &Config, act: Act) {
         let attempt = self.attempt;
-        match deed {
-            Deed::Told => {
+        match act {
+            Act::HearsCommit => {
                 let machine = self.source.machine.as_ref();
                 let committed =
                     |phase| matches!(phase, source::Phase::AwaitingStarted | source::Phase::Releasing);
                 if self.source.attempt == attempt && machine.is_some_and(|m| committed(m.phase())) {
                     self.operator.committed = true;
-                    self.operator.hear(attempt, Event::SourceTold { committed: true });
+                    self.operator.hear(attempt, Event::SourceReported { committed: true });
                 }
             }
-            Deed::AsksSource(answers) => {
+            Act::AsksSource(answers) => {
                 let event = if answers {
                     Event::SourceSays(answer(self.source.word(), attempt))
                 } else {
@@ -178,7 +178,7 @@ impl World {
                 self.operator.heard = true;
                 self.operator.hear(attempt, event);
             }
-            Deed::AsksDestination(answers, decides) => {
+            Act::AsksDestination(answers, decides) => {
                 let event = if answers {
                     Event::TargetSays(answer(self.destination.word(), attempt))
                 } else {
@@ -212,7 +212,7 @@ impl World {
                 }
                 self.operator.recall(attempt);
             }
-            Deed::Relays(relay) => {
+            Act::Relays(relay) => {
                 let word = Word {
                     ended: relay.ended,
                     stated_because: relay.stated.then(String::new),
@@ -223,7 +223,7 @@ impl World {
                     Side::Destination => self.destination_event(config, destination::Event::PeerSays(word)),
                 }
             }
-            Deed::BeginsAgain => self.operator.recall(attempt),
+            Act::Restarts => self.operator.recall(attempt),
         }
     }
 }

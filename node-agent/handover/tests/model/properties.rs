@@ -45,7 +45,7 @@ pub(crate) const SLACK_WATER: &str =
 pub(crate) const WAKE_TOGETHER: &str = "I4: devices wake together, and the vCPUs last";
 pub(crate) const ILLEGAL_MOVE: &str = "no device is asked for a state that it cannot reach";
 pub(crate) const ASKED_TWICE: &str = "S asks one question at a time";
-pub(crate) const SOMEBODY_RUNS: &str =
+pub(crate) const ONE_END_RUNS: &str =
     "while both VMMs live and agents and operator reach each other, exactly one runs again";
 pub(crate) const COPY_IS_USED: &str =
     "after COMMITTED, a whole copy at D runs in the end, whatever has become of S";
@@ -104,8 +104,8 @@ pub(crate) fn all() -> Vec<Property<Handover>> {
         kept!(SLACK_WATER, Rule::SlackWater),
         kept!(WAKE_TOGETHER, Rule::WakeTogether),
         kept!(ILLEGAL_MOVE, Rule::IllegalMove),
-        Property::always(SOMEBODY_RUNS, |model: &Handover, world: &World| {
-            model.when_healed(world, somebody_runs)
+        Property::always(ONE_END_RUNS, |model: &Handover, world: &World| {
+            model.when_healed(world, one_end_runs)
         }),
         Property::always(COPY_IS_USED, |model: &Handover, world: &World| {
             model.when_healed(world, copy_is_used)
@@ -166,7 +166,7 @@ fn could_not_run(world: &World) -> bool {
         || (failed_at(Side::Source) && lost(world.source.journal))
 }
 
-fn somebody_runs(world: &World) -> bool {
+fn one_end_runs(world: &World) -> bool {
     let both_live = world.source.vmm != Process::Died && world.destination.vmm != Process::Died;
     !both_live || could_not_run(world) || world.runners() == 1
 }

@@ -10,7 +10,7 @@ use stateright::{Model, Property};
 use crate::effects::{How, failure};
 use crate::kinds::{Faults, Kind};
 use crate::mutants::Mutant;
-use crate::operator::{Deed, Operator};
+use crate::operator::{Act, Operator};
 use crate::properties;
 use crate::random::{is_fault, walk};
 use crate::world::{Again, Config, Ended, LeftOver, Line, Process, Said, Save, Side, World};
@@ -58,7 +58,7 @@ pub(crate) enum Step {
     /// The node's power is cut.
     PowerOff(Side),
     PowerOn(Side),
-    Operator(Deed),
+    Operator(Act),
     /// Something happens at the end that an earlier migration has left open.
     LeftOver(LeftOverStep),
 }
@@ -409,7 +409,7 @@ impl Handover {
             }
             Step::PowerOn(Side::Source) => world.source.off = false,
             Step::PowerOn(Side::Destination) => world.destination.off = false,
-            Step::Operator(deed) => world.act(config, deed),
+            Step::Operator(act) => world.act(config, act),
             Step::LeftOver(step) => self.take_left_over(world, step),
         }
     }
@@ -467,9 +467,9 @@ impl Model for Handover {
             self.faults(world, steps);
             self.left_over(world, true, steps);
             if self.0.relayed {
-                let mut deeds = Vec::new();
-                self.deeds(world, &mut deeds);
-                steps.extend(deeds.into_iter().map(Step::Operator));
+                let mut acts = Vec::new();
+                self.operator_acts(world, &mut acts);
+                steps.extend(acts.into_iter().map(Step::Operator));
             }
         }
     }

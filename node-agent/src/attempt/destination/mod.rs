@@ -1,84 +1,150 @@
-//! Performs what the destination's state machine decides, and tells it what came of it.
+//! The destination's end of an attempt: carries out what the core's state machine decides, and reports to it
+//! what came of that.
+//!
+//! ```text
+//!   DestinationRun ── signals ──▶ DestinationAttempt (owns slackwater_handover::destination::Destination)
+//!                                      │ effects                ▲ signals
+//!                                      ▼                        │
+//!                                 tasks: twin.rs (VMM, devices), peer.rs (the source)
+//! ```
 
+mod peer;
 mod run;
 mod twin;
 
 pub use run::{DestinationParts, DestinationRun, MayHaveRun, Recovered, Site, Twin};
-use slackwater_handover::destination::{Destination, Effect, End, Event, Found, Phase};
-use slackwater_handover::policy::Driver;
-use slackwater_handover::{Blob, Failure, Reason, Record};
 
 use std::collections::BTreeSet;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use slackwater_proto::node::DeviceStateChange;
+use slackwater_handover::destination::{Destination, Effect, End, Event, Found, Phase};
+use slackwater_handover::policy::Driver;
+use slackwater_handover::{Blob, Failure, Reason, Record};
 use slackwater_proto::tonic::Status;
+use slackwater_proto::transfer::handover_response::Message;
 use slackwater_proto::transfer::{
-    self, DeviceStep, Failed, HandoverResponse, Loaded, Ready, Started, Starting, VmmReply, handover_response,
+    self, DeviceStep, Failed, HandoverResponse, Loaded, Ready, Started, Starting, VmmReply,
 };
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio_util::sync::CancellationToken;
-use tokio_util::task::task_tracker::TaskTracker;
+use tokio::time::{Sleep, sleep};
 use tracing::{info, warn};
 
-use self::run::OpenBlob;
-use super::receiving::{Receiver, TwinLoad};
-use super::{Seen, confirm, resume};
-use crate::attempt::entry::Ended;
+use self::peer::OpenBlob;
+use super::device::{DeviceOutcome, LastStates};
+use super::entry::Ended;
+use super::receiving::VmmLoad;
+use super::tasks::Tasks;
+use super::vmm_calls::{confirm, resume};
 use crate::faults;
 use crate::host::clock::Clock;
 use crate::transfer::channel::Channel;
 use crate::vfio::worker::DeviceHandle;
 use crate::vmm::{DeviceSeen, Vmm};
 
-type Answers = mpsc::UnboundedSender<Result<HandoverResponse, Status>>;
+type AnswerSender = mpsc::UnboundedSender<Result<HandoverResponse, Status>>;
 
+/// What the tasks and the handle send to the task that owns the machine.
 enum Signal {
     Event(Event),
-    Peer(Answers),
+    /// The source has connected.
+    Connected(AnswerSender),
     TwinReady(Twin),
+    /// A device has changed its state, and was read back.
     Step(DeviceStep),
-    /// A device that its VMM drives, as the VMM tells or as it was read back.
-    Seen(DeviceSeen),
+    /// A device that its VMM drives: reported by the VMM, or read.
+    DeviceSeen(DeviceSeen),
     /// What the twin says to the VMM at the source.
     Reply(Bytes),
     OpenBlob(Blob, Channel, oneshot::Sender<Result<OpenBlob, Status>>),
     Release(Failure, oneshot::Sender<Result<(), MayHaveRun>>),
 }
 
-struct Shell {
+impl From<Event> for Signal {
+    fn from(event: Event) -> Self {
+        Self::Event(event)
+    }
+}
+
+impl From<DeviceOutcome> for Signal {
+    fn from(outcome: DeviceOutcome) -> Self {
+        Self::Event(outcome.into())
+    }
+}
+
+struct DestinationAttempt {
     parts: DestinationParts,
-    signals: mpsc::UnboundedSender<Signal>,
-    heard: mpsc::UnboundedReceiver<Signal>,
+    tasks: Tasks<Signal>,
+    inbox: mpsc::UnboundedReceiver<Signal>,
     twin: Option<Twin>,
-    seen: Seen,
-    answers: Option<Answers>,
-    /// Steps that the source has not been told, because it is not connected yet.
+    last_states: LastStates,
+    answers: Option<AnswerSender>,
+    /// Steps that the source does not know, because it is not connected yet.
     steps: Vec<DeviceStep>,
     /// Devices whose state has been sent, or is being sent.
     opened: BTreeSet<usize>,
-    /// What the twin takes, once its first channel has come.
-    load: Option<TwinLoad>,
-    streams: CancellationToken,
-    stream_tasks: TaskTracker,
-    tell_reserved: watch::Sender<Option<Result<(), Failure>>>,
+    /// The load of the VMM's own state, once its first channel has come.
+    load: Option<VmmLoad>,
+    /// The answer to the reservation.
+    reserved: watch::Sender<Option<Result<(), Failure>>>,
     /// Why the machine gives up, if it does: it goes into the journal.
     failure: Option<Failure>,
-    /// An administrator has stated the source's word, and why.
-    stated: Option<String>,
+    /// Why an administrator has stated the source's word in its place, if one has.
+    stated_because: Option<String>,
     end: Option<End>,
 }
 
-impl Shell {
-    /// The end, and the twin if it is left as it is.
-    async fn run(mut self) -> (End, Option<Arc<dyn Vmm>>) {
+/// How an attempt has ended at the destination.
+struct Ending {
+    end: End,
+    /// The twin's VMM, unless it has been cleared away.
+    vmm: Option<Arc<dyn Vmm>>,
+}
+
+/// For how long the source may leave the reservation unused. The time begins when the reservation is
+/// confirmed: the source cannot connect before that.
+struct Silence(Option<Pin<Box<Sleep>>>);
+
+impl Silence {
+    fn begin(&mut self, limit: Duration) {
+        self.0 = Some(Box::pin(sleep(limit)));
+    }
+
+    /// Returns once, when the time has passed. May be cancelled.
+    async fn passed(&mut self) {
+        match &mut self.0 {
+            Some(limit) => limit.as_mut().await,
+            None => std::future::pending().await,
+        }
+        self.0 = None;
+    }
+}
+
+impl DestinationAttempt {
+    fn new(parts: DestinationParts, reserved: watch::Sender<Option<Result<(), Failure>>>) -> Self {
+        let (tasks, inbox) = Tasks::new();
+        Self {
+            parts,
+            tasks,
+            inbox,
+            twin: None,
+            last_states: LastStates::running(&[]),
+            answers: None,
+            steps: Vec::new(),
+            opened: BTreeSet::new(),
+            load: None,
+            reserved,
+            failure: None,
+            stated_because: None,
+            end: None,
+        }
+    }
+
+    async fn run(mut self) -> Ending {
         let mut machine = self.machine();
-        let silence = tokio::time::sleep(Duration::MAX);
-        tokio::pin!(silence);
-        // It begins when the reservation is confirmed: before that nobody can have asked the source.
-        let mut silent = false;
+        let mut silence = Silence(None);
         let mut event = Event::Start;
         loop {
             let before = machine.phase();
@@ -89,8 +155,7 @@ impl Shell {
             }
             self.failure = machine.failure().cloned();
             if effects.contains(&Effect::ConfirmReserved) {
-                silent = true;
-                silence.as_mut().reset(tokio::time::Instant::now() + self.parts.silence_timeout);
+                silence.begin(self.parts.silence_timeout);
             }
             for effect in effects {
                 self.perform(effect);
@@ -98,22 +163,7 @@ impl Shell {
             if let Some(end) = self.end.take() {
                 return self.finish(end).await;
             }
-            event = loop {
-                tokio::select! {
-                    Some(signal) = self.heard.recv() => {
-                        if let Some(event) = self.accept(signal, &machine) {
-                            break event;
-                        }
-                    }
-                    () = &mut silence, if silent && self.answers.is_none() => {
-                        silent = false;
-                        let message = format!(
-                            "the source did not connect within {:?} of the reservation", self.parts.silence_timeout
-                        );
-                        break Event::PeerLost(Failure::new(Reason::SourceSilent, message));
-                    }
-                }
-            };
+            event = self.next_event(&machine, &mut silence).await;
         }
     }
 
@@ -136,12 +186,31 @@ impl Shell {
         Destination::recover(&features, driver, found)
     }
 
+    async fn next_event(&mut self, machine: &Destination, silence: &mut Silence) -> Event {
+        loop {
+            tokio::select! {
+                Some(signal) = self.inbox.recv() => {
+                    if let Some(event) = self.accept(signal, machine) {
+                        return event;
+                    }
+                }
+                () = silence.passed(), if self.answers.is_none() => {
+                    let message = format!(
+                        "the source did not connect within {:?} of the reservation", self.parts.silence_timeout
+                    );
+                    return Event::PeerLost(Failure::new(Reason::SourceSilent, message));
+                }
+            }
+        }
+    }
+
+    /// The event that a signal means to the machine, if it means one.
     fn accept(&mut self, signal: Signal, machine: &Destination) -> Option<Event> {
         match signal {
             Signal::Event(mut event) => {
                 match &mut event {
-                    Event::PeerSays(word) => self.stated.clone_from(&word.stated_because),
-                    // One that did not even start has told it already.
+                    Event::PeerSays(word) => self.stated_because.clone_from(&word.stated_because),
+                    // The failure of a twin that did not even start has its last words already.
                     Event::Failed(failure) if failure.reason == Reason::TwinFailed && self.twin.is_some() => {
                         failure.message.push_str(&self.parts.site.last_words());
                     }
@@ -149,7 +218,7 @@ impl Shell {
                 }
                 Some(event)
             }
-            Signal::Peer(answers) => {
+            Signal::Connected(answers) => {
                 self.answers = Some(answers);
                 Some(Event::PeerConnected)
             }
@@ -158,34 +227,35 @@ impl Shell {
                 let process = twin.process.clone();
                 self.parts.ledger.amend(move |entry| entry.vmm = process);
                 if machine.phase() == Phase::StartingTwin {
-                    // With its process, so that the next agent would find it. That a twin is held stands there already.
+                    // RESERVED is in the journal already; now its process is, too, so that the next agent
+                    // finds it.
                     self.parts.ledger.record(Record::Reserved, None, false, |_| {});
                 }
                 self.twin = Some(twin);
                 Some(Event::TwinReady)
             }
             Signal::Step(step) => {
-                self.answer(handover_response::Message::DeviceStep(step));
+                self.answer(Message::DeviceStep(step));
                 None
             }
-            Signal::Seen(seen) => {
+            Signal::DeviceSeen(seen) => {
                 self.trace(seen);
                 None
             }
             Signal::Reply(data) => {
-                self.answer(handover_response::Message::VmmReply(VmmReply { data }));
+                self.answer(Message::VmmReply(VmmReply { data }));
                 None
             }
-            Signal::OpenBlob(blob, channel, answer) => {
-                let _ = answer.send(self.open_blob(blob, channel, machine));
+            Signal::OpenBlob(blob, channel, reply) => {
+                let _ = reply.send(self.open_blob(blob, channel, machine));
                 None
             }
-            Signal::Release(why, answer) => {
+            Signal::Release(why, reply) => {
                 if machine.may_have_run() {
-                    let _ = answer.send(Err(MayHaveRun));
+                    let _ = reply.send(Err(MayHaveRun));
                     return None;
                 }
-                let _ = answer.send(Ok(()));
+                let _ = reply.send(Ok(()));
                 Some(Event::AbortReceived(why))
             }
         }
@@ -193,135 +263,98 @@ impl Shell {
 
     fn trace(&mut self, seen: DeviceSeen) {
         let device = self.twin.as_ref().and_then(|twin| twin.devices.get(seen.index));
-        if let Some(change) = device.and_then(|device| self.seen.change(device, seen)) {
-            let DeviceStateChange { device, from, to, took_ns } = change;
-            let step = DeviceStep { at: Some(seen.at.into()), device, from, to, took_ns };
-            self.answer(handover_response::Message::DeviceStep(step));
+        if let Some(traced) = device.and_then(|device| self.last_states.update(device, seen)) {
+            self.answer(Message::DeviceStep(traced.into_step()));
         }
     }
 
-    fn open_blob(&mut self, blob: Blob, channel: Channel, machine: &Destination) -> Result<OpenBlob, Status> {
-        let twin = self.twin.as_ref().filter(|_| machine.takes_blobs());
-        let twin = twin.ok_or_else(|| {
-            let phase = machine.phase();
-            Status::failed_precondition(format!("no blob is taken now: the destination stands in {phase:?}"))
-        })?;
-        let receiver = match blob {
-            Blob::Device(index) => {
-                let devices = twin.devices.len();
-                let device = twin.devices.get(index).cloned().ok_or_else(|| {
-                    Status::invalid_argument(format!("blob.device is {index}; the VM has {devices} devices"))
-                })?;
-                if !self.opened.insert(index) {
-                    return Err(Status::already_exists(format!(
-                        "the state of device {index} has been sent in this attempt already"
-                    )));
-                }
-                Receiver::Device(device)
-            }
-            Blob::Vmm => {
-                let vmm = &twin.vmm;
-                let load = self.load.get_or_insert_with(|| TwinLoad::begin(Arc::clone(vmm), channel.count()));
-                let receiver = load.channel(channel);
-                receiver.ok_or_else(|| {
-                    let (number, count) = (channel.number(), channel.count());
-                    Status::already_exists(format!(
-                        "channel {number} of {count} of the VMM's state has been sent in this attempt already, or others were of another number"
-                    ))
-                })?
-            }
-        };
-        Ok(OpenBlob { receiver, given_up: self.streams.clone(), _under_way: self.stream_tasks.token() })
-    }
-
     fn perform(&mut self, effect: Effect) {
+        let tasks = self.tasks.clone();
         match effect {
             Effect::Report(phase) => {
                 info!(migration = self.parts.migration_id, ?phase, "destination");
             }
-            Effect::StartTwin => self.start_twin(),
-            Effect::SetState(index, to) => self.set_state(index, to),
-            Effect::Check(index) => self.check(index),
+            Effect::StartTwin => tasks.run(self.start_twin()),
+            Effect::SetState(index, to) => self.run_on(index, |device| {
+                let signals = tasks.signals();
+                device.set_state(to, move |traced| {
+                    signals.send(Signal::Step(traced.into_step()));
+                })
+            }),
+            Effect::Check(index) => self.run_on(index, |device| twin::check(device, tasks.signals())),
             Effect::ConfirmReserved => {
-                self.tell_reserved.send_replace(Some(Ok(())));
+                self.reserved.send_replace(Some(Ok(())));
             }
             Effect::SendReady => {
-                self.answer(handover_response::Message::Ready(Ready { at: now() }));
+                self.answer(Message::Ready(Ready { at: now() }));
                 for step in std::mem::take(&mut self.steps) {
-                    self.answer(handover_response::Message::DeviceStep(step));
+                    self.answer(Message::DeviceStep(step));
                 }
             }
-            Effect::FinishLoad => {
-                self.call(|vmm| vmm.finish_load(), Event::LoadFinished);
-            }
+            Effect::FinishLoad => self.run_call(|vmm| vmm.finish_load(), Event::LoadFinished),
             Effect::Record(record) => self.record(record, false),
             Effect::RecordAgain(record) => self.record(record, true),
-            Effect::SendLoaded => self.answer(handover_response::Message::Loaded(Loaded { at: now() })),
-            Effect::ConfirmTwin => self.call(confirm, Event::TwinConfirmed),
-            Effect::SendStarting => self.answer(handover_response::Message::Starting(Starting { at: now() })),
+            Effect::SendLoaded => self.answer(Message::Loaded(Loaded { at: now() })),
+            Effect::ConfirmTwin => self.run_call(confirm, Event::TwinConfirmed),
+            Effect::SendStarting => self.answer(Message::Starting(Starting { at: now() })),
             Effect::ActivateIdentity => {
-                let (site, signals) = (Arc::clone(&self.parts.site), self.signals.clone());
-                tokio::spawn(async move {
-                    let event = match site.activate_identity().await {
+                let site = Arc::clone(&self.parts.site);
+                tasks.run(async move {
+                    match site.activate_identity().await {
                         Ok(()) => Event::IdentityActivated,
                         Err(failure) => Event::Failed(failure),
-                    };
-                    let _ = signals.send(Signal::Event(event));
+                    }
                 });
             }
             Effect::Resume if self.parts.driver == Driver::Vmm => self.resume_and_look(),
-            Effect::Resume => self.call(resume, Event::Resumed),
-            Effect::SendStarted => self.answer(handover_response::Message::Started(Started { at: now() })),
-            Effect::SendFailed(failure) => {
-                if let Some(answers) = &self.answers {
-                    let _ = answers.send(Ok(failed(&failure)));
-                }
-            }
-            Effect::Discard => self.discard(),
+            Effect::Resume => self.run_call(resume, Event::Resumed),
+            Effect::SendStarted => self.answer(Message::Started(Started { at: now() })),
+            Effect::SendFailed(failure) => self.answer(Message::Failed(Failed::from(&failure))),
+            Effect::Discard => tasks.run(self.discard()),
             Effect::Finish(end) => self.end = Some(end),
         }
     }
 
     fn record(&self, record: Record, again: bool) {
-        let (signals, stated) = (self.signals.clone(), self.stated.clone());
+        let (signals, stated) = (self.tasks.signals(), self.stated_because.clone());
         self.parts.ledger.amend(move |entry| entry.stated_because = stated);
         self.parts.ledger.record(record, self.failure.clone(), again, move |result| {
-            let event = match result {
+            signals.send(match result {
                 Ok(()) => Event::Recorded(record),
                 Err(failure) => {
                     warn!(%failure, "a record could not be made durable");
                     Event::RecordFailed(record, failure)
                 }
-            };
-            let _ = signals.send(Signal::Event(event));
+            });
         });
     }
 
-    fn answer(&mut self, message: handover_response::Message) {
+    /// Says something to the source. Before it has connected, only the steps of devices are kept for it.
+    fn answer(&mut self, message: Message) {
         match (&self.answers, message) {
             (Some(answers), message) => {
                 let _ = answers.send(Ok(HandoverResponse { message: Some(message) }));
             }
-            (None, handover_response::Message::DeviceStep(step)) => self.steps.push(step),
+            (None, Message::DeviceStep(step)) => self.steps.push(step),
             (None, _) => {}
         }
     }
 
-    async fn finish(&mut self, end: End) -> (End, Option<Arc<dyn Vmm>>) {
-        let mut left = None;
+    async fn finish(&mut self, end: End) -> Ending {
+        let mut vmm = None;
         if let Some(twin) = self.twin.take() {
             for device in twin.devices {
                 device.release().await;
             }
-            left = Some(twin.vmm);
+            vmm = Some(twin.vmm);
         }
         match &end {
             End::Running => self.parts.site.keep().await,
             End::Discarded(failure) => {
-                self.tell_reserved.send_if_modified(|told| {
-                    let first = told.is_none();
+                self.reserved.send_if_modified(|answer| {
+                    let first = answer.is_none();
                     if first {
-                        *told = Some(Err(failure.clone()));
+                        *answer = Some(Err(failure.clone()));
                     }
                     first
                 });
@@ -334,13 +367,8 @@ impl Shell {
             End::Discarded(failure) | End::Stuck(failure) => Some(failure.clone()),
         };
         self.parts.ledger.finish(failure, Ended::default()).await;
-        (end, left)
+        Ending { end, vmm }
     }
-}
-
-fn failed(failure: &Failure) -> HandoverResponse {
-    let failed = Failed { reason: failure.reason.as_str().to_owned(), message: failure.message.clone() };
-    HandoverResponse { message: Some(handover_response::Message::Failed(failed)) }
 }
 
 fn now() -> Option<transfer::Clock> {

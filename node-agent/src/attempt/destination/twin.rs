@@ -1,214 +1,159 @@
-//! What the destination has to do with the twin: its VMM, and its devices.
+//! What the destination does to the twin: its VMM, and its devices. A function returns the future that
+//! carries an effect out.
 
+use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::join_all;
-use futures::{Stream, StreamExt};
 use slackwater_handover::destination::Event;
 use slackwater_handover::state::MigrationState;
 use slackwater_handover::{Failure, Reason};
-use slackwater_proto::transfer::DeviceStep;
-use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tokio_stream::wrappers::{ReceiverStream, UnboundedReceiverStream};
 use tracing::{debug, warn};
 
-use super::{Shell, Signal, Twin};
-use crate::attempt::{Seen, VmmCall, look, of_twin, refused, traced};
+use super::{DestinationAttempt, Signal, Twin};
+use crate::attempt::device::{DeviceFailure, DeviceOutcome, EndDevice, LastStates};
+use crate::attempt::tasks::Signals;
+use crate::attempt::vmm_calls::{VmmCall, twin_failure};
+use crate::journal::Role;
 use crate::vfio::error::DeviceError;
 use crate::vfio::worker::DeviceHandle;
 
-/// What the devices' lines may take of a VM that runs already.
+/// How long the signals on the devices' interrupt lines may take. The VM runs already.
 const LINES: Duration = Duration::from_secs(1);
 
-impl Shell {
-    pub(super) fn start_twin(&self) {
-        let (site, signals) = (Arc::clone(&self.parts.site), self.signals.clone());
-        tokio::spawn(async move {
-            let signal = match site.start_twin().await {
+impl DestinationAttempt {
+    pub(super) fn start_twin(&self) -> impl Future<Output = Signal> + Send + use<> {
+        let site = Arc::clone(&self.parts.site);
+        async move {
+            match site.start_twin().await {
                 Ok(twin) => Signal::TwinReady(twin),
                 Err(failure) => Signal::Event(Event::Failed(failure)),
-            };
-            let _ = signals.send(signal);
-        });
-    }
-
-    pub(super) fn watch_twin(&mut self, twin: &Twin) {
-        self.seen = Seen::new(&twin.devices);
-        forward(twin.vmm.watch_devices().map(UnboundedReceiverStream::new), &self.signals, Signal::Seen);
-        forward(twin.vmm.take_replies().map(ReceiverStream::new), &self.signals, Signal::Reply);
-        let (vmm, signals) = (Arc::clone(&twin.vmm), self.signals.clone());
-        tokio::spawn(async move {
-            tokio::select! {
-                () = vmm.exited() => {
-                    let _ = signals.send(Signal::Event(Event::Failed(twin_ended())));
-                }
-                () = signals.closed() => {}
-            }
-        });
-    }
-
-    pub(super) fn set_state(&mut self, index: usize, to: MigrationState) {
-        let Some(device) = self.twin.as_ref().and_then(|twin| twin.devices.get(index)).cloned() else {
-            return;
-        };
-        let signals = self.signals.clone();
-        tokio::spawn(async move {
-            let event = match device.set_state(to).await {
-                Ok(reached) => {
-                    let (at, change) = traced(device.name(), &reached);
-                    let step = DeviceStep {
-                        at: Some(at.into()),
-                        device: change.device,
-                        from: change.from,
-                        to: change.to,
-                        took_ns: change.took_ns,
-                    };
-                    let _ = signals.send(Signal::Step(step));
-                    Event::DeviceReached(index, reached.to)
-                }
-                Err(error) => {
-                    let (found, failure) = refused("destination", &error);
-                    Event::DeviceFailed(index, found, failure)
-                }
-            };
-            let _ = signals.send(Signal::Event(event));
-        });
-    }
-
-    /// The driver of a device that the twin has loaded says here whether it takes its state, while it is not too late. QEMU itself
-    /// would reset a device that refuses, and say that it runs.
-    pub(super) fn check(&self, index: usize) {
-        let Some(device) = self.twin.as_ref().and_then(|twin| twin.devices.get(index)).cloned() else {
-            return;
-        };
-        let signals = self.signals.clone();
-        tokio::spawn(async move {
-            let event = match check(index, &device, &signals).await {
-                Ok(()) => Event::DeviceReached(index, MigrationState::Stop),
-                Err((found, failure)) => {
-                    let message = format!("at the destination, {}", failure.message);
-                    Event::DeviceFailed(index, found, Failure::new(failure.reason, message))
-                }
-            };
-            let _ = signals.send(Signal::Event(event));
-        });
-    }
-
-    /// A VMM that drives its devices wakes them before its vCPUs: where it got them is read back, for the trace. The VM runs.
-    pub(super) fn resume_and_look(&self) {
-        let Some(twin) = &self.twin else { return };
-        let (vmm, devices, signals) = (Arc::clone(&twin.vmm), twin.devices.clone(), self.signals.clone());
-        tokio::spawn(async move {
-            let event = match vmm.resume().await {
-                Ok(()) => {
-                    // The VM runs: nothing of this is worth waiting for.
-                    let released = join_all(devices.iter().map(release_line));
-                    if timeout(LINES, released).await.is_err() {
-                        warn!("the VM runs, but a device's INTx could not be signalled within {LINES:?}");
-                    }
-                    for (index, device) in devices.iter().enumerate() {
-                        if let Ok(seen) = look(index, device).await {
-                            if seen.state != MigrationState::Running {
-                                warn!(device = device.name(), state = %seen.state, "the VM runs, but a device of it does not");
-                            }
-                            let _ = signals.send(Signal::Seen(seen));
-                        }
-                    }
-                    Event::Resumed
-                }
-                Err(error) => Event::Failed(of_twin(&error)),
-            };
-            let _ = signals.send(Signal::Event(event));
-        });
-    }
-
-    pub(super) fn call(&self, call: VmmCall, done: Event) {
-        let Some(vmm) = self.twin.as_ref().map(|twin| Arc::clone(&twin.vmm)) else { return };
-        let signals = self.signals.clone();
-        tokio::spawn(async move {
-            let event = match call(vmm.as_ref()).await {
-                Ok(()) => done,
-                Err(error) => Event::Failed(of_twin(&error)),
-            };
-            let _ = signals.send(Signal::Event(event));
-        });
-    }
-
-    /// A device that holds part of a foreign state is reset before the twin lets go of it: its state would outlive the twin.
-    pub(super) fn discard(&mut self) {
-        self.streams.cancel();
-        self.stream_tasks.close();
-        let (twin, site, signals, tasks) =
-            (self.twin.take(), Arc::clone(&self.parts.site), self.signals.clone(), self.stream_tasks.clone());
-        tokio::spawn(async move {
-            tasks.wait().await;
-            for device in twin.into_iter().flat_map(|twin| twin.devices) {
-                if let Err(error) = device.reset().await {
-                    warn!(%error, "a device that is given back could not be reset");
-                }
-                device.release().await;
-            }
-            site.discard().await;
-            let _ = signals.send(Signal::Event(Event::Discarded));
-        });
-    }
-}
-
-/// Passes on what the twin tells by itself.
-fn forward<T: Send + 'static>(
-    told: Option<impl Stream<Item = T> + Send + Unpin + 'static>,
-    signals: &mpsc::UnboundedSender<Signal>,
-    signal: fn(T) -> Signal,
-) {
-    let Some(mut told) = told else { return };
-    let signals = signals.clone();
-    tokio::spawn(async move {
-        while let Some(item) = told.next().await {
-            if signals.send(signal(item)).is_err() {
-                return;
             }
         }
-    });
+    }
+
+    /// Waits for the end of the twin's process, and follows what the twin reports by itself.
+    pub(super) fn watch_twin(&mut self, twin: &Twin) {
+        self.last_states = LastStates::running(&twin.devices);
+        self.tasks.forward(twin.vmm.watch_devices().map(UnboundedReceiverStream::new), Signal::DeviceSeen);
+        self.tasks.forward(twin.vmm.take_replies().map(ReceiverStream::new), Signal::Reply);
+        let vmm = Arc::clone(&twin.vmm);
+        self.tasks.run_until_end(async move {
+            vmm.exited().await;
+            Event::Failed(Failure::new(Reason::TwinFailed, "the twin's process ended"))
+        });
+    }
+
+    /// Runs what an effect does to a device of the twin.
+    pub(super) fn run_on<F>(&self, index: usize, effect: impl FnOnce(EndDevice) -> F)
+    where
+        F: Future<Output: Into<Signal>> + Send + 'static,
+    {
+        let twin = self.twin.as_ref();
+        if let Some(device) = twin.and_then(|twin| EndDevice::at(Role::Destination, &twin.devices, index)) {
+            self.tasks.run(effect(device));
+        }
+    }
+
+    /// Runs what an effect asks of the twin's VMM.
+    pub(super) fn run_call(&self, call: VmmCall, done: Event) {
+        let Some(twin) = &self.twin else { return };
+        let vmm = Arc::clone(&twin.vmm);
+        self.tasks.run(async move {
+            match call(vmm.as_ref()).await {
+                Ok(()) => done,
+                Err(error) => Event::Failed(twin_failure(&error)),
+            }
+        });
+    }
+
+    /// Resumes a VM whose VMM drives its devices: it wakes them before the vCPUs, so their states are read
+    /// after that, for the trace.
+    pub(super) fn resume_and_look(&self) {
+        let Some(twin) = &self.twin else { return };
+        let (vmm, signals) = (Arc::clone(&twin.vmm), self.tasks.signals());
+        let devices = EndDevice::all(Role::Destination, &twin.devices);
+        self.tasks.run(async move {
+            match vmm.resume().await {
+                Ok(()) => {
+                    look_after_resume(&devices, &signals).await;
+                    Event::Resumed
+                }
+                Err(error) => Event::Failed(twin_failure(&error)),
+            }
+        });
+    }
+
+    /// Gives everything back. A device that holds part of the VM's state is reset before the twin closes it:
+    /// the state would outlive the twin.
+    pub(super) fn discard(&mut self) -> impl Future<Output = Event> + Send + use<> {
+        let stopped = self.tasks.stop_streams();
+        let (twin, site) = (self.twin.take(), Arc::clone(&self.parts.site));
+        async move {
+            stopped.await;
+            let devices = twin.map(|twin| EndDevice::all(Role::Destination, &twin.devices));
+            for device in devices.unwrap_or_default() {
+                device.give_back().await;
+            }
+            site.discard().await;
+            Event::Discarded
+        }
+    }
 }
 
-/// QEMU restores a level-triggered interrupt line as it stood, but not that it is the one to lower it: a line that a device held when
-/// the VM stopped would interrupt the guest without an end. One interrupt more has QEMU take it up again. A guest takes one that has no
-/// cause for what it is.
+/// Signals each device's interrupt line, and reports its state. The VM runs: no failure of these matters to
+/// the machine.
+async fn look_after_resume(devices: &[EndDevice], signals: &Signals<Signal>) {
+    let released = join_all(devices.iter().map(|device| release_line(&device.handle)));
+    if timeout(LINES, released).await.is_err() {
+        warn!("the VM runs, but a device's INTx could not be signalled within {LINES:?}");
+    }
+    for device in devices {
+        if let Ok(seen) = device.look().await {
+            if seen.state != MigrationState::Running {
+                warn!(device = device.handle.name(), state = %seen.state, "the VM runs, but a device of it does not");
+            }
+            signals.send(Signal::DeviceSeen(seen));
+        }
+    }
+}
+
+/// QEMU restores the level of an interrupt line, but forgets that it is the one to lower it: a line that a
+/// device held when the VM stopped would interrupt the guest for ever. One more interrupt makes QEMU take the
+/// line over again. To the guest it is a spurious one, which every guest tolerates.
 async fn release_line(device: &DeviceHandle) {
     match device.trigger_intx().await {
         Ok(true) => debug!(device = device.name(), "its INTx was signalled once"),
-        // Or the VM has ended meanwhile, and its devices are being let go.
+        // Or the VM has ended meanwhile, and its devices are being closed.
         Ok(false) | Err(DeviceError::WorkerEnded { .. }) => {}
         Err(error) => warn!(%error, "the VM runs, but its guest may be held up by an interrupt line"),
     }
 }
 
-/// From RESUMING to STOP. One that stands anywhere else was never given a state, or has been reset since.
-async fn check(
-    index: usize,
-    device: &DeviceHandle,
-    signals: &mpsc::UnboundedSender<Signal>,
-) -> Result<(), (Option<MigrationState>, Failure)> {
-    let seen = look(index, device).await.map_err(|failure| (None, failure))?;
-    let _ = signals.send(Signal::Seen(seen));
-    if seen.state != MigrationState::Resuming {
-        let message = format!(
-            "device {} was read back in {} and not in RESUMING: the twin has not loaded its state",
-            device.name(),
-            seen.state.name()
-        );
-        return Err((Some(seen.state), Failure::new(Reason::DeviceFailed, message)));
-    }
-    device
-        .set_state(MigrationState::Stop)
-        .await
-        .map_err(|error| (error.found(), Failure::new(Reason::DeviceFailed, error.to_string())))?;
-    let _ = signals.send(Signal::Seen(look(index, device).await.map_err(|failure| (None, failure))?));
-    Ok(())
+/// Takes a device that the twin has loaded from RESUMING to STOP: its driver reports whether it accepts its
+/// state, while it is not too late. QEMU itself would reset a device that refuses, and report that it runs.
+pub(super) async fn check(device: EndDevice, signals: Signals<Signal>) -> DeviceOutcome {
+    let result = resuming_to_stop(&device, &signals).await;
+    DeviceOutcome { index: device.index, result: result.map(|()| MigrationState::Stop) }
 }
 
-fn twin_ended() -> Failure {
-    Failure::new(Reason::TwinFailed, "the twin's process ended")
+/// A device in another state than RESUMING was never given a state, or has been reset since.
+async fn resuming_to_stop(device: &EndDevice, signals: &Signals<Signal>) -> Result<(), DeviceFailure> {
+    let seen = device.look().await?;
+    signals.send(Signal::DeviceSeen(seen));
+    if seen.state != MigrationState::Resuming {
+        let failure = device.failure(format_args!(
+            "device {} was read back in {} and not in RESUMING: the twin has not loaded its state",
+            device.handle.name(),
+            seen.state.name()
+        ));
+        return Err(DeviceFailure { found: Some(seen.state), failure });
+    }
+    // What the look after it finds is traced.
+    device.clone().set_state(MigrationState::Stop, |_| {}).await.result?;
+    signals.send(Signal::DeviceSeen(device.look().await?));
+    Ok(())
 }

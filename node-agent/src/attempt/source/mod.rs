@@ -1,112 +1,122 @@
-//! Performs what the source's state machine decides, and tells it what came of it.
+//! The source's end of an attempt: carries out what the core's state machine decides, and reports to it what
+//! came of that.
 //!
-//! One task owns the machine. Everything that takes time runs in tasks of its own, which answer by a signal; so every device
-//! changes state at the same time as the others, and nothing can keep the machine from hearing of a failure.
+//! ```text
+//!   SourceRun ── abort requests ──▶ SourceAttempt (owns slackwater_handover::source::Source)
+//!       └──────── signals ────────▶      │ effects                ▲ signals
+//!                                        ▼                        │
+//!                                   tasks: vm.rs (VMM, devices), peer.rs (the destination)
+//! ```
+//!
+//! One task owns the machine. Whatever takes time runs in tasks of its own, which answer with a signal. So
+//! all devices change state at the same time, and no slow call keeps a failure from the machine.
 
 mod peer;
 mod run;
+mod timers;
 mod vm;
 
 pub use run::{PastTheCommit, Recovered, SourceParts, SourceRun};
-use slackwater_handover::policy::Driver;
-use slackwater_handover::source::{Effect, End, Event, Found, Phase, Source};
-use slackwater_handover::{Failure, Reason, Record};
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use slackwater_proto::node::{Outcome, Phase as ToldPhase, Progress};
+use slackwater_handover::policy::Driver;
+use slackwater_handover::source::{Effect, End, Event, Found, Source};
+use slackwater_handover::{Failure, Reason, Record};
+use slackwater_proto::convert;
+use slackwater_proto::node::{Finished, Phase as ReportedPhase, Progress};
 use tokio::sync::mpsc;
-use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
 use tracing::info;
 
-use self::run::AbortWish;
+use self::run::AbortRequest;
+use self::timers::{Due, Timers};
+use super::device::{DeviceOutcome, EndDevice, LastStates};
+use super::entry::{EndEntry, Ended, Marks};
 use super::link::{BlobLink, Decisions, Link};
-use super::pump::DevicePump;
-use super::{Seen, limits, phases, resume};
-use crate::attempt::entry::{EndEntry, Ended, Marks};
+use super::sending::DeviceSender;
+use super::tasks::Tasks;
+use super::vmm_calls::resume;
 use crate::faults;
 use crate::host::clock::Clock;
 use crate::transfer::flow::Flow;
 use crate::vmm::DeviceSeen;
 
-/// How often progress is told while bytes are moving.
-const PROGRESS_EVERY: Duration = Duration::from_secs(1);
-
-/// What the tasks tell the machine's task.
+/// What the tasks send to the one that owns the machine.
 #[derive(Debug)]
 enum Signal {
     Event(Event),
     Connected(Box<Link>),
-    /// A device that its VMM drives: the VMM has told where it took it.
-    Seen(DeviceSeen),
-    /// The same, read back.
-    Looked(DeviceSeen),
-    /// A pump has drained a device's initial data, and waits for the final data.
-    PreCopied(usize, Box<DevicePump>),
+    /// The VMM reports where it has taken a device that it drives.
+    DeviceSeen(DeviceSeen),
+    /// Such a device has been read.
+    DeviceRead(DeviceSeen),
+    /// All of a device's initial data has been sent; the sender waits for the final data.
+    PreCopied(usize, Box<DeviceSender>),
 }
 
-struct Shell {
+impl From<Event> for Signal {
+    fn from(event: Event) -> Self {
+        Self::Event(event)
+    }
+}
+
+impl From<DeviceOutcome> for Signal {
+    fn from(outcome: DeviceOutcome) -> Self {
+        Self::Event(outcome.into())
+    }
+}
+
+struct SourceAttempt {
     parts: SourceParts,
-    signals: mpsc::UnboundedSender<Signal>,
-    heard: mpsc::UnboundedReceiver<Signal>,
+    tasks: Tasks<Signal>,
+    inbox: mpsc::UnboundedReceiver<Signal>,
     decisions: Option<Decisions>,
-    pumps: Vec<Option<Box<DevicePump>>>,
-    /// Of each blob; the VMM's own comes last.
+    /// Of each device whose state is not being sent right now.
+    senders: Vec<Option<Box<DeviceSender>>>,
+    /// Of each blob; the VMM's is the last.
     flows: Vec<Arc<Flow>>,
-    /// The main one first.
+    /// The main channel is the first.
     vmm_links: Vec<BlobLink>,
-    seen: Seen,
-    streams: CancellationToken,
-    stream_tasks: TaskTracker,
+    last_states: LastStates,
     save_started: bool,
-    told_progress: u64,
+    reported_bytes: u64,
     marks: Marks,
     /// Why the machine gives up, if it does: it goes into the journal.
     failure: Option<Failure>,
-    /// An administrator has stated the destination's word, and why.
-    stated: Option<String>,
+    /// Why an administrator has stated the destination's word in its place, if one has.
+    stated_because: Option<String>,
     /// The pause before the destination is asked the next time.
     ask_pause: Duration,
     end: Option<End>,
 }
 
-impl Shell {
+impl SourceAttempt {
     fn new(parts: SourceParts) -> Self {
-        let (signals, heard) = mpsc::unbounded_channel();
+        let (tasks, inbox) = Tasks::new();
         Self {
-            seen: Seen::new(&parts.devices),
+            last_states: LastStates::running(&parts.devices),
             parts,
-            signals,
-            heard,
+            tasks,
+            inbox,
             decisions: None,
-            pumps: Vec::new(),
+            senders: Vec::new(),
             flows: Vec::new(),
             vmm_links: Vec::new(),
-            streams: CancellationToken::new(),
-            stream_tasks: TaskTracker::new(),
             save_started: false,
-            told_progress: 0,
+            reported_bytes: 0,
             marks: Marks::default(),
             failure: None,
-            stated: None,
+            stated_because: None,
             ask_pause: Duration::ZERO,
             end: None,
         }
     }
 
-    async fn run(mut self, mut wishes: mpsc::Receiver<AbortWish>) {
+    async fn run(mut self, mut abort_requests: mpsc::Receiver<AbortRequest>) {
         let mut machine = self.machine();
-        let deadline = tokio::time::sleep(self.parts.pre_commit_timeout);
-        tokio::pin!(deadline);
-        let mut deadline_passed = false;
-        let phase_limit = tokio::time::sleep(Duration::MAX);
-        tokio::pin!(phase_limit);
-        let mut bounded: Option<(Phase, Duration)> = None;
-        let mut progress = tokio::time::interval(PROGRESS_EVERY);
-        self.watch_vmm();
-        self.watch_devices();
+        let mut timers = Timers::start(self.parts.pre_commit_timeout);
+        self.watch_vm();
         let mut event = Event::Start;
         loop {
             let before = machine.phase();
@@ -115,10 +125,7 @@ impl Shell {
             let phase = machine.phase();
             if phase != before {
                 faults::halt(faults::End::Source, phase).await;
-                bounded = limits::of(phase).map(|limit| (phase, limit));
-                if let Some((_, limit)) = bounded {
-                    phase_limit.as_mut().reset(tokio::time::Instant::now() + limit);
-                }
+                timers.enter(phase);
             }
             self.failure = machine.failure().cloned();
             for effect in effects {
@@ -128,37 +135,7 @@ impl Shell {
                 self.finish(end).await;
                 return;
             }
-            event = loop {
-                tokio::select! {
-                    Some(signal) = self.heard.recv() => {
-                        if let Some(event) = self.accept(signal) {
-                            break event;
-                        }
-                    }
-                    () = &mut deadline, if !deadline_passed => {
-                        deadline_passed = true;
-                        let message = format!(
-                            "the migration was not committed within {:?} (preCommitTimeout); it stood in {:?}",
-                            self.parts.pre_commit_timeout, machine.phase()
-                        );
-                        break Event::Failed(Failure::new(Reason::TimedOut, message));
-                    }
-                    () = &mut phase_limit, if bounded.is_some() => {
-                        let Some((phase, limit)) = bounded.take() else { continue };
-                        let message = format!("the migration stood in {phase:?} for {limit:?}, and was given up");
-                        break Event::Failed(Failure::new(Reason::TimedOut, message));
-                    }
-                    Some(wish) = wishes.recv() => {
-                        if machine.committed() {
-                            let _ = wish.answer.send(Err(PastTheCommit));
-                        } else {
-                            let _ = wish.answer.send(Ok(()));
-                            break Event::Failed(Failure::new(Reason::Aborted, wish.why));
-                        }
-                    }
-                    _ = progress.tick() => self.tell_progress(),
-                }
-            };
+            event = self.next_event(&machine, &mut timers, &mut abort_requests).await;
         }
     }
 
@@ -171,7 +148,8 @@ impl Shell {
             }
             Some(found) => {
                 self.marks = found.marks;
-                // Whether the agent before had begun a save is not known; a VMM without one refuses to abort it.
+                // It is not known whether the agent before had begun a save; a VMM without one refuses to
+                // abort it.
                 self.save_started = true;
                 let found = Found {
                     record: found.record,
@@ -184,10 +162,40 @@ impl Shell {
         }
     }
 
+    async fn next_event(
+        &mut self,
+        machine: &Source,
+        timers: &mut Timers,
+        abort_requests: &mut mpsc::Receiver<AbortRequest>,
+    ) -> Event {
+        loop {
+            tokio::select! {
+                Some(signal) = self.inbox.recv() => {
+                    if let Some(event) = self.accept(signal) {
+                        return event;
+                    }
+                }
+                due = timers.next(machine.phase()) => match due {
+                    Due::Progress => self.report_progress(),
+                    Due::GiveUp(failure) => return Event::Failed(failure),
+                },
+                Some(request) = abort_requests.recv() => {
+                    if machine.committed() {
+                        let _ = request.answer.send(Err(PastTheCommit));
+                    } else {
+                        let _ = request.answer.send(Ok(()));
+                        return Event::Failed(Failure::new(Reason::Aborted, request.why));
+                    }
+                }
+            }
+        }
+    }
+
+    /// The event that a signal means to the machine, if it means one.
     fn accept(&mut self, signal: Signal) -> Option<Event> {
         Some(match signal {
             Signal::Event(Event::Relayed(word)) => {
-                self.stated.clone_from(&word.stated_because);
+                self.stated_because.clone_from(&word.stated_because);
                 Event::Relayed(word)
             }
             Signal::Event(event) => event,
@@ -195,17 +203,17 @@ impl Shell {
                 self.connected(*link);
                 Event::PeerReady
             }
-            Signal::PreCopied(index, pump) => {
-                if let Some(place) = self.pumps.get_mut(index) {
-                    *place = Some(pump);
+            Signal::PreCopied(index, sender) => {
+                if let Some(place) = self.senders.get_mut(index) {
+                    *place = Some(sender);
                 }
                 Event::PreCopied(index)
             }
-            Signal::Seen(seen) => {
+            Signal::DeviceSeen(seen) => {
                 self.trace(seen);
                 return None;
             }
-            Signal::Looked(seen) => {
+            Signal::DeviceRead(seen) => {
                 self.trace(seen);
                 Event::DeviceReached(seen.index, seen.state)
             }
@@ -214,54 +222,60 @@ impl Shell {
 
     fn trace(&mut self, seen: DeviceSeen) {
         let device = self.parts.devices.get(seen.index);
-        if let Some(change) = device.and_then(|device| self.seen.change(device, seen)) {
-            self.parts.log.device(seen.at, change);
+        if let Some(traced) = device.and_then(|device| self.last_states.update(device, seen)) {
+            self.parts.log.device(traced.at, traced.change);
         }
     }
 
     fn perform(&mut self, effect: Effect) {
+        let tasks = self.tasks.clone();
         match effect {
             Effect::Report(phase) => {
-                if let Some(phase) = phases::told(phase) {
+                if let Some(phase) = convert::reported_phase(phase) {
                     self.reach(phase);
                 }
             }
-            Effect::Connect => self.connect(),
+            Effect::Connect => tasks.run(self.connect()),
             Effect::Record(record) => self.record(record, false),
             Effect::RecordAgain(record) => self.record(record, true),
-            Effect::AskPeer => self.ask_peer(),
+            Effect::AskPeer => tasks.run_until_end(self.ask_peer()),
             Effect::Doubt(failure) => self.doubt(&failure),
-            Effect::StartSave => self.start_save(),
-            Effect::Converge => self.converge(),
-            Effect::SetState(index, to) => self.set_state(index, to),
-            Effect::ReadState(index) => self.read_state(index),
-            Effect::PreCopy(index) => self.pre_copy(index),
-            Effect::Pause => self.call(|vmm| vmm.pause(), Event::Paused, Event::PauseFailed),
-            Effect::FinishSave => self.finish_save(),
-            Effect::Capture(index) => self.capture(index),
+            Effect::StartSave => tasks.run_guarded(self.start_save(tasks.stream_guard())),
+            Effect::Converge => tasks.run_stream(self.converge()),
+            Effect::SetState(index, to) => {
+                let log = self.parts.log.clone();
+                self.run_on(index, |device| {
+                    device.set_state(to, move |traced| log.device(traced.at, traced.change))
+                });
+            }
+            Effect::ReadState(index) => self.run_on(index, vm::read_state),
+            Effect::PreCopy(index) => self.run_sender(index, |sender| vm::pre_copy(index, sender)),
+            Effect::Pause => tasks.run(self.call(|vmm| vmm.pause(), Event::Paused, Event::PauseFailed)),
+            Effect::FinishSave => tasks.run_guarded(self.finish_save(tasks.stream_guard())),
+            Effect::Capture(index) => self.run_sender(index, |sender| vm::capture(index, sender)),
             Effect::SendCommit => {
                 if let Some(decisions) = &self.decisions {
                     decisions.commit();
                 }
-                self.expect_start();
+                tasks.run_until_end(self.expect_start());
             }
             Effect::SendAbort(why) => {
                 if let Some(decisions) = &self.decisions {
                     decisions.abort(why);
                 }
-                self.tell_aborted();
+                tasks.detach(self.repeat_abort());
             }
-            Effect::CloseStreams => self.close_streams(),
-            Effect::Reset(index) => self.reset(index),
-            Effect::Resume if self.parts.vmm.driver() == Driver::Vmm => self.resume_and_look(),
-            Effect::Resume => self.call(resume, Event::Resumed, Event::ResumeFailed),
-            Effect::Release => self.release(),
+            Effect::CloseStreams => tasks.run(self.close_streams()),
+            Effect::Reset(index) => self.run_on(index, EndDevice::reset),
+            Effect::Resume if self.parts.vmm.driver() == Driver::Vmm => tasks.run(self.resume_and_look()),
+            Effect::Resume => tasks.run(self.call(resume, Event::Resumed, Event::ResumeFailed)),
+            Effect::Release => tasks.run(self.release()),
             Effect::Finish(end) => self.end = Some(end),
         }
     }
 
     fn record(&self, record: Record, again: bool) {
-        let (signals, marks, stated) = (self.signals.clone(), self.marks, self.stated.clone());
+        let (signals, marks, stated) = (self.tasks.signals(), self.marks, self.stated_because.clone());
         self.parts.ledger.amend(move |entry| {
             if let EndEntry::Source { marks: place, .. } = &mut entry.end {
                 *place = marks;
@@ -269,27 +283,26 @@ impl Shell {
             entry.stated_because = stated;
         });
         self.parts.ledger.record(record, self.failure.clone(), again, move |result| {
-            let event = match result {
+            signals.send(match result {
                 Ok(()) => Event::Recorded(record),
                 Err(failure) => Event::RecordFailed(record, failure),
-            };
-            let _ = signals.send(Signal::Event(event));
+            });
         });
     }
 
-    fn reach(&mut self, phase: ToldPhase) {
+    fn reach(&mut self, phase: ReportedPhase) {
         let now = Clock::now();
         self.marks.reach(phase, now.monotonic_ns);
         self.parts.log.phase(now, phase);
         info!(migration = self.parts.peer.attempt.migration_id, ?phase, "source");
     }
 
-    fn tell_progress(&mut self) {
+    fn report_progress(&mut self) {
         let progress =
             Progress { device_bytes: self.device_bytes().iter().sum(), vmm_bytes: self.vmm_bytes() };
         let total = progress.device_bytes + progress.vmm_bytes;
-        if total > self.told_progress {
-            self.told_progress = total;
+        if total > self.reported_bytes {
+            self.reported_bytes = total;
             self.parts.log.progress(Clock::now(), progress);
         }
     }
@@ -308,11 +321,15 @@ impl Shell {
     }
 
     async fn finish(&mut self, end: End) {
-        if let Some(phase) = phases::last(&end) {
+        if let Some(phase) = convert::last_phase(&end) {
             self.reach(phase);
         }
         let now = Clock::now();
-        let mut finished = phases::finished(end);
+        let failure = match &end {
+            End::Succeeded => None,
+            End::RolledBack(failure) | End::Refused(failure) | End::Lost(failure) => Some(failure.clone()),
+        };
+        let mut finished = Finished::from(end);
         let timings = self.marks.timings(now.monotonic_ns);
         finished.timings = Some(timings);
         finished.device_bytes = self.device_bytes();
@@ -323,9 +340,6 @@ impl Shell {
             "source: the migration has ended"
         );
         let ended = Ended::at_source(&finished);
-        let failure = (finished.outcome() != Outcome::Succeeded).then(|| {
-            Failure::new(Reason::parse(&finished.reason).unwrap_or(Reason::Aborted), finished.message.clone())
-        });
         self.parts.ledger.finish(failure, ended).await;
         self.parts.log.finished(now, finished);
     }

@@ -1,4 +1,4 @@
-//! An attempt, as others see it: what it needs, and the handle on it.
+//! The source's end of an attempt, from outside: what it needs, and the handle to it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,11 +11,12 @@ use slackwater_handover::{Failure, Record, Word};
 use slackwater_proto::node::{JournalRecord, JournalState};
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::{Shell, Signal};
+use super::{Signal, SourceAttempt};
 use crate::attempt::entry::Marks;
 use crate::attempt::events::EventLog;
 use crate::attempt::ledger::Ledger;
 use crate::attempt::link::Peer;
+use crate::attempt::tasks::Signals;
 use crate::vfio::worker::DeviceHandle;
 use crate::vmm::Vmm;
 use crate::vmm::budget::Budget;
@@ -34,21 +35,21 @@ pub struct SourceParts {
     pub plan: StopPlan,
     /// The journal of this attempt.
     pub ledger: Ledger,
-    /// Where an agent that has begun again found it; None for a new attempt.
+    /// Where an agent that has started again found it; None for a new attempt.
     pub recovered: Option<Recovered>,
     /// The commit must have happened by then.
     pub pre_commit_timeout: Duration,
     /// What the copying may cost.
     pub budget: Budget,
-    /// Gives back what is left of the VM here, once it runs elsewhere.
+    /// Gives back the rest of the VM here, once it runs elsewhere.
     pub release: Box<dyn FnOnce() -> BoxFuture<'static, ()> + Send>,
-    /// Where everything is told.
+    /// The events of this attempt.
     pub log: EventLog,
 }
 
-/// What an agent that has begun again found of an attempt.
+/// What an agent that has started again found of an attempt.
 pub struct Recovered {
-    /// What stood in the journal.
+    /// The last record in the journal.
     pub record: Record,
     /// Where each device was read back; None where it could not be.
     pub found: Vec<Option<MigrationState>>,
@@ -60,8 +61,8 @@ pub struct Recovered {
     pub marks: Marks,
 }
 
-/// Somebody wants the migration given up.
-pub(super) struct AbortWish {
+/// A request to give the migration up.
+pub(super) struct AbortRequest {
     pub(super) why: String,
     pub(super) answer: oneshot::Sender<Result<(), PastTheCommit>>,
 }
@@ -74,43 +75,43 @@ pub struct PastTheCommit;
 /// A running attempt.
 #[derive(Clone, Debug)]
 pub struct SourceRun {
-    wishes: mpsc::Sender<AbortWish>,
-    signals: mpsc::UnboundedSender<Signal>,
+    abort_requests: mpsc::Sender<AbortRequest>,
+    signals: Signals<Signal>,
     log: EventLog,
     ledger: Ledger,
     done: watch::Receiver<bool>,
 }
 
 impl SourceRun {
-    /// Begins.
+    /// Starts the attempt, or goes on with one that was recovered.
     pub fn start(parts: SourceParts) -> Self {
-        let (wishes, wanted) = mpsc::channel(1);
+        let (abort_requests, requested) = mpsc::channel(1);
         let (finished, done) = watch::channel(false);
         let (log, ledger) = (parts.log.clone(), parts.ledger.clone());
-        let shell = Shell::new(parts);
-        let signals = shell.signals.clone();
+        let attempt = SourceAttempt::new(parts);
+        let signals = attempt.tasks.signals();
         tokio::spawn(async move {
-            shell.run(wanted).await;
+            attempt.run(requested).await;
             finished.send_replace(true);
         });
-        Self { wishes, signals, log, ledger, done }
+        Self { abort_requests, signals, log, ledger, done }
     }
 
-    /// An attempt that ended under an earlier agent: there is nothing left of it but its log and its journal.
+    /// An attempt that ended under an earlier agent: only its log and its journal are left.
     pub fn over(log: EventLog, ledger: Ledger) -> Self {
-        let ((wishes, _), (signals, _), (_, done)) =
-            (mpsc::channel(1), mpsc::unbounded_channel(), watch::channel(true));
-        Self { wishes, signals, log, ledger, done }
+        let (abort_requests, _) = mpsc::channel(1);
+        let (_, done) = watch::channel(true);
+        Self { abort_requests, signals: Signals::of_ended(), log, ledger, done }
     }
 
-    /// What stands in its journal.
+    /// Its word: what its journal says.
     pub fn journalled(&self) -> JournalState {
         self.ledger.state()
     }
 
-    /// Somebody relays what the destination has journalled.
+    /// The operator relays what the destination has journalled.
     pub fn peer_says(&self, word: Word) {
-        let _ = self.signals.send(Signal::Event(Event::Relayed(word)));
+        self.signals.send(Event::Relayed(word));
     }
 
     /// Its events.
@@ -118,18 +119,19 @@ impl SourceRun {
         &self.log
     }
 
-    /// Waits for the end; all that was held has been let go then.
+    /// Waits for the end: all that was held has been given back then.
     pub async fn ended(&self) {
         let _ = self.done.clone().wait_for(|done| *done).await;
     }
 
-    /// Gives the migration up and waits until the VM runs here again. An attempt that has ended is left as it ended.
+    /// Gives the migration up and waits until the VM runs here again. An attempt that has ended is left as it
+    /// ended.
     ///
     /// # Errors
     /// If the point of no return has passed.
     pub async fn abort(&self, why: String) -> Result<(), PastTheCommit> {
         let (answer, answered) = oneshot::channel();
-        if self.wishes.send(AbortWish { why, answer }).await.is_err() {
+        if self.abort_requests.send(AbortRequest { why, answer }).await.is_err() {
             return self.ended_without_commit();
         }
         match answered.await {

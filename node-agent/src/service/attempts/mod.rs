@@ -37,6 +37,7 @@ use slackwater_handover::Reason;
 use slackwater_handover::policy::NoStopPlan;
 use slackwater_proto::node::MigrationRef;
 use slackwater_proto::refusal::Refusal;
+use slackwater_proto::tonic::Code;
 use tokio::sync::Mutex;
 
 use super::preflight::Preflight;
@@ -83,8 +84,8 @@ impl Attempts {
         if epoch > self.node.registry.highest_epoch() {
             let journal = Arc::clone(&self.node.journal);
             let written = tokio::task::spawn_blocking(move || journal.set_epoch(epoch)).await;
-            let written =
-                written.map_err(|error| Refusal::unavailable(ServiceReason::Internal, error.to_string()))?;
+            let written = written
+                .map_err(|error| Refusal::new(Code::Internal, ServiceReason::Internal, error.to_string()))?;
             written.map_err(|error| {
                 let message = format!("the operator's epoch {epoch} could not be recorded: {error}");
                 Refusal::unavailable(Reason::JournalFailed, message)

@@ -83,12 +83,12 @@ impl Draft {
                                kept; set it when the condition InDoubt is True and names it as a remedy.";
                 ("NotInDoubt", message.to_owned())
             }
-            Unfit::CannotBeTold(end) => {
+            Unfit::CannotBeReached(end) => {
                 let message = format!(
                     "{0} would have to act upon runOn: {run_on:?}, and cannot be reached. Bring {0} back first.",
                     node(end)
                 );
-                ("CannotBeTold", message)
+                ("CannotBeReached", message)
             }
             Unfit::DoesNotWait(end) => {
                 let message = format!(

@@ -1,4 +1,5 @@
-//! Moves a blob from where it is read to the wire. One read's buffer at a time, never copied.
+//! The source's half of a blob: from a device or the VMM to the wire. One read's buffer at a time, never
+//! copied. [`receiving`](super::receiving) is the other half.
 
 use std::time::Duration;
 
@@ -9,39 +10,40 @@ use slackwater_handover::{Blob, Failure, Reason};
 use slackwater_proto::channel::{is_lost, words};
 use slackwater_proto::tonic::{Code, Status};
 
+use super::device::EndDevice;
 use super::link::BlobLink;
 use crate::transfer::CHUNK_MAX_BYTES;
 use crate::transfer::outgoing::{Receipt, StreamEnded};
 use crate::vfio::device::DataRead;
-use crate::vfio::worker::DeviceHandle;
 use crate::vmm::{SaveStream, SaveStreams};
 
 /// Between two looks at initial data that is not ready.
 const NOT_READY_YET: Duration = Duration::from_millis(10);
 
-/// One device's way from its data descriptor to the destination.
+/// Sends a device's state: from its data descriptor to the destination.
 #[derive(Debug)]
-pub(super) struct DevicePump {
-    device: DeviceHandle,
+pub(super) struct DeviceSender {
+    device: EndDevice,
     link: BlobLink,
 }
 
-impl DevicePump {
+impl DeviceSender {
     /// Nothing is read yet.
-    pub(super) fn new(device: DeviceHandle, link: BlobLink) -> Self {
+    pub(super) fn new(device: EndDevice, link: BlobLink) -> Self {
         Self { device, link }
     }
 
-    /// Sends what the device gives in PRE_COPY until none of its initial data is left (include/uapi/linux/vfio.h: leave PRE_COPY only
-    /// when initial_bytes is 0). Asking for what is left is also what makes mlx5 begin an incremental save.
+    /// Sends what the device gives in PRE_COPY until none of its initial data is left
+    /// (include/uapi/linux/vfio.h: leave PRE_COPY only when initial_bytes is 0). The question how much is
+    /// left also makes mlx5 begin an incremental save.
     pub(super) async fn pre_copy(mut self: Box<Self>) -> Result<Box<Self>, Failure> {
         loop {
             while let DataRead::Data(data) = self.read().await? {
                 if self.link.outgoing.send(data).await.is_err() {
-                    return Err(refused(self.link.blob, self.link.receipt).await);
+                    return Err(stream_ended(self.link.blob, self.link.receipt).await);
                 }
             }
-            let info = self.device.precopy_info().await.map_err(failed)?;
+            let info = self.device.handle.precopy_info().await.map_err(|error| self.device.failure(error))?;
             if info.initial_bytes == 0 {
                 return Ok(self);
             }
@@ -50,35 +52,38 @@ impl DevicePump {
         }
     }
 
-    /// Sends the final data to its end, and waits for the destination's word on the whole blob.
+    /// Sends the final data to its end, and waits until the destination has verified the whole blob.
     pub(super) async fn capture(mut self) -> Result<(), Failure> {
         loop {
             match self.read().await? {
                 DataRead::Data(data) => {
                     if self.link.outgoing.send(data).await.is_err() {
-                        return Err(refused(self.link.blob, self.link.receipt).await);
+                        return Err(stream_ended(self.link.blob, self.link.receipt).await);
                     }
                 }
                 DataRead::End => break,
-                // A temporary end has no place in STOP_COPY: to take it for the end could cut the state short.
+                // A temporary end has no place in STOP_COPY: to take it for the end could cut the state
+                // short.
                 DataRead::Drained => {
-                    return Err(failed(format_args!(
-                        "{}: the driver says in STOP_COPY that there is nothing for now (ENOMSG), which is neither data nor the end",
-                        self.device.name()
+                    return Err(self.device.failure(format_args!(
+                        "{}: the driver says in STOP_COPY that there is nothing for now (ENOMSG), \
+                         which is neither data nor the end",
+                        self.device.handle.name()
                     )));
                 }
             }
         }
-        settle(self.link).await
+        finish(self.link).await
     }
 
     async fn read(&self) -> Result<DataRead, Failure> {
-        self.device.read_data(CHUNK_MAX_BYTES).await.map_err(failed)
+        let read = self.device.handle.read_data(CHUNK_MAX_BYTES).await;
+        read.map_err(|error| self.device.failure(error))
     }
 }
 
-/// Sends what the VMM gives to its end, and waits for the destination's word on the whole of it.
-pub(super) async fn vmm(save: SaveStreams, links: Vec<BlobLink>) -> Event {
+/// Sends what the VMM gives to its end, and waits until the destination has verified the whole of it.
+pub(super) async fn send_vmm_state(save: SaveStreams, links: Vec<BlobLink>) -> Event {
     if save.len() != links.len() {
         let message =
             format!("the VMM gives its state in {} streams, and {} were asked for", save.len(), links.len());
@@ -95,39 +100,39 @@ async fn send(mut stream: SaveStream, mut link: BlobLink) -> Result<(), Failure>
         match data {
             Ok(data) => {
                 if link.outgoing.send(data).await.is_err() {
-                    return Err(refused(link.blob, link.receipt).await);
+                    return Err(stream_ended(link.blob, link.receipt).await);
                 }
             }
             Err(error) => return Err(Failure::new(Reason::VmmFailed, error.to_string())),
         }
     }
-    settle(link).await
+    finish(link).await
 }
 
-async fn settle(link: BlobLink) -> Result<(), Failure> {
+async fn finish(link: BlobLink) -> Result<(), Failure> {
     let BlobLink { blob, outgoing, receipt, .. } = link;
     match outgoing.finish().await {
         Ok(_) => match receipt.verified().await {
             Ok(()) => Ok(()),
-            Err(status) => Err(rejected(blob, &status).await),
+            Err(status) => Err(rejection(blob, &status).await),
         },
-        Err(StreamEnded) => Err(refused(blob, receipt).await),
+        Err(StreamEnded) => Err(stream_ended(blob, receipt).await),
     }
 }
 
 /// The stream ended while there was more to send: why, in the destination's words.
-async fn refused(blob: Blob, receipt: Receipt) -> Failure {
+async fn stream_ended(blob: Blob, receipt: Receipt) -> Failure {
     match receipt.verified().await {
-        Ok(()) => {
-            Failure::new(Reason::BlobRejected, format!("the destination stopped taking {}", named(blob)))
-        }
-        Err(status) => rejected(blob, &status).await,
+        Ok(()) => Failure::new(Reason::BlobRejected, format!("the destination stopped taking {blob}")),
+        Err(status) => rejection(blob, &status).await,
     }
 }
 
-async fn rejected(blob: Blob, status: &Status) -> Failure {
+/// What the destination's answer to a blob means.
+async fn rejection(blob: Blob, status: &Status) -> Failure {
     let reason = match (status.code(), blob) {
-        // The destination has given up, and says why on the hand-over's stream: nothing that is known here is better.
+        // The destination has given up. The hand-over's stream says why, better than anything that is known
+        // here.
         (Code::Aborted, _) => std::future::pending().await,
         _ if is_lost(status) => Reason::PeerLost,
         (Code::DataLoss, _) => Reason::BlobRejected,
@@ -135,16 +140,5 @@ async fn rejected(blob: Blob, status: &Status) -> Failure {
         (Code::FailedPrecondition, Blob::Vmm) => Reason::VmmFailed,
         _ => Reason::TargetFailed,
     };
-    Failure::new(reason, format!("sending {}: {}", named(blob), words(status)))
-}
-
-fn named(blob: Blob) -> String {
-    match blob {
-        Blob::Device(index) => format!("the state of device {index}"),
-        Blob::Vmm => "RAM and machine state".to_owned(),
-    }
-}
-
-fn failed(error: impl std::fmt::Display) -> Failure {
-    Failure::new(Reason::DeviceFailed, format!("at the source, {error}"))
+    Failure::new(reason, format!("sending {blob}: {}", words(status)))
 }

@@ -1,0 +1,8 @@
+//! Both ends of an attempt with fake devices and fake VMMs, over the real transport with mutual TLS.
+
+mod devices;
+mod driven;
+mod giving_up;
+mod rig;
+mod vmm;
+mod whole;
