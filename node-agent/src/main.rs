@@ -14,6 +14,7 @@ use slackwater_node_agent::host::vms::VmWatch;
 use slackwater_node_agent::journal::Journal;
 use slackwater_node_agent::process::exec::{TWIN_EXEC, TwinExec};
 use slackwater_node_agent::service::NodeConfig;
+use slackwater_node_agent::service::attempts::{Attempts, NodeResources};
 use slackwater_node_agent::service::inventory::Inventory;
 use slackwater_node_agent::service::node::NodeService;
 use slackwater_node_agent::service::registry::Registry;
@@ -137,15 +138,16 @@ async fn run(serve: Serve) -> anyhow::Result<()> {
     let registry = Arc::new(Registry::default());
     let vms = VmWatch::start(&config.run_dir)?;
     let inventory = Arc::new(Inventory::new(config.clone(), Arc::clone(&registry), vms));
-    let node = NodeService::new(
-        config.clone(),
-        Arc::clone(&credentials),
-        inventory,
-        Arc::clone(&registry),
+    let attempts = Attempts::new(NodeResources {
+        config: config.clone(),
+        credentials: Arc::clone(&credentials),
+        inventory: Arc::clone(&inventory),
+        registry: Arc::clone(&registry),
         journal,
-        Arc::new(NoIdentity),
-    );
-    node.recover().await?;
+        vf_identity: Arc::new(NoIdentity),
+    });
+    attempts.take_up_all().await?;
+    let node = NodeService::new(inventory, attempts);
     let routes =
         Routes::new(NodeAgentServer::new(node)).add_service(transfer_server(TransferService::new(registry)));
     let listener = TcpListener::bind(&serve.listen)

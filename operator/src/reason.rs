@@ -11,7 +11,7 @@ pub(crate) const ABORTED: &str = "Aborted";
 pub(crate) const ABORT_TOO_LATE: &str = "AbortTooLate";
 /// VMMigration, Succeeded: an attempt has failed, and another one follows.
 pub(crate) const ATTEMPT_FAILED: &str = "AttemptFailed";
-/// VMMigration, Succeeded: the source refused to begin.
+/// VMMigration, Succeeded: the source refused to begin, and its agent names no reason.
 pub(crate) const SOURCE_REFUSED: &str = "SourceRefused";
 /// VMMigration, Accepted and Succeeded: the source does not answer, or does not have the VM any more.
 pub(crate) const SOURCE_NOT_READY: &str = "SourceNotReady";
@@ -27,6 +27,8 @@ pub(crate) const SPEC_CHANGE_IGNORED: &str = "SpecChangeIgnored";
 pub(crate) const GUEST_RUNS: &str = "GuestRuns";
 /// VMMigration, Accepted and Succeeded: not every agent has answered or failed once.
 pub(crate) const WAITING_FOR_AGENTS: &str = "WaitingForAgents";
+/// VMMigration, Prepared and Succeeded: the target does not answer.
+pub(crate) const TARGET_UNREACHABLE: &str = "TargetUnreachable";
 /// VMMigration, Prepared: the target refused, and its agent names no reason.
 pub(crate) const RESERVE_REFUSED: &str = "ReserveRefused";
 

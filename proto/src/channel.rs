@@ -1,9 +1,10 @@
 //! Connecting: to an agent over TCP with mutual TLS, or to a VMM over a Unix socket.
 //!
-//! [`connect`] returns only when the other end has answered, so that a refused certificate is an error of `connect`, in words,
-//! and not of some later call. Such a channel connects again by itself when the connection is lost; calls that were under way
-//! then fail with UNAVAILABLE. A cut link is noticed after at most
-//! [`KEEP_ALIVE_INTERVAL`](crate::limits::KEEP_ALIVE_INTERVAL) plus [`KEEP_ALIVE_TIMEOUT`](crate::limits::KEEP_ALIVE_TIMEOUT).
+//! [`connect`] returns only when the other end has answered, so that a refused certificate is an error of
+//! `connect`, and not of some later call. Such a channel connects again by itself when the
+//! connection is lost; calls that were under way then fail with UNAVAILABLE. A cut link is noticed after at
+//! most [`KEEP_ALIVE_INTERVAL`](crate::limits::KEEP_ALIVE_INTERVAL) plus
+//! [`KEEP_ALIVE_TIMEOUT`](crate::limits::KEEP_ALIVE_TIMEOUT).
 
 use std::error::Error;
 use std::io;
@@ -74,7 +75,7 @@ pub enum ConnectError {
         /// Why it is refused.
         reason: String,
     },
-    /// Somebody else answers at that address.
+    /// Another node answers at that address.
     #[error("{address} is not {node}: its certificate is for {}", names(presented))]
     WrongName {
         /// Whom we wanted.
@@ -127,7 +128,8 @@ struct Target {
     address: String,
 }
 
-/// Connects to the agent of `node` at `address` (host:port) with mutual TLS, and waits until it has answered a health check.
+/// Connects to the agent of `node` at `address` (host:port) with mutual TLS, and waits until it has answered
+/// a health check.
 ///
 /// The node's name is the TLS server name: the agent's certificate must carry it as a DNS name.
 ///
@@ -152,7 +154,8 @@ pub async fn connect(credentials: &Credentials, address: &str, node: &str) -> Re
         address: address.to_owned(),
     };
 
-    // Dialled here, where the error still has its type; tonic gets the connection ready-made, and dials again only if it is lost.
+    // Dialled here, where the error still has its type; tonic gets the connection ready-made, and dials again
+    // only if it is lost.
     let ending = Ending::default();
     let first = Arc::new(Mutex::new(Some(WatchedIo::new(target.dial().await?, ending.clone()))));
     let uri = |scheme: &str| {
@@ -250,12 +253,14 @@ pub async fn open_unix(path: &Path) -> Result<UnixStream, ConnectError> {
     })
 }
 
-/// Speaks gRPC over a Unix socket that is connected already, so that the process behind it can be identified first.
+/// Speaks gRPC over a Unix socket that is connected already, so that the process behind it can be identified
+/// first.
 ///
 /// The channel lives as long as this one connection: only the process that was identified can answer on it.
 pub fn over_unix(stream: UnixStream) -> Channel {
     let mut stream = Some(stream);
-    // The authority is localhost since h2 rejects a path. No keep-alive: a process that ends closes its socket.
+    // The authority is localhost since h2 rejects a path. No keep-alive: a process that ends closes its
+    // socket.
     Endpoint::from_static("http://localhost")
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
@@ -276,8 +281,8 @@ fn tuned(endpoint: Endpoint) -> Endpoint {
         .keep_alive_while_idle(true)
 }
 
-/// What a failed call means, for a person: the words of the other end, or, if the call was lost on the way, why.
-/// (`transport error` alone, as tonic puts it, does not help.)
+/// What a failed call means, for a person: the words of the other end, or, if the call was lost on the way,
+/// why. (`transport error` alone, as tonic puts it, does not help.)
 pub fn words(status: &Status) -> String {
     match status.source() {
         Some(source) => {
@@ -292,7 +297,8 @@ pub fn words(status: &Status) -> String {
     }
 }
 
-/// Whether a call was lost on the way, and not refused by the other end. Then it is not known whether it has been carried out.
+/// Whether a call was lost on the way, and not refused by the other end. Then it is not known whether it has
+/// been carried out.
 pub fn is_lost(status: &Status) -> bool {
     // What came over the wire has no source; what was made here, from an error of the transport, has.
     status.source().is_some() || status.code() == Code::Unavailable

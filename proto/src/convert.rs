@@ -7,7 +7,7 @@ use slackwater_handover::{Failure, Reason, Record, Word, source};
 use crate::node::{self, Finished, JournalRecord, JournalState, MigrationFeatures, Outcome};
 use crate::transfer::Failed;
 
-/// A record that this version does not know: a newer agent's. It says nothing, which is not the same as having no journal.
+/// A record that only a newer agent knows. It says nothing, which is not the same as having no journal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("its journal has a record that this version does not know, number {0}: a newer version wrote it")]
 pub struct UnknownRecord(pub i32);
@@ -76,7 +76,8 @@ impl TryFrom<&JournalState> for Word {
     }
 }
 
-/// A failure as another process names it. A name that Kubernetes would not take as a reason becomes [`Reason::TargetFailed`].
+/// A failure as another process names it. A name that Kubernetes would not take as a reason becomes
+/// [`Reason::TargetFailed`].
 #[must_use]
 pub fn failure(reason: &str, message: &str) -> Failure {
     Failure::new(Reason::parse(reason).unwrap_or(Reason::TargetFailed), message)
@@ -113,7 +114,8 @@ impl From<node::PeerToPeer> for Option<PeerToPeer> {
     }
 }
 
-/// The phase that an operator sees. None: a phase that only carries out what has been decided already is not reported.
+/// The phase that an operator sees. None: a phase that only carries out what has been decided already is not
+/// reported.
 #[must_use]
 pub fn reported_phase(phase: source::Phase) -> Option<node::Phase> {
     use source::Phase;

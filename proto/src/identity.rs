@@ -6,16 +6,20 @@
 //! | URI | role |
 //! |---|---|
 //! | `spiffe://slackwater.dev/operator` | the operator, or a command-line tool |
-//! | `spiffe://slackwater.dev/agent/<node>` | the agent of that node; the certificate carries the DNS name `<node>` too |
+//! | `spiffe://slackwater.dev/agent/<node>` | the agent of that node; its certificate has the DNS name `<node>` |
 //!
-//! TLS has already proved that the caller holds the certificate's key and that our CA issued it. Here it is only read.
+//! TLS has already proved that the caller holds the certificate's key and that our CA issued it. Here it is
+//! only read.
 
 use std::fmt;
 use std::str::FromStr;
 
-use tonic::{Request, Status};
+use slackwater_handover::Reason;
+use tonic::{Code, Request, Status};
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer, X509Certificate};
+
+use crate::refusal::Refusal;
 
 /// What every role's URI begins with.
 pub const TRUST_DOMAIN: &str = "spiffe://slackwater.dev/";
@@ -47,7 +51,7 @@ pub enum IdentityError {
         "the certificate names no role: it has no URI in its alternative names that begins with {TRUST_DOMAIN}"
     )]
     NoRole,
-    /// A certificate is for one role.
+    /// It must have one role.
     #[error("the certificate names more than one role: {}", uris.join(", "))]
     ManyRoles {
         /// All of ours.
@@ -67,13 +71,15 @@ pub enum IdentityError {
     },
 }
 
-const NODE_NAME_RULE: &str = "a node's name has 1 to 253 characters of a-z, 0-9, `-` and `.`, and begins and ends with a letter or digit";
+const NODE_NAME_RULE: &str = "a node's name has 1 to 253 characters of a-z, 0-9, `-` and `.`, and begins and \
+                              ends with a letter or digit";
 
 impl Role {
     /// Reads the role from a certificate in DER.
     ///
     /// # Errors
-    /// If it is no certificate, or has no, more than one, or an unknown URI of ours. URIs of others are passed over.
+    /// If it is no certificate, or has no, more than one, or an unknown URI of ours. URIs of others are
+    /// passed over.
     pub fn from_certificate(der: &[u8]) -> Result<Self, IdentityError> {
         let unreadable = |reason: String| IdentityError::ReadCertificate { reason };
         let (_, certificate) =
@@ -142,15 +148,18 @@ pub fn is_node_name(name: &str) -> bool {
 /// The role of the caller.
 ///
 /// # Errors
-/// UNAUTHENTICATED if the call came without a certificate (over something else than TLS), or its certificate names no role.
+/// UNAUTHENTICATED if the call came without a certificate (over something else than TLS), or its certificate
+/// names no role.
 pub fn caller<T>(request: &Request<T>) -> Result<Role, Status> {
     let certificates = request.peer_certs();
     let Some(leaf) = certificates.as_ref().and_then(|chain| chain.first()) else {
-        return Err(Status::unauthenticated(
-            "the caller showed no certificate: this service needs mutual TLS",
-        ));
+        return Err(unauthenticated("the caller showed no certificate: this service needs mutual TLS"));
     };
-    Role::from_certificate(leaf).map_err(|error| Status::unauthenticated(error.to_string()))
+    Role::from_certificate(leaf).map_err(|error| unauthenticated(&error.to_string()))
+}
+
+fn unauthenticated(message: &str) -> Status {
+    Refusal::new(Code::Unauthenticated, Reason::Other("CallerUnauthenticated".into()), message).into()
 }
 
 /// Lets only the operator through.
@@ -175,7 +184,8 @@ pub fn require_agent<T>(request: &Request<T>) -> Result<String, Status> {
     }
 }
 
-/// Lets only the agent of `node` through: the one that Reserve named as the peer. `calling` is from [`require_agent`].
+/// Lets only the agent of `node` through: the one that Reserve named as the peer. `calling` is from
+/// [`require_agent`].
 ///
 /// # Errors
 /// PERMISSION_DENIED for any other node.
@@ -187,13 +197,13 @@ pub fn require_node(calling: &str, node: &str) -> Result<(), Status> {
 }
 
 fn denied(called: &Role, may: &str) -> Status {
-    Status::permission_denied(format!("called by {called}, but only {may} may do this"))
+    let message = format!("called by {called}, but only {may} may do this");
+    Refusal::new(Code::PermissionDenied, Reason::Other("CallerNotAllowed".into()), message).into()
 }
 
 #[cfg(test)]
 mod tests {
     use rcgen::{CertificateParams, KeyPair, SanType};
-    use tonic::Code;
 
     use super::*;
 
@@ -230,7 +240,8 @@ mod tests {
         let error = Role::from_certificate(&der).unwrap_err().to_string();
         assert_eq!(
             error,
-            "the certificate names more than one role: spiffe://slackwater.dev/operator, spiffe://slackwater.dev/agent/a"
+            "the certificate names more than one role: spiffe://slackwater.dev/operator, \
+             spiffe://slackwater.dev/agent/a"
         );
     }
 

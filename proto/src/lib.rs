@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`node`], [`transfer`], [`vmm`] | the generated messages, clients and servers |
 //! | [`convert`] | the core's types on the wire and back |
+//! | [`refusal`] | a refused call on the wire and back: its reason, its message and its detail |
 //! | [`identity`] | the role that a certificate names, and who may call what |
 //! | [`tls`] | a certificate, its key and the CA, read from files |
 //! | [`channel`] | connecting to an agent over TCP, or to a VMM over a Unix socket |
@@ -18,6 +19,7 @@ pub mod channel;
 pub mod convert;
 pub mod identity;
 pub mod limits;
+pub mod refusal;
 pub mod server;
 pub mod tls;
 mod tls_reason;

@@ -1,7 +1,9 @@
-//! Serving: over TCP with mutual TLS, or over a Unix socket. With gRPC health, keep-alive, and an end with a limit.
+//! Serving: over TCP with mutual TLS, or over a Unix socket. With gRPC health, keep-alive, and an end with a
+//! limit.
 //!
-//! Every caller must show a certificate of our CA; what it may do is for the services to ask ([`crate::identity`]). A refused
-//! handshake is logged with the caller's address and the reason, and the caller gets the reason, too.
+//! Every caller must show a certificate of our CA; what it may do is for the services to ask
+//! ([`crate::identity`]). A refused handshake is logged with the caller's address and the reason, and the
+//! caller gets the reason, too.
 
 use std::fs::Permissions;
 use std::io;
@@ -48,8 +50,8 @@ pub enum ServeError {
 
 /// Serves `routes` and gRPC health on `listener` with mutual TLS until `shutdown` is ready.
 ///
-/// Then it stops listening, reports NOT_SERVING, lets the calls that are under way end, and returns when they have, or after
-/// `drain`. Connections that are still open then end with the process.
+/// Then it stops listening, reports NOT_SERVING, lets the calls that are under way end, and returns when they
+/// have, or after `drain`. Connections that are still open then end with the process.
 ///
 /// # Errors
 /// If TLS cannot be set up, or the transport fails.
@@ -207,8 +209,8 @@ fn why_refused(error: &io::Error) -> String {
     }
 }
 
-/// Takes in what the caller has sent meanwhile, until it closes. A socket that is closed with unread data is reset, and the reset
-/// would overtake the TLS alert that tells the caller why.
+/// Takes in what the caller has sent meanwhile, until it closes. A socket that is closed with unread data is
+/// reset, and the reset would overtake the TLS alert that tells the caller why.
 async fn linger(mut tcp: TcpStream) {
     let until_closed = async {
         tcp.shutdown().await?;

@@ -17,8 +17,8 @@ use crate::identity::{IdentityError, Role};
 
 /// What one end shows and whom it trusts.
 ///
-/// An agent both serves and calls: if its certificate restricts its use (extended key usage), it must allow server and
-/// client authentication.
+/// An agent both serves and calls: if its certificate restricts its use (extended key usage), it must allow
+/// server and client authentication.
 #[derive(Clone)]
 pub struct Credentials {
     own: Arc<CertifiedKey>,
@@ -85,11 +85,12 @@ const KEY: &str = "key";
 const CA: &str = "CA certificate";
 
 impl Credentials {
-    /// Reads PEM files: the certificate (with its intermediates behind it), its private key, and the CA's certificates.
+    /// Reads PEM files: the certificate (with its intermediates behind it), its private key, and the CA's
+    /// certificates.
     ///
     /// # Errors
-    /// If a file cannot be read or holds something else, the key belongs to another certificate, a certificate is not valid
-    /// now, or the certificate names no role.
+    /// If a file cannot be read or holds something else, the key belongs to another certificate, a
+    /// certificate is not valid now, or the certificate names no role.
     pub fn read(certificate: &Path, key: &Path, ca: &Path) -> Result<Self, CredentialsError> {
         let chain = certificates(CERTIFICATE, certificate)?;
         let roots = certificates(CA, ca)?;

@@ -1,7 +1,8 @@
-//! Why a TLS handshake failed, in words. Pure.
+//! Why a TLS handshake failed, as a message. Pure.
 //!
-//! rustls says what went wrong in the words of the protocol; a person wants to know which of the two certificates is wrong
-//! and how. `ours` and `theirs` below are from the point of view of the end that reports.
+//! rustls says what went wrong in the words of the protocol; a person wants to know which of the two
+//! certificates is wrong and how. `ours` and `theirs` below are from the point of view of the end that
+//! reports.
 
 use std::error::Error;
 
@@ -51,7 +52,8 @@ pub(crate) fn refusal(error: &rustls::Error) -> Refusal {
             AlertDescription::CertificateRequired => {
                 Refusal::Ours("it demands a certificate and was shown none".to_owned())
             }
-            // DecryptError: a CA of the same name is trusted there, but its key did not sign this (RFC 8446 section 6.2).
+            // DecryptError: a CA of the same name is trusted there, but its key did not sign this (RFC 8446
+            // section 6.2).
             AlertDescription::UnknownCA | AlertDescription::DecryptError => {
                 Refusal::Ours("it was issued by a CA that is not trusted there".to_owned())
             }
@@ -72,7 +74,8 @@ pub(crate) fn refusal(error: &rustls::Error) -> Refusal {
     }
 }
 
-/// The DNS names and IP addresses among the names that rustls lists, which come as `DnsName("node-a")` and the like.
+/// The DNS names and IP addresses among the names that rustls lists, which come as `DnsName("node-a")` and
+/// the like.
 fn dns_names(presented: &[String]) -> Vec<String> {
     let host = |name: &String| {
         let inner = name.strip_prefix("DnsName(").or_else(|| name.strip_prefix("IpAddress("))?;
@@ -91,7 +94,9 @@ fn certificate(error: &CertificateError) -> String {
             "it is not valid yet".to_owned()
         }
         CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. } => {
-            "its extended key usage does not allow this use (an agent's needs server and client authentication)".to_owned()
+            "its extended key usage does not allow this use (an agent's needs server and client \
+             authentication)"
+                .to_owned()
         }
         other => other.to_string(),
     }

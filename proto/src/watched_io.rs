@@ -1,7 +1,8 @@
 //! A connection that remembers the error that ended it.
 //!
-//! With TLS 1.3 the server judges the client's certificate after the client has finished its handshake, so the refusal comes as
-//! an error of the first read. HTTP/2 turns that into "connection closed" and drops the reason: it is kept here.
+//! With TLS 1.3 the server judges the client's certificate after the client has finished its handshake, so
+//! the refusal comes as an error of the first read. HTTP/2 turns that into "connection closed" and drops the
+//! reason: it is kept here.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -73,8 +74,8 @@ impl<IO: AsyncRead + Unpin> AsyncRead for WatchedIo<IO> {
 }
 
 impl<IO: AsyncWrite + Unpin> AsyncWrite for WatchedIo<IO> {
-    // Errors of writing are not recorded: a write to a connection that the other end has closed fails with "broken pipe",
-    // while the reason for the closing still waits to be read.
+    // Errors of writing are not recorded: a write to a connection that the other end has closed fails with
+    // "broken pipe", while the reason for the closing still waits to be read.
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.io).poll_write(cx, buf)
     }

@@ -36,6 +36,22 @@ pub enum JournalError {
         /// The newest format that this agent knows.
         known: u32,
     },
+    /// As [`JournalError::NewerVersion`], and the migration that it is about has not ended here: an agent
+    /// does not start over it.
+    #[error(
+        "{} is an open journal of format {found}, and this agent reads formats up to {known}: it does not start \
+         over it. Run the newer agent that wrote it until the migration has ended, and drain the migrations of \
+         a node before a downgrade",
+        file.display()
+    )]
+    NewerVersionOpen {
+        /// The file.
+        file: PathBuf,
+        /// Its format.
+        found: u32,
+        /// The newest that is known here.
+        known: u32,
+    },
     /// Bytes are missing.
     #[error(
         "{} is truncated or damaged: it needs {needs_bytes} bytes and has {has_bytes}",

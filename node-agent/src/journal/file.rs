@@ -23,7 +23,7 @@ use rustix::fs::{FallocateFlags, RenameFlags, fallocate, renameat, renameat_with
 use rustix::io::Errno;
 
 use super::JournalError;
-use super::format::{HEADER_BYTES, Refusal, VERSION, decode, encode};
+use super::format::{HEADER_BYTES, NEWEST_VERSION, Refusal, decode, encode};
 
 /// Suffix of the other copy.
 pub(super) const SPARE: &str = ".spare";
@@ -111,6 +111,8 @@ pub(super) struct Copies {
     name: String,
     /// Bytes of each copy.
     space: usize,
+    /// The version in the header of what is written.
+    version: u32,
     /// The file `name`.
     pub(super) live: File,
     /// The file `name` with [`SPARE`].
@@ -126,12 +128,13 @@ impl Copies {
         directory: &Arc<Directory>,
         name: &str,
         space: usize,
+        version: u32,
         content: &[u8],
     ) -> Result<Self, JournalError> {
         let (spare_name, new_name) = (format!("{name}{SPARE}"), format!("{name}{NEW}"));
         directory.remove(&spare_name)?;
         directory.remove(&new_name)?;
-        let bytes = record(directory, name, space, content)?;
+        let bytes = record(directory, name, space, version, content)?;
         let create = || -> Result<Self, JournalError> {
             let spare = allocated(directory, &spare_name, space, &[])?;
             let live = allocated(directory, &new_name, space, &bytes)?;
@@ -140,6 +143,7 @@ impl Copies {
                 directory: Arc::clone(directory),
                 name: name.to_owned(),
                 space,
+                version,
                 live,
                 spare,
                 exchanges: true,
@@ -153,7 +157,12 @@ impl Copies {
     }
 
     /// Opens an existing file. Its spare is allocated again.
-    pub(super) fn reopen(directory: &Arc<Directory>, name: &str, space: usize) -> Result<Self, JournalError> {
+    pub(super) fn reopen(
+        directory: &Arc<Directory>,
+        name: &str,
+        space: usize,
+        version: u32,
+    ) -> Result<Self, JournalError> {
         let file = directory.file(name);
         let opened = OpenOptions::new().read(true).write(true).custom_flags(no_follow()).open(&file);
         let live = opened.map_err(|source| JournalError::Open { file: file.clone(), source })?;
@@ -170,6 +179,7 @@ impl Copies {
             directory: Arc::clone(directory),
             name: name.to_owned(),
             space,
+            version,
             live,
             spare,
             exchanges: true,
@@ -178,7 +188,7 @@ impl Copies {
 
     /// Replaces the content.
     pub(super) fn write(&mut self, content: &[u8]) -> Result<(), JournalError> {
-        let mut bytes = record(&self.directory, &self.name, self.space, content)?;
+        let mut bytes = record(&self.directory, &self.name, self.space, self.version, content)?;
         bytes.resize(self.space, 0);
         self.fill_spare(&bytes)?;
         self.put_in_place()
@@ -186,7 +196,7 @@ impl Copies {
 
     /// Replaces the content for the last time, and frees the space that is no longer needed.
     pub(super) fn finish(mut self, content: &[u8]) -> Result<(), JournalError> {
-        let bytes = record(&self.directory, &self.name, self.space, content)?;
+        let bytes = record(&self.directory, &self.name, self.space, self.version, content)?;
         self.fill_spare(&bytes)?;
         let spare_file = self.directory.file(&self.spare_name());
         let write_error = |source| JournalError::Write { file: spare_file.clone(), source };
@@ -244,8 +254,18 @@ impl Copies {
     }
 }
 
-/// The content of a file, and whether it has been finished.
-pub(super) fn read(directory: &Directory, name: &str, space: usize) -> Result<(Vec<u8>, bool), JournalError> {
+/// What a file holds.
+pub(super) struct Stored {
+    /// How the content is to be read.
+    pub(super) version: u32,
+    /// What was written.
+    pub(super) content: Vec<u8>,
+    /// Nothing will be written any more.
+    pub(super) finished: bool,
+}
+
+/// The content of a file.
+pub(super) fn read(directory: &Directory, name: &str, space: usize) -> Result<Stored, JournalError> {
     let file = directory.file(name);
     let opened = OpenOptions::new().read(true).custom_flags(no_follow()).open(&file);
     let handle = opened.map_err(|source| JournalError::Open { file: file.clone(), source })?;
@@ -253,10 +273,16 @@ pub(super) fn read(directory: &Directory, name: &str, space: usize) -> Result<(V
     // Never more than the space of one, whatever the file has.
     io::Read::read_to_end(&mut io::Read::take(handle, space as u64), &mut bytes)
         .map_err(|source| JournalError::Read { file: file.clone(), source })?;
+    let finished = bytes.len() < space;
     match decode(&bytes) {
-        Ok(content) => Ok((content.to_vec(), bytes.len() < space)),
+        Ok(decoded) => Ok(Stored { version: decoded.version, content: decoded.content.to_vec(), finished }),
         Err(Refusal::NotAJournal) => Err(JournalError::NotAJournal { file }),
-        Err(Refusal::NewerVersion(found)) => Err(JournalError::NewerVersion { file, found, known: VERSION }),
+        Err(Refusal::NewerVersion(found)) if finished => {
+            Err(JournalError::NewerVersion { file, found, known: NEWEST_VERSION })
+        }
+        Err(Refusal::NewerVersion(found)) => {
+            Err(JournalError::NewerVersionOpen { file, found, known: NEWEST_VERSION })
+        }
         Err(Refusal::Truncated { needs_bytes }) => {
             Err(JournalError::Truncated { file, needs_bytes, has_bytes: bytes.len() as u64 })
         }
@@ -266,11 +292,19 @@ pub(super) fn read(directory: &Directory, name: &str, space: usize) -> Result<(V
 
 /// The bytes of a record, if they fit. One byte less than the space is taken, so that a full file is never a
 /// finished one.
-fn record(directory: &Directory, name: &str, space: usize, content: &[u8]) -> Result<Vec<u8>, JournalError> {
-    encode(content).filter(|bytes| bytes.len() < space).ok_or_else(|| JournalError::ContentTooLarge {
-        file: directory.file(name),
-        has_bytes: content.len() as u64,
-        limit_bytes: content_limit(space) as u64,
+fn record(
+    directory: &Directory,
+    name: &str,
+    space: usize,
+    version: u32,
+    content: &[u8],
+) -> Result<Vec<u8>, JournalError> {
+    encode(version, content).filter(|bytes| bytes.len() < space).ok_or_else(|| {
+        JournalError::ContentTooLarge {
+            file: directory.file(name),
+            has_bytes: content.len() as u64,
+            limit_bytes: content_limit(space) as u64,
+        }
     })
 }
 

@@ -7,11 +7,19 @@
 //!
 //! Numbers are little endian. The CRC-32 (IEEE 802.3) covers the four bytes of the length and the content. A
 //! finished journal ends with its content: it has no zeroes.
+//!
+//! The version says how the content is to be read; the header is the same in all versions. An agent reads
+//! every version up to [`NEWEST_VERSION`]. A change of the content of a journal raises that version, and
+//! needs a reader for the one before (`attempt/entry/`).
 
 const MAGIC: [u8; 8] = *b"SLKWJRNL";
 
-/// The format that is written, and the newest that is read.
-pub(super) const VERSION: u32 = 1;
+/// The version of a migration's journal that is written, and the newest that is read.
+pub(super) const NEWEST_VERSION: u32 = 2;
+
+/// The version of the file with the operator's epoch. It has not changed: an agent that is downgraded must be
+/// able to read it.
+pub(super) const EPOCH_VERSION: u32 = 1;
 
 /// Bytes before the content.
 pub(super) const HEADER_BYTES: usize = 20;
@@ -29,20 +37,29 @@ pub(super) enum Refusal {
     ChecksumMismatch,
 }
 
+/// A record, as it was read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Decoded<'a> {
+    /// How the content is to be read.
+    pub(super) version: u32,
+    /// What was written.
+    pub(super) content: &'a [u8],
+}
+
 /// The content with its header before it, without zeroes. `None` if the header cannot state its length.
-pub(super) fn encode(content: &[u8]) -> Option<Vec<u8>> {
+pub(super) fn encode(version: u32, content: &[u8]) -> Option<Vec<u8>> {
     let length = u32::try_from(content.len()).ok()?.to_le_bytes();
     let mut bytes = Vec::with_capacity(HEADER_BYTES + content.len());
     bytes.extend(MAGIC);
-    bytes.extend(VERSION.to_le_bytes());
+    bytes.extend(version.to_le_bytes());
     bytes.extend(length);
     bytes.extend(checksum(length, content).to_le_bytes());
     bytes.extend(content);
     Some(bytes)
 }
 
-/// The content, if these bytes are complete and undamaged. Bytes after the content are ignored.
-pub(super) fn decode(bytes: &[u8]) -> Result<&[u8], Refusal> {
+/// The record, if these bytes are complete and undamaged. Bytes after the content are ignored.
+pub(super) fn decode(bytes: &[u8]) -> Result<Decoded<'_>, Refusal> {
     // Bytes that begin like the magic and end early are truncated; others are not a journal.
     if bytes.iter().zip(MAGIC).any(|(is, should_be)| *is != should_be) {
         return Err(Refusal::NotAJournal);
@@ -51,9 +68,10 @@ pub(super) fn decode(bytes: &[u8]) -> Result<&[u8], Refusal> {
     let (_, rest) = bytes.split_first_chunk::<8>().ok_or(too_short)?;
     let (version, rest) = rest.split_first_chunk::<4>().ok_or(too_short)?;
     // Checked first: the rest may have another meaning in a newer format.
-    match u32::from_le_bytes(*version) {
+    let version = u32::from_le_bytes(*version);
+    match version {
         0 => return Err(Refusal::NotAJournal),
-        VERSION => {}
+        1..=NEWEST_VERSION => {}
         newer => return Err(Refusal::NewerVersion(newer)),
     }
     let (length, rest) = rest.split_first_chunk::<4>().ok_or(too_short)?;
@@ -66,7 +84,7 @@ pub(super) fn decode(bytes: &[u8]) -> Result<&[u8], Refusal> {
     if checksum(*length, content) != u32::from_le_bytes(*stated) {
         return Err(Refusal::ChecksumMismatch);
     }
-    Ok(content)
+    Ok(Decoded { version, content })
 }
 
 fn checksum(length: [u8; 4], content: &[u8]) -> u32 {
@@ -84,7 +102,7 @@ mod tests {
 
     #[test]
     fn a_record_has_the_documented_format() {
-        let bytes = encode(b"{}").unwrap();
+        let bytes = encode(1, b"{}").unwrap();
         assert_eq!(&bytes[..16], b"SLKWJRNL\x01\0\0\0\x02\0\0\0");
         // CRC-32 of 02 00 00 00 7b 7d, by Python's zlib.
         assert_eq!(u32::from_le_bytes(bytes[16..20].try_into().unwrap()), 0x1e75_ad14);
@@ -92,18 +110,26 @@ mod tests {
     }
 
     #[test]
+    fn every_version_up_to_the_newest_is_read_and_names_itself() {
+        for version in 1..=NEWEST_VERSION {
+            let bytes = encode(version, b"{}").unwrap();
+            assert_eq!(decode(&bytes), Ok(Decoded { version, content: b"{}" }));
+        }
+    }
+
+    #[test]
     fn a_newer_version_is_distinguished_from_damage_whatever_follows_it() {
-        let mut bytes = encode(b"{}").unwrap();
-        bytes[8] = 2;
+        let newer = NEWEST_VERSION + 1;
+        let mut bytes = encode(newer, b"{}").unwrap();
         bytes[17] ^= 1;
-        assert_eq!(decode(&bytes), Err(Refusal::NewerVersion(2)));
+        assert_eq!(decode(&bytes), Err(Refusal::NewerVersion(newer)));
         bytes.truncate(12);
-        assert_eq!(decode(&bytes), Err(Refusal::NewerVersion(2)));
+        assert_eq!(decode(&bytes), Err(Refusal::NewerVersion(newer)));
     }
 
     #[test]
     fn every_truncation_is_distinguished_from_damage() {
-        let bytes = encode(b"{\"record\":\"LOADED\"}").unwrap();
+        let bytes = encode(NEWEST_VERSION, b"{\"record\":\"LOADED\"}").unwrap();
         for kept in 0..bytes.len() {
             assert!(matches!(decode(&bytes[..kept]), Err(Refusal::Truncated { .. })), "{kept} bytes kept");
         }
@@ -118,15 +144,19 @@ mod tests {
 
     proptest! {
         #[test]
-        fn encoded_content_is_decoded_whatever_follows(content: Vec<u8>, behind: Vec<u8>) {
-            let mut bytes = encode(&content).unwrap();
+        fn encoded_content_is_decoded_whatever_follows(
+            version in 1..=NEWEST_VERSION, content: Vec<u8>, behind: Vec<u8>,
+        ) {
+            let mut bytes = encode(version, &content).unwrap();
             bytes.extend(behind);
-            prop_assert_eq!(decode(&bytes), Ok(&content[..]));
+            prop_assert_eq!(decode(&bytes), Ok(Decoded { version, content: &content }));
         }
 
         #[test]
-        fn a_flipped_bit_is_never_read_as_content(content: Vec<u8>, at: prop::sample::Index, bit in 0..8_u32) {
-            let mut bytes = encode(&content).unwrap();
+        fn a_flipped_bit_is_never_read_as_content(
+            version in 1..=NEWEST_VERSION, content: Vec<u8>, at: prop::sample::Index, bit in 0..8_u32,
+        ) {
+            let mut bytes = encode(version, &content).unwrap();
             let at = at.index(bytes.len());
             bytes[at] ^= 1 << bit;
             prop_assert!(decode(&bytes).is_err());

@@ -13,6 +13,10 @@
 //! fails, or is cut off anywhere, leaves the old content. Space for all later records of a migration is
 //! allocated when its file is created.
 //!
+//! Each file names the version of its content. Content of an older version is read as it is, with its
+//! version; the next record is written in the newest one. A file of a newer version is never touched, and an
+//! open one keeps the agent from starting.
+//!
 //! **Every call blocks**, for as long as the disk takes to sync: from async code, through
 //! `tokio::task::spawn_blocking`.
 
@@ -34,7 +38,8 @@ use parking_lot::Mutex;
 use strum::{Display, EnumString, IntoStaticStr};
 
 pub use error::JournalError;
-use file::{Copies, Directory, NEW, SPARE};
+use file::{Copies, Directory, NEW, SPARE, Stored};
+use format::{EPOCH_VERSION, NEWEST_VERSION};
 
 /// Bytes that are allocated for each of the two copies of a journal.
 pub const SPACE_BYTES: usize = 64 * 1024;
@@ -108,8 +113,17 @@ impl fmt::Display for Key {
     }
 }
 
+/// What a journal holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Content {
+    /// How the bytes are to be read: 1 up to the newest version that this agent writes.
+    pub version: u32,
+    /// What was written.
+    pub bytes: Vec<u8>,
+}
+
 /// A journal of this node, with its content or the error of reading it.
-pub type Found = (Key, Result<Vec<u8>, JournalError>);
+pub type Found = (Key, Result<Content, JournalError>);
 
 /// All journals of this node. No other process can open them while this, a clone of it, or a [`JournalFile`]
 /// lives.
@@ -125,6 +139,9 @@ impl Journal {
     /// Creates missing directories (mode 0700), takes the lock ([`JournalError::Locked`]), and removes the
     /// unfinished files of an agent that died. The spare copy of a journal that cannot be read stays: an
     /// administrator may need it.
+    ///
+    /// [`JournalError::NewerVersionOpen`] if an open journal is of a newer version than this agent knows.
+    /// Then no journal is changed.
     pub fn open(state_dir: &Path) -> Result<Self, JournalError> {
         let path = state_dir.join("journal");
         let unusable = |source| JournalError::OpenDirectory { path: state_dir.to_owned(), source };
@@ -138,22 +155,29 @@ impl Journal {
         }
         let journal =
             Self { directory: Arc::new(directory), lock: Arc::new(lock), epoch: Arc::new(Mutex::new(None)) };
+        journal.refuse_newer_open()?;
         journal.clear_leftovers()?;
         Ok(journal)
+    }
+
+    /// An agent that is older than an open journal can neither continue the migration nor answer for it.
+    fn refuse_newer_open(&self) -> Result<(), JournalError> {
+        for key in self.keys()? {
+            if let Err(newer @ JournalError::NewerVersionOpen { .. }) = self.read(&key.file_name()) {
+                return Err(newer);
+            }
+        }
+        Ok(())
     }
 
     /// Every journal of this node, in the order of their keys, each with its content or the error of reading
     /// it. Files that are not named as a journal are skipped.
     pub fn read_all(&self) -> Result<Vec<Found>, JournalError> {
-        let mut keys: Vec<Key> = self.names()?.iter().filter_map(|name| Key::of_file_name(name)).collect();
-        keys.sort();
-        Ok(keys
-            .into_iter()
-            .map(|key| {
-                let content = file::read(&self.directory, &key.file_name(), SPACE_BYTES);
-                (key, content.map(|(content, _)| content))
-            })
-            .collect())
+        let found = |key: Key| {
+            let stored = self.read(&key.file_name());
+            (key, stored.map(|stored| Content { version: stored.version, bytes: stored.content }))
+        };
+        Ok(self.keys()?.into_iter().map(found).collect())
     }
 
     /// Creates the journal of a key, with space for every later record; its first content is durable when
@@ -164,13 +188,13 @@ impl Journal {
     /// If creating it fails, nothing of it stays.
     pub fn create(&self, key: &Key, content: &[u8]) -> Result<JournalFile, JournalError> {
         let name = key.file_name();
-        match file::read(&self.directory, &name, SPACE_BYTES) {
-            Ok((_, true)) => {}
-            Ok((_, false)) => return Err(JournalError::Unfinished { file: self.directory.file(&name) }),
+        match self.read(&name) {
+            Ok(Stored { finished: true, .. }) => {}
+            Ok(_) => return Err(JournalError::Unfinished { file: self.directory.file(&name) }),
             Err(JournalError::Open { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
             Err(unreadable) => return Err(unreadable),
         }
-        let copies = Copies::create(&self.directory, &name, SPACE_BYTES, content)?;
+        let copies = Copies::create(&self.directory, &name, SPACE_BYTES, NEWEST_VERSION, content)?;
         Ok(JournalFile { copies, _lock: Arc::clone(&self.lock) })
     }
 
@@ -180,8 +204,8 @@ impl Journal {
     /// A key has one [`JournalFile`] at a time: two would write into the same spare copy.
     pub fn reopen(&self, key: &Key) -> Result<JournalFile, JournalError> {
         let name = key.file_name();
-        file::read(&self.directory, &name, SPACE_BYTES)?;
-        let copies = Copies::reopen(&self.directory, &name, SPACE_BYTES)?;
+        self.read(&name)?;
+        let copies = Copies::reopen(&self.directory, &name, SPACE_BYTES, NEWEST_VERSION)?;
         Ok(JournalFile { copies, _lock: Arc::clone(&self.lock) })
     }
 
@@ -191,13 +215,13 @@ impl Journal {
     pub fn prune(
         &self,
         keep: usize,
-        is_finished: impl Fn(&Key, &[u8]) -> bool,
+        is_finished: impl Fn(&Key, &Content) -> bool,
     ) -> Result<Vec<Key>, JournalError> {
         let mut finished: Vec<(SystemTime, Key)> = Vec::new();
-        for key in self.names()?.iter().filter_map(|name| Key::of_file_name(name)) {
+        for key in self.keys()? {
             let name = key.file_name();
-            if let Ok((content, true)) = file::read(&self.directory, &name, SPACE_BYTES)
-                && is_finished(&key, &content)
+            if let Ok(Stored { version, content: bytes, finished: true }) = self.read(&name)
+                && is_finished(&key, &Content { version, bytes })
             {
                 let file = self.directory.file(&name);
                 let written = std::fs::metadata(&file).and_then(|metadata| metadata.modified());
@@ -219,8 +243,8 @@ impl Journal {
     /// The highest operator epoch that [`Journal::set_epoch`] has kept; 0 if it never has.
     pub fn epoch(&self) -> Result<u64, JournalError> {
         match file::read(&self.directory, EPOCH, EPOCH_SPACE_BYTES) {
-            Ok((content, _)) => {
-                let epoch = content.as_slice().try_into().map(u64::from_le_bytes);
+            Ok(stored) => {
+                let epoch = stored.content.as_slice().try_into().map(u64::from_le_bytes);
                 epoch.map_err(|_| JournalError::NotAJournal { file: self.directory.file(EPOCH) })
             }
             Err(JournalError::Open { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(0),
@@ -237,15 +261,28 @@ impl Journal {
         }
         let content = epoch.to_le_bytes();
         if copies.is_none() && self.directory.file(EPOCH).exists() {
-            *copies = Some(Copies::reopen(&self.directory, EPOCH, EPOCH_SPACE_BYTES)?);
+            *copies = Some(Copies::reopen(&self.directory, EPOCH, EPOCH_SPACE_BYTES, EPOCH_VERSION)?);
         }
         match copies.as_mut() {
             Some(copies) => copies.write(&content),
             None => {
-                *copies = Some(Copies::create(&self.directory, EPOCH, EPOCH_SPACE_BYTES, &content)?);
+                let created =
+                    Copies::create(&self.directory, EPOCH, EPOCH_SPACE_BYTES, EPOCH_VERSION, &content)?;
+                *copies = Some(created);
                 Ok(())
             }
         }
+    }
+
+    fn read(&self, name: &str) -> Result<Stored, JournalError> {
+        file::read(&self.directory, name, SPACE_BYTES)
+    }
+
+    /// Of all journals that are here, in order.
+    fn keys(&self) -> Result<Vec<Key>, JournalError> {
+        let mut keys: Vec<Key> = self.names()?.iter().filter_map(|name| Key::of_file_name(name)).collect();
+        keys.sort();
+        Ok(keys)
     }
 
     fn names(&self) -> Result<Vec<String>, JournalError> {
@@ -263,13 +300,11 @@ impl Journal {
         for name in self.names()? {
             let is_leftover = match (name.strip_suffix(NEW), name.strip_suffix(SPARE)) {
                 (Some(of), _) => of == EPOCH || Key::of_file_name(of).is_some(),
-                (_, Some(of)) if Key::of_file_name(of).is_some() => {
-                    match file::read(&self.directory, of, SPACE_BYTES) {
-                        Ok((_, finished)) => finished,
-                        Err(JournalError::Open { source, .. }) => source.kind() == io::ErrorKind::NotFound,
-                        Err(_) => false,
-                    }
-                }
+                (_, Some(of)) if Key::of_file_name(of).is_some() => match self.read(of) {
+                    Ok(stored) => stored.finished,
+                    Err(JournalError::Open { source, .. }) => source.kind() == io::ErrorKind::NotFound,
+                    Err(_) => false,
+                },
                 _ => false,
             };
             if is_leftover {

@@ -22,7 +22,8 @@ fn path(dir: &TempDir, name: &str) -> PathBuf {
 
 /// What an agent that starts now finds under this key.
 fn found(journal: &Journal, key: &Key) -> Result<Vec<u8>, JournalError> {
-    journal.read_all().unwrap().into_iter().find(|(found, _)| found == key).expect("a journal is there").1
+    let found = journal.read_all().unwrap().into_iter().find(|(found, _)| found == key);
+    found.expect("a journal is there").1.map(|content| content.bytes)
 }
 
 fn names(dir: &TempDir) -> Vec<String> {
@@ -73,7 +74,7 @@ fn the_last_content_is_found_after_a_restart_with_its_key() {
 
     let journal = Journal::open(dir.path()).unwrap();
     let all: Vec<(Key, Vec<u8>)> =
-        journal.read_all().unwrap().into_iter().map(|(key, content)| (key, content.unwrap())).collect();
+        journal.read_all().unwrap().into_iter().map(|(key, content)| (key, content.unwrap().bytes)).collect();
     assert_eq!(all, [(key("m"), b"3".to_vec()), (destination, b"loaded".to_vec())]);
 }
 
@@ -233,7 +234,7 @@ fn a_write_cut_off_at_any_byte_of_the_spare_leaves_the_old_content() {
     drop((file, journal));
     let spare = path(&dir, "m.source.spare");
     let before = fs::read(&spare).unwrap();
-    let written = format::encode(&new).unwrap();
+    let written = format::encode(NEWEST_VERSION, &new).unwrap();
     for cut in 0..=written.len() {
         let mut torn = written[..cut].to_vec();
         torn.extend(&before[cut..]);
@@ -284,7 +285,10 @@ fn an_unreadable_journal_has_its_error_keeps_its_spare_and_does_not_hide_the_oth
     change("cut.source", &|bytes| bytes.truncate(30));
     change("empty.source", &Vec::clear);
     change("foreign.source", &|bytes| bytes[..8].copy_from_slice(b"SOMETHIN"));
-    change("newer.source", &|bytes| bytes[8] = 7);
+    change("newer.source", &|bytes| {
+        bytes[8] = 7;
+        bytes.truncate(33);
+    });
 
     let journal = Journal::open(dir.path()).unwrap();
     let words = |id: &str| {
@@ -298,7 +302,7 @@ fn an_unreadable_journal_has_its_error_keeps_its_spare_and_does_not_hide_the_oth
     assert!(matches!(words("empty").0, JournalError::Truncated { has_bytes: 0, .. }));
     assert!(matches!(words("foreign").0, JournalError::NotAJournal { .. }));
     let (newer, text) = words("newer");
-    assert!(matches!(newer, JournalError::NewerVersion { found: 7, known: 1, .. }));
+    assert!(matches!(newer, JournalError::NewerVersion { found: 7, known: NEWEST_VERSION, .. }));
     assert!(text.contains("format 7") && text.contains("run the newer agent"), "{text}");
     assert_eq!(found(&journal, &key("good")).unwrap(), b"{\"attempt\":1}");
 
@@ -312,11 +316,77 @@ fn an_unreadable_journal_has_its_error_keeps_its_spare_and_does_not_hide_the_oth
     assert!(journal.prune(0, |_, _| true).unwrap().is_empty());
 }
 
+/// Gives a file another version.
+fn set_version(path: &Path, version: u32) {
+    let mut bytes = fs::read(path).unwrap();
+    bytes[8..12].copy_from_slice(&version.to_le_bytes());
+    fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn an_agent_does_not_start_over_an_open_journal_of_a_newer_version_and_changes_nothing() {
+    let (dir, journal) = state();
+    drop(journal.create(&key("m"), b"{}").unwrap());
+    drop(journal);
+    let file = path(&dir, "m.source");
+    set_version(&file, 3);
+    fs::write(path(&dir, "gone.source.spare"), b"left over").unwrap();
+    let before = (fs::read(&file).unwrap(), names(&dir));
+
+    let error = Journal::open(dir.path()).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        format!(
+            "{} is an open journal of format 3, and this agent reads formats up to 2: it does not start over \
+             it. Run the newer agent that wrote it until the migration has ended, and drain the migrations of \
+             a node before a downgrade",
+            file.display()
+        )
+    );
+    assert_eq!((fs::read(&file).unwrap(), names(&dir)), before);
+
+    // When the newer agent has ended the migration, the older one starts, and holds the file as unreadable.
+    set_version(&file, NEWEST_VERSION);
+    let journal = Journal::open(dir.path()).unwrap();
+    journal.reopen(&key("m")).unwrap().finish(b"{}").unwrap();
+    drop(journal);
+    set_version(&file, 3);
+    let journal = Journal::open(dir.path()).unwrap();
+    let newer = found(&journal, &key("m")).unwrap_err();
+    assert!(matches!(newer, JournalError::NewerVersion { found: 3, known: 2, .. }), "{newer}");
+}
+
+#[test]
+fn a_journal_of_an_older_version_is_read_with_its_version_and_written_in_the_newest() {
+    let (dir, journal) = state();
+    drop(journal.create(&key("m"), b"old").unwrap());
+    drop(journal);
+    set_version(&path(&dir, "m.source"), 1);
+    let journal = Journal::open(dir.path()).unwrap();
+    let content = || journal.read_all().unwrap().remove(0).1.unwrap();
+    assert_eq!(content(), Content { version: 1, bytes: b"old".to_vec() });
+    journal.reopen(&key("m")).unwrap().write(b"new").unwrap();
+    assert_eq!(content(), Content { version: NEWEST_VERSION, bytes: b"new".to_vec() });
+}
+
+#[test]
+fn the_epoch_stays_readable_for_an_older_agent() {
+    let (dir, journal) = state();
+    journal.set_epoch(3).unwrap();
+    journal.set_epoch(4).unwrap();
+    drop(journal);
+    Journal::open(dir.path()).unwrap().set_epoch(5).unwrap();
+    for name in [EPOCH.to_owned(), format!("{EPOCH}{SPARE}")] {
+        let bytes = fs::read(path(&dir, &name)).unwrap();
+        assert_eq!(bytes[8..12], 1_u32.to_le_bytes(), "{name}");
+    }
+}
+
 #[test]
 fn a_directory_or_a_link_under_a_journals_name_is_refused() {
     let (dir, journal) = state();
     fs::create_dir(path(&dir, "d.source")).unwrap();
-    fs::write(dir.path().join("target"), format::encode(b"{}").unwrap()).unwrap();
+    fs::write(dir.path().join("target"), format::encode(NEWEST_VERSION, b"{}").unwrap()).unwrap();
     std::os::unix::fs::symlink(dir.path().join("target"), path(&dir, "l.source")).unwrap();
     assert!(matches!(found(&journal, &key("d")), Err(JournalError::Read { .. })));
     assert!(matches!(found(&journal, &key("l")), Err(JournalError::Open { .. })));
@@ -355,7 +425,7 @@ fn only_the_oldest_finished_journals_are_removed() {
     }
     drop(journal.create(&key("open"), b"ended").unwrap());
     // `d` is not finished by what it says.
-    let removed = journal.prune(2, |key, content| key.id() != "d" && content == b"ended").unwrap();
+    let removed = journal.prune(2, |key, content| key.id() != "d" && content.bytes == b"ended").unwrap();
     assert_eq!(removed, [key("e"), key("c")]);
     assert_eq!(names(&dir), ["a.source", "b.source", "d.source", "open.source", "open.source.spare"]);
 }

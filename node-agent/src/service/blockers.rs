@@ -1,17 +1,23 @@
-//! Why a VM cannot be migrated as it stands, before anybody tries. Pure.
+//! Why a VM cannot be migrated as it is, before a user tries. Pure.
 
 use slackwater_handover::policy::{Driver, NoStopPlan, PeerToPeer, stop_plan};
 use slackwater_handover::state::Features;
 use slackwater_proto::node::Blocker;
 
+use super::reason::ServiceReason;
 use crate::vmm::RunState;
 
-/// What is known of one device of a VM: its name, and its features or why they are not known.
-pub(super) type DeviceFeatures = (String, Result<Features, String>);
+/// What is known of one device of a VM.
+pub(super) struct DeviceFeatures {
+    /// Its name.
+    pub(super) device: String,
+    /// Its features, or why they are not known.
+    pub(super) features: Result<Features, String>,
+}
 
-/// Everything that stands in the way.
+/// Everything that blocks a migration.
 ///
-/// `driver` is who drives the devices; `blocked` is what the VMM says by itself.
+/// `driver` drives the devices; `blocked` is what the VMM itself says against a migration.
 pub(super) fn of_vm(
     run_state: RunState,
     devices: &[DeviceFeatures],
@@ -20,14 +26,18 @@ pub(super) fn of_vm(
 ) -> Vec<Blocker> {
     let mut found = Vec::new();
     if run_state != RunState::Running {
-        let message = "the VM does not run: somebody has paused it, and a migration would resume it";
-        found.push(blocker("VMPaused", message.to_owned(), false));
+        let message = "the VM is paused, and a migration would resume it";
+        found.push(blocker(ServiceReason::VmPaused, message.to_owned(), false));
     }
     found.extend(of_devices(devices, driver));
-    // Last: what the agent knows of the devices says more than the VMM's word on the same.
+    // Last: what the agent knows of the devices says more than the VMM does about the same.
     if !blocked.is_empty() {
         let words: Vec<&str> = blocked.iter().map(|words| words.trim_end_matches('.')).collect();
-        found.push(blocker("MigrationBlocked", format!("QEMU would refuse it: {}", words.join("; ")), false));
+        found.push(blocker(
+            ServiceReason::MigrationBlocked,
+            format!("QEMU would refuse it: {}", words.join("; ")),
+            false,
+        ));
     }
     found
 }
@@ -35,12 +45,12 @@ pub(super) fn of_vm(
 fn of_devices(devices: &[DeviceFeatures], driver: Driver) -> Vec<Blocker> {
     let mut found = Vec::new();
     let mut features = Vec::new();
-    for (name, known) in devices {
+    for DeviceFeatures { device, features: known } in devices {
         match known {
             Ok(known) => features.push(*known),
             Err(why) => found.push(blocker(
-                "DeviceNotMigratable",
-                format!("{name}: its driver does not tell what it can migrate: {why}"),
+                ServiceReason::DeviceNotMigratable,
+                format!("{device}: its driver does not report what it can migrate: {why}"),
                 false,
             )),
         }
@@ -49,14 +59,17 @@ fn of_devices(devices: &[DeviceFeatures], driver: Driver) -> Vec<Blocker> {
         return found;
     }
     let named = |indices: &[usize]| -> String {
-        let names: Vec<&str> =
-            indices.iter().filter_map(|index| devices.get(*index)).map(|(name, _)| name.as_str()).collect();
+        let names: Vec<&str> = indices
+            .iter()
+            .filter_map(|index| devices.get(*index))
+            .map(|known| known.device.as_str())
+            .collect();
         names.join(", ")
     };
     match stop_plan(&features, PeerToPeer::Required) {
         Ok(_) => {}
         Err(NoStopPlan::NotMigratable(indices)) => found.push(blocker(
-            "DeviceNotMigratable",
+            ServiceReason::DeviceNotMigratable,
             format!(
                 "{}: the driver does not advertise STOP_COPY, so the state cannot be read",
                 named(&indices)
@@ -70,10 +83,11 @@ fn of_devices(devices: &[DeviceFeatures], driver: Driver) -> Vec<Blocker> {
                 false => "QEMU refuses such a VM, and peerToPeer: AssumeIsolated does not change that",
             };
             let message = format!(
-                "{}: the driver does not support P2P, which a VM with several devices needs to stop them safely; {lift}",
+                "{}: the driver does not support P2P, which a VM with several devices needs to stop them \
+                 safely; {lift}",
                 named(&indices)
             );
-            found.push(blocker("PeerToPeerUnsupported", message, liftable));
+            found.push(blocker(ServiceReason::PeerToPeerUnsupported, message, liftable));
         }
     }
     found
@@ -81,11 +95,11 @@ fn of_devices(devices: &[DeviceFeatures], driver: Driver) -> Vec<Blocker> {
 
 /// The VMM does not answer, or its vm.json is broken.
 pub(super) fn unreachable(why: &str) -> Vec<Blocker> {
-    vec![blocker("VMMUnreachable", why.to_owned(), false)]
+    vec![blocker(ServiceReason::VmmUnreachable, why.to_owned(), false)]
 }
 
-fn blocker(reason: &str, message: String, lifted_by_assume_isolated: bool) -> Blocker {
-    Blocker { reason: reason.to_owned(), message, lifted_by_assume_isolated }
+fn blocker(reason: ServiceReason, message: String, lifted_by_assume_isolated: bool) -> Blocker {
+    Blocker { reason: reason.as_str().to_owned(), message, lifted_by_assume_isolated }
 }
 
 #[cfg(test)]
@@ -95,7 +109,7 @@ mod tests {
     const NO_P2P: Features = Features { p2p: false, ..Features::ALL };
 
     fn device(name: &str, features: Result<Features, &str>) -> DeviceFeatures {
-        (name.to_owned(), features.map_err(str::to_owned))
+        DeviceFeatures { device: name.to_owned(), features: features.map_err(str::to_owned) }
     }
 
     fn reasons(run_state: RunState, devices: &[DeviceFeatures]) -> Vec<(String, bool)> {
@@ -104,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn what_qemu_says_by_itself_is_told_in_its_words() {
+    fn what_qemu_says_by_itself_is_reported_in_its_words() {
         let blocked =
             ["0000:3b:00.2: VFIO migration is not supported in kernel.".to_owned(), "no".to_owned()];
         let found = of_vm(RunState::Running, &[device("a", Ok(Features::ALL))], Driver::Vmm, &blocked);
@@ -120,11 +134,11 @@ mod tests {
     }
 
     #[test]
-    fn no_word_of_a_users_lifts_missing_p2p_where_qemu_drives_the_devices() {
+    fn missing_p2p_cannot_be_lifted_where_qemu_drives_the_devices() {
         let devices = [device("a", Ok(Features::ALL)), device("b", Ok(NO_P2P))];
         let found = of_vm(RunState::Running, &devices, Driver::Vmm, &[]);
         assert_eq!((found.len(), found[0].lifted_by_assume_isolated), (1, false));
-        // Its own word on the same comes behind it.
+        // What QEMU says about the same comes after it.
         let reasons = of_vm(RunState::Running, &devices, Driver::Vmm, &["no P2P".to_owned()]);
         let reasons: Vec<&str> = reasons.iter().map(|blocker| blocker.reason.as_str()).collect();
         assert_eq!(reasons, ["PeerToPeerUnsupported", "MigrationBlocked"]);
@@ -132,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn a_running_vm_whose_devices_support_p2p_has_nothing_in_its_way() {
+    fn nothing_blocks_a_running_vm_whose_devices_support_p2p() {
         let devices = [device("a", Ok(Features::ALL)), device("b", Ok(Features::ALL))];
         assert_eq!(reasons(RunState::Running, &devices), []);
     }

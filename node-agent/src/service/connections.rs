@@ -1,15 +1,16 @@
 //! Connections to the node's VMMs, kept so that not every look connects anew.
 //!
-//! Each socket has a lock of its own: a monitor serves one client at a time, so only one connection to it is tried at once, and a VMM
-//! that does not answer holds up nobody who asks for another.
+//! Each socket has a lock of its own: a monitor serves one client at a time, so only one connection to it is
+//! tried at once, and a VMM that does not answer does not hold up the calls to another.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex as Lock, PoisonError};
+use std::sync::Arc;
 
+use parking_lot::Mutex as Lock;
 use tokio::sync::Mutex;
 
-/// The connection to whoever serves a socket, if there is one.
+/// The connection to what serves a socket, if there is one.
 pub(super) type Slot<C> = Arc<Mutex<Option<C>>>;
 
 /// Connections by socket.
@@ -23,9 +24,9 @@ impl<C> Default for Connections<C> {
 }
 
 impl<C> Connections<C> {
-    /// That of this socket. Places that are empty, and that nobody holds, are forgotten.
+    /// The slot of this socket. Empty slots that no call uses are dropped.
     pub(super) fn slot(&self, socket: &Path) -> Slot<C> {
-        let mut slots = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut slots = self.0.lock();
         slots.retain(|_, slot| {
             Arc::strong_count(slot) > 1 || slot.try_lock().is_ok_and(|connection| connection.is_some())
         });
@@ -38,7 +39,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn who_waits_for_one_vmm_holds_up_nobody_who_asks_for_another() {
+    async fn waiting_for_one_vmm_does_not_hold_up_calls_to_another() {
         let connections = Connections::<u32>::default();
         let slow = connections.slot(Path::new("/a"));
         let connecting = slow.lock().await;
@@ -49,11 +50,11 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_connection_is_kept_and_an_empty_place_is_not() {
+    async fn a_connection_is_kept_and_an_empty_slot_is_not() {
         let connections = Connections::<u32>::default();
         *connections.slot(Path::new("/a")).lock().await = Some(7);
         drop(connections.slot(Path::new("/b")));
         assert_eq!(*connections.slot(Path::new("/a")).lock().await, Some(7));
-        assert_eq!(connections.0.lock().unwrap().len(), 1);
+        assert_eq!(connections.0.lock().len(), 1);
     }
 }

@@ -1,30 +1,35 @@
-//! What there is on the node: VMs, devices, who holds them, and what stands in a migration's way.
+//! What there is on the node: VMs, devices, who holds them, and what blocks a migration.
 
 use std::collections::HashMap;
+use std::error::Error;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures::future::join_all;
-use slackwater_handover::policy::Driver;
 use slackwater_handover::state::Features;
 use slackwater_proto::node::{DeviceDescription, NodeDescription, VmDescription, VmRef, VmState};
 use tokio::sync::{Mutex, watch};
+use tokio::task::JoinError;
 use tracing::warn;
 
-use super::connections::Connections;
+use super::blockers::DeviceFeatures;
+use super::borrowing::BorrowDeviceError;
+use super::config::NodeConfig;
+use super::reason::ServiceReason;
 use super::registry::Registry;
-use super::{NodeConfig, blockers, borrowing, preflight, watching};
+use super::vmms::{Answer, Vmms};
+use super::{blockers, borrowing, preflight, watching};
 use crate::host::devices::{Device, vfio_devices};
 use crate::host::holders::Holders;
-use crate::host::node::kernel;
+use crate::host::node::{Kernel, kernel};
 use crate::host::vms::{KnownVm, VmEntry, VmWatch};
 use crate::vfio::device::Device as _;
-use crate::vfio::probe;
-use crate::vmm::{self, Description, LocalVmm, RunState, VmmDevice, VmmError};
+use crate::vfio::probe::{self, ProbeError};
+use crate::vmm::{Description, LocalVmm, RunState, VmmDevice, VmmError};
 
-/// A device's features as its driver told them once; another driver is another device.
+/// A device and its driver: with another driver it is another device.
 type FeatureKey = (String, String);
 
 /// The node, looked at on demand.
@@ -32,43 +37,76 @@ pub struct Inventory {
     config: NodeConfig,
     registry: Arc<Registry>,
     vms: VmWatch,
-    vmms: Connections<Answering>,
-    /// Held while a free device is probed: a reservation waits for it, and the twin then finds the device closed.
+    vmms: Arc<Vmms>,
+    /// Held while a free device is probed: a reservation waits for it, and the twin then finds the device
+    /// closed.
     features: Mutex<HashMap<FeatureKey, Features>>,
-    ended: watch::Sender<u64>,
     /// A VMM did not answer, and will be asked again soon.
     asking_again: AtomicBool,
 }
 
-/// A VMM that has answered.
-struct Answering {
-    vmm: Arc<dyn LocalVmm>,
-    /// What it said last against a migration, whoever asked.
-    blocked: Vec<String>,
-}
-
-/// Between two looks at a VMM that does not answer: it may be starting, or its monitor be held by somebody else for a moment.
+/// Between two looks at a VMM that does not answer: it may be starting, or its monitor may have another
+/// client for a moment.
 const ASK_AGAIN: Duration = Duration::from_secs(2);
-/// How long it may take to notice that a process has ended.
-const ENDING: Duration = Duration::from_millis(50);
 
 /// Why the node cannot be described.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot look at the node: {0}")]
-pub struct LookError(String);
+pub struct LookError(Box<dyn Error + Send + Sync>);
+
+/// Why a device is not free.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum NotFreeError {
+    /// The node could not be looked at.
+    #[error(transparent)]
+    Look(#[from] LookError),
+    /// There is no such device.
+    #[error("there is no device {device} on this node; there are {}", existing.join(", "))]
+    NoSuchDevice {
+        /// Its name.
+        device: String,
+        /// The names of those that there are.
+        existing: Vec<String>,
+    },
+    /// It has a user.
+    #[error("device {device} is in use by {holder}")]
+    InUse {
+        /// Its name.
+        device: String,
+        /// Who uses it, for a person.
+        holder: String,
+    },
+}
+
+/// Why the features of a device are not known.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum FeaturesError {
+    /// It is not touched while it is in use.
+    #[error("the device is in use, and was not free before")]
+    InUse,
+    /// The kernel does not say.
+    #[error(transparent)]
+    Probe(#[from] ProbeError),
+    /// The task that asked the kernel ended early.
+    #[error(transparent)]
+    Task(#[from] JoinError),
+    /// It could not be borrowed from its VMM.
+    #[error(transparent)]
+    Borrow(#[from] BorrowDeviceError),
+}
 
 impl Inventory {
     /// A node whose VMs are watched.
     pub fn new(config: NodeConfig, registry: Arc<Registry>, vms: VmWatch) -> Self {
-        let (vmms, features, ended) = (Connections::default(), Mutex::default(), watch::Sender::new(0));
-        Self { config, registry, vms, vmms, features, ended, asking_again: AtomicBool::new(false) }
+        let vmms = Arc::new(Vmms::new(config.deadlines));
+        Self { config, registry, vms, vmms, features: Mutex::default(), asking_again: AtomicBool::new(false) }
     }
 
     /// Returns when something may have changed since the last look; the first time at once.
     pub fn changes(&self) -> Changes {
         let mut vms = self.vms.list();
         vms.mark_changed();
-        Changes { vms, registry: self.registry.changes(), ended: self.ended.subscribe() }
+        Changes { vms, registry: self.registry.changes(), vmms: self.vmms.changes() }
     }
 
     /// The node as of now.
@@ -80,7 +118,7 @@ impl Inventory {
         let entries = self.vms.list().borrow().clone();
         let mut vms = Vec::with_capacity(entries.len());
         let mut used = HashMap::new();
-        // Beside each other: one that does not answer takes as long as it may.
+        // At the same time: one that does not answer takes as long as it may.
         for vm in join_all(entries.iter().map(|entry| self.describe_vm(entry, &devices))).await {
             if let Some(name) = &vm.vm {
                 let holder = format!("VM {}/{}", name.namespace, name.name);
@@ -109,31 +147,31 @@ impl Inventory {
         })
     }
 
-    async fn look(&self) -> Result<(Vec<Device>, Holders, crate::host::node::Kernel), LookError> {
+    async fn look(&self) -> Result<(Vec<Device>, Holders, Kernel), LookError> {
         let looked = tokio::task::spawn_blocking(|| {
-            let inventory = vfio_devices(Path::new("/sys")).map_err(|error| LookError(error.to_string()))?;
+            let inventory = vfio_devices(Path::new("/sys")).map_err(|error| LookError(error.into()))?;
             for unusable in &inventory.unusable {
                 warn!(unusable, "a VFIO device cannot be used");
             }
             let proc = Path::new("/proc");
-            let kernel = kernel(proc).map_err(|error| LookError(error.to_string()))?;
+            let kernel = kernel(proc).map_err(|error| LookError(error.into()))?;
             Ok((inventory.devices, Holders::look(proc), kernel))
         });
-        looked.await.map_err(|error| LookError(error.to_string()))?
+        looked.await.map_err(|error| LookError(error.into()))?
     }
 
-    /// The device of this name, if it is there and nobody has it.
+    /// The device of this name, if it is there and free.
     ///
     /// # Errors
-    /// In words: there is no such device, or who has it.
-    pub async fn free_device(&self, name: &str) -> Result<Device, String> {
-        let (devices, holders, _) = self.look().await.map_err(|error| error.to_string())?;
+    /// [`NotFreeError`]
+    pub(super) async fn free_device(&self, name: &str) -> Result<Device, NotFreeError> {
+        let (devices, holders, _) = self.look().await?;
         let Some(device) = devices.iter().find(|device| device.name == name) else {
-            let names: Vec<&str> = devices.iter().map(|device| device.name.as_str()).collect();
-            return Err(format!("there is no device {name} on this node; there are {}", names.join(", ")));
+            let existing = devices.into_iter().map(|device| device.name).collect();
+            return Err(NotFreeError::NoSuchDevice { device: name.to_owned(), existing });
         };
         match holders.of(device).first() {
-            Some(holder) => Err(format!("device {name} is in use by {holder}")),
+            Some(holder) => Err(NotFreeError::InUse { device: name.to_owned(), holder: holder.to_string() }),
             None => Ok(device.clone()),
         }
     }
@@ -142,7 +180,7 @@ impl Inventory {
         let free = holder.is_empty();
         let (features, features_unknown_reason) = match self.features(device, free).await {
             Ok(features) => (Some(features.into()), String::new()),
-            Err(why) => (None, why),
+            Err(error) => (None, error.to_string()),
         };
         DeviceDescription {
             name: device.name.clone(),
@@ -156,22 +194,22 @@ impl Inventory {
         }
     }
 
-    /// What the device's driver advertises. A device that is in use is not touched: what is not known of it stays unknown.
+    /// What the device's driver advertises. A device that is in use is not touched: what is not known of it
+    /// stays unknown.
     ///
     /// # Errors
-    /// In words.
-    pub async fn features(&self, device: &Device, free: bool) -> Result<Features, String> {
+    /// [`FeaturesError`]
+    pub(super) async fn features(&self, device: &Device, free: bool) -> Result<Features, FeaturesError> {
         let mut known = self.features.lock().await;
         let key = (device.name.clone(), device.driver.clone());
         if let Some(features) = known.get(&key) {
             return Ok(*features);
         }
         if !free || self.registry.holder_of_device(&device.name).is_some() {
-            return Err("the device is in use, and was not free before".to_owned());
+            return Err(FeaturesError::InUse);
         }
         let cdev = device.cdev.clone();
-        let probed = tokio::task::spawn_blocking(move || probe::features(&cdev)).await;
-        let features = probed.map_err(|error| error.to_string())?.map_err(|error| error.to_string())?;
+        let features = tokio::task::spawn_blocking(move || probe::features(&cdev)).await??;
         known.insert(key, features);
         Ok(features)
     }
@@ -182,7 +220,7 @@ impl Inventory {
         vmm: &dyn LocalVmm,
         used: &VmmDevice,
         devices: &[Device],
-    ) -> Result<Features, String> {
+    ) -> Result<Features, FeaturesError> {
         let driver = devices.iter().find(|device| device.name == used.name).map(|device| &device.driver);
         let key = (used.name.clone(), driver.cloned().unwrap_or_default());
         let mut known = self.features.lock().await;
@@ -205,7 +243,10 @@ impl Inventory {
                 let mut features = Vec::with_capacity(description.devices.len());
                 for device in &description.devices {
                     let known = self.features_in_use(vmm.as_ref(), device, devices).await;
-                    features.push((device.name.clone(), known));
+                    features.push(DeviceFeatures {
+                        device: device.name.clone(),
+                        features: known.map_err(|error| error.to_string()),
+                    });
                 }
                 VmDescription {
                     state: match description.run_state {
@@ -219,7 +260,7 @@ impl Inventory {
                         vmm.driver(),
                         &description.blocked,
                     ),
-                    qemu: vmm.facts().map(|facts| preflight::to_wire(&facts)),
+                    qemu: vmm.facts().map(|facts| preflight::to_proto(&facts)),
                     devices: description.devices.into_iter().map(|device| device.name).collect(),
                     ram_bytes: description.ram_bytes,
                     ..VmDescription::default()
@@ -234,8 +275,8 @@ impl Inventory {
         described.vmm_kind = known.json.vmm.kind.as_str().to_owned();
         described.vm_json = known.text.clone();
         if let Some(migration) = self.registry.holder_of_vm(namespace, name) {
-            // A VM that is paused because it is being migrated has nothing in its way but that migration.
-            described.blockers.retain(|blocker| blocker.reason != "VMPaused");
+            // Nothing but that migration blocks a VM that is paused because it is being migrated.
+            described.blockers.retain(|blocker| blocker.reason != ServiceReason::VmPaused.as_str());
             described.migration_id = migration;
         }
         described
@@ -250,7 +291,7 @@ impl Inventory {
             tokio::time::sleep(ASK_AGAIN).await;
             if let Some(inventory) = inventory.upgrade() {
                 inventory.asking_again.store(false, Ordering::Relaxed);
-                inventory.look_again();
+                inventory.vmms.look_again();
             }
         });
     }
@@ -267,56 +308,13 @@ impl Inventory {
     ///
     /// # Errors
     /// If it does not answer.
-    pub async fn vmm(self: &Arc<Self>, vm: &KnownVm) -> Result<(Arc<dyn LocalVmm>, Description), VmmError> {
-        let slot = self.vmms.slot(&vm.socket);
-        let mut known = slot.lock().await;
-        if let Some(Answering { vmm, blocked }) = known.as_mut() {
-            match vmm.describe().await {
-                Ok(description) => {
-                    blocked.clone_from(&description.blocked);
-                    return Ok((Arc::clone(vmm), description));
-                }
-                // A monitor serves one client at a time, so as long as its QEMU lives, this one is it; it connects again by itself.
-                Err(error) if vmm.driver() == Driver::Vmm && lives(vmm.as_ref()).await => return Err(error),
-                // Another VMM may serve the socket by now.
-                Err(_) => *known = None,
-            }
+    pub async fn vmm(&self, vm: &KnownVm) -> Result<(Arc<dyn LocalVmm>, Description), VmmError> {
+        let Answer { vmm, description, is_new } = self.vmms.ask(vm).await?;
+        if is_new {
+            watching::start(Arc::downgrade(&self.vmms), vm.socket.clone(), Arc::clone(&vmm));
         }
-        let vmm = vmm::connect(&vm.json.vmm, &vm.socket, self.config.deadlines).await?;
-        let description = vmm.describe().await?;
-        *known = Some(Answering { vmm: Arc::clone(&vmm), blocked: description.blocked.clone() });
-        let (inventory, watched) = (Arc::downgrade(self), Arc::clone(&vmm));
-        drop(known);
-        watching::start(inventory, vm.socket.clone(), watched);
         Ok((vmm, description))
     }
-
-    /// What the VMM said last against a migration, as everybody was told; None if another one is asked when this socket's VM is looked at.
-    pub(super) async fn last_blocked(&self, socket: &Path, vmm: &Arc<dyn LocalVmm>) -> Option<Vec<String>> {
-        let slot = self.vmms.slot(socket);
-        let known = slot.lock().await;
-        let known = known.as_ref().filter(|known| Arc::ptr_eq(&known.vmm, vmm))?;
-        Some(known.blocked.clone())
-    }
-
-    /// Its process has ended.
-    pub(super) async fn forget(&self, socket: &Path, vmm: &Arc<dyn LocalVmm>) {
-        let slot = self.vmms.slot(socket);
-        let mut known = slot.lock().await;
-        if known.as_ref().is_some_and(|known| Arc::ptr_eq(&known.vmm, vmm)) {
-            *known = None;
-        }
-    }
-
-    /// Something is otherwise than at the last look.
-    pub(super) fn look_again(&self) {
-        self.ended.send_modify(|count| *count += 1);
-    }
-}
-
-/// Whether its process has not ended.
-async fn lives(vmm: &dyn LocalVmm) -> bool {
-    tokio::time::timeout(ENDING, vmm.exited()).await.is_err()
 }
 
 fn unreachable(vm: Option<VmRef>, why: String) -> VmDescription {
@@ -340,16 +338,16 @@ fn vm_of_directory(directory: &Path) -> Option<VmRef> {
 pub struct Changes {
     vms: watch::Receiver<Vec<VmEntry>>,
     registry: watch::Receiver<u64>,
-    ended: watch::Receiver<u64>,
+    vmms: watch::Receiver<u64>,
 }
 
 impl Changes {
-    /// Waits for the next change. False when there will be none any more.
+    /// Waits for the next change. False when there will be no more.
     pub async fn next(&mut self) -> bool {
         tokio::select! {
             changed = self.vms.changed() => changed.is_ok(),
             changed = self.registry.changed() => changed.is_ok(),
-            changed = self.ended.changed() => changed.is_ok(),
+            changed = self.vmms.changed() => changed.is_ok(),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Whether this node's QEMU could take over a VM of QEMU's: asked at Reserve, before anything is touched.
+//! Whether this node's QEMU could take over a QEMU VM: asked at Reserve, before anything is touched.
 
 use std::collections::HashMap;
 use std::fs::{self, OpenOptions};
@@ -6,28 +6,26 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+use slackwater_handover::Reason;
 use slackwater_proto::node::{QemuDescription, ReserveRequest};
-use slackwater_proto::tonic::Status;
-use slackwater_proto::tonic::metadata::MetadataValue;
+use slackwater_proto::refusal::Refusal;
 use tokio::sync::Mutex;
 use tracing::{info, warn};
 
-use super::NodeConfig;
+use super::config::NodeConfig;
 use crate::host::vm::{self, VmmKind};
 use crate::vmm::qemu::preflight::probe::Prober;
 use crate::vmm::qemu::preflight::{Accelerator, Facts, Kind, Offer, Verdict, compare, files};
 use crate::vmm::twin::{TwinPlan, launcher};
 
-/// The metadata by which a refusal names its reason.
-const REASON: &str = "slackwater-reason";
-/// Within so long a program must have told what it can do.
+/// Within this time a program must have said what it can do.
 const PROBE_LIMIT: Duration = Duration::from_secs(20);
-/// What was heard so recently is not asked again.
+/// An answer that is not older than this counts as up to date.
 const FRESH: Duration = Duration::from_secs(10);
-/// A program that could not be asked is not tried again for so long, if it took long to find out: each reservation of the node would
-/// wait for it.
+/// For this long a program that could not be asked is not tried again, if it took long to find out: each
+/// reservation of the node would wait for it.
 const FAILURE_LASTS: Duration = Duration::from_secs(60);
-/// What fails sooner is tried again: it costs nobody much.
+/// What fails sooner is tried again: that costs little.
 const LONG: Duration = Duration::from_secs(5);
 const KVM: &str = "/dev/kvm";
 
@@ -40,43 +38,49 @@ struct Asked {
     accelerator: Accelerator,
 }
 
-/// What came of asking a program; else why it could not be asked.
-type Heard = Result<Arc<Offer>, String>;
+/// Why a program could not be asked.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+struct NotAsked(String);
 
-/// When programs were asked, and what was heard.
+/// What a program has answered.
+type ProbeResult = Result<Arc<Offer>, NotAsked>;
+
+/// When programs were asked, and what they answered.
 #[derive(Default)]
-struct Known(HashMap<Asked, (Instant, Heard)>);
+struct Answers(HashMap<Asked, (Instant, ProbeResult)>);
 
-impl Known {
-    /// What was heard, if it need not be asked again.
-    fn heard(&self, asked: &Asked, oldest: Duration) -> Option<Heard> {
-        let (at, heard) = self.0.get(asked)?;
-        let lasts = if heard.is_ok() { oldest } else { FAILURE_LASTS };
-        (at.elapsed() <= lasts).then(|| heard.clone())
+impl Answers {
+    /// The answer, if the program need not be asked again.
+    fn get(&self, asked: &Asked, oldest: Duration) -> Option<ProbeResult> {
+        let (at, answer) = self.0.get(asked)?;
+        let lasts = if answer.is_ok() { oldest } else { FAILURE_LASTS };
+        (at.elapsed() <= lasts).then(|| answer.clone())
     }
 
-    /// What holds from now on. What a program has told once stands against a later failure to ask it.
-    fn keep(&mut self, asked: Asked, heard: Heard, took: Duration) -> Heard {
-        if let (Err(error), Some((_, Ok(offer)))) = (&heard, self.0.get(&asked)) {
-            warn!(program = %asked.program.display(), %error, "what it told before still counts");
+    /// Keeps an answer, and returns what counts from now on: a later failure does not replace an earlier
+    /// success.
+    fn keep(&mut self, asked: Asked, answer: ProbeResult, took: Duration) -> ProbeResult {
+        if let (Err(error), Some((_, Ok(offer)))) = (&answer, self.0.get(&asked)) {
+            warn!(program = %asked.program.display(), %error, "what it answered before still counts");
             return Ok(Arc::clone(offer));
         }
-        if heard.is_err() && took < LONG {
-            return heard;
+        if answer.is_err() && took < LONG {
+            return answer;
         }
         // The program may have been replaced by another one.
         self.0.retain(|other, _| (&other.program, other.accelerator) != (&asked.program, asked.accelerator));
-        self.0.insert(asked, (Instant::now(), heard.clone()));
-        heard
+        self.0.insert(asked, (Instant::now(), answer.clone()));
+        answer
     }
 }
 
-/// What this node's programs can do, as far as somebody wanted to know.
+/// What this node's programs can do, as far as they were asked.
 pub(super) struct Preflight {
     twin_programs: Vec<PathBuf>,
     prober: Prober,
     /// Held while a program is asked: one at a time.
-    known: Arc<Mutex<Known>>,
+    answers: Arc<Mutex<Answers>>,
 }
 
 impl Preflight {
@@ -89,28 +93,30 @@ impl Preflight {
             run_dir: config.run_dir.clone(),
             limit: PROBE_LIMIT,
         };
-        Self { twin_programs: config.twin_programs.clone(), prober, known: Arc::default() }
+        Self { twin_programs: config.twin_programs.clone(), prober, answers: Arc::default() }
     }
 
-    /// Ends what an agent has left that died while it asked.
+    /// Ends a QEMU that an agent has left over that was killed while it asked.
     pub(super) async fn clear(&self) {
         if let Err(error) = self.prober.clear().await {
-            warn!(%error, "a QEMU that an earlier agent has only asked what it can do could not be cleared away");
+            warn!(%error, "a QEMU that an earlier agent has started for preflight only could not be cleared away");
         }
     }
 
-    /// Asks the program that a reservation is about, if it was not asked before. What comes of it is for [`Preflight::check`].
+    /// Asks the program that a reservation is about, if it was not asked before. [`Preflight::check`] uses
+    /// the answer.
     pub(super) async fn get_ready(&self, given: &ReserveRequest) {
         let Ok(json) = vm::parse(&given.vm_json) else { return };
         let Some(qemu) = given.qemu.as_ref().filter(|_| json.vmm.kind == VmmKind::Qemu) else { return };
         if json.require_allowed(&self.twin_programs).is_ok() {
-            let accelerator = usable(from_wire(qemu).accelerator, no_kvm().as_deref());
+            let accelerator = usable(from_proto(qemu).accelerator, no_kvm().as_deref());
             let _ = self.offer(&json.twin.program, accelerator, Duration::MAX).await;
         }
     }
 
-    /// Refuses a reservation whose twin could not take the VM over. The caller has checked that its program is allowed.
-    pub(super) async fn check(&self, given: &ReserveRequest, plan: &TwinPlan) -> Result<(), Status> {
+    /// Refuses a reservation whose twin could not take the VM over. The caller has checked that its program
+    /// is allowed.
+    pub(super) async fn check(&self, given: &ReserveRequest, plan: &TwinPlan) -> Result<(), Refusal> {
         if plan.vmm.kind != VmmKind::Qemu {
             return Ok(());
         }
@@ -122,16 +128,16 @@ impl Preflight {
         for what in &verdict.not_compared {
             warn!(vm = plan.cgroup_name, "not compared before the twin is started: {what}");
         }
-        let Some((kind, message)) = verdict.refusal() else { return Ok(()) };
-        let mut status = Status::failed_precondition(message);
-        status.metadata_mut().insert(REASON, MetadataValue::from_static(kind.as_str()));
-        Err(status)
+        match verdict.refusal() {
+            Some((kind, message)) => Err(Refusal::precondition(Reason::Other(kind.as_str().into()), message)),
+            None => Ok(()),
+        }
     }
 
     async fn judge(&self, given: &ReserveRequest, plan: &TwinPlan, oldest: Duration) -> Verdict {
         let mut verdict = match &given.qemu {
             Some(qemu) => {
-                let facts = from_wire(qemu);
+                let facts = from_proto(qemu);
                 let no_kvm = no_kvm();
                 let accelerator = usable(facts.accelerator, no_kvm.as_deref());
                 let offer = self.offer(&plan.program, accelerator, oldest).await.map(|offer| {
@@ -143,11 +149,11 @@ impl Preflight {
                     }
                 });
                 let (program, why) = (plan.program.display().to_string(), no_kvm.as_deref());
-                compare(&facts, offer.as_ref().map_err(String::as_str), &program, &plan.arguments, why)
+                let offer = offer.as_ref().map_err(|NotAsked(why)| why.as_str());
+                compare(&facts, offer, &program, &plan.arguments, why)
             }
             None => {
-                let nothing =
-                    "version, machine type and CPU: the source's agent has not told what its QEMU is";
+                let nothing = "version, machine type and CPU: the source's agent has not described its QEMU";
                 Verdict { not_compared: vec![nothing.to_owned()], ..Verdict::default() }
             }
         };
@@ -155,45 +161,39 @@ impl Preflight {
         verdict
     }
 
-    /// What is known, if it is not older than `oldest`.
-    async fn offer(
-        &self,
-        program: &Path,
-        accelerator: Accelerator,
-        oldest: Duration,
-    ) -> Result<Arc<Offer>, String> {
-        let metadata = fs::metadata(program).map_err(|error| format!("{}: {error}", program.display()))?;
+    /// What the program has answered, if that is not older than `oldest`; otherwise what it answers now.
+    async fn offer(&self, program: &Path, accelerator: Accelerator, oldest: Duration) -> ProbeResult {
+        let metadata =
+            fs::metadata(program).map_err(|error| NotAsked(format!("{}: {error}", program.display())))?;
         let asked = Asked {
             program: program.to_owned(),
             length_bytes: metadata.len(),
             modified: metadata.modified().ok(),
             accelerator,
         };
-        let (prober, known) = (self.prober.clone(), Arc::clone(&self.known));
-        // Whoever wants to know may go away; what was started is cleared away all the same.
+        let (prober, answers) = (self.prober.clone(), Arc::clone(&self.answers));
+        // The caller may go away; what was started is cleared away all the same.
         let asking = tokio::spawn(async move {
-            let mut known = known.lock().await;
-            if let Some(heard) = known.heard(&asked, oldest) {
-                return heard;
+            let mut answers = answers.lock().await;
+            if let Some(answer) = answers.get(&asked, oldest) {
+                return answer;
             }
             let began = Instant::now();
-            let heard = prober
-                .ask(&asked.program, accelerator)
-                .await
-                .map(Arc::new)
-                .map_err(|error| error.to_string());
+            let answer = prober.ask(&asked.program, accelerator).await;
+            let answer = answer.map(Arc::new).map_err(|error| NotAsked(error.to_string()));
             let took = began.elapsed();
-            if let Ok(offer) = &heard {
+            if let Ok(offer) = &answer {
                 let features = offer.cpu_features.as_ref().map(|features| features.len());
-                info!(program = %asked.program.display(), ?accelerator, version = offer.version, features, ?took, "a QEMU has told what it can do");
+                let (program, version) = (asked.program.display(), &offer.version);
+                info!(%program, ?accelerator, version, features, ?took, "a QEMU has said what it can do");
             }
-            known.keep(asked, heard, took)
+            answers.keep(asked, answer, took)
         });
-        asking.await.map_err(|error| error.to_string())?
+        asking.await.map_err(|error| NotAsked(error.to_string()))?
     }
 }
 
-/// What a QEMU of this node is asked about: where there is no KVM, only what does not depend on it.
+/// What a QEMU of this node is asked about. Without KVM: only what does not depend on it.
 fn usable(wanted: Option<Accelerator>, no_kvm: Option<&str>) -> Accelerator {
     match wanted {
         Some(Accelerator::Kvm) if no_kvm.is_none() => Accelerator::Kvm,
@@ -206,8 +206,8 @@ fn no_kvm() -> Option<String> {
     OpenOptions::new().read(true).write(true).open(KVM).err().map(|error| error.to_string())
 }
 
-/// For the operator, who hands it to a destination.
-pub(super) fn to_wire(facts: &Facts) -> QemuDescription {
+/// For the operator, which passes it on to a destination.
+pub(super) fn to_proto(facts: &Facts) -> QemuDescription {
     QemuDescription {
         version: facts.version.clone(),
         package: facts.package.clone(),
@@ -217,7 +217,7 @@ pub(super) fn to_wire(facts: &Facts) -> QemuDescription {
     }
 }
 
-fn from_wire(qemu: &QemuDescription) -> Facts {
+fn from_proto(qemu: &QemuDescription) -> Facts {
     Facts {
         version: qemu.version.clone(),
         package: qemu.package.clone(),
@@ -232,7 +232,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_goes_over_the_wire_is_what_was_found() {
+    fn facts_are_read_from_the_wire_as_they_were_found() {
         for accelerator in [Some(Accelerator::Kvm), Some(Accelerator::Tcg), None] {
             let facts = Facts {
                 version: "10.0.2".to_owned(),
@@ -241,34 +241,34 @@ mod tests {
                 accelerator,
                 cpu_features: ["avx", "sse2"].map(str::to_owned).into(),
             };
-            assert_eq!(from_wire(&to_wire(&facts)), facts);
+            assert_eq!(from_proto(&to_proto(&facts)), facts);
         }
     }
 
     #[test]
-    fn a_program_that_could_not_be_asked_is_left_alone_for_a_while_and_another_in_its_place_is_not() {
+    fn a_program_that_could_not_be_asked_is_not_tried_again_for_a_while_unless_another_replaces_it() {
         let asked = |length_bytes| Asked {
             program: "/bin/qemu".into(),
             length_bytes,
             modified: None,
             accelerator: Accelerator::Tcg,
         };
-        let mut known = Known::default();
-        assert_eq!(known.heard(&asked(1), Duration::MAX), None);
-        let failed = || Err("it did not answer".to_owned());
-        known.keep(asked(1), failed(), LONG / 2).unwrap_err();
-        assert_eq!(known.heard(&asked(1), Duration::MAX), None, "it may be asked again");
-        known.keep(asked(1), failed(), LONG).unwrap_err();
-        assert_eq!(known.heard(&asked(1), Duration::ZERO), Some(failed()));
-        assert_eq!(known.heard(&asked(2), Duration::MAX), None);
+        let mut answers = Answers::default();
+        assert_eq!(answers.get(&asked(1), Duration::MAX), None);
+        let failed = || Err(NotAsked("it did not answer".to_owned()));
+        answers.keep(asked(1), failed(), LONG / 2).unwrap_err();
+        assert_eq!(answers.get(&asked(1), Duration::MAX), None, "it may be asked again");
+        answers.keep(asked(1), failed(), LONG).unwrap_err();
+        assert_eq!(answers.get(&asked(1), Duration::ZERO), Some(failed()));
+        assert_eq!(answers.get(&asked(2), Duration::MAX), None);
 
-        known.keep(asked(2), Ok(Arc::new(Offer::default())), Duration::ZERO).unwrap();
-        assert_eq!(known.heard(&asked(1), Duration::MAX), None, "it has gone");
-        assert!(known.heard(&asked(2), Duration::MAX).is_some());
+        answers.keep(asked(2), Ok(Arc::new(Offer::default())), Duration::ZERO).unwrap();
+        assert_eq!(answers.get(&asked(1), Duration::MAX), None, "it is gone");
+        assert!(answers.get(&asked(2), Duration::MAX).is_some());
         std::thread::sleep(Duration::from_millis(2));
-        assert_eq!(known.heard(&asked(2), Duration::from_millis(1)), None);
-        known.keep(asked(2), failed(), LONG).expect("what it told stands");
-        assert!(known.heard(&asked(2), Duration::MAX).unwrap().is_ok());
+        assert_eq!(answers.get(&asked(2), Duration::from_millis(1)), None);
+        answers.keep(asked(2), failed(), LONG).expect("what it answered before counts");
+        assert!(answers.get(&asked(2), Duration::MAX).unwrap().is_ok());
     }
 
     #[test]

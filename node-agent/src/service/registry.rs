@@ -1,18 +1,22 @@
-//! What is under way on this node, and who may have a say in it.
+//! The migrations that this node takes part in, and which calls are out of date.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use parking_lot::Mutex;
 use slackwater_proto::node::{MigrationRef, ReserveRequest, VmRef};
+use slackwater_proto::refusal::{Detail, Refusal};
 use tokio::sync::watch;
+
+use super::reason::ServiceReason;
 
 use crate::attempt::destination::DestinationRun;
 use crate::attempt::source::SourceRun;
 
-/// Migrations that have ended and are still remembered, so that a late question gets its answer.
-pub(super) const REMEMBERED: usize = 1000;
+/// At most this many ended migrations are remembered, here and in the journal, so that a late question gets
+/// its answer.
+pub(super) const MAX_REMEMBERED_MIGRATIONS: usize = 1000;
 
-/// Why a call is refused before anything is done for it.
+/// A call that is out of date: it is refused before anything is done for it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Stale {
@@ -36,6 +40,17 @@ pub enum Stale {
     },
 }
 
+impl From<Stale> for Refusal {
+    fn from(stale: Stale) -> Self {
+        let message = stale.to_string();
+        match stale {
+            Stale::Attempt { .. } => Self::precondition(ServiceReason::AttemptOver, message),
+            Stale::Epoch { known, .. } => Self::precondition(ServiceReason::OperatorReplaced, message)
+                .with_detail(Detail::KnownEpoch(known)),
+        }
+    }
+}
+
 /// Something that a migration needs is held by another.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{what} is held by migration {holder}")]
@@ -46,6 +61,12 @@ pub struct Held {
     pub holder: String,
 }
 
+impl From<Held> for Refusal {
+    fn from(held: Held) -> Self {
+        Self::precondition(ServiceReason::MigrationInProgress, held.to_string())
+    }
+}
+
 /// This node's part in an attempt.
 #[derive(Clone, Debug)]
 pub enum Part {
@@ -53,22 +74,22 @@ pub enum Part {
     Source(SourceRun),
     /// The VM lands here.
     Destination(DestinationRun, Box<ReserveRequest>),
-    /// An agent that has begun again is still finding the VM and its devices.
+    /// The agent was restarted, and is still finding the VM and its devices.
     Recovering,
-    /// What was journalled cannot be read, or not be acted by: nothing is guessed. In words, with the file.
+    /// What was journalled cannot be read or used: nothing is guessed. The message names the file.
     Unreadable(String),
 }
 
 #[derive(Debug)]
-struct Known {
+struct Migration {
     attempt: u32,
-    part: Option<Part>,
+    part: Part,
     order: u64,
 }
 
 #[derive(Debug, Default)]
-struct Inner {
-    migrations: HashMap<String, Known>,
+struct State {
+    migrations: HashMap<String, Migration>,
     highest_epoch: u64,
     counted: u64,
     vms: HashMap<(String, String), String>,
@@ -78,21 +99,17 @@ struct Inner {
 /// All migrations that this node takes part in.
 #[derive(Debug)]
 pub struct Registry {
-    inner: Mutex<Inner>,
+    state: Mutex<State>,
     changed: watch::Sender<u64>,
 }
 
 impl Default for Registry {
     fn default() -> Self {
-        Self { inner: Mutex::default(), changed: watch::Sender::new(0) }
+        Self { state: Mutex::default(), changed: watch::Sender::new(0) }
     }
 }
 
 impl Registry {
-    fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn touch(&self) {
         self.changed.send_modify(|count| *count += 1);
     }
@@ -104,123 +121,135 @@ impl Registry {
 
     /// The highest operator epoch that an earlier agent has seen.
     pub fn restore_epoch(&self, epoch: u64) {
-        let mut inner = self.lock();
-        inner.highest_epoch = inner.highest_epoch.max(epoch);
+        let mut state = self.state.lock();
+        state.highest_epoch = state.highest_epoch.max(epoch);
     }
 
     /// The highest operator epoch that has been seen.
     pub fn highest_epoch(&self) -> u64 {
-        self.lock().highest_epoch
+        self.state.lock().highest_epoch
     }
 
-    /// Refuses who is not up to date, and remembers the newest, which the caller has made durable.
+    /// Refuses a call that is out of date, and remembers the newest epoch, which the caller has made durable.
     ///
     /// # Errors
     /// [`Stale`].
     pub fn fence(&self, reference: &MigrationRef) -> Result<(), Stale> {
-        let mut inner = self.lock();
-        let (given, known) = (reference.operator_epoch, inner.highest_epoch);
+        let mut state = self.state.lock();
+        let (given, known) = (reference.operator_epoch, state.highest_epoch);
         if given < known {
             return Err(Stale::Epoch { given, known });
         }
-        if let Some(entry) = inner.migrations.get(&reference.id)
+        if let Some(entry) = state.migrations.get(&reference.id)
             && reference.attempt < entry.attempt
         {
             let (id, given, known) = (reference.id.clone(), reference.attempt, entry.attempt);
             return Err(Stale::Attempt { id, given, known });
         }
-        inner.highest_epoch = given;
+        state.highest_epoch = given;
         Ok(())
     }
 
     /// This node's part in an attempt, if it has one.
     pub fn part(&self, id: &str, attempt: u32) -> Option<Part> {
-        let inner = self.lock();
-        let known = inner.migrations.get(id)?;
-        match &known.part {
-            // Which attempt it is about cannot be known.
-            Some(part @ Part::Unreadable(_)) => Some(part.clone()),
-            part if known.attempt == attempt => part.clone(),
-            _ => None,
+        let state = self.state.lock();
+        let migration = state.migrations.get(id)?;
+        // Which attempt an unreadable journal is about cannot be known.
+        let is_about_it = migration.attempt == attempt || matches!(migration.part, Part::Unreadable(_));
+        is_about_it.then(|| migration.part.clone())
+    }
+
+    /// As [`Registry::part`], but only one that can be asked.
+    ///
+    /// # Errors
+    /// UNAVAILABLE while it is being taken up again; FAILED_PRECONDITION if its journal cannot be used.
+    pub(super) fn usable_part(&self, id: &str, attempt: u32) -> Result<Option<Part>, Refusal> {
+        match self.part(id, attempt) {
+            Some(Part::Recovering) => Err(Refusal::unavailable(
+                ServiceReason::Recovering,
+                "the agent was restarted, and is still finding the VM and its devices; try again",
+            )),
+            Some(Part::Unreadable(why)) => Err(Refusal::precondition(ServiceReason::JournalUnreadable, why)),
+            part => Ok(part),
         }
     }
 
     /// This node takes part.
     pub fn join(&self, reference: &MigrationRef, part: Part) {
-        let mut inner = self.lock();
-        inner.counted += 1;
-        let order = inner.counted;
-        let known = Known { attempt: reference.attempt, part: Some(part), order };
-        inner.migrations.insert(reference.id.clone(), known);
-        while inner.migrations.len() > REMEMBERED {
-            let busy: Vec<String> = inner.vms.values().chain(inner.devices.values()).cloned().collect();
-            let oldest = inner
+        let mut state = self.state.lock();
+        state.counted += 1;
+        let order = state.counted;
+        let migration = Migration { attempt: reference.attempt, part, order };
+        state.migrations.insert(reference.id.clone(), migration);
+        while state.migrations.len() > MAX_REMEMBERED_MIGRATIONS {
+            let busy: Vec<String> = state.vms.values().chain(state.devices.values()).cloned().collect();
+            let oldest = state
                 .migrations
                 .iter()
                 .filter(|(id, _)| !busy.contains(id))
-                .min_by_key(|(_, known)| known.order)
+                .min_by_key(|(_, migration)| migration.order)
                 .map(|(id, _)| id.clone());
             match oldest {
-                Some(id) => inner.migrations.remove(&id),
+                Some(id) => state.migrations.remove(&id),
                 None => break,
             };
         }
     }
 
-    /// What is known of a migration cannot be used: whoever asks for any attempt of it hears why.
+    /// The journal of a migration cannot be used: a call about any attempt of it is refused with `why`.
     pub fn hold_unreadable(&self, id: &str, why: String) {
-        let mut inner = self.lock();
-        inner.counted += 1;
-        let order = inner.counted;
-        let attempt = inner.migrations.get(id).map_or(0, |known| known.attempt);
-        inner.migrations.insert(id.to_owned(), Known { attempt, part: Some(Part::Unreadable(why)), order });
+        let mut state = self.state.lock();
+        state.counted += 1;
+        let order = state.counted;
+        let attempt = state.migrations.get(id).map_or(0, |migration| migration.attempt);
+        state.migrations.insert(id.to_owned(), Migration { attempt, part: Part::Unreadable(why), order });
     }
 
     /// Takes a VM and devices for a migration: all of them or none.
     ///
     /// # Errors
-    /// Names the first that somebody else holds.
+    /// Names the first that another migration holds.
     pub fn take<'a>(
         &self,
         id: &str,
         vm: &VmRef,
         devices: impl IntoIterator<Item = &'a str> + Clone,
     ) -> Result<(), Held> {
-        let mut inner = self.lock();
+        let mut state = self.state.lock();
         let key = (vm.namespace.clone(), vm.name.clone());
-        if let Some(holder) = inner.vms.get(&key) {
+        if let Some(holder) = state.vms.get(&key) {
             let what = format!("VM {}/{}", vm.namespace, vm.name);
             return Err(Held { what, holder: holder.clone() });
         }
         for device in devices.clone() {
-            if let Some(holder) = inner.devices.get(device) {
+            if let Some(holder) = state.devices.get(device) {
                 return Err(Held { what: format!("device {device}"), holder: holder.clone() });
             }
         }
-        inner.vms.insert(key, id.to_owned());
-        inner.devices.extend(devices.into_iter().map(|device| (device.to_owned(), id.to_owned())));
-        drop(inner);
+        state.vms.insert(key, id.to_owned());
+        state.devices.extend(devices.into_iter().map(|device| (device.to_owned(), id.to_owned())));
+        drop(state);
         self.touch();
         Ok(())
     }
 
-    /// Gives back all that a migration has taken.
+    /// Gives back everything that a migration has taken.
     pub fn give_back(&self, id: &str) {
-        let mut inner = self.lock();
-        inner.vms.retain(|_, holder| holder != id);
-        inner.devices.retain(|_, holder| holder != id);
-        drop(inner);
+        let mut state = self.state.lock();
+        state.vms.retain(|_, holder| holder != id);
+        state.devices.retain(|_, holder| holder != id);
+        drop(state);
         self.touch();
     }
 
     /// The migration that holds a VM.
     pub fn holder_of_vm(&self, namespace: &str, name: &str) -> Option<String> {
-        self.lock().vms.get(&(namespace.to_owned(), name.to_owned())).cloned()
+        self.state.lock().vms.get(&(namespace.to_owned(), name.to_owned())).cloned()
     }
 
     /// The migration that holds a device.
     pub fn holder_of_device(&self, device: &str) -> Option<String> {
-        self.lock().devices.get(device).cloned()
+        self.state.lock().devices.get(device).cloned()
     }
 }
 
@@ -237,11 +266,13 @@ mod tests {
     }
 
     #[test]
-    fn an_older_operator_is_refused_once_a_newer_has_been_heard() {
+    fn an_older_operator_is_refused_with_the_epoch_of_the_newer_one() {
         let registry = Registry::default();
         assert_eq!(registry.fence(&reference(1, 4)), Ok(()));
         assert_eq!(registry.fence(&reference(1, 5)), Ok(()));
-        assert_eq!(registry.fence(&reference(1, 4)), Err(Stale::Epoch { given: 4, known: 5 }));
+        let stale = registry.fence(&reference(1, 4)).unwrap_err();
+        assert_eq!(stale, Stale::Epoch { given: 4, known: 5 });
+        assert_eq!(Refusal::from(stale).detail, Some(Detail::KnownEpoch(5)));
     }
 
     #[test]

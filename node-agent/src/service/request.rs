@@ -1,5 +1,5 @@
-//! What a request must look like before anything is done for it. Pure: every error names the field, its value and what would be
-//! right.
+//! What a request must look like before anything is done for it. Pure. Every error names the field, its value
+//! and what would be right.
 
 use std::time::Duration;
 
@@ -9,10 +9,12 @@ use slackwater_proto::node::{
     DevicePair, JournalState, MigrateRequest, MigrationRef, OnBudgetExceeded, PeerToPeer as WirePeerToPeer,
     ReserveRequest, VmRef,
 };
+use slackwater_proto::refusal::Refusal;
 
+use super::reason::ServiceReason;
 use crate::vmm::budget::{DEFAULT_BUDGET, MAX_BUDGET, OnExceeded};
 
-/// More devices than any VM has; a bound on what a request can make us do.
+/// More devices than any VM has: a limit for the work that a request can cause.
 const DEVICES_MAX: usize = 256;
 /// More CPU features than QEMU knows, and longer names.
 const CPU_FEATURES_MAX: usize = 4096;
@@ -32,11 +34,17 @@ pub(super) struct InvalidField {
     pub expected: &'static str,
 }
 
+impl From<InvalidField> for Refusal {
+    fn from(error: InvalidField) -> Self {
+        Self::invalid_argument(ServiceReason::InvalidRequest, error.to_string())
+    }
+}
+
 fn invalid(field: impl Into<String>, value: impl std::fmt::Debug, expected: &'static str) -> InvalidField {
     InvalidField { field: field.into(), value: format!("{value:?}"), expected }
 }
 
-/// Which attempt of which migration, and who asks.
+/// Which attempt of which migration, and which operator asks.
 pub(super) fn migration(given: Option<&MigrationRef>) -> Result<MigrationRef, InvalidField> {
     let given = given.ok_or_else(|| invalid("migration", "absent", "every call names its migration"))?;
     let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
@@ -87,7 +95,7 @@ pub(super) fn milliseconds(field: &str, given: u64) -> Result<Duration, InvalidF
     Ok(Duration::from_millis(given))
 }
 
-/// For how long the guest may stand still.
+/// For how long the guest may be stopped.
 fn downtime_budget(given: u64) -> Result<Duration, InvalidField> {
     match Duration::from_millis(given) {
         Duration::ZERO => Ok(DEFAULT_BUDGET),
@@ -139,10 +147,18 @@ pub(super) fn devices(given: &[DevicePair]) -> Result<&[DevicePair], InvalidFiel
     Ok(given)
 }
 
-/// Checks what a reservation says, as far as the message alone can tell.
-pub(super) fn reserve(
-    request: &ReserveRequest,
-) -> Result<(MigrationRef, VmRef, PeerToPeer, Duration), InvalidField> {
+/// A reservation, as it was asked for.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Reservation {
+    pub(super) reference: MigrationRef,
+    pub(super) vm: VmRef,
+    pub(super) policy: PeerToPeer,
+    /// How long the source may be silent before LOADED.
+    pub(super) silence_timeout: Duration,
+}
+
+/// Checks a reservation, as far as the message alone allows that.
+pub(super) fn reserve(request: &ReserveRequest) -> Result<Reservation, InvalidField> {
     let reference = migration(request.migration.as_ref())?;
     let vm = vm(request.vm.as_ref())?;
     if !slackwater_proto::identity::is_node_name(&request.source_node) {
@@ -150,11 +166,11 @@ pub(super) fn reserve(
     }
     devices(&request.devices)?;
     let policy = peer_to_peer(request.peer_to_peer)?;
-    let silence = milliseconds("silence_timeout_ms", request.silence_timeout_ms)?;
+    let silence_timeout = milliseconds("silence_timeout_ms", request.silence_timeout_ms)?;
     if let Some(qemu) = &request.qemu {
         cpu_features(&qemu.cpu_features)?;
     }
-    Ok((reference, vm, policy, silence))
+    Ok(Reservation { reference, vm, policy, silence_timeout })
 }
 
 /// Names that could be CPU features. They come from another node, and are shown to people.
@@ -183,12 +199,12 @@ pub(super) struct Migration {
     pub(super) vm: VmRef,
     pub(super) policy: PeerToPeer,
     pub(super) pre_commit_timeout: Duration,
-    /// For how long the guest may stand still, and what to do when that does not suffice.
+    /// For how long the guest may be stopped, and what to do when that does not suffice.
     pub(super) downtime: Duration,
     pub(super) on_exceeded: OnExceeded,
 }
 
-/// Checks what a migration says, as far as the message alone can tell.
+/// Checks a migration, as far as the message alone allows that.
 pub(super) fn migrate(request: &MigrateRequest) -> Result<Migration, InvalidField> {
     let reference = migration(request.migration.as_ref())?;
     let vm = vm(request.vm.as_ref())?;
@@ -249,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_name_of_a_cpu_feature_is_refused() {
+    fn a_name_that_cannot_be_a_cpu_feature_is_refused() {
         let said = |names: &[&str]| {
             let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
             cpu_features(&names).map_err(|error| error.to_string())
@@ -262,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn a_request_that_says_nothing_of_a_budget_has_300_ms_and_is_given_up_beyond() {
+    fn a_request_without_a_budget_has_300_ms_and_is_given_up_beyond() {
         let read = |downtime_budget_ms, on: OnBudgetExceeded| {
             let request = MigrateRequest { downtime_budget_ms, on_budget_exceeded: on.into(), ..request() };
             migrate(&request).map(|read| (read.downtime.as_millis(), read.on_exceeded)).unwrap()

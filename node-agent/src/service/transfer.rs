@@ -1,4 +1,5 @@
-//! `slackwater.transfer.v1`, served at the destination: only the agent that the reservation names as source may call.
+//! `slackwater.transfer.v1`, served at the destination: only the agent that the reservation names as source
+//! may call.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -7,6 +8,7 @@ use futures::Stream;
 use slackwater_handover::{Blob, Word};
 use slackwater_proto::identity;
 use slackwater_proto::node::JournalState;
+use slackwater_proto::refusal::Refusal;
 use slackwater_proto::tonic::{Code, Request, Response, Status, Streaming, async_trait};
 use slackwater_proto::transfer::transfer_server::Transfer;
 use slackwater_proto::transfer::{
@@ -14,6 +16,7 @@ use slackwater_proto::transfer::{
     SettleResponse, blob_header, handover_request, send_blob_request,
 };
 
+use super::reason::ServiceReason;
 use super::registry::{Part, Registry};
 use crate::attempt::destination::DestinationRun;
 use crate::transfer::channel::Channel;
@@ -32,22 +35,23 @@ impl TransferService {
 
     /// The reservation that a caller may use.
     fn reservation(&self, caller: &str, attempt: Option<Attempt>) -> Result<DestinationRun, Status> {
-        let attempt = attempt.ok_or_else(|| Status::invalid_argument("attempt is absent"))?;
-        match self.registry.part(&attempt.migration_id, attempt.attempt) {
+        let Attempt { migration_id, attempt } = attempt.ok_or_else(|| invalid("attempt is absent"))?;
+        match self.registry.usable_part(&migration_id, attempt)? {
             Some(Part::Destination(run, request)) => {
                 identity::require_node(caller, &request.source_node)?;
                 Ok(run)
             }
-            Some(Part::Recovering) => Err(Status::unavailable(
-                "the agent was started again, and is still finding the twin and its devices; try again",
-            )),
-            Some(Part::Unreadable(why)) => Err(Status::failed_precondition(why)),
-            _ => Err(Status::not_found(format!(
-                "nothing is reserved here for attempt {} of migration {}",
-                attempt.attempt, attempt.migration_id
-            ))),
+            _ => {
+                let message =
+                    format!("nothing is reserved here for attempt {attempt} of migration {migration_id}");
+                Err(Refusal::not_found(ServiceReason::NotReserved, message).into())
+            }
         }
     }
+}
+
+fn invalid(message: &str) -> Status {
+    Refusal::invalid_argument(ServiceReason::InvalidRequest, message).into()
 }
 
 #[async_trait]
@@ -62,7 +66,7 @@ impl Transfer for TransferService {
         let mut requests = request.into_inner();
         let hello = match requests.message().await?.and_then(|request| request.message) {
             Some(handover_request::Message::Hello(hello)) => hello,
-            _ => return Err(Status::invalid_argument("the first message of a hand-over is Hello")),
+            _ => return Err(invalid("the first message of a hand-over is Hello")),
         };
         let run = self.reservation(&caller, hello.attempt)?;
         Ok(Response::new(Box::pin(run.handover(requests))))
@@ -76,14 +80,14 @@ impl Transfer for TransferService {
         let mut stream = request.into_inner();
         let header = match stream.message().await?.and_then(|request| request.message) {
             Some(send_blob_request::Message::Header(header)) => header,
-            _ => return Err(Status::invalid_argument("the first message of a blob is its header")),
+            _ => return Err(invalid("the first message of a blob is its header")),
         };
         let (blob, channel) = match header.blob {
             Some(blob_header::Blob::Device(index)) => {
                 (Blob::Device(usize::try_from(index).unwrap_or(usize::MAX)), Channel::default())
             }
             Some(blob_header::Blob::Vmm(state)) => (Blob::Vmm, Channel::from_proto(state)?),
-            None => return Err(Status::invalid_argument("header.blob is absent: a device's index, or vmm")),
+            None => return Err(invalid("header.blob is absent: a device's index, or vmm")),
         };
         let run = self.reservation(&caller, header.attempt)?;
         run.receive(blob, channel, stream).await?;
@@ -95,7 +99,7 @@ impl Transfer for TransferService {
         let given = request.into_inner();
         let destination = match self.reservation(&caller, given.attempt) {
             Ok(run) => {
-                // A record of a newer agent says nothing here, but its question is answered.
+                // A record that only a newer agent knows says nothing here, but the question is answered.
                 if let Ok(word) = Word::try_from(&given.source.unwrap_or_default()) {
                     run.peer_says(word);
                 }

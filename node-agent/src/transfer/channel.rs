@@ -1,6 +1,7 @@
 //! The streams of a VMM's own state. A device's blob has one stream only.
 
-use slackwater_proto::tonic::Status;
+use slackwater_handover::Reason;
+use slackwater_proto::refusal::Refusal;
 use slackwater_proto::transfer::VmmState;
 
 /// The most streams besides the main one.
@@ -42,16 +43,17 @@ impl Channel {
     ///
     /// # Errors
     /// INVALID_ARGUMENT, with the field and its valid range.
-    pub fn from_proto(state: VmmState) -> Result<Self, Status> {
+    pub fn from_proto(state: VmmState) -> Result<Self, Refusal> {
+        let invalid = |message: String| Refusal::invalid_argument(Reason::BlobRejected, message);
         let VmmState { channel, more_channels } = state;
         let more =
             u8::try_from(more_channels).ok().filter(|more| *more <= MAX_CHANNELS).ok_or_else(|| {
-                Status::invalid_argument(format!(
+                invalid(format!(
                     "header.vmm.more_channels is {more_channels}; it must be 0 to {MAX_CHANNELS}"
                 ))
             })?;
         let number = u8::try_from(channel).ok().filter(|number| *number <= more).ok_or_else(|| {
-            Status::invalid_argument(format!(
+            invalid(format!(
                 "header.vmm.channel is {channel}; with more_channels {more} it must be 0 to {more}"
             ))
         })?;
@@ -76,7 +78,7 @@ mod tests {
     #[test]
     fn an_invalid_channel_is_refused_with_the_valid_range() {
         let refusal = |channel, more_channels| {
-            Channel::from_proto(VmmState { channel, more_channels }).unwrap_err().message().to_owned()
+            Channel::from_proto(VmmState { channel, more_channels }).unwrap_err().message
         };
         assert_eq!(refusal(0, 17), "header.vmm.more_channels is 17; it must be 0 to 16");
         assert_eq!(refusal(3, 2), "header.vmm.channel is 3; with more_channels 2 it must be 0 to 2");

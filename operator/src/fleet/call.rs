@@ -3,16 +3,17 @@
 use std::time::Duration;
 
 use futures::{Stream, StreamExt};
-use slackwater_proto::channel::words;
+use slackwater_handover::Reason;
 use slackwater_proto::node::node_agent_client::NodeAgentClient;
 use slackwater_proto::node::{
     AbortRequest, JournalState, MigrateRequest, MigrationEvent, MigrationRef, ReleaseRequest, ReserveRequest,
     ResolveRequest,
 };
+use slackwater_proto::refusal::{Detail, Refusal};
 use slackwater_proto::tonic::{Code, Status};
 
 use super::Fleet;
-use crate::reason::{RESERVE_REFUSED, camel_case_or};
+use crate::reason::{RESERVE_REFUSED, SOURCE_REFUSED, TARGET_UNREACHABLE};
 
 /// Reserving starts a VMM and takes devices through the kernel; an agent that needs longer than this is
 /// stuck.
@@ -21,10 +22,6 @@ const RESERVE_TIMEOUT: Duration = Duration::from_secs(120);
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(60);
 /// An agent answers this from its journal.
 const RESOLVE_TIMEOUT: Duration = Duration::from_secs(5);
-/// The metadata by which an agent that refuses an epoch names the highest that it has seen.
-const KNOWN_EPOCH: &str = "slackwater-known-epoch";
-/// The metadata by which an agent that refuses a reservation names its reason.
-const REASON: &str = "slackwater-reason";
 /// How often a call is repeated with a higher epoch. Each time another operator has raised it meanwhile.
 const RAISES: u32 = 3;
 
@@ -46,20 +43,13 @@ pub enum CallError {
         error: String,
     },
     /// The agent refuses. It has changed nothing.
-    #[error("{message}")]
-    Refused {
-        /// The state of something forbids it.
-        precondition: bool,
-        /// The epoch that it has seen, which is higher than this operator's.
-        known_epoch: Option<u64>,
-        /// The reason that it names, in CamelCase.
-        reason: Option<String>,
-        /// Why, in its own words.
-        message: String,
-    },
+    #[error(transparent)]
+    Refused(Refusal),
     /// The answer did not arrive. It may have done what it was asked.
     #[error("{message}")]
     Broken {
+        /// The reason, if the agent has named one.
+        reason: Option<Reason>,
         /// What happened to the call.
         message: String,
     },
@@ -67,44 +57,22 @@ pub enum CallError {
 
 impl CallError {
     fn from_status(status: &Status) -> Self {
-        let message = words(status).trim_end_matches('.').to_owned();
-        match status.code() {
-            Code::InvalidArgument
-            | Code::NotFound
-            | Code::AlreadyExists
-            | Code::PermissionDenied
-            | Code::ResourceExhausted
-            | Code::FailedPrecondition
-            | Code::OutOfRange
-            | Code::Unimplemented
-            | Code::Unauthenticated => {
-                let known_epoch = status.metadata().get(KNOWN_EPOCH);
-                Self::Refused {
-                    precondition: status.code() == Code::FailedPrecondition,
-                    known_epoch: known_epoch.and_then(|epoch| epoch.to_str().ok()?.parse().ok()),
-                    reason: reason_of(status),
-                    message,
-                }
-            }
-            Code::Ok
-            | Code::Cancelled
-            | Code::Unknown
-            | Code::DeadlineExceeded
-            | Code::Aborted
-            | Code::Internal
-            | Code::Unavailable
-            | Code::DataLoss => Self::Broken { message },
+        let mut refusal = Refusal::from_status(status);
+        refusal.message.truncate(refusal.message.trim_end_matches('.').len());
+        match refusal.is_decided() {
+            true => Self::Refused(refusal),
+            false => Self::Broken { reason: refusal.reason, message: refusal.message },
         }
     }
 
     /// The agent has answered, and changed nothing.
     pub fn is_refusal(&self) -> bool {
-        matches!(self, Self::Refused { .. })
+        matches!(self, Self::Refused(_))
     }
 
     /// The agent has answered that a state forbids it.
     pub fn is_precondition(&self) -> bool {
-        matches!(self, Self::Refused { precondition: true, .. })
+        matches!(self, Self::Refused(refusal) if refusal.code == Code::FailedPrecondition)
     }
 
     /// There is no agent to ask.
@@ -117,20 +85,27 @@ impl CallError {
         matches!(self, Self::NoSuchNode { .. } | Self::NotReady { .. })
     }
 
-    /// CamelCase, for a condition's reason about the target.
+    /// CamelCase, for a condition: why the target could not be made ready.
     pub fn target_reason(&self) -> &str {
         match self {
             Self::NoSuchNode { .. } => "TargetNotFound",
-            Self::NotReady { .. } | Self::Broken { .. } => "TargetUnreachable",
-            Self::Refused { reason, .. } => reason.as_deref().unwrap_or(RESERVE_REFUSED),
+            Self::NotReady { .. } => TARGET_UNREACHABLE,
+            Self::Broken { reason, .. } => name_of(reason.as_ref(), TARGET_UNREACHABLE),
+            Self::Refused(refusal) => name_of(refusal.reason.as_ref(), RESERVE_REFUSED),
+        }
+    }
+
+    /// CamelCase, for a condition: why the source, which has answered, has not begun.
+    pub fn source_reason(&self) -> &str {
+        match self {
+            Self::Refused(refusal) => name_of(refusal.reason.as_ref(), SOURCE_REFUSED),
+            Self::NoSuchNode { .. } | Self::NotReady { .. } | Self::Broken { .. } => SOURCE_REFUSED,
         }
     }
 }
 
-/// What an agent sends is input: it goes into a condition only if it can be a reason.
-fn reason_of(status: &Status) -> Option<String> {
-    let named = status.metadata().get(REASON)?.to_str().ok()?;
-    Some(camel_case_or(named, RESERVE_REFUSED))
+fn name_of<'a>(reason: Option<&'a Reason>, fallback: &'a str) -> &'a str {
+    reason.map_or(fallback, Reason::as_str)
 }
 
 /// The events of an attempt, as they arrive.
@@ -240,7 +215,7 @@ impl Fleet {
             }
             tries += 1;
             match call(request.clone()).await {
-                Err(CallError::Refused { known_epoch: Some(known), .. })
+                Err(CallError::Refused(Refusal { detail: Some(Detail::KnownEpoch(known)), .. }))
                     if tries <= RAISES && known >= epoch && self.epoch.above(known).await => {}
                 answer => return answer,
             }
@@ -251,7 +226,10 @@ impl Fleet {
 async fn within<T>(limit: Duration, call: impl Future<Output = Result<T, Status>>) -> Result<T, CallError> {
     match tokio::time::timeout(limit, call).await {
         Ok(answer) => answer.map_err(|status| CallError::from_status(&status)),
-        Err(_) => Err(CallError::Broken { message: format!("no answer within {} s", limit.as_secs()) }),
+        Err(_) => {
+            let message = format!("no answer within {} s", limit.as_secs());
+            Err(CallError::Broken { reason: None, message })
+        }
     }
 }
 
@@ -273,16 +251,28 @@ mod tests {
     }
 
     #[test]
-    fn a_refused_reservation_has_the_agents_reason_if_that_can_be_one() {
-        let reason = |named: Option<&'static str>| {
-            let mut status = Status::failed_precondition("x");
-            if let Some(named) = named {
-                status.metadata_mut().insert(REASON, named.parse().unwrap());
-            }
-            CallError::from_status(&status).target_reason().to_owned()
-        };
-        assert_eq!(reason(Some("QEMUOlder")), "QEMUOlder");
-        assert_eq!(reason(None), "ReserveRefused");
-        assert_eq!(reason(Some("no reason")), "ReserveRefused");
+    fn a_refused_call_has_the_reason_that_the_agent_names_if_it_names_one() {
+        let read = |refusal: Refusal| CallError::from_status(&refusal.into());
+        let full = read(Refusal::precondition(Reason::JournalFailed, "no space."));
+        assert_eq!((full.target_reason(), full.source_reason()), ("JournalFailed", "JournalFailed"));
+        assert_eq!(full.to_string(), "no space");
+        let older = read(Refusal::precondition(Reason::Other("QEMUOlder".into()), "it has 9.2"));
+        assert_eq!(older.target_reason(), "QEMUOlder");
+        let unnamed = Status::failed_precondition("x");
+        let mut hostile = unnamed.clone();
+        hostile.metadata_mut().insert("slackwater-reason", "no reason".parse().unwrap());
+        for status in [unnamed, hostile] {
+            let error = CallError::from_status(&status);
+            assert_eq!((error.target_reason(), error.source_reason()), ("ReserveRefused", "SourceRefused"));
+        }
+    }
+
+    #[test]
+    fn a_target_that_cannot_go_on_now_has_its_reason_and_one_that_is_lost_is_unreachable() {
+        let full = Refusal::unavailable(Reason::JournalFailed, "the epoch could not be recorded");
+        let full = CallError::from_status(&full.into());
+        assert_eq!((full.is_refusal(), full.target_reason()), (false, "JournalFailed"));
+        let lost = CallError::from_status(&Status::unavailable("connection refused"));
+        assert_eq!(lost.target_reason(), "TargetUnreachable");
     }
 }

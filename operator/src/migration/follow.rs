@@ -17,6 +17,7 @@ use super::request::Accepted;
 use super::run::Run;
 use super::step::Wish;
 use crate::fleet::{CallError, Events};
+use crate::reason::SOURCE_REFUSED;
 
 /// How long the last event may take after the source has said that it gave the migration up.
 const LAST_EVENT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -44,8 +45,17 @@ enum Followed {
 struct NotFollowed {
     /// Why, for a person.
     error: String,
+    /// Why, for a condition, if it turns out that the source never began.
+    reason: String,
     /// The source answers, and does not report more.
     refused: bool,
+}
+
+impl NotFollowed {
+    fn because_of(error: &CallError) -> Self {
+        let reason = error.source_reason().to_owned();
+        Self { error: error.to_string(), reason, refused: error.is_refusal() }
+    }
 }
 
 /// A batch of events, as far as they have arrived.
@@ -90,15 +100,16 @@ impl Run {
                 continue;
             }
             let followed = self.join(&accepted).await;
-            let Some(NotFollowed { error, refused }) = self.handle_end(followed, never_asked).await else {
-                return;
-            };
+            let Some(not_followed) = self.handle_end(followed, never_asked).await else { return };
             never_asked = false;
-            self.show_unreachable(&accepted, &error, refused).await;
+            let refused = not_followed.refused;
+            self.show_unreachable(&accepted, &not_followed.error, refused).await;
             match self.inquire(&accepted).await {
                 // The migration may begin, when the source can be asked again.
                 Some(Settlement::NeverBegan) if !refused => {}
-                Some(how) if refused || joins_left == 0 => return self.conclude(&how, Some(&error)).await,
+                Some(how) if refused || joins_left == 0 => {
+                    return self.conclude(&how, Some(&not_followed)).await;
+                }
                 // The source has more to report than its journal says, and can be asked now.
                 Some(_) => {
                     joins_left -= 1;
@@ -123,7 +134,7 @@ impl Run {
         match followed {
             Followed::Finished => None,
             Followed::Refused(error) if never_asked => {
-                self.tracked.draft_now().source_refused(&error.to_string());
+                self.tracked.draft_now().source_refused(error.source_reason(), &error.to_string());
                 self.tracked.write().await;
                 None
             }
@@ -132,9 +143,11 @@ impl Run {
                 self.tracked.write().await;
                 None
             }
-            Followed::Refused(error) => Some(NotFollowed { error: error.to_string(), refused: true }),
-            Followed::NoOutcome(error) => Some(NotFollowed { error, refused: true }),
-            Followed::Broken(error) => Some(NotFollowed { error: error.to_string(), refused: false }),
+            Followed::Refused(error) => Some(NotFollowed::because_of(&error)),
+            Followed::NoOutcome(error) => {
+                Some(NotFollowed { error, reason: SOURCE_REFUSED.to_owned(), refused: true })
+            }
+            Followed::Broken(error) => Some(NotFollowed::because_of(&error)),
         }
     }
 
@@ -143,8 +156,9 @@ impl Run {
         wish != Wish::Migrate && !self.attempt.abort_too_late && !self.attempt.given_up
     }
 
-    async fn conclude(&mut self, how: &Settlement, error: Option<&str>) {
-        self.tracked.draft_now().settle(how, error);
+    async fn conclude(&mut self, how: &Settlement, why: Option<&NotFollowed>) {
+        let why = why.map(|why| (why.reason.as_str(), why.error.as_str()));
+        self.tracked.draft_now().settle(how, why);
         self.tracked.write().await;
     }
 
@@ -232,7 +246,7 @@ impl Run {
                 }
                 Wakeup::Events(None) => {
                     let message = "the stream of events ended before the migration did".to_owned();
-                    return Followed::Broken(CallError::Broken { message });
+                    return Followed::Broken(CallError::Broken { reason: None, message });
                 }
                 Wakeup::ObjectChanged => {
                     self.tracked.look();

@@ -147,7 +147,7 @@ async fn a_twin_that_qemu_cannot_start_is_reported_with_qemus_error_and_nothing_
         cluster.migrate(name, TO_B).await.unwrap();
         let migration = cluster.until_ended(name).await.unwrap();
         println!("{name}: {:?}", crate::condition(&migration, "Succeeded"));
-        assert_failed(&migration, "ReserveRefused", words);
+        assert_failed(&migration, "TwinFailed", words);
         assert!(cluster.vmms("node-b").await.unwrap().is_empty(), "{name}: a process is left");
         cluster.until_free("node-b", 2).await.unwrap();
         cluster.until_vm_at("node-a").await.unwrap();

@@ -366,8 +366,7 @@ impl DestinationAttempt {
             End::Running => None,
             End::Discarded(failure) | End::Stuck(failure) => Some(failure.clone()),
         };
-        let ended = Ended { outcome: 0, timings_ns: [0; 3], device_bytes: Vec::new(), vmm_bytes: 0 };
-        self.parts.ledger.finish(failure, ended).await;
+        self.parts.ledger.finish(failure, Ended::default()).await;
         Ending { end, vmm }
     }
 }

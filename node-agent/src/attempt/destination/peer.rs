@@ -5,7 +5,8 @@ use std::sync::Arc;
 use slackwater_handover::destination::{Destination, Event};
 use slackwater_handover::{Blob, Failure, Reason};
 use slackwater_proto::channel::words;
-use slackwater_proto::tonic::{Status, Streaming};
+use slackwater_proto::refusal::Refusal;
+use slackwater_proto::tonic::{Code, Status, Streaming};
 use slackwater_proto::transfer::{HandoverRequest, handover_request};
 
 use super::{DestinationAttempt, Signal};
@@ -38,18 +39,18 @@ impl DestinationAttempt {
         let twin = self.twin.as_ref().filter(|_| machine.takes_blobs());
         let twin = twin.ok_or_else(|| {
             let phase = machine.phase();
-            Status::failed_precondition(format!("no blob is taken now: the destination is in {phase:?}"))
+            let message = format!("no blob is taken now: the destination is in {phase:?}");
+            Refusal::precondition(Reason::BlobRejected, message)
         })?;
         let receiver = match blob {
             Blob::Device(index) => {
                 let devices = twin.devices.len();
                 let device = EndDevice::at(Role::Destination, &twin.devices, index).ok_or_else(|| {
-                    Status::invalid_argument(format!("blob.device is {index}; the VM has {devices} devices"))
+                    let message = format!("blob.device is {index}; the VM has {devices} devices");
+                    Refusal::invalid_argument(Reason::BlobRejected, message)
                 })?;
                 if !self.opened.insert(index) {
-                    return Err(Status::already_exists(format!(
-                        "{blob} has been sent in this attempt already"
-                    )));
+                    return Err(already_exists(format!("{blob} has been sent in this attempt already")));
                 }
                 BlobReceiver::Device(DeviceReceiver::new(device))
             }
@@ -58,7 +59,7 @@ impl DestinationAttempt {
                 let load = self.load.get_or_insert_with(|| VmmLoad::begin(Arc::clone(vmm), channel.count()));
                 let receiver = load.channel(channel).ok_or_else(|| {
                     let (number, count) = (channel.number(), channel.count());
-                    Status::already_exists(format!(
+                    already_exists(format!(
                         "channel {number} of {count} of the VMM's state has been sent in this attempt already, \
                          or its other channels were of another number"
                     ))
@@ -68,6 +69,10 @@ impl DestinationAttempt {
         };
         Ok(OpenBlob { receiver, guard: self.tasks.stream_guard() })
     }
+}
+
+fn already_exists(message: String) -> Status {
+    Refusal::new(Code::AlreadyExists, Reason::BlobRejected, message).into()
 }
 
 /// Passes on the source's decisions, until its stream or the attempt ends.
@@ -104,23 +109,18 @@ pub(super) async fn receive_decisions(mut requests: Streaming<HandoverRequest>, 
 
 /// Why a blob did not arrive: the failure for the machine, and the answer for the source.
 pub(super) fn describe_loss(blob: Blob, error: ReceiveError) -> (Failure, Status) {
-    match error {
+    let (code, failure) = match error {
         // The hand-over's stream says why the twin has ended, with the end of its log.
-        ReceiveError::Sink(failure) if failure.reason == Reason::TwinFailed => {
-            let status = Status::aborted(failure.message.clone());
-            (failure, status)
-        }
-        ReceiveError::Sink(failure) => {
-            let status = Status::failed_precondition(failure.message.clone());
-            (failure, status)
-        }
+        ReceiveError::Sink(failure) if failure.reason == Reason::TwinFailed => (Code::Aborted, failure),
+        ReceiveError::Sink(failure) => (Code::FailedPrecondition, failure),
         ReceiveError::Broken { .. } | ReceiveError::GivenUp { .. } => {
-            let message = format!("{blob}: {error}");
-            (Failure::new(Reason::PeerLost, message.clone()), Status::data_loss(message))
+            (Code::DataLoss, Failure::new(Reason::PeerLost, format!("{blob}: {error}")))
         }
         ReceiveError::Mismatch(_) | ReceiveError::Order(_) => {
             let message = format!("{blob} did not arrive as it was sent: {error}");
-            (Failure::new(Reason::BlobRejected, message.clone()), Status::data_loss(message))
+            (Code::DataLoss, Failure::new(Reason::BlobRejected, message))
         }
-    }
+    };
+    let Failure { reason, message } = failure.clone();
+    (failure, Refusal::new(code, reason, message).into())
 }

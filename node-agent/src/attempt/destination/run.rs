@@ -10,7 +10,8 @@ use slackwater_handover::policy::Driver;
 use slackwater_handover::state::{Features, MigrationState};
 use slackwater_handover::{Blob, Failure, Reason, Record, Word};
 use slackwater_proto::node::JournalState;
-use slackwater_proto::tonic::{Status, Streaming};
+use slackwater_proto::refusal::Refusal;
+use slackwater_proto::tonic::{Code, Status, Streaming};
 use slackwater_proto::transfer::handover_response::Message;
 use slackwater_proto::transfer::{Failed, HandoverRequest, HandoverResponse, SendBlobRequest};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -207,7 +208,9 @@ impl DestinationRun {
     ) -> Result<(), Status> {
         let (reply, replied) = oneshot::channel();
         // The hand-over's stream says why; the source waits for that.
-        let gone = || Status::aborted("the reservation has been given back");
+        let gone = || -> Status {
+            Refusal::new(Code::Aborted, Reason::Released, "the reservation has been given back").into()
+        };
         if !self.signals.send(Signal::OpenBlob(blob, channel, reply)) {
             return Err(gone());
         }

@@ -339,12 +339,7 @@ impl SourceAttempt {
             outcome = ?finished.outcome(), reason = finished.reason, message = finished.message,
             "source: the migration has ended"
         );
-        let ended = Ended {
-            outcome: finished.outcome,
-            timings_ns: [timings.pre_copy_ns, timings.blackout_ns, timings.total_ns],
-            device_bytes: finished.device_bytes.clone(),
-            vmm_bytes: finished.vmm_bytes,
-        };
+        let ended = Ended::at_source(&finished);
         self.parts.ledger.finish(failure, ended).await;
         self.parts.log.finished(now, finished);
     }

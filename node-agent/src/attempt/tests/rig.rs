@@ -142,7 +142,7 @@ impl Books {
     pub(super) fn read(&self, role: Role) -> Entry {
         let all = self.journal.read_all().unwrap();
         let (_, content) = all.into_iter().find(|(key, _)| key.role() == role).unwrap();
-        serde_json::from_slice(&content.unwrap()).unwrap()
+        Entry::parse(&content.unwrap()).unwrap()
     }
 }
 

@@ -54,9 +54,11 @@ impl Draft {
     }
 
     /// The migration has ended by what the agents have journalled, and the source has reported no more than
-    /// that. `error`: why the source's events could not be followed, if that is known.
-    pub fn settle(&mut self, how: &Settlement, error: Option<&str>) {
+    /// that. `why`: the reason and the message with which the source's events could not be followed, if that
+    /// is known.
+    pub fn settle(&mut self, how: &Settlement, why: Option<(&str, &str)>) {
         let (vm, source, target) = (self.vm.clone(), self.source(), self.target());
+        let (reason, error) = why.unzip();
         let error = error.map(|error| error.trim_end_matches('.')).filter(|error| !error.is_empty());
         let reason_of = |failure: &Option<Failure>, fallback: &str| {
             failure.as_ref().map_or(fallback, |failure| failure.reason.as_str()).to_owned()
@@ -76,7 +78,7 @@ impl Draft {
                 let error = error.unwrap_or("it has no record of the migration");
                 let message =
                     format!("{source} has not begun to migrate VM {vm}: {error}. Nothing was touched there.");
-                self.end_rolled_back(reason::SOURCE_REFUSED, &message);
+                self.end_rolled_back(reason.unwrap_or(reason::SOURCE_REFUSED), &message);
             }
             Settlement::GivenUp(failure) => {
                 let why = why_of(failure).map(|why| format!(": {why}")).unwrap_or_default();

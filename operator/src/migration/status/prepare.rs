@@ -119,11 +119,11 @@ impl Draft {
     }
 
     /// The source refuses to begin. It has not changed anything.
-    pub fn source_refused(&mut self, error: &str) {
+    pub fn source_refused(&mut self, reason: &str, error: &str) {
         let source = self.source();
         let message =
             format!("{source} refuses to migrate VM {}: {error}. Nothing was touched there.", self.vm);
-        self.end_rolled_back(reason::SOURCE_REFUSED, &message);
+        self.end_rolled_back(reason, &message);
     }
 
     /// The source cannot be asked to begin, and never was.

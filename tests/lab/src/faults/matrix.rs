@@ -279,7 +279,7 @@ pub fn expected(phase: Phase, fault: Fault) -> Expected {
 
     const RESTARTED: End = End::AtSource(&["AgentRestarted"]);
     const PEER_LOST: End = End::AtSource(&["PeerLost"]);
-    const NOT_RESERVED: End = End::AtSource(&["TargetUnreachable", "ReserveRefused"]);
+    const NOT_RESERVED: End = End::AtSource(&["TargetUnreachable"]);
     const MOVED: End = End::AtDestination;
 
     match (fault, phase) {
@@ -299,14 +299,12 @@ pub fn expected(phase: Phase, fault: Fault) -> Expected {
         (SourceVmmKilled, _) if phase.is_committed() => Ends(MOVED),
         // The source has had no request yet, and refuses the first: there is no VM any more.
         (SourceVmmKilled, Phase::Reserve) => {
-            Ends(End::Lost(&["VMMExited", "SourceRefused", "SourceNotReady"]))
+            Ends(End::Lost(&["VMMExited", "VMMUnreachable", "SourceNotReady"]))
         }
         (SourceVmmKilled, _) => Ends(End::Lost(&["VMMExited"])),
 
         // The reservation may have been answered already: the operator or the source finds it released.
-        (TwinKilled, Phase::Reserve) => {
-            Ends(End::AtSource(&["TwinFailed", "TargetFailed", "ReserveRefused"]))
-        }
+        (TwinKilled, Phase::Reserve) => Ends(End::AtSource(&["TwinFailed", "TargetFailed"])),
         // LOADED does not promise that the twin lives: the destination records DISCARDED, and the source may
         // take the VM back.
         (TwinKilled, Phase::Committed) => Ends(End::AtSource(&["TwinFailed", "TargetFailed"])),
@@ -324,10 +322,7 @@ pub fn expected(phase: Phase, fault: Fault) -> Expected {
         (LinkCutAndRestored | LinkCutForGood, _) => Ends(PEER_LOST),
 
         // Full before the first record is written. That record reserves the space for later ones.
-        (JournalFull(Source), Phase::Reserve) => Ends(End::AtSource(&["JournalFailed", "SourceRefused"])),
-        (JournalFull(Destination), Phase::Reserve) => {
-            Ends(End::AtSource(&["JournalFailed", "ReserveRefused"]))
-        }
+        (JournalFull(_), Phase::Reserve) => Ends(End::AtSource(&["JournalFailed"])),
         (JournalFull(_), _) => Ends(MOVED),
 
         (JournalCorrupted(Source), Phase::Reserve) => CannotOccur("the source has no journal yet"),
@@ -348,7 +343,6 @@ pub fn expected(phase: Phase, fault: Fault) -> Expected {
         (DeviceError | DeviceHang, Phase::Committed) => {
             CannotOccur("COMMITTED is a record and a message, without a request to a device")
         }
-        (DeviceError, Phase::Reserve) => Ends(End::AtSource(&["DeviceFailed", "ReserveRefused"])),
         (DeviceError, Phase::Starting) => Ends(End::Lost(&["StartFailed"])),
         // The copy at the source is dead: the device's next user resets it.
         (DeviceError, Phase::Release) => Ends(MOVED),

@@ -44,7 +44,7 @@ fn an_end_that_only_the_journals_show_is_reported_with_no_more_than_they_say() {
     let failure = || Some(Failure::new(Reason::Other("TwinExited".into()), "the twin has exited."));
     let after = |how: &Settlement| {
         let mut draft = reserved();
-        draft.at(stamp(20)).settle(how, Some("its stream is gone."));
+        draft.at(stamp(20)).settle(how, Some(("SourceRefused", "its stream is gone.")));
         draft
     };
     let began = after(&Settlement::NeverBegan);
@@ -64,6 +64,17 @@ fn an_end_that_only_the_journals_show_is_reported_with_no_more_than_they_say() {
         (lost.status.phase, lost.status.reservation),
         (Some(MigrationPhase::Lost), Some(Reservation::Kept))
     );
+}
+
+#[test]
+fn a_source_that_never_began_has_its_own_reason_if_it_named_one() {
+    let mut draft = reserved();
+    draft.at(stamp(20)).settle(&Settlement::NeverBegan, Some(("VMMUnreachable", "the VMM does not answer")));
+    assert_eq!(condition(&draft, SUCCEEDED), ("False".into(), "VMMUnreachable".into()));
+    let mut draft = reserved();
+    draft.at(stamp(20)).source_refused("VMPaused", "the VM does not run");
+    assert_eq!(condition(&draft, SUCCEEDED), ("False".into(), "VMPaused".into()));
+    assert!(message(&draft, SUCCEEDED).contains("the VM does not run. Nothing was touched there"));
 }
 
 #[test]

@@ -1,20 +1,22 @@
 //! What a reservation needs of this node, checked before anything is touched.
 
+use std::error::Error;
 use std::sync::Arc;
 
 use slackwater_handover::state::Features;
 use slackwater_proto::node::{DevicePair, MigrationRef, ReserveRequest, VmRef};
-use slackwater_proto::tonic::Status;
+use slackwater_proto::refusal::Refusal;
 use tokio::sync::Mutex;
 
-use super::NodeConfig;
-use super::inventory::Inventory;
+use super::resources::NodeResources;
 use super::site::NodeSite;
 use crate::faults;
 use crate::host::devices::Device;
-use crate::host::identity::{IdentityOf, VfIdentity};
+use crate::host::identity::IdentityOf;
 use crate::host::placeholders::twin_arguments;
 use crate::host::{vm, vms};
+use crate::service::inventory::Inventory;
+use crate::service::reason::ServiceReason;
 use crate::vmm::twin::{TwinPlan, launcher};
 
 /// The target devices of a reservation, in the VM's order.
@@ -23,63 +25,80 @@ pub(super) struct Targets {
     pub(super) features: Vec<Features>,
 }
 
-/// Finds the target devices, free and fit to take over from their sources.
-pub(super) async fn targets(inventory: &Inventory, pairs: &[DevicePair]) -> Result<Targets, Status> {
+/// Why a device cannot take over from another.
+#[derive(Debug, thiserror::Error)]
+enum Misfit<'a> {
+    /// Another driver or model.
+    #[error(
+        "device {} is a {} under {}, and cannot take over from {}, which is a {} under {}",
+        device.name, device.model, device.driver, pair.source, pair.model, pair.driver
+    )]
+    Model { device: &'a Device, pair: &'a DevicePair },
+    /// A feature is missing.
+    #[error(
+        "device {} has the features {features:?}, and cannot take over from {}, which has {required:?}",
+        device.name, pair.source
+    )]
+    Features { device: &'a Device, features: Features, pair: &'a DevicePair, required: Features },
+}
+
+/// Finds the target devices, which must be free and able to take over from their sources.
+pub(super) async fn targets(inventory: &Inventory, pairs: &[DevicePair]) -> Result<Targets, Refusal> {
     let mut targets =
         Targets { devices: Vec::with_capacity(pairs.len()), features: Vec::with_capacity(pairs.len()) };
     for (index, pair) in pairs.iter().enumerate() {
-        let refused = |why: String| Status::failed_precondition(format!("devices[{index}].target: {why}"));
-        let device = inventory.free_device(&pair.target).await.map_err(refused)?;
-        let features = inventory
-            .features(&device, true)
-            .await
-            .map_err(|why| refused(format!("device {}: {why}", device.name)))?;
-        fits(&device, features, pair).map_err(refused)?;
+        let refused = |error: &dyn Error| {
+            let message = format!("devices[{index}].target: {error}");
+            Refusal::precondition(ServiceReason::NoMatchingDevices, message)
+        };
+        let device = inventory.free_device(&pair.target).await.map_err(|error| refused(&error))?;
+        let features = inventory.features(&device, true).await.map_err(|error| {
+            let message = format!("devices[{index}].target: device {}: {error}", device.name);
+            Refusal::precondition(ServiceReason::NoMatchingDevices, message)
+        })?;
+        fits(&device, features, pair).map_err(|misfit| refused(&misfit))?;
         targets.devices.push(device);
         targets.features.push(features);
     }
     Ok(targets)
 }
 
-/// Whether a device can take over what its source has.
-fn fits(device: &Device, features: Features, pair: &DevicePair) -> Result<(), String> {
+/// Whether a device can take over the state of its source.
+fn fits<'a>(device: &'a Device, features: Features, pair: &'a DevicePair) -> Result<(), Misfit<'a>> {
     let same_model =
         faults::ignores_device_model() || (device.driver == pair.driver && device.model == pair.model);
     if !same_model {
-        return Err(format!(
-            "device {} is a {} under {}, and cannot take over from {}, which is a {} under {}",
-            device.name, device.model, device.driver, pair.source, pair.model, pair.driver
-        ));
+        return Err(Misfit::Model { device, pair });
     }
-    let source = pair.features.map(Features::from).unwrap_or_default();
-    if !features.stop_copy || (source.p2p && !features.p2p) {
-        return Err(format!(
-            "device {} has the features {features:?}, and cannot take over from {}, which has {source:?}",
-            device.name, pair.source
-        ));
+    let required = pair.features.map(Features::from).unwrap_or_default();
+    if !features.stop_copy || (required.p2p && !features.p2p) {
+        return Err(Misfit::Features { device, features, pair, required });
     }
     Ok(())
 }
 
 /// The place for a VM: its twin's command, directory and cgroup.
 pub(super) fn site(
-    config: &NodeConfig,
-    identity: Arc<dyn VfIdentity>,
+    node: &NodeResources,
     reference: &MigrationRef,
     named: &VmRef,
     request: &ReserveRequest,
     devices: &[Device],
-) -> Result<NodeSite, Status> {
-    let invalid = |error: vm::VmJsonError| Status::invalid_argument(format!("vm_json: {error}"));
+) -> Result<NodeSite, Refusal> {
+    let config = &node.config;
+    let invalid = |error: vm::VmJsonError| {
+        Refusal::invalid_argument(ServiceReason::InvalidRequest, format!("vm_json: {error}"))
+    };
     let json = vm::parse(&request.vm_json).map_err(invalid)?;
     if (&json.namespace, &json.name) != (&named.namespace, &named.name) {
-        return Err(Status::invalid_argument(format!(
+        let message = format!(
             "vm_json describes {}/{}, but vm is {}/{}",
             json.namespace, json.name, named.namespace, named.name
-        )));
+        );
+        return Err(Refusal::invalid_argument(ServiceReason::InvalidRequest, message));
     }
     json.require_allowed(&config.twin_programs)
-        .map_err(|error| Status::failed_precondition(format!("vm_json: {error}")))?;
+        .map_err(|error| Refusal::precondition(ServiceReason::TwinNotAllowed, format!("vm_json: {error}")))?;
     let directory = vms::directory(&config.run_dir, &json);
     let socket = json.socket_in(&directory).map_err(invalid)?;
     let command = twin_arguments(&json, &socket, devices).map_err(invalid)?;
@@ -101,6 +120,7 @@ pub(super) fn site(
         devices: devices.to_vec(),
         claim: request.claim.to_vec(),
     };
+    let identity = Arc::clone(&node.vf_identity);
     Ok(NodeSite { plan, vm_json: request.vm_json.clone(), identity, of, twin: Mutex::new(None) })
 }
 
@@ -133,16 +153,19 @@ mod tests {
 
     #[test]
     fn a_target_must_have_the_sources_driver_model_and_p2p() {
-        assert_eq!(fits(&device("mtty", "mtty-1"), Features::ALL, &pair()), Ok(()));
-        let other_model = fits(&device("mtty", "mtty-2"), Features::ALL, &pair()).unwrap_err();
+        let fits = |driver, model, features| {
+            fits(&device(driver, model), features, &pair()).map_err(|misfit| misfit.to_string())
+        };
+        assert_eq!(fits("mtty", "mtty-1", Features::ALL), Ok(()));
+        let other_model = fits("mtty", "mtty-2", Features::ALL).unwrap_err();
         assert_eq!(
             other_model,
             "device b0 is a mtty-2 under mtty, and cannot take over from a0, which is a mtty-1 under mtty"
         );
-        assert!(fits(&device("vfio-pci", "mtty-1"), Features::ALL, &pair()).is_err());
+        assert!(fits("vfio-pci", "mtty-1", Features::ALL).is_err());
         let no_p2p = Features { p2p: false, ..Features::ALL };
-        assert!(fits(&device("mtty", "mtty-1"), no_p2p, &pair()).is_err());
+        assert!(fits("mtty", "mtty-1", no_p2p).unwrap_err().contains("cannot take over from a0, which has"));
         let no_pre_copy = Features { pre_copy: false, ..Features::ALL };
-        assert_eq!(fits(&device("mtty", "mtty-1"), no_pre_copy, &pair()), Ok(()));
+        assert_eq!(fits("mtty", "mtty-1", no_pre_copy), Ok(()));
     }
 }

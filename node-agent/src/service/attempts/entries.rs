@@ -1,20 +1,22 @@
-//! What an attempt's journal is to hold, from what was asked, and back. Pure.
+//! What was asked for as a journal's entry, and back. Pure.
 
 use slackwater_handover::Record;
 use slackwater_handover::policy::PeerToPeer;
 use slackwater_proto::node::{
     DevicePair, MigrateRequest, MigrationRef, PeerToPeer as WirePeerToPeer, ReserveRequest, VmRef,
 };
-use slackwater_proto::tonic::Status;
+use slackwater_proto::refusal::Refusal;
 
 use crate::attempt::entry::{EndEntry, Entry, Marks, Pair};
 use crate::journal::{Key, Role};
 use crate::process::cgroup::Cgroup;
+use crate::service::reason::ServiceReason;
 use crate::vfio::borrow::ProcessIdentity;
 
 /// The name of an attempt's journal.
-pub(super) fn key(migration_id: &str, role: Role) -> Result<Key, Status> {
-    Key::new(migration_id, role).map_err(|error| Status::invalid_argument(error.to_string()))
+pub(super) fn key(migration_id: &str, role: Role) -> Result<Key, Refusal> {
+    Key::new(migration_id, role)
+        .map_err(|error| Refusal::invalid_argument(ServiceReason::InvalidRequest, error.to_string()))
 }
 
 fn entry(
@@ -42,7 +44,7 @@ fn entry(
     }
 }
 
-/// The source's.
+/// The first entry of the source.
 pub(super) fn source(
     reference: &MigrationRef,
     vm: &VmRef,
@@ -61,7 +63,7 @@ pub(super) fn source(
     Entry { vmm, ..entry(reference, vm, policy, &given.devices, Record::Saving, end) }
 }
 
-/// The destination's.
+/// The first entry of the destination.
 pub(super) fn destination(
     reference: &MigrationRef,
     vm: &VmRef,
@@ -77,7 +79,7 @@ pub(super) fn destination(
     entry(reference, vm, policy, &given.devices, Record::Reserved, end)
 }
 
-/// Which attempt an entry is of. Who had asked is of no matter any more.
+/// Which attempt an entry is of. Which operator asked does not matter any more.
 pub(super) fn reference_of(entry: &Entry) -> MigrationRef {
     MigrationRef { id: entry.migration_id.clone(), attempt: entry.attempt, operator_epoch: 0 }
 }
@@ -87,7 +89,7 @@ pub(super) fn vm_of(entry: &Entry) -> VmRef {
     VmRef { namespace: entry.namespace.clone(), name: entry.name.clone() }
 }
 
-/// The reservation that a destination's entry is of; None for a source's.
+/// The reservation of a destination's entry; None for a source's.
 pub(super) fn reservation_of(entry: &Entry) -> Option<ReserveRequest> {
     let EndEntry::Destination { source_node, vm_json, claim, silence_timeout_ms } = &entry.end else {
         return None;
@@ -103,7 +105,7 @@ pub(super) fn reservation_of(entry: &Entry) -> Option<ReserveRequest> {
         peer_to_peer: policy.into(),
         silence_timeout_ms: *silence_timeout_ms,
         claim: claim.clone().into(),
-        // It was compared before this was journalled.
+        // Preflight has used it before this was journalled.
         qemu: None,
     })
 }

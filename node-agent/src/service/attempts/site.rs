@@ -1,4 +1,4 @@
-//! This node as the place where a VM lands.
+//! The twin of a reservation, its devices and its network identity.
 
 use std::sync::Arc;
 
@@ -10,16 +10,16 @@ use slackwater_handover::{Failure, Reason};
 use tokio::sync::Mutex;
 use tracing::{error, warn};
 
-use super::borrowing;
-use crate::attempt::destination::{Site, Twin as Landed};
+use crate::attempt::destination::{Site, Twin as StartedTwin};
 use crate::host::identity::{IdentityOf, VfIdentity};
 use crate::host::vms;
+use crate::service::borrowing;
 use crate::vfio::error::DeviceError;
 use crate::vfio::worker::DeviceHandle;
 use crate::vmm::Vmm;
 use crate::vmm::twin::{self, Twin, TwinPlan};
 
-/// One reservation's place.
+/// The place of one reservation.
 pub(super) struct NodeSite {
     pub(super) plan: TwinPlan,
     pub(super) vm_json: String,
@@ -29,12 +29,12 @@ pub(super) struct NodeSite {
 }
 
 impl NodeSite {
-    /// Who will drive the devices of the VM that lands here.
+    /// What drives the devices of the VM that lands here.
     pub(super) fn driver(&self) -> Driver {
         self.plan.vmm.kind.driver()
     }
 
-    async fn prepare_and_start(&self) -> Result<Landed, Failure> {
+    async fn prepare_and_start(&self) -> Result<StartedTwin, Failure> {
         let failed = |reason, message: String| Failure::new(reason, format!("at the destination, {message}"));
         self.identity
             .prepare(&self.of)
@@ -45,7 +45,7 @@ impl NodeSite {
             .map_err(|error| failed(Reason::TwinFailed, error.to_string()))?;
         let vmm = Arc::clone(twin.vmm());
         let description = twin.description().clone();
-        // From here on the discard clears the twin away.
+        // From here on `discard` clears the twin away.
         *self.twin.lock().await = Some(twin);
         let has: Vec<&str> = description.devices.iter().map(|device| device.name.as_str()).collect();
         let wanted: Vec<&str> = self.of.devices.iter().map(|device| device.name.as_str()).collect();
@@ -58,28 +58,28 @@ impl NodeSite {
             return Err(failed(Reason::TwinFailed, message));
         }
         let devices = borrowing::devices(vmm.as_ref(), &description)
-            .map_err(|failure| failed(failure.reason, failure.message))?;
+            .map_err(|error| failed(Reason::DeviceFailed, error.to_string()))?;
         for device in &devices {
             running(device).await.map_err(|error| failed(Reason::DeviceFailed, error.to_string()))?;
         }
         let process = Some(vmm.process().identity().into());
         let vmm: Arc<dyn Vmm> = vmm;
-        Ok(Landed { vmm, devices, process })
+        Ok(StartedTwin { vmm, devices, process })
     }
 }
 
-/// A device that nobody has used since somebody left it half-way stands where it was left: a reset takes it to RUNNING.
+/// A free device may still be in the state in which its last user left it: a reset takes it to RUNNING.
 async fn running(device: &DeviceHandle) -> Result<(), DeviceError> {
     let state = device.state().await?;
     if state != MigrationState::Running {
-        warn!(device = device.name(), %state, "a free device was left half-way, and is reset");
+        warn!(device = device.name(), %state, "a free device was not left in RUNNING, and is reset");
         device.reset().await?;
     }
     Ok(())
 }
 
 impl Site for NodeSite {
-    fn start_twin(&self) -> BoxFuture<'_, Result<Landed, Failure>> {
+    fn start_twin(&self) -> BoxFuture<'_, Result<StartedTwin, Failure>> {
         self.prepare_and_start().boxed()
     }
 
@@ -98,10 +98,11 @@ impl Site for NodeSite {
 
     fn keep(&self) -> BoxFuture<'_, ()> {
         async {
-            // From here on nothing of it depends on the agent.
+            // From here on the twin does not depend on the agent.
             self.twin.lock().await.take();
             if let Err(error) = vms::publish(&self.plan.directory, &self.vm_json) {
-                error!(migration = self.of.migration_id, %error, "the VM runs here, but its vm.json could not be written");
+                let migration = &self.of.migration_id;
+                error!(migration, %error, "the VM runs here, but its vm.json could not be written");
             }
         }
         .boxed()
@@ -112,7 +113,7 @@ impl Site for NodeSite {
             let limit = self.plan.deadlines.quit;
             let cleared = match self.twin.lock().await.take() {
                 Some(twin) => twin.discard(limit).await,
-                // It was started by an agent that has ended since, or never.
+                // It was never started, or by an agent that has ended since.
                 None => twin::clear(&self.plan, limit).await,
             };
             if let Err(error) = cleared {

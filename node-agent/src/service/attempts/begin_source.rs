@@ -1,0 +1,153 @@
+//! Beginning a migration away from here.
+
+use std::sync::Arc;
+
+use slackwater_handover::policy::{Driver, NoStopPlan, StopPlan, stop_plan};
+use slackwater_handover::state::{Features, MigrationState};
+use slackwater_handover::{Failure, Reason};
+use slackwater_proto::node::{DevicePair, MigrateRequest};
+use slackwater_proto::refusal::Refusal;
+use slackwater_proto::transfer::Attempt;
+use tracing::info;
+
+use super::release::VmRemains;
+use super::{Attempts, entries, no_stop_plan, precondition};
+use crate::attempt::events::EventLog;
+use crate::attempt::ledger::Ledger;
+use crate::attempt::link::Peer;
+use crate::attempt::source::{SourceParts, SourceRun};
+use crate::journal::Role;
+use crate::process::cgroup::Cgroup;
+use crate::service::reason::ServiceReason;
+use crate::service::registry::Part;
+use crate::service::{borrowing, request};
+use crate::vfio::worker::DeviceHandle;
+use crate::vmm::budget::Budget;
+use crate::vmm::{Description, LocalVmm, RunState, Vmm};
+
+/// The devices of a VM that can be migrated.
+struct SourceDevices {
+    handles: Vec<DeviceHandle>,
+    features: Vec<Features>,
+    plan: StopPlan,
+}
+
+impl Attempts {
+    /// Begins a migration away from here, or joins it if it has begun.
+    pub(in crate::service) async fn begin_source(&self, given: MigrateRequest) -> Result<SourceRun, Refusal> {
+        let request::Migration { reference, vm, policy, pre_commit_timeout, downtime, on_exceeded } =
+            request::migrate(&given)?;
+        let _one_at_a_time = self.beginning.lock().await;
+        match self.find(&reference).await? {
+            Some(Part::Source(run)) => return Ok(run),
+            Some(Part::Destination(..)) => {
+                let message = "this node is the destination of this migration, and cannot be its source, too";
+                return Err(precondition(ServiceReason::MigrationInProgress, message));
+            }
+            Some(Part::Recovering | Part::Unreadable(_)) | None => {}
+        }
+        let node = &self.node;
+        if given.target_node == node.config.node {
+            let message = format!(
+                "target_node is {:?}: this is the source itself; another node would be right",
+                given.target_node
+            );
+            return Err(Refusal::invalid_argument(ServiceReason::TargetIsSource, message));
+        }
+        let named = format!("VM {}/{}", vm.namespace, vm.name);
+        let entry = node.inventory.vm(&vm).ok_or_else(|| {
+            Refusal::not_found(ServiceReason::VmNotFound, format!("there is no {named} here"))
+        })?;
+        let unreachable = |error: &dyn std::error::Error| {
+            precondition(ServiceReason::VmmUnreachable, format_args!("{named}: {error}"))
+        };
+        let known = entry.vm.map_err(|error| unreachable(&error))?;
+        let (vmm, description) = node.inventory.vmm(&known).await.map_err(|error| unreachable(&error))?;
+        same_devices(&description, &given.devices)?;
+        if description.run_state != RunState::Running {
+            let message = format!("{named} is paused, and a migration would resume it");
+            return Err(precondition(ServiceReason::VmPaused, message));
+        }
+        let key = entries::key(&reference.id, Role::Source)?;
+        let names = given.devices.iter().map(|pair| pair.source.as_str());
+        node.registry.take(&reference.id, &vm, names)?;
+        let prepared = prepare(vmm.as_ref(), &description, |features| stop_plan(features, policy)).await;
+        let SourceDevices { handles, features, plan } =
+            prepared.inspect_err(|_| node.registry.give_back(&reference.id))?;
+        let cgroup = Cgroup::of_process(&node.config.cgroup_root, vmm.pid()).ok().flatten();
+        let process = vmm.process().identity();
+        let written = entries::source(&reference, &vm, &given, policy, process, cgroup.as_ref());
+        let remains = VmRemains { cgroup, directory: entry.directory.clone(), socket: known.socket.clone() };
+        let release = remains.release(Arc::clone(&vmm), node, &reference.id);
+        let vmm: Arc<dyn Vmm> = vmm;
+        // Only QEMU gives its state in more than one stream.
+        let channels = if vmm.driver() == Driver::Vmm { node.config.migration_channels } else { 0 };
+        let run = SourceRun::start(SourceParts {
+            peer: Peer {
+                credentials: Arc::clone(&node.credentials),
+                node: given.target_node,
+                address: given.target_address,
+                attempt: Attempt { migration_id: reference.id.clone(), attempt: reference.attempt },
+            },
+            vmm,
+            devices: handles,
+            features,
+            plan,
+            ledger: Ledger::new(Arc::clone(&node.journal), key, written),
+            recovered: None,
+            pre_commit_timeout,
+            budget: Budget {
+                downtime,
+                on_exceeded,
+                bandwidth_bytes_per_second: node.config.migration_bandwidth_bytes_per_second,
+                channels,
+            },
+            release,
+            log: EventLog::new(&node.config.node),
+        });
+        info!(migration = reference.id, attempt = reference.attempt, vm = named, "source: begun");
+        node.join_source(&reference, &run);
+        Ok(run)
+    }
+}
+
+/// Borrows the VM's devices, which must all be in RUNNING, and plans how to stop them.
+async fn prepare(
+    vmm: &dyn LocalVmm,
+    description: &Description,
+    plan: impl FnOnce(&[Features]) -> Result<StopPlan, NoStopPlan>,
+) -> Result<SourceDevices, Refusal> {
+    let handles = borrowing::devices(vmm, description).map_err(Failure::from)?;
+    all_running(&handles).await?;
+    let features: Vec<_> = handles.iter().map(DeviceHandle::features).collect();
+    let plan = plan(&features).map_err(no_stop_plan)?;
+    Ok(SourceDevices { handles, features, plan })
+}
+
+/// The VM must have the devices that the migration was planned for.
+fn same_devices(description: &Description, pairs: &[DevicePair]) -> Result<(), Refusal> {
+    let has: Vec<&str> = description.devices.iter().map(|device| device.name.as_str()).collect();
+    let planned: Vec<&str> = pairs.iter().map(|pair| pair.source.as_str()).collect();
+    if has == planned {
+        return Ok(());
+    }
+    let message = format!(
+        "devices: the VM has [{}], but the migration was planned for [{}]",
+        has.join(", "),
+        planned.join(", ")
+    );
+    Err(precondition(ServiceReason::DevicesDiffer, message))
+}
+
+/// A device that is not in RUNNING has been left there by another program.
+async fn all_running(devices: &[DeviceHandle]) -> Result<(), Refusal> {
+    for device in devices {
+        let state = device.state().await.map_err(|error| precondition(Reason::DeviceFailed, error))?;
+        if state != MigrationState::Running {
+            let message =
+                format!("device {} is in {state}; a VM is migrated only from RUNNING", device.name());
+            return Err(precondition(ServiceReason::DeviceNotRunning, message));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,58 @@
+//! What an attempt needs of the node.
+
+use std::sync::Arc;
+
+use slackwater_proto::node::{MigrationRef, ReserveRequest};
+use slackwater_proto::tls::Credentials;
+
+use crate::attempt::destination::DestinationRun;
+use crate::attempt::source::SourceRun;
+use crate::host::identity::VfIdentity;
+use crate::journal::Journal;
+use crate::service::config::NodeConfig;
+use crate::service::inventory::Inventory;
+use crate::service::registry::{Part, Registry};
+
+/// What beginning an attempt and taking one up again both need; clones are handles to the same.
+#[derive(Clone)]
+pub struct NodeResources {
+    /// What the administrator has configured.
+    pub config: NodeConfig,
+    /// The agent's credentials, for its calls to other agents.
+    pub credentials: Arc<Credentials>,
+    /// The node's VMs and devices.
+    pub inventory: Arc<Inventory>,
+    /// The migrations that this node takes part in.
+    pub registry: Arc<Registry>,
+    /// What outlives the agent.
+    pub journal: Arc<Journal>,
+    /// The network identities of the devices.
+    pub vf_identity: Arc<dyn VfIdentity>,
+}
+
+impl NodeResources {
+    /// This node is the source of an attempt. When that has ended, what it holds is given back.
+    pub(super) fn join_source(&self, reference: &MigrationRef, run: &SourceRun) {
+        self.registry.join(reference, Part::Source(run.clone()));
+        let (registry, run, id) = (Arc::clone(&self.registry), run.clone(), reference.id.clone());
+        tokio::spawn(async move {
+            run.ended().await;
+            registry.give_back(&id);
+        });
+    }
+
+    /// This node is the destination of an attempt. When nothing is held for it any more, that is given back.
+    pub(super) fn join_destination(
+        &self,
+        reference: &MigrationRef,
+        run: &DestinationRun,
+        request: ReserveRequest,
+    ) {
+        self.registry.join(reference, Part::Destination(run.clone(), Box::new(request)));
+        let (registry, run, id) = (Arc::clone(&self.registry), run.clone(), reference.id.clone());
+        tokio::spawn(async move {
+            run.free().await;
+            registry.give_back(&id);
+        });
+    }
+}

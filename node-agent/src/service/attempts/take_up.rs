@@ -1,0 +1,199 @@
+//! An agent that starts reads its journals before it serves, finds each VM and its devices, and goes on.
+//!
+//! A VMM is the one that was journalled if boot id, process number and start time are the same. Then its
+//! devices are borrowed and read back, and the pure machine decides what follows. A journal that cannot be
+//! read, or is of another migration, is logged and held: a call about that migration is refused with the name
+//! of the file, and nothing is guessed.
+
+use std::sync::Arc;
+
+use slackwater_handover::Record;
+use slackwater_handover::destination::End as DestinationEnd;
+use tracing::{error, info, warn};
+
+use super::reopen::restarted;
+use super::resources::NodeResources;
+use super::{entries, take_up_destination, take_up_source};
+use crate::attempt::destination::DestinationRun;
+use crate::attempt::entry::{EndEntry, Ended, Entry, ParseEntryError};
+use crate::attempt::events::EventLog;
+use crate::attempt::ledger::Ledger;
+use crate::attempt::source::SourceRun;
+use crate::host::clock::Clock;
+use crate::journal::{Content, Found, Journal, JournalError, Key, Role};
+use crate::service::registry::{MAX_REMEMBERED_MIGRATIONS, Part};
+
+/// Why a journal cannot be used.
+#[derive(Debug, thiserror::Error)]
+enum UnusableJournal {
+    /// The file.
+    #[error("the journal of this migration cannot be read: {0}")]
+    Read(#[from] JournalError),
+    /// Its content.
+    #[error("the journal {key} cannot be used: {source}")]
+    Parse { key: String, source: ParseEntryError },
+    /// It has the name of another one.
+    #[error(
+        "the journal {key} is of another migration: it says {}.{}, VM {}/{}",
+        found.migration_id, role_of(found).as_str(), found.namespace, found.name
+    )]
+    OtherMigration { key: String, found: Box<Entry> },
+}
+
+/// What the journal holds.
+struct JournalContent {
+    epoch: u64,
+    found: Vec<Found>,
+}
+
+/// Takes up everything that the journal holds. What takes time goes on after this returns; its VM and devices
+/// are held from now on.
+pub(super) async fn take_up_all(node: &NodeResources) -> Result<(), JournalError> {
+    let journal = Arc::clone(&node.journal);
+    let JournalContent { epoch, found } = match tokio::task::spawn_blocking(move || read(&journal)).await {
+        Ok(read) => read?,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    };
+    node.registry.restore_epoch(epoch);
+    for (key, content) in found {
+        match parse(&key, content) {
+            Ok(entry) => take_up(node, key, entry),
+            Err(error) => {
+                let migration = key.id();
+                error!(migration, why = %error, "a journal cannot be used; what it is about is left as it is");
+                node.registry.hold_unreadable(key.id(), error.to_string());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Reads the journal, without the oldest of the ended ones.
+fn read(journal: &Journal) -> Result<JournalContent, JournalError> {
+    let has_ended =
+        |_: &Key, content: &Content| Entry::parse(content).is_ok_and(|entry| entry.ended.is_some());
+    if let Err(error) = journal.prune(MAX_REMEMBERED_MIGRATIONS, has_ended) {
+        warn!(%error, "old journals could not be removed");
+    }
+    let epoch = journal.epoch().unwrap_or_else(|error| {
+        error!(%error, "the highest operator epoch cannot be read; the next operator's counts");
+        0
+    });
+    Ok(JournalContent { epoch, found: journal.read_all()? })
+}
+
+/// The entry of a journal, if it is what its name says.
+fn parse(key: &Key, content: Result<Content, JournalError>) -> Result<Entry, UnusableJournal> {
+    let entry =
+        Entry::parse(&content?).map_err(|source| UnusableJournal::Parse { key: key.to_string(), source })?;
+    if entry.migration_id != key.id() || role_of(&entry) != key.role() {
+        return Err(UnusableJournal::OtherMigration { key: key.to_string(), found: Box::new(entry) });
+    }
+    Ok(entry)
+}
+
+fn role_of(entry: &Entry) -> Role {
+    match entry.end {
+        EndEntry::Source { .. } => Role::Source,
+        EndEntry::Destination { .. } => Role::Destination,
+    }
+}
+
+fn take_up(node: &NodeResources, key: Key, entry: Entry) {
+    let reference = entries::reference_of(&entry);
+    if let Some(ended) = &entry.ended {
+        let ledger = Ledger::ended(&entry);
+        let part = match entries::reservation_of(&entry) {
+            None => Part::Source(SourceRun::over(log_of_ended(&node.config.node, &entry, ended), ledger)),
+            Some(request) => {
+                Part::Destination(DestinationRun::over(ledger, end_of(&entry)), Box::new(request))
+            }
+        };
+        node.registry.join(&reference, part);
+        return;
+    }
+    info!(migration = entry.migration_id, record = ?entry.record, "taking up what an earlier agent began");
+    hold(node, &entry);
+    node.registry.join(&reference, Part::Recovering);
+    let node = node.clone();
+    tokio::spawn(async move {
+        let id = entry.migration_id.clone();
+        let taken_up = match key.role() {
+            Role::Source => take_up_source::take_up(&node, key, entry).await,
+            Role::Destination => take_up_destination::take_up(&node, key, entry).await,
+        };
+        if let Err(error) = taken_up {
+            error!(migration = id, why = %error, "a migration cannot be taken up; what it is about is left as it is");
+            node.registry.hold_unreadable(&id, error.to_string());
+        }
+    });
+}
+
+/// The VM and the devices are not free before the attempt has ended.
+fn hold(node: &NodeResources, entry: &Entry) {
+    let names = entry.devices.iter().map(|pair| match entry.end {
+        EndEntry::Source { .. } => pair.source.as_str(),
+        EndEntry::Destination { .. } => pair.target.as_str(),
+    });
+    let names: Vec<&str> = names.collect();
+    if let Err(held) = node.registry.take(&entry.migration_id, &entries::vm_of(entry), names) {
+        warn!(migration = entry.migration_id, %held, "two unfinished journals are about the same");
+    }
+}
+
+fn log_of_ended(node: &str, entry: &Entry, ended: &Ended) -> EventLog {
+    let log = EventLog::new(node);
+    let at = Clock { unix_ns: entry.recorded_unix_ns, ..Clock::now() };
+    log.finished(at, ended.to_finished(entry.failure.as_ref()));
+    log
+}
+
+fn end_of(entry: &Entry) -> DestinationEnd {
+    let failure = entry.failure().unwrap_or_else(restarted);
+    match entry.record {
+        Record::Running => DestinationEnd::Running,
+        Record::Starting => DestinationEnd::Stuck(failure),
+        _ => DestinationEnd::Discarded(failure),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::attempt::entry::tests::entry;
+
+    fn key(id: &str, role: Role) -> Key {
+        Key::new(id, role).unwrap()
+    }
+
+    fn content(text: &str) -> Content {
+        Content { version: 2, bytes: text.as_bytes().to_vec() }
+    }
+
+    #[test]
+    fn a_journal_that_is_what_its_name_says_is_used() {
+        let text = serde_json::to_string(&entry()).unwrap();
+        assert_eq!(parse(&key("3f", Role::Source), Ok(content(&text))).unwrap(), entry());
+    }
+
+    #[test]
+    fn a_journal_of_another_migration_or_end_or_version_is_refused_with_its_name() {
+        let written = || content(&serde_json::to_string(&entry()).unwrap());
+        let error = |key: &Key, content| parse(key, content).unwrap_err().to_string();
+        assert_eq!(
+            error(&key("4a", Role::Source), Ok(written())),
+            "the journal 4a.source is of another migration: it says 3f.source, VM demo/counter"
+        );
+        let end = error(&key("3f", Role::Destination), Ok(written()));
+        assert!(end.starts_with("the journal 3f.destination is of another migration"), "{end}");
+        let newer = error(&key("3f", Role::Source), Ok(content("{\"quorum\": 3}")));
+        assert!(
+            newer.starts_with("the journal 3f.source cannot be used: it is not an entry of version 2"),
+            "{newer}"
+        );
+        assert!(newer.contains("quorum"), "{newer}");
+        let unreadable = JournalError::InvalidId { id: "x".to_owned() };
+        let unreadable = error(&key("3f", Role::Source), Err(unreadable));
+        assert!(unreadable.starts_with("the journal of this migration cannot be read: "), "{unreadable}");
+    }
+}
