@@ -2,16 +2,14 @@
 //! Effects without an answer are performed at once, every other one at a time of the explorer's choosing;
 //! records of one journal keep their order.
 
-use slackwater_handover::policy::{Driver, StopPlan};
+use slackwater_handover::policy::Driver;
 use slackwater_handover::state::{MigrationState, path};
 use slackwater_handover::{Blob, Failure, Reason, Record, destination, source};
 
 use crate::mutants::Mutant;
-use crate::operator::Operator;
 use crate::properties::Rule;
-use crate::world::{
-    Back, Config, Device, Ended, Forth, LeftOver, Line, Process, Said, Save, Side, Stream, World,
-};
+use crate::rules::{quiesced_together, woken_together};
+use crate::world::{Back, Config, Device, Ended, Forth, Line, Process, Said, Save, Side, Stream, World};
 
 /// How an effect goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -469,109 +467,6 @@ impl World {
         }
         self.source.finish(ended);
     }
-
-    /// The agent of the source lets something run again.
-    pub(crate) fn wake(&mut self) {
-        if !self.source.has_recorded(self.source.attempt, Record::Aborted) {
-            self.broken.insert(Rule::AbortedFirst);
-        }
-        self.wakes_at_source();
-    }
-
-    /// Something of the VM runs again at the source.
-    pub(crate) fn wakes_at_source(&mut self) {
-        if self.source_is_dead() {
-            self.broken.insert(Rule::NoFork);
-        }
-        self.woken = self.woken.max(self.source.attempt);
-    }
-
-    /// Something at the destination is about to run.
-    fn start_something(&mut self) {
-        let attempt = self.destination.attempt;
-        self.started.insert(attempt);
-        if !self.destination.has_recorded(attempt, Record::Starting) {
-            self.broken.insert(Rule::StartingFirst);
-        }
-    }
-
-    /// The destination takes what has arrived for the VM.
-    fn believe(&mut self, config: &Config) {
-        if !config.blobs().all(|blob| self.verified.contains(&blob)) {
-            self.broken.insert(Rule::BelievedUnverified);
-        }
-    }
-
-    /// The destination is about to give everything back.
-    fn check_giving_up(&mut self) {
-        let attempt = self.destination.attempt;
-        let copy_is_whole = self.loaded
-            && self.destination.vmm == Process::Alive
-            && [self.device_fault, self.write_fault, self.call_fault]
-                .into_iter()
-                .all(|fault| fault != Some(Side::Destination));
-        let source_keeps_it = self.said.contains(&Said::ToDestination { attempt, record: Record::Aborted })
-            || self.said.contains(&Said::Release { attempt });
-        if copy_is_whole && !source_keeps_it {
-            self.broken.insert(Rule::GivenUpAlone);
-        }
-    }
-
-    /// The VM is migrated once more, by another VMMigration, although one end of the first migration is still
-    /// open. The new one uses a node that the first did not.
-    pub(crate) fn begin_another_migration(&mut self, config: &Config) {
-        let devices = config.features.len();
-        self.attempt += 1;
-        self.operator = Operator::default();
-        self.save = Save::None;
-        self.hang_up(Side::Source);
-        self.hang_up(Side::Destination);
-        let next = crate::world::DestinationEnd::without_vm(devices);
-        let left_over = if self.destination.runs {
-            // The VM has arrived. Its node is the source now, and the old source is still open.
-            let twin = std::mem::replace(&mut self.destination, next);
-            let source = crate::world::SourceEnd {
-                vmm: twin.vmm,
-                runs: twin.runs,
-                devices: twin.devices,
-                up: twin.up,
-                off: twin.off,
-                ..crate::world::SourceEnd::without_vm(0)
-            };
-            LeftOver::Source(std::mem::replace(&mut self.source, source))
-        } else {
-            let end = std::mem::replace(&mut self.destination, next);
-            let verified = std::mem::take(&mut self.verified);
-            LeftOver::Destination { end, verified, loaded: std::mem::take(&mut self.loaded) }
-        };
-        self.left_over = Some(left_over);
-    }
-}
-
-/// I2: nothing of `way` stops a device before every device has reached the barrier of the plan.
-fn quiesced_together(config: &Config, devices: &[Device], way: &[MigrationState]) -> bool {
-    devices.len() < 2
-        || way.iter().all(|state| match config.plan {
-            StopPlan::QuiesceFirst if state.is_stopped() => devices.iter().all(|device| device.quiesced),
-            StopPlan::StopFirst if *state == MigrationState::StopCopy => {
-                devices.iter().all(|device| device.stopped)
-            }
-            _ => true,
-        })
-}
-
-/// I4: no device leaves STOP before all hold their state, and none enters RUNNING before all are in
-/// RUNNING_P2P, where they have it.
-fn woken_together(config: &Config, devices: &[Device], at: MigrationState, way: &[MigrationState]) -> bool {
-    let all = |holds: fn(MigrationState) -> bool| {
-        devices.iter().filter(|device| !device.refused).all(|device| holds(device.at))
-    };
-    let holds_state = |at| !matches!(at, MigrationState::Resuming | MigrationState::StopCopy);
-    let runs_p2p = |at: MigrationState| !at.is_stopped() && at != MigrationState::Resuming;
-    let leaves_stop = at == MigrationState::Stop && devices.len() > 1;
-    let enters_running =
-        way.contains(&MigrationState::Running) && config.features.iter().all(|features| features.p2p);
-    (!leaves_stop || all(holds_state)) && (!enters_running || all(runs_p2p))
 }
 
 /// Where a device that fails is found; `in_error`: None if it cannot be read.

@@ -19,5 +19,7 @@ mod operator;
 mod properties;
 mod random;
 mod random_tests;
+mod rules;
+mod second_migration;
 mod steps;
 mod world;

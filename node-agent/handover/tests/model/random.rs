@@ -5,7 +5,8 @@ use stateright::{Expectation, Model};
 
 use crate::effects::How;
 use crate::properties;
-use crate::steps::{Handover, LeftOverStep, Step};
+use crate::second_migration::LeftOverStep;
+use crate::steps::{Handover, Step};
 use crate::world::World;
 
 /// One step in so many is a fault, where one may happen.

@@ -12,8 +12,8 @@ use crate::kinds::{Faults, Kind};
 use crate::mutants::Mutant;
 use crate::operator::{Act, Operator};
 use crate::properties;
-use crate::random::{is_fault, walk};
-use crate::world::{Again, Config, Ended, LeftOver, Line, Process, Said, Save, Side, World};
+use crate::second_migration::{LeftOverStep, second_migration};
+use crate::world::{Again, Config, Ended, Line, Process, Said, Save, Side, World};
 
 /// Two agents, an operator, and everything that may happen to them.
 #[derive(Clone, Debug)]
@@ -63,18 +63,6 @@ pub(crate) enum Step {
     LeftOver(LeftOverStep),
 }
 
-/// What may happen at the end that an earlier migration has left open.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum LeftOverStep {
-    Effect(usize, How),
-    Hear(Said),
-    Answer(Said),
-    /// A deadline passes, or the other end has been silent for too long.
-    Patience,
-    Crash,
-    Restart,
-}
-
 impl Handover {
     pub(crate) fn effects(&self, world: &World, steps: &mut Vec<Step>) {
         steps.extend(self.effects_at(world, Side::Source));
@@ -89,7 +77,7 @@ impl Handover {
         self.0.calls_fail && world.faults_left > 0 && world.call_fault.is_none()
     }
 
-    fn effects_at(&self, world: &World, side: Side) -> Vec<Step> {
+    pub(crate) fn effects_at(&self, world: &World, side: Side) -> Vec<Step> {
         let may = Faults {
             device: world.faults_left > 0 && world.device_fault.is_none(),
             write: world.faults_left > 0 && world.write_fault.is_none(),
@@ -152,80 +140,7 @@ impl Handover {
         }
     }
 
-    /// What may happen at the end that an earlier migration has left open; `faults`: agents may crash there,
-    /// too.
-    pub(crate) fn left_over(&self, world: &World, faults: bool, steps: &mut Vec<Step>) {
-        let Some(side) = world.left_over.as_ref().map(LeftOver::side) else { return };
-        let mut here = world.clone();
-        here.swap_left_over();
-        let mut push = |step| steps.push(Step::LeftOver(step));
-        for step in self.effects_at(&here, side) {
-            if let Step::Effect(_, index, how) = step
-                && (faults || how == How::Well)
-            {
-                push(LeftOverStep::Effect(index, how));
-            }
-        }
-        let (up, off, attempt, over) = match side {
-            Side::Source => {
-                let end = &here.source;
-                let waits = end.machine.as_ref().is_some_and(|m| m.phase() == source::Phase::AwaitingStarted);
-                (end.up, end.off, end.attempt, !waits)
-            }
-            Side::Destination => {
-                let end = &here.destination;
-                let waits = end.machine.as_ref().is_some_and(|m| m.phase() != destination::Phase::Finished);
-                (end.up, end.off, end.attempt, !waits)
-            }
-        };
-        for said in world.said.iter().copied().filter(|_| !over) {
-            let (of, to) = match said {
-                Said::ToSource { attempt, .. } => (attempt, Side::Source),
-                Said::ToDestination { attempt, .. } | Said::Release { attempt } => {
-                    (attempt, Side::Destination)
-                }
-            };
-            if to == side && Mutant::is_heard_by_left_over(self.0.mutant, of, attempt) {
-                match side {
-                    Side::Source if here.asks() => push(LeftOverStep::Answer(said)),
-                    _ => push(LeftOverStep::Hear(said)),
-                }
-            }
-        }
-        if !up && !off {
-            push(LeftOverStep::Restart);
-        }
-        // No source will ever connect to a destination that is left over, so its silence timer ends.
-        if !over && (faults || side == Side::Destination) {
-            push(LeftOverStep::Patience);
-        }
-        if faults && up && world.faults_left > 0 {
-            push(LeftOverStep::Crash);
-        }
-    }
-
-    fn take_left_over(&self, world: &mut World, step: LeftOverStep) {
-        let Some(side) = world.left_over.as_ref().map(LeftOver::side) else { return };
-        let config = &self.0;
-        world.swap_left_over();
-        match step {
-            LeftOverStep::Effect(index, how) => self.end_effect(world, side, index, how),
-            LeftOverStep::Hear(said) => world.hear(config, said, false),
-            LeftOverStep::Answer(said) => world.hear(config, said, true),
-            LeftOverStep::Patience => self.lose_patience(world, side),
-            LeftOverStep::Crash => {
-                world.faults_left -= 1;
-                match side {
-                    Side::Source => world.source.crash(),
-                    Side::Destination => world.destination.crash(),
-                }
-            }
-            LeftOverStep::Restart => world.restart(config, side),
-        }
-        world.swap_left_over();
-    }
-
-    fn end_effect(&self, world: &mut World, side: Side, index: usize, how: How) {
+    pub(crate) fn end_effect(&self, world: &mut World, side: Side, index: usize, how: How) {
         match how {
             How::Well => {}
             How::DeviceFails(_) => world.device_fault = Some(side),
@@ -240,7 +155,7 @@ impl Handover {
     }
 
     /// A deadline passes at the source, or the destination has not heard from the source for too long.
-    fn lose_patience(&self, world: &mut World, side: Side) {
+    pub(crate) fn lose_patience(&self, world: &mut World, side: Side) {
         let config = &self.0;
         match side {
             Side::Source => {
@@ -286,20 +201,6 @@ impl Handover {
         if self.0.again == Again::Later && world.left_over.is_none() && self.may_migrate_again(world) {
             steps.push(Step::MigrateAgain);
         }
-    }
-
-    /// The VM runs, and one end of the migration is still open in its journal: the destination's, which has
-    /// not heard that the source keeps the VM; or the source's, which has not heard that the VM has arrived.
-    fn may_migrate_again(&self, world: &World) -> bool {
-        let (source, destination) = (&world.source, &world.destination);
-        let stays = |ended| matches!(ended, Some(Ended::RolledBack | Ended::Refused));
-        let kept = source.journal.is_some_and(|line| stays(line.ended))
-            && source.runs
-            && Line::is_open(&destination.journal);
-        let arrived = destination.runs
-            && destination.journal.is_some_and(|line| line.ended == Some(Ended::Succeeded))
-            && Line::is_open(&source.journal);
-        world.attempt == self.0.attempts && (kept || arrived)
     }
 
     fn faults(&self, world: &World, steps: &mut Vec<Step>) {
@@ -413,38 +314,6 @@ impl Handover {
             Step::LeftOver(step) => self.take_left_over(world, step),
         }
     }
-}
-
-/// The world in which a second migration begins, while this side of the first is still open.
-fn second_migration(config: &Config, open: Side) -> World {
-    let first = Config { again: Again::Later, faults: 0, power: 0, mutant: None, ..config.clone() };
-    let mut world = walk(&Handover(first), |world, steps| {
-        if world.left_over.is_some() {
-            return None;
-        }
-        let find = |wanted: fn(&Step) -> bool| steps.iter().copied().find(wanted);
-        let again = find(|step| *step == Step::MigrateAgain);
-        let loaded = world.destination.has_recorded(1, Record::Loaded);
-        let starting = world.destination.has_recorded(1, Record::Starting)
-            || world.destination.has_recorded(1, Record::Running);
-        let here = match open {
-            // The destination holds a whole copy, and hears no more of the source, which goes back.
-            Side::Destination if loaded => find(|step| *step == Step::Cut)
-                .or_else(|| find(|step| *step == Step::Notice(Side::Source)))
-                .or_else(|| find(|step| matches!(step, Step::Effect(Side::Source, _, How::Well)))),
-            // The destination runs the VM, and the source does not hear of it.
-            Side::Source if starting => {
-                find(|step| matches!(step, Step::Effect(Side::Destination, _, How::Well)))
-            }
-            _ => find(|step| !is_fault(*step)),
-        };
-        again.or(here)
-    })
-    .expect_kept();
-    assert_eq!(world.left_over.as_ref().map(LeftOver::side), Some(open), "{world:#?}");
-    world.faults_left = config.faults;
-    world.power_left = config.power;
-    world
 }
 
 impl Model for Handover {
