@@ -9,9 +9,10 @@
 use std::error::Error;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use hyper_util::rt::TokioIo;
+use parking_lot::Mutex;
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
@@ -165,7 +166,7 @@ pub async fn connect(credentials: &Credentials, address: &str, node: &str) -> Re
     let endpoint = tuned(Endpoint::from(uri("http")?).origin(uri("https")?));
     let again = target.clone();
     let connector = service_fn(move |_: Uri| {
-        let ready = first.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let ready = first.lock().take();
         let target = again.clone();
         async move {
             match ready {
@@ -183,7 +184,7 @@ pub async fn connect(credentials: &Credentials, address: &str, node: &str) -> Re
         // It speaks gRPC and has let us in; that it has no health service is none of our business.
         Ok(Err(status)) if status.code() == Code::Unimplemented => Ok(channel),
         Ok(Err(status)) => Err(match ending.get() {
-            Some(Ended::Tls(refusal)) => target.refused(refusal),
+            Some(Ended::Tls(refusal)) => target.tls_error(refusal),
             Some(Ended::Transport(reason)) => target.no_answer(reason),
             None => target.no_answer(words(&status)),
         }),
@@ -207,14 +208,14 @@ impl Target {
             Ok(Ok(tls)) if tls.get_ref().1.alpn_protocol() == Some(b"h2") => Ok(tls),
             Ok(Ok(_)) => Err(self.no_answer("it does not speak HTTP/2".to_owned())),
             Ok(Err(error)) => Err(match tls_reason::find(&error) {
-                Some(tls) => self.refused(tls_reason::refusal(tls)),
+                Some(tls) => self.tls_error(tls_reason::refusal(tls)),
                 None => self.no_answer(format!("TLS handshake: {error}")),
             }),
             Err(_) => Err(self.no_answer(format!("no TLS within {} s", CONNECT_TIMEOUT.as_secs()))),
         }
     }
 
-    fn refused(&self, refusal: Refusal) -> ConnectError {
+    fn tls_error(&self, refusal: Refusal) -> ConnectError {
         let (node, address) = (self.node.clone(), self.address.clone());
         match refusal {
             Refusal::Ours(reason) => ConnectError::OurCertificate { node, address, reason },

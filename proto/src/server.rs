@@ -210,7 +210,7 @@ fn why_refused(error: &io::Error) -> String {
 }
 
 /// Takes in what the caller has sent meanwhile, until it closes. A socket that is closed with unread data is
-/// reset, and the reset would overtake the TLS alert that tells the caller why.
+/// reset, and the reset would overtake the TLS alert that gives the caller the reason.
 async fn linger(mut tcp: TcpStream) {
     let until_closed = async {
         tcp.shutdown().await?;

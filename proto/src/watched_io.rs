@@ -6,9 +6,10 @@
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
+use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::tls_reason::{self, Refusal};
@@ -29,7 +30,7 @@ pub(crate) enum Ended {
 impl Ending {
     /// The reason, or `None` while the connection is well.
     pub(crate) fn get(&self) -> Option<Ended> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.0.lock().clone()
     }
 
     fn record(&self, error: &io::Error) {
@@ -37,7 +38,7 @@ impl Ending {
             Some(tls) => Ended::Tls(tls_reason::refusal(tls)),
             None => Ended::Transport(error.to_string()),
         };
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(ended);
+        self.0.lock().get_or_insert(ended);
     }
 
     fn watch<T>(&self, poll: Poll<io::Result<T>>) -> Poll<io::Result<T>> {

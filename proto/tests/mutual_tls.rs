@@ -251,8 +251,8 @@ async fn a_caller_without_a_certificate_is_refused_and_logged() {
     let tcp = tokio::net::TcpStream::connect(&serving.address).await.unwrap();
     let name = ServerName::try_from("node-a").unwrap();
     let mut tls = tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, tcp).await.unwrap();
-    // More than the server reads before it decides. Were its socket closed at once, it would be reset: a caller that goes on
-    // writing, as HTTP/2 does, would get "connection reset" and never read the alert.
+    // More than the server reads before it decides. Were its socket closed at once, it would be reset: a
+    // caller that goes on writing, as HTTP/2 does, would get "connection reset" and never read the alert.
     tls.write_all(&vec![0; 256 << 10]).await.unwrap();
     tokio::time::timeout(SOON, async {
         while !log.text().contains("refused") {
@@ -281,7 +281,8 @@ async fn an_agent_that_is_another_node_is_not_taken_for_the_one_that_was_called(
 async fn a_certificate_without_a_role_connects_and_may_do_nothing() {
     let ca = Authority::new();
     let serving = serve(&ca.agent("node-a"), SOON).await;
-    // What Credentials refuses to read, TLS would still accept: the caller's good behaviour is not what protects us.
+    // What Credentials refuses to read, TLS would still accept: the caller's good behaviour is not what
+    // protects us.
     ca.issue("nobody", "spiffe://slackwater.dev/root", |_| {});
     let error = ca.read("nobody").unwrap_err().to_string();
     assert!(error.ends_with("`spiffe://slackwater.dev/root` is no role: spiffe://slackwater.dev/operator or spiffe://slackwater.dev/agent/<node> would be one"), "{error}");
@@ -365,7 +366,8 @@ async fn a_server_that_stops_drains_and_breaks_off_what_does_not_end() {
     assert!(begun.elapsed() >= Duration::from_millis(300), "a call under way was not given its time");
 }
 
-/// Forwards one connection to `address` until it is told to stop, and then keeps both halves open: a cut link, not a closed one.
+/// Forwards one connection to `address` until it is to stop, and then keeps both halves open: a cut
+/// link, not a closed one.
 async fn link_to(address: String) -> (String, oneshot::Sender<()>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let here = listener.local_addr().unwrap().to_string();

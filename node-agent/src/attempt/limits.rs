@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use slackwater_handover::source::Phase;
 
-/// STARTED mostly comes within this time after COMMIT. Later than that, the source reports a slow destination.
+/// STARTED mostly comes within this time after COMMIT. Later than that, the source reports a slow
+/// destination.
 pub(super) const START_EXPECTED: Duration = Duration::from_secs(10);
 
 /// The limit of a phase of the source. None: `preCommitTimeout` alone bounds it, or nothing does.

@@ -18,7 +18,7 @@ use slackwater_proto::tonic::{Code, Request, Response, Status, async_trait};
 use super::attempts::Attempts;
 use super::inventory::{Inventory, LookError};
 use super::reason::ServiceReason;
-use super::registry::Part;
+use super::registry::LocalEnd;
 use super::request;
 
 /// The service.
@@ -89,7 +89,7 @@ impl NodeAgent for NodeService {
         identity::require_operator(&call)?;
         let given = call.into_inner();
         let reference = request::migration(given.migration.as_ref()).map_err(Refusal::from)?;
-        if let Some(Part::Source(run)) = self.attempts.find(&reference).await? {
+        if let Some(LocalEnd::Source(run)) = self.attempts.find(&reference).await? {
             run.abort(given.why).await.map_err(committed)?;
         }
         Ok(Response::new(AbortResponse {}))
@@ -110,7 +110,7 @@ impl NodeAgent for NodeService {
                 return Err(Refusal::invalid_argument(ServiceReason::InvalidRequest, message).into());
             }
         };
-        if let Some(Part::Destination(run, _)) = self.attempts.find(&reference).await? {
+        if let Some(LocalEnd::Destination(run, _)) = self.attempts.find(&reference).await? {
             run.release(Failure::new(Reason::Released, message)).await.map_err(committed)?;
         }
         Ok(Response::new(ReleaseResponse {}))
@@ -122,13 +122,13 @@ impl NodeAgent for NodeService {
         let reference = request::migration(given.migration.as_ref()).map_err(Refusal::from)?;
         let peer = given.peer.map(|peer| request::word("peer", &peer)).transpose().map_err(Refusal::from)?;
         let own = match self.attempts.find(&reference).await? {
-            Some(Part::Source(run)) => {
+            Some(LocalEnd::Source(run)) => {
                 if let Some(peer) = peer {
                     run.peer_says(peer);
                 }
                 run.journalled()
             }
-            Some(Part::Destination(run, _)) => {
+            Some(LocalEnd::Destination(run, _)) => {
                 if let Some(peer) = peer {
                     run.peer_says(peer);
                 }

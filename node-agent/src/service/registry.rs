@@ -67,9 +67,9 @@ impl From<Held> for Refusal {
     }
 }
 
-/// This node's part in an attempt.
+/// The end of an attempt on this node.
 #[derive(Clone, Debug)]
-pub enum Part {
+pub enum LocalEnd {
     /// The VM leaves from here.
     Source(SourceRun),
     /// The VM lands here.
@@ -83,7 +83,7 @@ pub enum Part {
 #[derive(Debug)]
 struct Migration {
     attempt: u32,
-    part: Part,
+    part: LocalEnd,
     order: u64,
 }
 
@@ -150,12 +150,12 @@ impl Registry {
         Ok(())
     }
 
-    /// This node's part in an attempt, if it has one.
-    pub fn part(&self, id: &str, attempt: u32) -> Option<Part> {
+    /// The end of an attempt on this node. if it has one.
+    pub fn part(&self, id: &str, attempt: u32) -> Option<LocalEnd> {
         let state = self.state.lock();
         let migration = state.migrations.get(id)?;
         // Which attempt an unreadable journal is about cannot be known.
-        let is_about_it = migration.attempt == attempt || matches!(migration.part, Part::Unreadable(_));
+        let is_about_it = migration.attempt == attempt || matches!(migration.part, LocalEnd::Unreadable(_));
         is_about_it.then(|| migration.part.clone())
     }
 
@@ -163,19 +163,21 @@ impl Registry {
     ///
     /// # Errors
     /// UNAVAILABLE while it is being taken up again; FAILED_PRECONDITION if its journal cannot be used.
-    pub(super) fn usable_part(&self, id: &str, attempt: u32) -> Result<Option<Part>, Refusal> {
+    pub(super) fn usable_part(&self, id: &str, attempt: u32) -> Result<Option<LocalEnd>, Refusal> {
         match self.part(id, attempt) {
-            Some(Part::Recovering) => Err(Refusal::unavailable(
+            Some(LocalEnd::Recovering) => Err(Refusal::unavailable(
                 ServiceReason::Recovering,
                 "the agent was restarted, and is still finding the VM and its devices; try again",
             )),
-            Some(Part::Unreadable(why)) => Err(Refusal::precondition(ServiceReason::JournalUnreadable, why)),
+            Some(LocalEnd::Unreadable(why)) => {
+                Err(Refusal::precondition(ServiceReason::JournalUnreadable, why))
+            }
             part => Ok(part),
         }
     }
 
     /// This node takes part.
-    pub fn join(&self, reference: &MigrationRef, part: Part) {
+    pub fn join(&self, reference: &MigrationRef, part: LocalEnd) {
         let mut state = self.state.lock();
         state.counted += 1;
         let order = state.counted;
@@ -202,7 +204,7 @@ impl Registry {
         state.counted += 1;
         let order = state.counted;
         let attempt = state.migrations.get(id).map_or(0, |migration| migration.attempt);
-        state.migrations.insert(id.to_owned(), Migration { attempt, part: Part::Unreadable(why), order });
+        state.migrations.insert(id.to_owned(), Migration { attempt, part: LocalEnd::Unreadable(why), order });
     }
 
     /// Takes a VM and devices for a migration: all of them or none.

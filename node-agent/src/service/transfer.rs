@@ -17,7 +17,7 @@ use slackwater_proto::transfer::{
 };
 
 use super::reason::ServiceReason;
-use super::registry::{Part, Registry};
+use super::registry::{LocalEnd, Registry};
 use crate::attempt::destination::DestinationRun;
 use crate::transfer::channel::Channel;
 
@@ -37,7 +37,7 @@ impl TransferService {
     fn reservation(&self, caller: &str, attempt: Option<Attempt>) -> Result<DestinationRun, Status> {
         let Attempt { migration_id, attempt } = attempt.ok_or_else(|| invalid("attempt is absent"))?;
         match self.registry.usable_part(&migration_id, attempt)? {
-            Some(Part::Destination(run, request)) => {
+            Some(LocalEnd::Destination(run, request)) => {
                 identity::require_node(caller, &request.source_node)?;
                 Ok(run)
             }

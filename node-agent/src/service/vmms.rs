@@ -82,7 +82,7 @@ impl Vmms {
         Ok(Answer { vmm, description, is_new: true })
     }
 
-    /// What the VMM said last against a migration, as every caller was told. None if this socket has another
+    /// What the VMM said last against a migration, as every caller has heard. None if this socket has another
     /// VMM now.
     pub(super) async fn last_blocked(&self, socket: &Path, vmm: &Arc<dyn LocalVmm>) -> Option<Vec<String>> {
         let slot = self.connections.slot(socket);

@@ -1,5 +1,5 @@
-//! VFIO devices: the kernel's calls that change their migration states and move their data. The states themselves are the core's
-//! ([`slackwater_handover::state`]).
+//! VFIO devices: the kernel's calls that change their migration states and move their data. The states
+//! themselves are the core's ([`slackwater_handover::state`]).
 //!
 //! | module | what it does |
 //! |---|---|

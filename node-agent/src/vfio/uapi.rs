@@ -3,8 +3,8 @@
 use slackwater_handover::state::Features;
 use vfio_bindings::bindings::vfio;
 
-/// What a driver advertises by the flags of `struct vfio_device_feature_migration`. Bits that are not known here belong to states
-/// that are never asked for: they are ignored.
+/// What a driver advertises by the flags of `struct vfio_device_feature_migration`. Bits that are not known
+/// here belong to states that are never asked for: they are ignored.
 #[must_use]
 pub(super) const fn features(flags: u64) -> Features {
     Features {

@@ -68,7 +68,7 @@ pub struct Copying {
     /// The progress of the VMM's own state, over all its connections.
     pub flow: Arc<Flow>,
     /// Receives estimates.
-    pub tell: mpsc::UnboundedSender<Estimate>,
+    pub estimates: mpsc::UnboundedSender<Estimate>,
 }
 
 /// The blackout would take longer than it may.

@@ -1,6 +1,6 @@
 //! Asking both ends what they have journalled, as long as a migration does not go on by itself, and doing
-//! what the [resolver](slackwater_handover::resolver) says. A round relays what the last one found, pauses, and asks both
-//! ends at once.
+//! what the [resolver](slackwater_handover::resolver) says. A round relays what the last one found, pauses,
+//! and asks both ends at once.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -26,8 +26,8 @@ pub(crate) enum Statements {
 }
 
 /// The operator. Only `committed`, `decision` and `done` outlive its process. Of a round that has been judged
-/// it keeps no more than that, either: it learns the rest of what a resolver keeps again by the next round, as
-/// one that has restarted does.
+/// it keeps no more than that, either: it learns the rest of what a resolver keeps again by the next round,
+/// as one that has restarted does.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) struct Operator {
     pub resolver: Resolver,

@@ -22,7 +22,7 @@ use crate::host::clock::Clock;
 /// The first pause, and the longest, before the destination is asked again what it has journalled.
 const ASK_AGAIN: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(5));
 
-/// The first pause before the destination is told again that the VM stays here, and for how long that is
+/// The first pause before the destination hears again that the VM stays here, and for how long that is
 /// tried.
 const TELL_AGAIN: Duration = Duration::from_secs(1);
 const TELL_LIMIT: Duration = Duration::from_secs(600);

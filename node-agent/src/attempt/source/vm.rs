@@ -61,7 +61,7 @@ impl SourceAttempt {
     /// Waits until the VMM is ready for the blackout, and reports what it expects of it. The future has the
     /// devices, which must be closed when their VMM has ended.
     pub(super) fn converge(&self) -> impl Future<Output = Event> + Send + use<> {
-        let (tell, mut estimates) = mpsc::unbounded_channel::<Estimate>();
+        let (reported, mut estimates) = mpsc::unbounded_channel::<Estimate>();
         let log = self.parts.log.clone();
         self.tasks.detach(async move {
             while let Some(Estimate { downtime, allowed }) = estimates.recv().await {
@@ -73,7 +73,12 @@ impl SourceAttempt {
             }
         });
         let flow = self.flows.last().map(Arc::clone).unwrap_or_default();
-        let copy = Copying { budget: self.parts.budget, devices: self.parts.devices.clone(), flow, tell };
+        let copy = Copying {
+            budget: self.parts.budget,
+            devices: self.parts.devices.clone(),
+            flow,
+            estimates: reported,
+        };
         self.call(move |vmm| vmm.converged(copy), Event::Converged, Event::Failed)
     }
 

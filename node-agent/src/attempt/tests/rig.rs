@@ -29,7 +29,7 @@ use crate::attempt::ledger::Ledger;
 use crate::attempt::link::Peer;
 use crate::attempt::source::{SourceParts, SourceRun};
 use crate::journal::{Journal, Key, Role};
-use crate::service::registry::{Part, Registry};
+use crate::service::registry::{LocalEnd, Registry};
 use crate::service::transfer::TransferService;
 use crate::vfio::device::Device;
 use crate::vfio::fake::{Call, CallLog, FakeDevice, FakeWatch};
@@ -212,7 +212,7 @@ async fn rig_of(
     let registry = Arc::new(Registry::default());
     let reference = MigrationRef { id: "m".to_owned(), attempt: 1, operator_epoch: 0 };
     let reservation = ReserveRequest { source_node: "node-a".to_owned(), ..ReserveRequest::default() };
-    registry.join(&reference, Part::Destination(destination.clone(), Box::new(reservation)));
+    registry.join(&reference, LocalEnd::Destination(destination.clone(), Box::new(reservation)));
 
     let authority = Authority::new();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -12,7 +12,7 @@ use crate::attempt::destination::{DestinationParts, DestinationRun, Site};
 use crate::attempt::ledger::Ledger;
 use crate::journal::Role;
 use crate::service::reason::ServiceReason;
-use crate::service::registry::{Held, Part};
+use crate::service::registry::{Held, LocalEnd};
 use crate::service::request;
 
 impl Attempts {
@@ -26,17 +26,19 @@ impl Attempts {
         self.preflight.get_ready(&given).await;
         let _one_at_a_time = self.beginning.lock().await;
         match self.find(&reference).await? {
-            Some(Part::Destination(run, earlier)) if same_reservation(&earlier, &given) => return Ok(run),
-            Some(Part::Destination(..)) => {
+            Some(LocalEnd::Destination(run, earlier)) if same_reservation(&earlier, &given) => {
+                return Ok(run);
+            }
+            Some(LocalEnd::Destination(..)) => {
                 let message = "this attempt has reserved something else before; another reservation needs \
                                another attempt";
                 return Err(precondition(ServiceReason::MigrationInProgress, message));
             }
-            Some(Part::Source(_)) => {
+            Some(LocalEnd::Source(_)) => {
                 let message = "this node is the source of this migration, and cannot be its destination, too";
                 return Err(precondition(ServiceReason::MigrationInProgress, message));
             }
-            Some(Part::Recovering | Part::Unreadable(_)) | None => {}
+            Some(LocalEnd::Recovering | LocalEnd::Unreadable(_)) | None => {}
         }
         let node = &self.node;
         if given.source_node == node.config.node {

@@ -19,7 +19,7 @@ use crate::attempt::source::{SourceParts, SourceRun};
 use crate::journal::Role;
 use crate::process::cgroup::Cgroup;
 use crate::service::reason::ServiceReason;
-use crate::service::registry::Part;
+use crate::service::registry::LocalEnd;
 use crate::service::{borrowing, request};
 use crate::vfio::worker::DeviceHandle;
 use crate::vmm::budget::Budget;
@@ -39,12 +39,12 @@ impl Attempts {
             request::migrate(&given)?;
         let _one_at_a_time = self.beginning.lock().await;
         match self.find(&reference).await? {
-            Some(Part::Source(run)) => return Ok(run),
-            Some(Part::Destination(..)) => {
+            Some(LocalEnd::Source(run)) => return Ok(run),
+            Some(LocalEnd::Destination(..)) => {
                 let message = "this node is the destination of this migration, and cannot be its source, too";
                 return Err(precondition(ServiceReason::MigrationInProgress, message));
             }
-            Some(Part::Recovering | Part::Unreadable(_)) | None => {}
+            Some(LocalEnd::Recovering | LocalEnd::Unreadable(_)) | None => {}
         }
         let node = &self.node;
         if given.target_node == node.config.node {

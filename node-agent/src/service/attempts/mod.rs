@@ -42,7 +42,7 @@ use tokio::sync::Mutex;
 
 use super::preflight::Preflight;
 use super::reason::ServiceReason;
-use super::registry::Part;
+use super::registry::LocalEnd;
 use crate::journal::JournalError;
 
 pub use resources::NodeResources;
@@ -72,7 +72,7 @@ impl Attempts {
     }
 
     /// This node's part in the attempt that a call is about. A call that is out of date is refused.
-    pub(super) async fn find(&self, reference: &MigrationRef) -> Result<Option<Part>, Refusal> {
+    pub(super) async fn find(&self, reference: &MigrationRef) -> Result<Option<LocalEnd>, Refusal> {
         self.fence(reference).await?;
         self.node.registry.usable_part(&reference.id, reference.attempt)
     }

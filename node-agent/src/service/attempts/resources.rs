@@ -11,7 +11,7 @@ use crate::host::identity::VfIdentity;
 use crate::journal::Journal;
 use crate::service::config::NodeConfig;
 use crate::service::inventory::Inventory;
-use crate::service::registry::{Part, Registry};
+use crate::service::registry::{LocalEnd, Registry};
 
 /// What beginning an attempt and taking one up again both need; clones are handles to the same.
 #[derive(Clone)]
@@ -33,7 +33,7 @@ pub struct NodeResources {
 impl NodeResources {
     /// This node is the source of an attempt. When that has ended, what it holds is given back.
     pub(super) fn join_source(&self, reference: &MigrationRef, run: &SourceRun) {
-        self.registry.join(reference, Part::Source(run.clone()));
+        self.registry.join(reference, LocalEnd::Source(run.clone()));
         let (registry, run, id) = (Arc::clone(&self.registry), run.clone(), reference.id.clone());
         tokio::spawn(async move {
             run.ended().await;
@@ -48,7 +48,7 @@ impl NodeResources {
         run: &DestinationRun,
         request: ReserveRequest,
     ) {
-        self.registry.join(reference, Part::Destination(run.clone(), Box::new(request)));
+        self.registry.join(reference, LocalEnd::Destination(run.clone(), Box::new(request)));
         let (registry, run, id) = (Arc::clone(&self.registry), run.clone(), reference.id.clone());
         tokio::spawn(async move {
             run.free().await;

@@ -21,7 +21,7 @@ use crate::attempt::ledger::Ledger;
 use crate::attempt::source::SourceRun;
 use crate::host::clock::Clock;
 use crate::journal::{Content, Found, Journal, JournalError, Key, Role};
-use crate::service::registry::{MAX_REMEMBERED_MIGRATIONS, Part};
+use crate::service::registry::{LocalEnd, MAX_REMEMBERED_MIGRATIONS};
 
 /// Why a journal cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -104,9 +104,9 @@ fn take_up(node: &NodeResources, key: Key, entry: Entry) {
     if let Some(ended) = &entry.ended {
         let ledger = Ledger::ended(&entry);
         let part = match entries::reservation_of(&entry) {
-            None => Part::Source(SourceRun::over(log_of_ended(&node.config.node, &entry, ended), ledger)),
+            None => LocalEnd::Source(SourceRun::over(log_of_ended(&node.config.node, &entry, ended), ledger)),
             Some(request) => {
-                Part::Destination(DestinationRun::over(ledger, end_of(&entry)), Box::new(request))
+                LocalEnd::Destination(DestinationRun::over(ledger, end_of(&entry)), Box::new(request))
             }
         };
         node.registry.join(&reference, part);
@@ -114,7 +114,7 @@ fn take_up(node: &NodeResources, key: Key, entry: Entry) {
     }
     info!(migration = entry.migration_id, record = ?entry.record, "taking up what an earlier agent began");
     hold(node, &entry);
-    node.registry.join(&reference, Part::Recovering);
+    node.registry.join(&reference, LocalEnd::Recovering);
     let node = node.clone();
     tokio::spawn(async move {
         let id = entry.migration_id.clone();

@@ -96,7 +96,7 @@ impl QemuVmm {
             let step = course.step(sample, wire.bytes_per_second());
             if let Some(estimate) = step.report {
                 // It fails if the receiver has gone, which does not matter here.
-                let _ = copy.tell.send(estimate);
+                let _ = copy.estimates.send(estimate);
             }
             match step.verdict {
                 Verdict::GoOn => {}

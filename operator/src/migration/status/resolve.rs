@@ -122,9 +122,9 @@ impl Draft {
         self.note_resolve(resolve);
         let (source, target) = (self.source(), self.target());
         let consequence = match resolve.run_on {
-            RunOn::Source => format!("{source} is told that {target} never started the VM"),
+            RunOn::Source => format!("{source} hears that {target} never started the VM"),
             RunOn::Destination => {
-                format!("{target} is told to start the VM; {source} will not resume it")
+                format!("{target} is to start the VM; {source} will not resume it")
             }
         };
         let message = format!(

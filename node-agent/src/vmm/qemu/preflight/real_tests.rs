@@ -1,4 +1,4 @@
-//! With the QEMU of this machine, emulating: what a VM tells of itself and what a QEMU offers are of one
+//! With the QEMU of this machine, emulating: what a VM says about itself and what a QEMU offers are of one
 //! kind.
 
 use std::ffi::OsString;
@@ -71,7 +71,7 @@ impl Place {
     }
 }
 
-/// What a VM with these arguments tells of itself.
+/// What a VM with these arguments says about itself.
 async fn vm(arguments: &str) -> Facts {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("qmp.sock");
