@@ -6,7 +6,7 @@
 //!
 //! | version | what is different |
 //! |---|---|
-//! | 1 | numbers and arrays without names ([`version_1`]) |
+//! | 1 | numbers and arrays without names (`version_1.rs`) |
 //! | 2 | the fields of [`Entry`] |
 //!
 //! A change of a field here needs a new version (`journal/format.rs`) and a reader for the one before it.
