@@ -150,7 +150,7 @@ impl Registry {
         Ok(())
     }
 
-    /// The end of an attempt on this node. if it has one.
+    /// The end of an attempt on this node, if it has one.
     pub fn part(&self, id: &str, attempt: u32) -> Option<LocalEnd> {
         let state = self.state.lock();
         let migration = state.migrations.get(id)?;

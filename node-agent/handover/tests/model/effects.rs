@@ -146,7 +146,9 @@ impl World {
             Effect::FinishSave => {
                 self.save = Save::Draining;
                 self.capture(Blob::Vmm, how);
-                if !Mutant::takes_the_stream_for_the_save(config.mutant) {
+                if !config.late_save {
+                    self.save = Save::Finished;
+                } else if !Mutant::takes_the_stream_for_the_save(config.mutant) {
                     return;
                 }
                 Event::SaveFinished

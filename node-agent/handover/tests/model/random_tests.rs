@@ -25,6 +25,7 @@ fn config(features: Vec<Features>, plan: StopPlan, driver: Driver) -> Config {
         driver,
         faults: 0,
         calls_fail: true,
+        late_save: true,
         attempts: 1,
         again: Again::Never,
         doubts: false,

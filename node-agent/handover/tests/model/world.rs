@@ -32,6 +32,8 @@ pub(crate) struct Config {
     pub faults: u8,
     /// Calls to a VMM, the connection, reads and a saved VMM's last byte may fail, too. They count as faults.
     pub calls_fail: bool,
+    /// The VMM says some time after its last byte that its save has ended; else at once.
+    pub late_save: bool,
     pub attempts: u32,
     /// Whether the VM is migrated once more while the first migration is still open in one of its journals.
     pub again: Again,

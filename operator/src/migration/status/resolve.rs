@@ -88,7 +88,7 @@ impl Draft {
                     "{0} would have to act upon runOn: {run_on:?}, and cannot be reached. Bring {0} back first.",
                     node(end)
                 );
-                ("CannotBeReached", message)
+                ("CannotBeTold", message)
             }
             Unfit::DoesNotWait(end) => {
                 let message = format!(

@@ -7,7 +7,7 @@ fn a_resolve_that_lacks_a_statement_or_does_not_fit_is_refused_with_a_message() 
     let good = resolve(RunOn::Source);
     let cases = [
         (good.clone(), Err(Unfit::NotInDoubt), "NotInDoubt", "not in doubt"),
-        (good.clone(), Err(Unfit::CannotBeReached(End::Source)), "CannotBeReached", "Bring node-a back"),
+        (good.clone(), Err(Unfit::CannotBeReached(End::Source)), "CannotBeTold", "Bring node-a back"),
         (good.clone(), Err(Unfit::OtherAnswers(End::Destination)), "DoesNotFit", "node-b answers"),
         (good.clone(), Err(Unfit::DoesNotWait(End::Source)), "DoesNotFit", "node-a does not wait"),
         (good.clone(), Err(Unfit::Started), "AlreadyStarted", "node-b says that it has started"),
