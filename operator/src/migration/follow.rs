@@ -147,7 +147,10 @@ impl Run {
             Followed::NoOutcome(error) => {
                 Some(NotFollowed { error, reason: SOURCE_REFUSED.to_owned(), refused: true })
             }
-            Followed::Broken(error) => Some(NotFollowed::because_of(&error)),
+            // Whatever ended the stream after its first event is no answer of the source.
+            Followed::Broken(error) => {
+                Some(NotFollowed { refused: false, ..NotFollowed::because_of(&error) })
+            }
         }
     }
 

@@ -145,8 +145,14 @@ fn a_decision_for_the_destination_after_the_source_has_resumed_forks() {
 
 #[test]
 fn the_protocol_holds_for_a_vmm_that_drives_its_devices_whatever_fails() {
-    let config =
-        Config { features: vec![Features::ALL], driver: Driver::Vmm, faults: 1, calls_fail: true, ..SMALL };
+    let config = Config {
+        features: vec![Features::ALL],
+        driver: Driver::Vmm,
+        faults: 1,
+        calls_fail: true,
+        late_save: true,
+        ..SMALL
+    };
     holds("driven by the VMM", config, None);
 }
 
@@ -222,8 +228,14 @@ fn a_word_of_an_older_attempt_is_found() {
 
 #[test]
 fn the_end_of_a_stream_that_is_taken_for_the_end_of_the_save_is_found() {
-    let config =
-        Config { features: vec![Features::ALL], driver: Driver::Vmm, faults: 1, calls_fail: true, ..SMALL };
+    let config = Config {
+        features: vec![Features::ALL],
+        driver: Driver::Vmm,
+        faults: 1,
+        calls_fail: true,
+        late_save: true,
+        ..SMALL
+    };
     is_caught(Mutant::StreamEndsTheSave, config, &[properties::NO_FORK, properties::TWO_RUNNERS]);
 }
 
