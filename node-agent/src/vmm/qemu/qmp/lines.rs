@@ -2,10 +2,10 @@
 
 use std::io;
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
 use tokio::io::AsyncRead;
-use tokio_util::codec::{Decoder, FramedRead, LinesCodec, LinesCodecError};
+use tokio_util::codec::{AnyDelimiterCodec, AnyDelimiterCodecError, Decoder, FramedRead};
 
 /// The longest line that is read. The longest that QEMU 10.0 writes (its own schema) has about 230 KiB.
 const LINE_LIMIT_BYTES: usize = 4 << 20;
@@ -26,25 +26,25 @@ pub(super) enum LineError {
     TooLong,
 }
 
-impl From<LinesCodecError> for LineError {
-    fn from(error: LinesCodecError) -> Self {
+impl From<AnyDelimiterCodecError> for LineError {
+    fn from(error: AnyDelimiterCodecError) -> Self {
         match error {
-            LinesCodecError::MaxLineLengthExceeded => Self::TooLong,
-            LinesCodecError::Io(error) => Self::Read(error),
+            AnyDelimiterCodecError::MaxChunkLengthExceeded => Self::TooLong,
+            AnyDelimiterCodecError::Io(error) => Self::Read(error),
         }
     }
 }
 
-/// [`LinesCodec`] takes the rest of a closed connection for a line. Here it is an error: an answer may have
-/// been cut.
+/// [`AnyDelimiterCodec`] takes the rest of a closed connection for a line. Here it is an error: an answer may
+/// have been cut. (`LinesCodec` would lose a line that is not UTF-8, which the caller is to quote.)
 #[derive(Debug)]
-struct WholeLines(LinesCodec);
+struct WholeLines(AnyDelimiterCodec);
 
 impl Decoder for WholeLines {
-    type Item = String;
+    type Item = Bytes;
     type Error = LineError;
 
-    fn decode(&mut self, buffer: &mut BytesMut) -> Result<Option<String>, LineError> {
+    fn decode(&mut self, buffer: &mut BytesMut) -> Result<Option<Bytes>, LineError> {
         self.0.decode(buffer).map_err(|error| {
             // Nothing of the line is of use.
             buffer.clear();
@@ -52,7 +52,7 @@ impl Decoder for WholeLines {
         })
     }
 
-    fn decode_eof(&mut self, buffer: &mut BytesMut) -> Result<Option<String>, LineError> {
+    fn decode_eof(&mut self, buffer: &mut BytesMut) -> Result<Option<Bytes>, LineError> {
         match self.decode(buffer)? {
             None if !buffer.is_empty() => Err(LineError::ClosedWithinLine { bytes: buffer.len() }),
             line => Ok(line),
@@ -66,15 +66,16 @@ pub(super) struct Lines<R>(FramedRead<R, WholeLines>);
 
 impl<R: AsyncRead + Unpin> Lines<R> {
     pub(super) fn new(from: R) -> Self {
-        let codec = WholeLines(LinesCodec::new_with_max_length(LINE_LIMIT_BYTES));
+        let codec =
+            WholeLines(AnyDelimiterCodec::new_with_max_length(b"\n".to_vec(), Vec::new(), LINE_LIMIT_BYTES));
         Self(FramedRead::with_capacity(from, codec, READ_BYTES))
     }
 
-    /// The next line that is not blank, without its end.
+    /// The next line that is not blank, without its newline.
     ///
     /// # Errors
     /// If the stream has ended or the line is too long. There are no more lines then.
-    pub(super) async fn next(&mut self) -> Result<String, LineError> {
+    pub(super) async fn next(&mut self) -> Result<Bytes, LineError> {
         loop {
             let line = self.0.next().await.unwrap_or(Err(LineError::Closed))?;
             if !line.trim_ascii().is_empty() {
@@ -91,12 +92,18 @@ mod tests {
     #[tokio::test]
     async fn blank_lines_are_skipped_and_a_torn_line_is_an_error() {
         let mut lines = Lines::new(&b"\r\n\n{}\r\n  \nab\ncd"[..]);
-        assert_eq!(lines.next().await.unwrap(), "{}");
+        assert_eq!(lines.next().await.unwrap(), "{}\r");
         assert_eq!(lines.next().await.unwrap(), "ab");
         assert_eq!(
             lines.next().await.unwrap_err().to_string(),
             "the connection was closed within a line, after 2 bytes of it"
         );
+    }
+
+    #[tokio::test]
+    async fn a_line_that_is_not_utf_8_reaches_the_caller() {
+        let mut lines = Lines::new(&b"\xff\xfe\n"[..]);
+        assert_eq!(lines.next().await.unwrap(), &b"\xff\xfe"[..]);
     }
 
     #[tokio::test]

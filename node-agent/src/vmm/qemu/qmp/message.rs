@@ -82,9 +82,9 @@ impl Message {
     ///
     /// # Errors
     /// If it is not a JSON object.
-    pub(super) fn parse(line: &str) -> Result<Self, NotAnObject> {
+    pub(super) fn parse(line: &[u8]) -> Result<Self, NotAnObject> {
         let mut object: Map<String, Value> =
-            serde_json::from_str(line).map_err(|_| NotAnObject { quoted: quote(line) })?;
+            serde_json::from_slice(line).map_err(|_| NotAnObject { quoted: quote(line) })?;
         if let Some(Value::String(name)) = object.remove("event") {
             let mut take = |field| object.remove(field).unwrap_or_default();
             let (data, timestamp) = (take("data"), take("timestamp"));
@@ -121,8 +121,13 @@ pub(super) fn parse<'de, T: Deserialize<'de>>(value: &'de Value) -> Result<T, Sh
 }
 
 /// The beginning of a line, printable.
-fn quote(line: &str) -> String {
-    line.trim_end().chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).take(QUOTED_CHARS).collect()
+fn quote(line: &[u8]) -> String {
+    String::from_utf8_lossy(line)
+        .trim_end()
+        .chars()
+        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
+        .take(QUOTED_CHARS)
+        .collect()
 }
 
 #[cfg(test)]
@@ -131,18 +136,18 @@ mod tests {
 
     #[test]
     fn at_most_eighty_characters_of_garbage_are_quoted() {
-        let quoted = |line: &str| Message::parse(line).unwrap_err().to_string();
-        assert_eq!(quoted("SSH-2.0\r"), "a line is not a JSON object: `SSH-2.0`");
-        assert_eq!(quoted("[1]"), "a line is not a JSON object: `[1]`");
-        assert_eq!(quoted(&"ü".repeat(500)).matches('ü').count(), 80);
-        assert_eq!(quoted("\x1b[2J"), "a line is not a JSON object: `\u{fffd}[2J`");
-        assert!(quoted(&"\u{fffd}".repeat(500)).chars().count() < 120);
+        let quoted = |line: &[u8]| Message::parse(line).unwrap_err().to_string();
+        assert_eq!(quoted(b"SSH-2.0\r"), "a line is not a JSON object: `SSH-2.0`");
+        assert_eq!(quoted(b"[1]"), "a line is not a JSON object: `[1]`");
+        assert_eq!(quoted("ü".repeat(500).as_bytes()).matches('ü').count(), 80);
+        assert_eq!(quoted(b"\x1b[2J"), "a line is not a JSON object: `\u{fffd}[2J`");
+        assert!(quoted(&[0xff; 500]).chars().count() < 120);
     }
 
     #[test]
     fn an_error_without_a_message_names_the_missing_field() {
         let Ok(Message::Answer { id: Some(3), outcome: Err(failure) }) =
-            Message::parse(r#"{"id": 3, "error": {"class": "GenericError"}}"#)
+            Message::parse(br#"{"id": 3, "error": {"class": "GenericError"}}"#)
         else {
             panic!("not an answer");
         };
