@@ -285,7 +285,9 @@ async fn a_certificate_without_a_role_connects_and_may_do_nothing() {
     // protects us.
     ca.issue("nobody", "spiffe://slackwater.dev/root", |_| {});
     let error = ca.read("nobody").unwrap_err().to_string();
-    assert!(error.ends_with("`spiffe://slackwater.dev/root` is no role: spiffe://slackwater.dev/operator or spiffe://slackwater.dev/agent/<node> would be one"), "{error}");
+    let reason = "`spiffe://slackwater.dev/root` is no role: spiffe://slackwater.dev/operator or \
+                  spiffe://slackwater.dev/agent/<node> would be one";
+    assert!(error.ends_with(reason), "{error}");
 
     use slackwater_proto::tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Identity};
     let pem = |file: &str| std::fs::read(ca.path(file)).unwrap();
@@ -505,7 +507,8 @@ fn credentials_that_do_not_fit_are_refused_by_file_and_fault() {
     );
     assert_eq!(
         error("ca.pem", "operator.key", "ca.pem"),
-        "the certificate DIR/ca.pem is not usable: the certificate names no role: it has no URI in its alternative names that begins with spiffe://slackwater.dev/"
+        "the certificate DIR/ca.pem is not usable: the certificate names no role: it has no URI in its \
+         alternative names that begins with spiffe://slackwater.dev/"
     );
     let debug = format!("{:?}", ca.read("operator").unwrap());
     assert_eq!(debug, "Credentials { role: Operator, .. }", "no key may get into a log");
