@@ -44,6 +44,7 @@ async fn refused(cluster: &Cluster, name: &str, reason: &str, words: &[&str]) ->
     let before = cluster.guest("node-a").await.unwrap();
     // There is no comparison until the source's agent has reported to the operator.
     until_described(cluster).await;
+    until_reported(cluster, name).await;
     cluster.migrate(name, "target: {nodeName: node-b}").await.unwrap();
     let migration = cluster.until_ended(name).await.unwrap();
     assert_failed(&migration, reason, words);
@@ -70,6 +71,19 @@ async fn until_described(cluster: &Cluster) {
         assert!(tokio::time::Instant::now() < deadline, "{:#?}", described.vms);
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
+}
+
+/// Waits until the operator has a report of node-a that was made after this call: it shows a VM that is
+/// announced now. Nothing listens on the socket of that VM.
+async fn until_reported(cluster: &Cluster, name: &str) {
+    let node = cluster.lab.node("node-a").unwrap();
+    let marker = QemuVm { name: format!("before-{name}"), ..cluster.qemu().unwrap().clone() };
+    node.shell(&format!("mkdir -p -m 700 {}", marker.directory())).await.unwrap();
+    marker.publish(node).await.unwrap();
+    let api = kube::Api::namespaced(cluster.client.clone(), NAMESPACE);
+    let reported = |vm: &AssignedVM| Some(vm.status.is_some());
+    cluster.until(api, &marker.name, "be reported", reported).await.unwrap();
+    node.shell(&format!("rm -rf {}", marker.directory())).await.unwrap();
 }
 
 async fn nothing_runs(node: &Node) {
@@ -131,7 +145,7 @@ async fn what_a_targets_qemu_lacks_is_reported_before_the_twin_is_started() {
     let migration = cluster.until_ended("at-last").await.unwrap();
     let status = migration.status.unwrap();
     assert_eq!(has_condition(&status.conditions, "Succeeded", "True"), Some(true), "{status:#?}");
-    for line in cluster.agent_log("node-b").await.lines().filter(|line| line.contains("told what it can do"))
+    for line in cluster.agent_log("node-b").await.lines().filter(|line| line.contains("said what it can do"))
     {
         println!("{line}");
     }
