@@ -3,6 +3,7 @@
 mod devices;
 mod driven;
 mod giving_up;
+mod hangs;
 mod rig;
 mod vmm;
 mod whole;
