@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -112,6 +112,14 @@ fn main() -> ExitCode {
     }
 }
 
+/// A path without links, of a directory that is made if it does not exist: in a VM's folder no link is
+/// followed, whether the administrator or a tenant has made it.
+fn without_links(directory: &Path) -> anyhow::Result<PathBuf> {
+    std::fs::create_dir_all(directory)
+        .and_then(|()| std::fs::canonicalize(directory))
+        .with_context(|| format!("cannot make the directory {}", directory.display()))
+}
+
 #[tokio::main]
 async fn run(serve: Serve) -> anyhow::Result<()> {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
@@ -126,7 +134,7 @@ async fn run(serve: Serve) -> anyhow::Result<()> {
     );
     let config = NodeConfig {
         node: serve.node_name,
-        run_dir: serve.run_dir,
+        run_dir: without_links(&serve.run_dir)?,
         cgroup_root: serve.cgroup_root,
         twin_programs: serve.twin_programs,
         twin_start_limit: Duration::from_secs(serve.twin_start_seconds),
