@@ -79,8 +79,8 @@ struct Serve {
     /// Where cgroup v2 is mounted.
     #[arg(long, default_value = "/sys/fs/cgroup")]
     cgroup_root: PathBuf,
-    /// Seconds that a twin may take to answer.
-    #[arg(long, default_value_t = 30)]
+    /// Seconds that a twin may take to answer, at most 1800. The operator waits accordingly.
+    #[arg(long, default_value_t = 30, value_parser = value_parser!(u64).range(1..=1800))]
     twin_start_seconds: u64,
     /// Bytes per second that the migration of a QEMU VM may use of the network, and that QEMU assumes for the
     /// blackout. At least 1000.
