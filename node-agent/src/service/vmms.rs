@@ -76,7 +76,7 @@ impl Vmms {
                 Err(_) => *known = None,
             }
         }
-        let vmm = vmm::connect(&vm.json.vmm, &vm.socket, self.deadlines).await?;
+        let vmm = vmm::connect(&vm.json.vmm, &vm.socket, &vm.directory, self.deadlines).await?;
         let description = vmm.describe().await?;
         *known = Some(Answering { vmm: Arc::clone(&vmm), blocked: description.blocked.clone() });
         Ok(Answer { vmm, description, is_new: true })

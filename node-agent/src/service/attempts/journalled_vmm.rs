@@ -63,7 +63,9 @@ impl Route<'_> {
         match self {
             Self::Vm(vm) => node.inventory.vmm(vm).await,
             Self::Twin(entry, socket) => {
-                let vmm = vmm::connect(entry, socket, node.config.deadlines).await?;
+                let vmm =
+                    vmm::connect(entry, socket, socket.parent().unwrap_or(socket), node.config.deadlines)
+                        .await?;
                 let description = vmm.describe().await?;
                 Ok((vmm, description))
             }
