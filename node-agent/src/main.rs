@@ -11,7 +11,7 @@ use anyhow::Context;
 use clap::{Parser, Subcommand, value_parser};
 use slackwater_node_agent::host::identity::NoIdentity;
 use slackwater_node_agent::host::vms::VmWatch;
-use slackwater_node_agent::journal::Journal;
+use slackwater_node_agent::journal::{Journal, forget_epoch};
 use slackwater_node_agent::process::exec::{TWIN_EXEC, TwinExec};
 use slackwater_node_agent::service::NodeConfig;
 use slackwater_node_agent::service::attempts::{Attempts, NodeResources};
@@ -45,6 +45,13 @@ struct Arguments {
 enum Command {
     /// Serves the node's gRPC services until SIGTERM.
     Serve(Serve),
+    /// Forgets the highest operator epoch that this node's agent has seen, if that is wrong. The agent must be
+    /// stopped, and no migration open here.
+    ForgetEpoch {
+        /// As given to `serve`.
+        #[arg(long, default_value = "/var/lib/slackwater")]
+        state_dir: PathBuf,
+    },
     /// Becomes a VMM in a cgroup and a session of its own; the agent starts twins with it.
     #[command(hide = true, name = TWIN_EXEC)]
     TwinExec(TwinExec),
@@ -101,6 +108,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let result = match arguments.command {
         Command::Serve(serve) => run(serve),
+        Command::ForgetEpoch { state_dir } => forget(&state_dir),
         Command::TwinExec(twin) => Err(twin.run().into()),
     };
     match result {
@@ -118,6 +126,14 @@ fn without_links(directory: &Path) -> anyhow::Result<PathBuf> {
     std::fs::create_dir_all(directory)
         .and_then(|()| std::fs::canonicalize(directory))
         .with_context(|| format!("cannot make the directory {}", directory.display()))
+}
+
+fn forget(state_dir: &Path) -> anyhow::Result<()> {
+    match forget_epoch(state_dir)? {
+        Some(epoch) => println!("the operator epoch {epoch} is forgotten; start the agent again"),
+        None => println!("the operator epoch, which could not be read, is forgotten; start the agent again"),
+    }
+    Ok(())
 }
 
 #[tokio::main]

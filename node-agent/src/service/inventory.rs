@@ -144,6 +144,7 @@ impl Inventory {
             boot_id: kernel.boot_id,
             vms,
             devices: described,
+            known_epoch: self.registry.highest_epoch(),
             twin_start_limit_ms: u64::try_from(self.config.twin_start_limit.as_millis()).unwrap_or(u64::MAX),
         })
     }

@@ -57,6 +57,7 @@ impl NodeReport {
             agent_version: description.agent_version,
             kernel_release: description.kernel_release,
             boot_id: description.boot_id,
+            known_epoch: description.known_epoch,
             twin_start_limit: (description.twin_start_limit_ms > 0)
                 .then(|| Duration::from_millis(description.twin_start_limit_ms)),
             vms,

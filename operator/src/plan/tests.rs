@@ -5,7 +5,7 @@ use slackwater_api::{MigrationFeature, PeerToPeer};
 
 use super::matching::assign;
 use super::*;
-use crate::inventory::{Device, NodeReport, VmState};
+use crate::inventory::{Device, Link, NodeReport, VmState};
 
 const ALL: &[MigrationFeature] =
     &[MigrationFeature::StopCopy, MigrationFeature::P2p, MigrationFeature::PreCopy];
@@ -33,6 +33,7 @@ fn node(devices: Vec<(&str, Device)>) -> Node {
         peer_address: "10.0.0.9:7443".into(),
         link: Link::Ready,
         report: Some(report),
+        ..Default::default()
     }
 }
 

@@ -170,7 +170,7 @@ mod tests {
             devices: BTreeMap::from([("a1".to_owned(), device)]),
             ..Default::default()
         };
-        Node { address: String::new(), peer_address: String::new(), link: Link::Ready, report: Some(report) }
+        Node { link: Link::Ready, report: Some(report), ..Default::default() }
     }
 
     fn at(nodes: Vec<(&str, Node)>) -> Inventory {
