@@ -154,6 +154,7 @@ impl Inventory {
             boot_id: kernel.boot_id,
             vms,
             devices: described,
+            twin_start_limit_ms: u64::try_from(self.config.twin_start_limit.as_millis()).unwrap_or(u64::MAX),
         })
     }
 
@@ -322,10 +323,11 @@ impl Inventory {
     /// # Errors
     /// If it does not answer.
     pub async fn vmm(&self, vm: &KnownVm) -> Result<(Arc<dyn LocalVmm>, Description), VmmError> {
-        self.vmm_at(&vm.json.vmm, &vm.socket).await
+        self.vmm_at(&vm.json.vmm, &vm.socket, &vm.directory).await
     }
 
-    /// The same, for a VM whose `vm.json` may not be there: by the absolute path of its socket.
+    /// The same, for a VM whose `vm.json` may not be there: by the absolute path of its socket, and its own
+    /// folder.
     ///
     /// # Errors
     /// If it does not answer.
@@ -333,8 +335,9 @@ impl Inventory {
         &self,
         entry: &VmmEntry,
         socket: &Path,
+        folder: &Path,
     ) -> Result<(Arc<dyn LocalVmm>, Description), VmmError> {
-        let Answer { vmm, description, is_new } = self.vmms.ask(entry, socket).await?;
+        let Answer { vmm, description, is_new } = self.vmms.ask(entry, socket, folder).await?;
         if is_new {
             watching::start(Arc::downgrade(&self.vmms), socket.to_owned(), Arc::clone(&vmm));
         }

@@ -56,11 +56,16 @@ impl Vmms {
         self.changed.send_modify(|count| *count += 1);
     }
 
-    /// The VMM on a VM's socket, and what it says of itself now.
+    /// The VMM on a VM's socket, and what it says of itself now. `folder` is the VM's own.
     ///
     /// # Errors
     /// If it does not answer.
-    pub(super) async fn ask(&self, entry: &VmmEntry, socket: &Path) -> Result<Answer, VmmError> {
+    pub(super) async fn ask(
+        &self,
+        entry: &VmmEntry,
+        socket: &Path,
+        folder: &Path,
+    ) -> Result<Answer, VmmError> {
         let slot = self.connections.slot(socket);
         let mut known = slot.lock().await;
         if let Some(Answering { vmm, blocked }) = known.as_mut() {
@@ -76,7 +81,7 @@ impl Vmms {
                 Err(_) => *known = None,
             }
         }
-        let vmm = vmm::connect(entry, socket, self.deadlines).await?;
+        let vmm = vmm::connect(entry, socket, folder, self.deadlines).await?;
         let description = vmm.describe().await?;
         *known = Some(Answering { vmm: Arc::clone(&vmm), blocked: description.blocked.clone() });
         Ok(Answer { vmm, description, is_new: true })

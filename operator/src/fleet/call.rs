@@ -15,13 +15,6 @@ use slackwater_proto::tonic::{Code, Status};
 use super::Fleet;
 use crate::reason::{RESERVE_REFUSED, SOURCE_REFUSED, TARGET_UNREACHABLE};
 
-/// Reserving starts a VMM and takes devices through the kernel; an agent that needs longer than this is
-/// stuck.
-const RESERVE_TIMEOUT: Duration = Duration::from_secs(120);
-/// Giving back ends a VMM and resets devices.
-const RELEASE_TIMEOUT: Duration = Duration::from_secs(60);
-/// An agent answers this from its journal.
-const RESOLVE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often a call is repeated with a higher epoch. Each time another operator has raised it meanwhile.
 const RAISES: u32 = 3;
 
@@ -135,9 +128,11 @@ impl Fleet {
     /// [`CallError`]
     pub async fn reserve(&self, node: &str, request: ReserveRequest) -> Result<(), CallError> {
         let client = NodeAgentClient::new(self.index.channel(node)?);
+        let report = self.index.known(node)?.report;
+        let limit = self.limits.reserve(report.and_then(|report| report.twin_start_limit));
         let call = |request| {
             let mut client = client.clone();
-            async move { within(RESERVE_TIMEOUT, client.reserve(request)).await.map(drop) }
+            async move { within("Reserve", limit, client.reserve(request)).await.map(drop) }
         };
         self.fenced(request, call).await
     }
@@ -147,17 +142,18 @@ impl Fleet {
     /// # Errors
     /// [`CallError`]
     pub async fn migrate(&self, node: &str, request: MigrateRequest) -> Result<Events, CallError> {
-        let client = NodeAgentClient::new(self.index.channel(node)?);
+        let client = NodeAgentClient::new(self.index.connected(node)?);
+        let limit = self.limits.migrate;
         let call = |request| {
             let mut client = client.clone();
-            async move { client.migrate(request).await.map_err(|status| CallError::from_status(&status)) }
+            async move { within("Migrate", limit, client.migrate(request)).await }
         };
         let stream = self.fenced(request, call).await?.into_inner();
-        let events = stream.filter_map(async |message| match message {
+        let messages = first_within(self.limits.first_event, stream);
+        Ok(Box::pin(messages.filter_map(async |message| match message {
             Ok(message) => message.event.map(Ok),
-            Err(status) => Some(Err(CallError::from_status(&status))),
-        });
-        Ok(Box::pin(events))
+            Err(error) => Some(Err(error)),
+        })))
     }
 
     /// Asks the source to give a migration up. Returns when it has ended there; how, its journal says.
@@ -165,10 +161,11 @@ impl Fleet {
     /// # Errors
     /// [`CallError`]; a precondition can mean that the point of no return has passed.
     pub async fn abort(&self, node: &str, request: AbortRequest) -> Result<(), CallError> {
-        let client = NodeAgentClient::new(self.index.channel(node)?);
+        let client = NodeAgentClient::new(self.index.connected(node)?);
+        let limit = self.limits.abort;
         let call = |request| {
             let mut client = client.clone();
-            async move { client.abort(request).await.map(drop).map_err(|status| CallError::from_status(&status)) }
+            async move { within("Abort", limit, client.abort(request)).await.map(drop) }
         };
         self.fenced(request, call).await
     }
@@ -178,10 +175,11 @@ impl Fleet {
     /// # Errors
     /// [`CallError`]; a precondition means that the VM may have run there.
     pub async fn release(&self, node: &str, request: ReleaseRequest) -> Result<(), CallError> {
-        let client = NodeAgentClient::new(self.index.channel(node)?);
+        let client = NodeAgentClient::new(self.index.connected(node)?);
+        let limit = self.limits.release;
         let call = |request| {
             let mut client = client.clone();
-            async move { within(RELEASE_TIMEOUT, client.release(request)).await.map(drop) }
+            async move { within("Release", limit, client.release(request)).await.map(drop) }
         };
         self.fenced(request, call).await
     }
@@ -191,10 +189,11 @@ impl Fleet {
     /// # Errors
     /// [`CallError`]
     pub async fn resolve(&self, node: &str, request: ResolveRequest) -> Result<JournalState, CallError> {
-        let client = NodeAgentClient::new(self.index.channel(node)?);
+        let client = NodeAgentClient::new(self.index.connected(node)?);
+        let limit = self.limits.resolve;
         let call = |request| {
             let mut client = client.clone();
-            async move { within(RESOLVE_TIMEOUT, client.resolve(request)).await }
+            async move { within("Resolve", limit, client.resolve(request)).await }
         };
         let answer = self.fenced(request, call).await?;
         Ok(answer.into_inner().own.unwrap_or_default())
@@ -223,14 +222,37 @@ impl Fleet {
     }
 }
 
-async fn within<T>(limit: Duration, call: impl Future<Output = Result<T, Status>>) -> Result<T, CallError> {
+async fn within<T>(
+    name: &str,
+    limit: Duration,
+    call: impl Future<Output = Result<T, Status>>,
+) -> Result<T, CallError> {
     match tokio::time::timeout(limit, call).await {
         Ok(answer) => answer.map_err(|status| CallError::from_status(&status)),
-        Err(_) => {
-            let message = format!("no answer within {} s", limit.as_secs());
-            Err(CallError::Broken { reason: None, message })
-        }
+        Err(_) => Err(late(&format!("answer to {name}"), limit)),
     }
+}
+
+/// The messages of a stream whose first one may take so long, and each other one any time.
+fn first_within<T>(
+    limit: Duration,
+    stream: impl Stream<Item = Result<T, Status>> + Unpin,
+) -> impl Stream<Item = Result<T, CallError>> {
+    futures::stream::unfold((stream, Some(limit)), |(mut stream, limit)| async move {
+        let next = match limit {
+            None => stream.next().await?,
+            Some(limit) => match tokio::time::timeout(limit, stream.next()).await {
+                Ok(next) => next?,
+                Err(_) => return Some((Err(late("event of the migration", limit)), (stream, None))),
+            },
+        };
+        Some((next.map_err(|status| CallError::from_status(&status)), (stream, None)))
+    })
+}
+
+fn late(what: &str, limit: Duration) -> CallError {
+    let message = format!("no {what} within {} s", limit.as_secs_f64());
+    CallError::Broken { reason: None, message }
 }
 
 #[cfg(test)]

@@ -86,17 +86,27 @@ impl Index {
         Changes { receiver: self.state.subscribe() }
     }
 
+    /// The channel to an agent that reports.
     pub(super) fn channel(&self, node: &str) -> Result<Channel, CallError> {
-        let state = self.state.borrow();
-        let Some(known) = state.inventory.get(node) else {
-            return Err(CallError::NoSuchNode { node: node.to_owned() });
-        };
-        match (state.channels.get(node), known.not_ready_reason()) {
-            (Some(channel), None) => Ok(channel.clone()),
-            (_, error) => {
-                Err(CallError::NotReady { node: node.to_owned(), error: error.unwrap_or_default() })
-            }
+        let known = self.known(node)?;
+        match known.not_ready_reason() {
+            None => self.connected(node),
+            Some(error) => Err(CallError::NotReady { node: node.to_owned(), error }),
         }
+    }
+
+    /// The channel to an agent, whether it reports or not.
+    pub(super) fn connected(&self, node: &str) -> Result<Channel, CallError> {
+        let known = self.known(node)?;
+        let channel = self.state.borrow().channels.get(node).cloned();
+        let error = || known.not_ready_reason().unwrap_or_default();
+        channel.ok_or_else(|| CallError::NotReady { node: node.to_owned(), error: error() })
+    }
+
+    /// What is known about a node.
+    pub(super) fn known(&self, node: &str) -> Result<Node, CallError> {
+        let known = self.state.borrow().inventory.get(node).cloned();
+        known.ok_or_else(|| CallError::NoSuchNode { node: node.to_owned() })
     }
 
     /// The agent of a node has reported, on this channel.
@@ -110,11 +120,14 @@ impl Index {
         });
     }
 
-    /// The agent of a node does not answer.
-    pub(super) fn lost(&self, name: &str, address: &str, error: String) {
+    /// The agent of a node does not answer. `channel`: it is connected all the same.
+    pub(super) fn lost(&self, name: &str, address: &str, link: Link, channel: Option<&Channel>) {
         self.update(name, address, |node, channels| {
-            node.link = Link::Down { error };
-            channels.remove(name);
+            node.link = link;
+            match channel {
+                Some(channel) => channels.insert(name.to_owned(), channel.clone()),
+                None => channels.remove(name),
+            };
         });
     }
 
@@ -186,7 +199,7 @@ mod tests {
         assert!(woken(&mut changes));
         index.report("a", "h:1", None, NodeReport::default());
         assert!(!woken(&mut changes));
-        index.lost("a", "h:1", "x".into());
+        index.lost("a", "h:1", Link::Down { reason: "AgentUnreachable", error: "x".into() }, None);
         assert!(woken(&mut changes));
         assert_eq!(index.undecided(), Some(vec![]));
     }

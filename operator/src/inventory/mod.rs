@@ -4,6 +4,7 @@ mod from_proto;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::time::Duration;
 
 use slackwater_api::MigrationFeature;
 use slackwater_proto::node::QemuDescription;
@@ -50,6 +51,8 @@ pub enum Link {
     Ready,
     /// It does not answer.
     Down {
+        /// Why, for a condition.
+        reason: &'static str,
         /// Why, for a person.
         error: String,
     },
@@ -64,6 +67,8 @@ pub struct NodeReport {
     pub kernel_release: String,
     /// Another value means that the node was booted meanwhile.
     pub boot_id: String,
+    /// How long its agent lets a twin take to start, if it says so.
+    pub twin_start_limit: Option<Duration>,
     /// The VMs, by name.
     pub vms: BTreeMap<VmKey, Vm>,
     /// The VFIO devices, by name.
@@ -174,7 +179,7 @@ impl Node {
         match &self.link {
             Link::Ready => None,
             Link::Connecting => Some("its agent has not answered yet".to_owned()),
-            Link::Down { error } => Some(error.clone()),
+            Link::Down { error, .. } => Some(error.clone()),
         }
     }
 }

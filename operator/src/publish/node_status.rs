@@ -34,11 +34,11 @@ fn ready(node: &Node) -> Finding {
             let message = format!("The agent at {} has not answered yet.", node.address);
             Finding::new(Status::Unknown, "Connecting", message)
         }
-        Link::Down { error } => {
+        Link::Down { reason, error } => {
             let error = error.trim_end_matches('.');
             let last = if node.report.is_some() { " What is shown here is its last report." } else { "" };
             let message = format!("The agent does not answer: {error}.{last}");
-            Finding::new(Status::False, "AgentUnreachable", message)
+            Finding::new(Status::False, *reason, message)
         }
         Link::Ready => {
             let ignored: Vec<_> = node.report.iter().flat_map(|report| report.ignored.clone()).collect();
@@ -104,7 +104,11 @@ mod tests {
 
     #[test]
     fn a_silent_node_is_not_ready_with_a_message_and_keeps_its_last_report() {
-        let status = node_status(&node(Link::Down { error: "connection refused".into() }), &[], STAMP);
+        let status = node_status(
+            &node(Link::Down { reason: "AgentUnreachable", error: "connection refused".into() }),
+            &[],
+            STAMP,
+        );
         let ready = conditions::find(&status.conditions, READY).unwrap();
         assert_eq!((ready.status.as_str(), ready.reason.as_str()), ("False", "AgentUnreachable"));
         assert_eq!(

@@ -34,6 +34,8 @@ pub(super) struct Route {
     pub(super) vmm: VmmEntry,
     /// The absolute path of its socket.
     pub(super) socket: PathBuf,
+    /// The VM's own folder.
+    pub(super) folder: PathBuf,
     /// Whose connection is used.
     pub(super) connection: Connection,
 }
@@ -66,9 +68,9 @@ enum ReachError {
 impl Route {
     async fn reach(&self, node: &NodeResources) -> Result<(Arc<dyn LocalVmm>, Description), VmmError> {
         match self.connection {
-            Connection::Inventory => node.inventory.vmm_at(&self.vmm, &self.socket).await,
+            Connection::Inventory => node.inventory.vmm_at(&self.vmm, &self.socket, &self.folder).await,
             Connection::Own => {
-                let vmm = vmm::connect(&self.vmm, &self.socket, node.config.deadlines).await?;
+                let vmm = vmm::connect(&self.vmm, &self.socket, &self.folder, node.config.deadlines).await?;
                 let description = vmm.describe().await?;
                 Ok((vmm, description))
             }

@@ -28,11 +28,18 @@ pub(super) async fn take_up(node: &NodeResources, key: Key, entry: Entry) -> Res
     let json =
         vm::parse(&request.vm_json).map_err(|source| TakeUpError::VmJson { key: key.to_string(), source })?;
     let directory = vms::directory(&node.config.run_dir, &json);
-    let socket = json.socket_in(&directory).map_err(TakeUpError::Socket)?;
+    let socket = json.twin_socket_in(&directory).map_err(TakeUpError::Socket)?;
     let reference = entries::reference_of(&entry);
     let site = reservation::site(node, &reference, &entries::vm_of(&entry), &request, &devices)?;
     let driver = site.driver();
-    let route = || Ok(Route { vmm: json.vmm.clone(), socket: socket.clone(), connection: Connection::Own });
+    let route = || {
+        Ok(Route {
+            vmm: json.vmm.clone(),
+            socket: socket.clone(),
+            folder: directory.clone(),
+            connection: Connection::Own,
+        })
+    };
     let found = match &entry.vmm {
         Some(process) => journalled_vmm::find(route, node, &entry.migration_id, process).await,
         // A twin that loads, or may have run, was journalled before.

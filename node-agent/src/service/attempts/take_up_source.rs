@@ -39,20 +39,21 @@ pub(super) async fn take_up(node: &NodeResources, key: Key, entry: Entry) -> Res
     let ledger = reopen(node, &key, &entry).await?;
     let process = entry.vmm.as_ref().ok_or(TakeUpError::NoProcess)?;
     let vm = entries::vm_of(&entry);
+    let directory = vms::directory_of(&node.config.run_dir, &entry.namespace, &entry.name);
     let route = || match monitor {
         Some(monitor) => Ok(Route {
             vmm: monitor.vmm(),
             socket: monitor.socket.clone(),
+            folder: directory.clone(),
             connection: Connection::Inventory,
         }),
         None => by_vm_json(node, &vm),
     };
     let found = journalled_vmm::find(route, node, &entry.migration_id, process).await;
-    let directory = vms::directory_of(&node.config.run_dir, &entry.namespace, &entry.name);
     let remains = VmRemains {
         cgroup: cgroup.as_ref().and_then(|name| Cgroup::with_name(&node.config.cgroup_root, name).ok()),
         socket: route().map_or_else(|_| directory.join("vmm.sock"), |route| route.socket),
-        directory,
+        directory: directory.clone(),
     };
     let peer = Peer {
         credentials: Arc::clone(&node.credentials),
@@ -114,7 +115,12 @@ fn by_vm_json(node: &NodeResources, vm: &VmRef) -> Result<Route, String> {
     };
     let entry = node.inventory.vm(vm).ok_or_else(|| missing(&"it is missing"))?;
     let known = entry.vm.map_err(|why| missing(&why))?;
-    Ok(Route { vmm: known.json.vmm, socket: known.socket, connection: Connection::Inventory })
+    Ok(Route {
+        vmm: known.json.vmm,
+        socket: known.socket,
+        folder: known.directory,
+        connection: Connection::Inventory,
+    })
 }
 
 /// Why the attempt is given up, if it is. The vm.json is its owner's file: an agent neither needs it for the
