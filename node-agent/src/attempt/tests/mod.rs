@@ -3,6 +3,6 @@
 mod devices;
 mod driven;
 mod giving_up;
-mod rig;
+pub(crate) mod rig;
 mod vmm;
 mod whole;

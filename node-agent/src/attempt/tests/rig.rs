@@ -80,16 +80,16 @@ impl Site for FakeSite {
 }
 
 /// A CA and the certificates that it has issued.
-struct Authority(CertifiedIssuer<'static, KeyPair>);
+pub(crate) struct Authority(CertifiedIssuer<'static, KeyPair>);
 
 impl Authority {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         Self(CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap())
     }
 
-    fn agent(&self, node: &str) -> Arc<Credentials> {
+    pub(crate) fn agent(&self, node: &str) -> Arc<Credentials> {
         let role = identity::Role::Agent { node: node.to_owned() };
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new([node.to_owned()]).unwrap();
