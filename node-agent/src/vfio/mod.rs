@@ -19,6 +19,6 @@ pub mod kernel;
 pub mod os_error;
 pub mod probe;
 mod stream;
-mod sys;
+pub(crate) mod sys;
 mod uapi;
 pub mod worker;
