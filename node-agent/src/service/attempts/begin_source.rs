@@ -44,7 +44,7 @@ impl Attempts {
                 let message = "this node is the destination of this migration, and cannot be its source, too";
                 return Err(precondition(ServiceReason::MigrationInProgress, message));
             }
-            Some(LocalEnd::Recovering | LocalEnd::Unreadable(_)) | None => {}
+            Some(LocalEnd::Recovering | LocalEnd::Unreadable(_) | LocalEnd::Conflicting(_)) | None => {}
         }
         let node = &self.node;
         if given.target_node == node.config.node {
@@ -69,14 +69,15 @@ impl Attempts {
             return Err(precondition(ServiceReason::VmPaused, message));
         }
         let key = entries::key(&reference.id, Role::Source)?;
+        let cgroup = Cgroup::of_process(&node.config.cgroup_root, vmm.pid()).ok().flatten();
+        let process = vmm.process().identity();
+        let written = entries::source(&reference, &vm, &given, policy, process, cgroup.as_ref());
+        entries::check_room(&written)?;
         let names = given.devices.iter().map(|pair| pair.source.as_str());
         node.registry.take(&reference.id, &vm, names)?;
         let prepared = prepare(vmm.as_ref(), &description, |features| stop_plan(features, policy)).await;
         let SourceDevices { handles, features, plan } =
             prepared.inspect_err(|_| node.registry.give_back(&reference.id))?;
-        let cgroup = Cgroup::of_process(&node.config.cgroup_root, vmm.pid()).ok().flatten();
-        let process = vmm.process().identity();
-        let written = entries::source(&reference, &vm, &given, policy, process, cgroup.as_ref());
         let remains = VmRemains { cgroup, directory: entry.directory.clone(), socket: known.socket.clone() };
         let release = remains.release(Arc::clone(&vmm), node, &reference.id);
         let vmm: Arc<dyn Vmm> = vmm;
