@@ -2,16 +2,16 @@
 
 #![forbid(unsafe_code)]
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use clap::{Parser, Subcommand, value_parser};
 use slackwater_node_agent::host::identity::NoIdentity;
 use slackwater_node_agent::host::vms::VmWatch;
-use slackwater_node_agent::journal::Journal;
+use slackwater_node_agent::journal::{Journal, forget_epoch};
 use slackwater_node_agent::process::exec::{TWIN_EXEC, TwinExec};
 use slackwater_node_agent::service::NodeConfig;
 use slackwater_node_agent::service::attempts::{Attempts, NodeResources};
@@ -45,6 +45,13 @@ struct Arguments {
 enum Command {
     /// Serves the node's gRPC services until SIGTERM.
     Serve(Serve),
+    /// Forgets the highest operator epoch that this node's agent has seen, if that is wrong. The agent must be
+    /// stopped, and no migration open here.
+    ForgetEpoch {
+        /// As given to `serve`.
+        #[arg(long, default_value = "/var/lib/slackwater")]
+        state_dir: PathBuf,
+    },
     /// Becomes a VMM in a cgroup and a session of its own; the agent starts twins with it.
     #[command(hide = true, name = TWIN_EXEC)]
     TwinExec(TwinExec),
@@ -79,8 +86,8 @@ struct Serve {
     /// Where cgroup v2 is mounted.
     #[arg(long, default_value = "/sys/fs/cgroup")]
     cgroup_root: PathBuf,
-    /// Seconds that a twin may take to answer.
-    #[arg(long, default_value_t = 30)]
+    /// Seconds that a twin may take to answer, at most 1800. The operator waits accordingly.
+    #[arg(long, default_value_t = 30, value_parser = value_parser!(u64).range(1..=1800))]
     twin_start_seconds: u64,
     /// Bytes per second that the migration of a QEMU VM may use of the network, and that QEMU assumes for the
     /// blackout. At least 1000.
@@ -101,6 +108,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let result = match arguments.command {
         Command::Serve(serve) => run(serve),
+        Command::ForgetEpoch { state_dir } => forget(&state_dir),
         Command::TwinExec(twin) => Err(twin.run().into()),
     };
     match result {
@@ -112,21 +120,32 @@ fn main() -> ExitCode {
     }
 }
 
+/// A path without links, of a directory that is made if it does not exist: in a VM's folder no link is
+/// followed, whether the administrator or a tenant has made it.
+fn without_links(directory: &Path) -> anyhow::Result<PathBuf> {
+    std::fs::create_dir_all(directory)
+        .and_then(|()| std::fs::canonicalize(directory))
+        .with_context(|| format!("cannot make the directory {}", directory.display()))
+}
+
+fn forget(state_dir: &Path) -> anyhow::Result<()> {
+    match forget_epoch(state_dir)? {
+        Some(epoch) => println!("the operator epoch {epoch} is forgotten; start the agent again"),
+        None => println!("the operator epoch, which could not be read, is forgotten; start the agent again"),
+    }
+    Ok(())
+}
+
 #[tokio::main]
 async fn run(serve: Serve) -> anyhow::Result<()> {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(std::io::stderr).init();
-    let credentials = Arc::new(Credentials::read(&serve.tls_cert, &serve.tls_key, &serve.tls_ca)?);
-    let expected = Role::Agent { node: serve.node_name.clone() };
-    ensure!(
-        *credentials.role() == expected,
-        "the certificate {} is for {}, but --node-name says that this is {expected}",
-        serve.tls_cert.display(),
-        credentials.role()
-    );
+    let agent = Role::Agent { node: serve.node_name.clone() };
+    let credentials = Credentials::read_for(&agent, &serve.tls_cert, &serve.tls_key, &serve.tls_ca)?;
+    let credentials = Arc::new(credentials);
     let config = NodeConfig {
         node: serve.node_name,
-        run_dir: serve.run_dir,
+        run_dir: without_links(&serve.run_dir)?,
         cgroup_root: serve.cgroup_root,
         twin_programs: serve.twin_programs,
         twin_start_limit: Duration::from_secs(serve.twin_start_seconds),

@@ -32,6 +32,10 @@ pub(crate) enum Mutant {
     EndNotDurableButHeld,
     /// An end that an earlier migration has left open takes the words of a later one for its own.
     LaterMigration,
+    /// Nobody tells the source that a device of it hangs.
+    HangsInSilence,
+    /// The source takes a device that hangs for one that has come as far as the others.
+    WakeWithoutTheHungOne,
 }
 
 impl Mutant {
@@ -90,10 +94,17 @@ impl Mutant {
         mutant == Some(Self::StreamEndsTheSave)
     }
 
-    /// Where a device of the source goes when it is to go to `to`.
-    pub(crate) fn moves_to(mutant: Option<Self>, to: MigrationState) -> MigrationState {
+    /// Where a device of the source goes when it is to go to `to` in this phase.
+    pub(crate) fn moves_to(
+        mutant: Option<Self>,
+        phase: Option<source::Phase>,
+        to: MigrationState,
+    ) -> MigrationState {
+        let quiesces = phase == Some(source::Phase::Quiescing);
         match to {
-            MigrationState::Stop if mutant == Some(Self::StopWithoutBarrier) => MigrationState::StopCopy,
+            MigrationState::Stop if quiesces && mutant == Some(Self::StopWithoutBarrier) => {
+                MigrationState::StopCopy
+            }
             to => to,
         }
     }
@@ -106,6 +117,17 @@ impl Mutant {
     /// Whether an agent that restarts acts on several open journals of a VM.
     pub(crate) fn acts_on_all(mutant: Option<Self>) -> bool {
         mutant == Some(Self::EndNotDurable)
+    }
+
+    /// What the source hears when a call to a device does not return.
+    pub(crate) fn hangs(mutant: Option<Self>, index: usize) -> Option<source::Event> {
+        match mutant {
+            Some(Self::HangsInSilence) => None,
+            Some(Self::WakeWithoutTheHungOne) => {
+                Some(source::Event::DeviceReached(index, MigrationState::RunningP2p))
+            }
+            _ => Some(source::Event::DeviceHangs(index, Failure::new(Reason::DeviceHangs, "it hangs"))),
+        }
     }
 
     /// Whether an agent that restarts lets the VM run first.

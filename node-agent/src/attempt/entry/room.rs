@@ -57,10 +57,10 @@ impl Entry {
             recorded_unix_ns: i64::MIN,
             vmm: Some(Process { boot_id: quotes(BOOT_ID_MAX_BYTES), pid: u32::MAX, start_ticks: numbers }),
             end: match self.end.clone() {
-                EndEntry::Source { target_node, target_address, cgroup, .. } => {
+                EndEntry::Source { target_node, target_address, cgroup, monitor, .. } => {
                     let some = Some(numbers);
                     let marks = Marks { begun: some, pre_copy: some, pausing: some, guest_runs_again: some };
-                    EndEntry::Source { target_node, target_address, cgroup, marks }
+                    EndEntry::Source { target_node, target_address, cgroup, marks, monitor }
                 }
                 destination @ EndEntry::Destination { .. } => destination,
             },

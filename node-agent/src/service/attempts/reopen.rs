@@ -20,6 +20,9 @@ pub(super) enum TakeUpError {
     /// The journal.
     #[error("the journal cannot be written any more: {}", .0.with_causes())]
     Reopen(JournalError),
+    /// The journal of an attempt that holds a VM does not name the VM's process.
+    #[error("the journal does not name the process of the VM's VMM, so whether that lives is not known")]
+    NoProcess,
     /// The reservation's vm.json.
     #[error("vm_json in the journal {key}: {source}")]
     VmJson {
@@ -39,7 +42,7 @@ impl TakeUpError {
         match self {
             Self::Task(_) => true,
             Self::Reopen(error) => error.may_pass(),
-            Self::VmJson { .. } | Self::Socket(_) => false,
+            Self::NoProcess | Self::VmJson { .. } | Self::Socket(_) => false,
         }
     }
 }

@@ -102,7 +102,7 @@ pub(super) fn site(
     json.require_allowed(&config.twin_programs)
         .map_err(|error| Refusal::precondition(ServiceReason::TwinNotAllowed, format!("vm_json: {error}")))?;
     let directory = vms::directory(&config.run_dir, &json);
-    let socket = json.socket_in(&directory).map_err(invalid)?;
+    let socket = json.twin_socket_in(&directory).map_err(invalid)?;
     let command = twin_arguments(&json, &socket, devices).map_err(invalid)?;
     let plan = TwinPlan {
         arguments: command.arguments,
@@ -126,7 +126,7 @@ pub(super) fn site_of_journal(
     let directory = vms::directory_of(&node.config.run_dir, &named.namespace, &named.name);
     let unknown = VmmEntry { kind: VmmKind::Contract, socket: "vmm.sock".into(), devices: Vec::new() };
     let (vmm, program, socket) = match json {
-        Some(json) => (&json.vmm, json.twin.program.clone(), json.socket_in(&directory)?),
+        Some(json) => (&json.vmm, json.twin.program.clone(), json.twin_socket_in(&directory)?),
         None => (&unknown, PathBuf::new(), directory.join(&unknown.socket)),
     };
     let plan = plan_without_command(node, reference, named, vmm, program, socket);

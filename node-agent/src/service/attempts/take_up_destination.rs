@@ -8,7 +8,7 @@ use slackwater_handover::Record;
 use tokio::time::timeout;
 use tracing::warn;
 
-use super::journalled_vmm::{self, FoundVmm, Route};
+use super::journalled_vmm::{self, Connection, FoundVmm, Route};
 use super::reopen::{TakeUpError, reopen, restarted};
 use super::resources::NodeResources;
 use super::{entries, reservation};
@@ -41,19 +41,30 @@ pub(super) async fn take_up(node: &NodeResources, key: Key, entry: Entry) -> Res
     let site = site.map_err(TakeUpError::Socket)?;
     let ledger = reopen(node, &key, &entry).await?;
     let driver = site.driver();
-    let (vmm, socket) = (site.plan.vmm.clone(), site.plan.socket.clone());
-    let route = Route::Twin(&vmm, &socket);
-    let found = journalled_vmm::find(&route, node, entry.vmm.as_ref());
-    let found = if json.is_none() {
-        None
-    } else if given_back {
-        // Whatever its twin says: its process ends with its cgroup.
-        timeout(LOOK_LIMIT, found).await.unwrap_or_else(|_| {
-            warn!(migration = reference.id, "the twin of a reservation does not answer; it is ended");
-            None
+    let route = || {
+        Ok(Route {
+            vmm: site.plan.vmm.clone(),
+            socket: site.plan.socket.clone(),
+            folder: site.plan.directory.clone(),
+            connection: Connection::Own,
         })
-    } else {
-        found.await
+    };
+    let found = match &entry.vmm {
+        _ if json.is_none() => None,
+        // Whatever its twin says: its process ends with its cgroup.
+        Some(process) if given_back => {
+            let found = journalled_vmm::find(route, node, &entry.migration_id, process);
+            timeout(LOOK_LIMIT, found).await.unwrap_or_else(|_| {
+                warn!(migration = reference.id, "the twin of a reservation does not answer; it is ended");
+                None
+            })
+        }
+        Some(process) => journalled_vmm::find(route, node, &entry.migration_id, process).await,
+        // A twin that loads, or may have run, was journalled before.
+        None if matches!(entry.record, Record::Loaded | Record::Starting) => {
+            return Err(TakeUpError::NoProcess);
+        }
+        None => None,
     };
     let (twin, found) = match found {
         Some(FoundVmm { vmm, devices, states }) => {
