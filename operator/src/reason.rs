@@ -54,6 +54,9 @@ pub(crate) mod agent {
     pub(crate) const TARGET_SLOW: &str = "TargetSlow";
     /// The source's agent cannot write its journal.
     pub(crate) const JOURNAL_FAILED: &str = "JournalFailed";
+    /// Why a migration that does not go on holds its VM: its end is not durable yet, or its journal cannot be
+    /// used, or is not the only one.
+    pub(crate) const HOLDS: [&str; 3] = ["EndNotRecorded", "JournalsConflict", "JournalUnreadable"];
 }
 
 /// The longest reason that the API server takes in a condition.

@@ -48,6 +48,10 @@ pub(super) enum ServiceReason {
     OperatorReplaced,
     /// What was journalled of the migration cannot be read or used.
     JournalUnreadable,
+    /// Several open journals are about the same VM or device: none of them is acted upon.
+    JournalsConflict,
+    /// A migration of the VM has ended, and that is not durable yet.
+    EndNotRecorded,
     /// The agent was restarted, and has not found the VM again yet.
     Recovering,
     /// The point of no return has passed.

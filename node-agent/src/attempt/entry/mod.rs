@@ -11,7 +11,10 @@
 //!
 //! A change of a field here needs a new version (`journal/format.rs`) and a reader for the one before it.
 
+mod room;
 mod version_1;
+
+pub use room::NoRoom;
 
 use std::path::PathBuf;
 

@@ -83,6 +83,13 @@ pub(super) fn destination(
     entry(reference, vm, policy, &given.devices, Record::Reserved, end)
 }
 
+/// Refuses an attempt whose later records might not fit into its journal.
+pub(super) fn check_room(first: &Entry) -> Result<(), Refusal> {
+    first
+        .check_room()
+        .map_err(|error| Refusal::precondition(ServiceReason::InvalidRequest, error.to_string()))
+}
+
 /// Which attempt an entry is of. Which operator asked does not matter any more.
 pub(super) fn reference_of(entry: &Entry) -> MigrationRef {
     MigrationRef { id: entry.migration_id.clone(), attempt: entry.attempt, operator_epoch: 0 }
@@ -99,6 +106,14 @@ pub(super) fn twin_user_of(entry: &Entry) -> Option<u32> {
         EndEntry::Destination { twin_user, .. } => twin_user,
         EndEntry::Source { .. } => None,
     }
+}
+
+/// The devices of this node that an entry is about.
+pub(super) fn local_devices(entry: &Entry) -> impl Iterator<Item = &str> {
+    entry.devices.iter().map(|pair| match entry.end {
+        EndEntry::Source { .. } => pair.source.as_str(),
+        EndEntry::Destination { .. } => pair.target.as_str(),
+    })
 }
 
 /// The reservation of a destination's entry; None for a source's.

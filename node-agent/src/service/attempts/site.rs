@@ -99,14 +99,18 @@ impl Site for NodeSite {
         .boxed()
     }
 
-    fn keep(&self) -> BoxFuture<'_, ()> {
+    fn keep(&self) -> BoxFuture<'_, Result<(), String>> {
         async {
             // From here on the twin does not depend on the agent.
             self.twin.lock().await.take();
-            if let Err(error) = vms::publish(&self.plan.directory, &self.vm_json) {
-                let migration = &self.of.migration_id;
-                error!(migration, %error, "the VM runs here, but its vm.json could not be written");
-            }
+            let directory = self.plan.directory.clone();
+            let vm_json = self.vm_json.clone();
+            let published = tokio::task::spawn_blocking(move || {
+                vms::publish(&directory, &vm_json).map_err(|error| {
+                    format!("{} cannot be written: {error}", directory.join("vm.json").display())
+                })
+            });
+            published.await.unwrap_or_else(|error| Err(error.to_string()))
         }
         .boxed()
     }
