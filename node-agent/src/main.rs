@@ -7,12 +7,12 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use clap::{Parser, Subcommand, ValueEnum, value_parser};
 use slackwater_node_agent::host::identity::NoIdentity;
 use slackwater_node_agent::host::twin_users::{DEFAULT_RANGE, TwinUsers, UserRange};
 use slackwater_node_agent::host::vms::VmWatch;
-use slackwater_node_agent::journal::Journal;
+use slackwater_node_agent::journal::{Journal, forget_epoch};
 use slackwater_node_agent::process::exec::{TWIN_EXEC, TwinExec};
 use slackwater_node_agent::process::sandbox::check::check;
 use slackwater_node_agent::process::sandbox::{Sandbox, Shown};
@@ -50,6 +50,13 @@ struct Arguments {
 enum Command {
     /// Serves the node's gRPC services until SIGTERM.
     Serve(Serve),
+    /// Forgets the highest operator epoch that this node's agent has seen, if that is wrong. The agent must be
+    /// stopped, and no migration open here.
+    ForgetEpoch {
+        /// As given to `serve`.
+        #[arg(long, default_value = "/var/lib/slackwater")]
+        state_dir: PathBuf,
+    },
     /// Becomes a VMM in a cgroup and a session of its own; the agent starts twins with it.
     #[command(hide = true, name = TWIN_EXEC)]
     TwinExec(TwinExec),
@@ -98,8 +105,8 @@ struct Serve {
     /// Where cgroup v2 is mounted.
     #[arg(long, default_value = "/sys/fs/cgroup")]
     cgroup_root: PathBuf,
-    /// Seconds that a twin may take to answer.
-    #[arg(long, default_value_t = 30)]
+    /// Seconds that a twin may take to answer, at most 1800. The operator waits accordingly.
+    #[arg(long, default_value_t = 30, value_parser = value_parser!(u64).range(1..=1800))]
     twin_start_seconds: u64,
     /// Bytes per second that the migration of a QEMU VM may use of the network, and that QEMU assumes for the
     /// blackout. At least 1000.
@@ -129,6 +136,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let result = match arguments.command {
         Command::Serve(serve) => run(serve),
+        Command::ForgetEpoch { state_dir } => forget(&state_dir),
         Command::TwinExec(twin) => twin.run().map_err(Into::into),
     };
     match result {
@@ -175,18 +183,21 @@ async fn require_sandbox(run_dir: &Path, users: UserRange) -> anyhow::Result<()>
     )
 }
 
+fn forget(state_dir: &Path) -> anyhow::Result<()> {
+    match forget_epoch(state_dir)? {
+        Some(epoch) => println!("the operator epoch {epoch} is forgotten; start the agent again"),
+        None => println!("the operator epoch, which could not be read, is forgotten; start the agent again"),
+    }
+    Ok(())
+}
+
 #[tokio::main]
 async fn run(serve: Serve) -> anyhow::Result<()> {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(std::io::stderr).init();
-    let credentials = Arc::new(Credentials::read(&serve.tls_cert, &serve.tls_key, &serve.tls_ca)?);
-    let expected = Role::Agent { node: serve.node_name.clone() };
-    ensure!(
-        *credentials.role() == expected,
-        "the certificate {} is for {}, but --node-name says that this is {expected}",
-        serve.tls_cert.display(),
-        credentials.role()
-    );
+    let agent = Role::Agent { node: serve.node_name.clone() };
+    let credentials = Credentials::read_for(&agent, &serve.tls_cert, &serve.tls_key, &serve.tls_ca)?;
+    let credentials = Arc::new(credentials);
     let run_dir = without_links(&serve.run_dir)?;
     require_sandbox(&run_dir, serve.twin_uid_range).await?;
     let config = NodeConfig {

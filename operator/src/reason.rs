@@ -32,6 +32,13 @@ pub(crate) const TARGET_UNREACHABLE: &str = "TargetUnreachable";
 /// VMMigration, Prepared: the target refused, and its agent names no reason.
 pub(crate) const RESERVE_REFUSED: &str = "ReserveRefused";
 
+/// MigrationNode, Ready: the agent cannot be reached.
+pub(crate) const AGENT_UNREACHABLE: &str = "AgentUnreachable";
+/// MigrationNode, Ready: the agent is connected and does not report.
+pub(crate) const AGENT_SILENT: &str = "AgentSilent";
+/// MigrationNode, Ready, and VMMigration, Prepared and Succeeded: the agent has seen an operator epoch that is
+/// not believed.
+pub(crate) const EPOCH_TOO_HIGH: &str = "EpochTooHigh";
 /// AssignedVM, Ready: the node where the VM was last does not answer.
 pub(crate) const NODE_NOT_READY: &str = "NodeNotReady";
 /// AssignedVM, Ready: the node where the VM was last does not have it any more.

@@ -101,6 +101,16 @@ pub enum JournalError {
         /// The file.
         file: PathBuf,
     },
+    /// The epoch cannot be forgotten now.
+    #[error(
+        "{} is of a migration that has not ended here: start the agent and let the migration end, before the \
+         operator's epoch is forgotten",
+        file.display()
+    )]
+    AttemptOpen {
+        /// The file.
+        file: PathBuf,
+    },
     /// The state directory could not be created or opened.
     #[error("cannot open the state directory {}", path.display())]
     OpenDirectory {

@@ -22,6 +22,7 @@
 
 mod error;
 mod file;
+mod forget;
 mod format;
 #[cfg(test)]
 mod tests;
@@ -39,6 +40,7 @@ use strum::{Display, EnumString, IntoStaticStr};
 
 pub use error::JournalError;
 use file::{Copies, Directory, NEW, SPARE, Stored};
+pub use forget::forget_epoch;
 use format::{EPOCH_VERSION, NEWEST_VERSION};
 
 /// Bytes that are allocated for each of the two copies of a journal.

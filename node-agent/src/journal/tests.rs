@@ -496,3 +496,43 @@ proptest! {
         prop_assert_eq!(&found(&journal, &key("m")).unwrap(), last);
     }
 }
+
+#[test]
+fn an_epoch_is_forgotten_only_while_no_agent_runs_and_no_migration_is_open() {
+    let (dir, journal) = state();
+    journal.set_epoch(2_147_483_646).unwrap();
+    // Two copies.
+    journal.set_epoch(2_147_483_647).unwrap();
+    assert!(matches!(forget_epoch(dir.path()), Err(JournalError::Locked { .. })));
+    let open = journal.create(&key("open"), b"1").unwrap();
+    drop((journal, open));
+
+    let refused = forget_epoch(dir.path()).unwrap_err().to_string();
+    assert!(refused.contains("open.source is of a migration that has not ended here"), "{refused}");
+    let journal = Journal::open(dir.path()).unwrap();
+    assert_eq!(journal.epoch().unwrap(), 2_147_483_647);
+    journal.reopen(&key("open")).unwrap().finish(b"2").unwrap();
+    drop(journal);
+    fs::write(path(&dir, "damaged.destination"), b"SLKWJRNL?").unwrap();
+    assert!(forget_epoch(dir.path()).is_err());
+    fs::remove_file(path(&dir, "damaged.destination")).unwrap();
+
+    assert_eq!(forget_epoch(dir.path()).unwrap(), Some(2_147_483_647));
+    assert_eq!(names(&dir), ["open.source"]);
+    let journal = Journal::open(dir.path()).unwrap();
+    assert_eq!(journal.epoch().unwrap(), 0);
+    journal.set_epoch(3).unwrap();
+    assert_eq!(journal.epoch().unwrap(), 3);
+}
+
+#[test]
+fn a_damaged_epoch_can_be_forgotten_and_a_mistyped_state_directory_is_not_made() {
+    let (dir, journal) = state();
+    drop(journal);
+    fs::write(path(&dir, "epoch"), b"nothing of ours").unwrap();
+    assert_eq!(forget_epoch(dir.path()).unwrap(), None);
+    assert_eq!(forget_epoch(dir.path()).unwrap(), Some(0));
+    let missing = dir.path().join("mistyped");
+    assert!(matches!(forget_epoch(&missing), Err(JournalError::OpenDirectory { .. })));
+    assert!(!missing.exists());
+}

@@ -35,7 +35,7 @@ pub use migration_status::{
     BlackoutEstimate, DeviceMigration, DeviceStep, EndedAttempt, MigrationPhase, Reservation, TimelineEntry,
     Timings, TransferredBytes, VMMigrationStatus,
 };
-pub use node::{MigrationNode, MigrationNodeSpec, MigrationNodeStatus, NodeDevice};
+pub use node::{HIGHEST_ACCEPTED_EPOCH, MigrationNode, MigrationNodeSpec, MigrationNodeStatus, NodeDevice};
 
 /// The API group of all kinds.
 pub const GROUP: &str = "slackwater.dev";

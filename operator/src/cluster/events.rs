@@ -8,7 +8,7 @@ use kube::api::PostParams;
 use kube::{Api, Resource};
 
 use super::Cluster;
-use super::apply::{MANAGER, request};
+use super::apply::MANAGER;
 use crate::conditions::cut;
 use crate::notice::Notice;
 
@@ -26,7 +26,7 @@ impl Cluster {
         let namespace = about.namespace.clone().unwrap_or_else(|| CLUSTER_NAMESPACE.to_owned());
         let event = event(about, &namespace, action, notice, Timestamp::now());
         let events: Api<Event> = Api::namespaced(self.client.clone(), &namespace);
-        if let Err(error) = request(events.create(&PostParams::default(), &event)).await {
+        if let Err(error) = self.request(events.create(&PostParams::default(), &event)).await {
             tracing::warn!(reason = notice.reason, note = notice.note, %error, "an event could not be written");
         }
     }

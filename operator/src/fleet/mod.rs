@@ -4,6 +4,9 @@
 mod agent;
 mod call;
 mod index;
+mod limits;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -17,6 +20,7 @@ use crate::inventory::Inventory;
 pub use call::{CallError, Events};
 pub use index::Changes;
 use index::Index;
+use limits::Limits;
 
 /// What a MigrationNode's spec says.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,6 +29,8 @@ pub struct Address {
     pub own: String,
     /// host:port for other agents.
     pub peers: String,
+    /// The operator epoch up to which its agent is to be believed.
+    pub accepted_epoch: Option<u64>,
 }
 
 /// All agents, and what they have reported.
@@ -33,13 +39,18 @@ pub struct Fleet {
     credentials: Credentials,
     epoch: Epoch,
     tasks: TaskTracker,
+    limits: Limits,
 }
 
 impl Fleet {
     /// Without any node yet. The nodes' tasks run on `tasks`; `epoch` goes into every call that an agent acts
     /// by.
     pub fn new(credentials: Credentials, epoch: Epoch, tasks: TaskTracker) -> Arc<Self> {
-        Arc::new(Self { index: Index::default(), credentials, epoch, tasks })
+        Self::with_limits(credentials, epoch, tasks, Limits::default())
+    }
+
+    fn with_limits(credentials: Credentials, epoch: Epoch, tasks: TaskTracker, limits: Limits) -> Arc<Self> {
+        Arc::new(Self { index: Index::default(), credentials, epoch, tasks, limits })
     }
 
     /// Makes the nodes those of the map: starts to follow new ones and those with another address, and

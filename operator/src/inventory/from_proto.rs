@@ -4,6 +4,7 @@
 //! report says so.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use slackwater_api::MigrationFeature;
 use slackwater_proto::node as proto;
@@ -56,6 +57,9 @@ impl NodeReport {
             agent_version: description.agent_version,
             kernel_release: description.kernel_release,
             boot_id: description.boot_id,
+            known_epoch: description.known_epoch,
+            twin_start_limit: (description.twin_start_limit_ms > 0)
+                .then(|| Duration::from_millis(description.twin_start_limit_ms)),
             vms,
             devices: description.devices.into_iter().map(|d| (d.name.clone(), read_device(d))).collect(),
             ignored,

@@ -1,5 +1,6 @@
 //! Planning an attempt and reserving at the target: all that happens before the source is asked for anything.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -104,7 +105,13 @@ impl Run {
     pub(super) async fn reserve(&mut self) {
         let Some(accepted) = self.tracked.accepted() else { return self.tracked.give_up_unreadable().await };
         let Some(vm) = self.vm_at_source(&accepted).await else { return };
-        match self.context.fleet.reserve(&accepted.target, accepted.reserve(&vm)).await {
+        let fleet = Arc::clone(&self.context.fleet);
+        let reserved = tokio::select! {
+            reserved = fleet.reserve(&accepted.target, accepted.reserve(&vm)) => reserved,
+            // It may take as long as the twin's start. The target is asked to give back what it has then.
+            () = self.until_unwanted() => return,
+        };
+        match reserved {
             Ok(()) => {
                 self.attempt.source_never_asked = true;
                 self.tracked.draft_now().target_reserved();
@@ -116,6 +123,14 @@ impl Run {
             }
         }
         self.tracked.write().await;
+    }
+
+    /// Returns when the migration was cancelled or deleted.
+    async fn until_unwanted(&mut self) {
+        while self.tracked.draft().wish == Wish::Migrate {
+            self.tracked.changed().await;
+            self.tracked.look();
+        }
     }
 
     /// The VM as the source reports it, when both agents have been asked. `None`: something else has to be

@@ -18,7 +18,7 @@ mod tests;
 use slackwater_api::{MigrationFeature, PeerToPeer};
 
 use crate::inventory::{
-    Blocker, DeviceFeatures, Inventory, Link, Node, Vm, VmKey, VmReport, Whereabouts, reports_of, whereabouts,
+    Blocker, DeviceFeatures, Inventory, Node, Vm, VmKey, VmReport, Whereabouts, reports_of, whereabouts,
 };
 
 use fit::{Taken, Wanted};
@@ -290,15 +290,12 @@ fn choose_target<'a>(
 ) -> Result<(&'a str, Vec<Pair>), Refusal> {
     let mut lacks = Vec::new();
     for (name, node) in inventory.iter().filter(|(name, _)| *name != source) {
-        match &node.link {
-            Link::Ready => match matching::pairs(name, node, wanted, taken, checks) {
+        match node.not_ready_reason() {
+            None => match matching::pairs(name, node, wanted, taken, checks) {
                 Ok(pairs) => return Ok((name, pairs)),
                 Err(lack) => lacks.push(lack.to_string()),
             },
-            Link::Connecting | Link::Down { .. } => {
-                let error = node.not_ready_reason().unwrap_or_default();
-                lacks.push(format!("{name} is not Ready: {error}"));
-            }
+            Some(error) => lacks.push(format!("{name} is not Ready: {error}")),
         }
     }
     Err(Refusal::NoSuitableNode { vm: vm.clone(), source: source.to_owned(), lacks })

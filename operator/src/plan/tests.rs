@@ -5,7 +5,7 @@ use slackwater_api::{MigrationFeature, PeerToPeer};
 
 use super::matching::assign;
 use super::*;
-use crate::inventory::{Device, NodeReport, VmState};
+use crate::inventory::{Device, Link, NodeReport, VmState};
 
 const ALL: &[MigrationFeature] =
     &[MigrationFeature::StopCopy, MigrationFeature::P2p, MigrationFeature::PreCopy];
@@ -33,6 +33,7 @@ fn node(devices: Vec<(&str, Device)>) -> Node {
         peer_address: "10.0.0.9:7443".into(),
         link: Link::Ready,
         report: Some(report),
+        ..Default::default()
     }
 }
 
@@ -106,7 +107,8 @@ fn a_vm_that_no_node_reports_is_refused_with_the_vms_that_may_be_meant() {
         "VMNotFound",
         "No node reports a VM demo/conter. Reported are: demo/counter. `kubectl get assignedvms -A` lists all of them.",
     );
-    inventory.get_mut("node-b").unwrap().link = Link::Down { error: "connection refused".into() };
+    inventory.get_mut("node-b").unwrap().link =
+        Link::Down { reason: "AgentUnreachable", error: "connection refused".into() };
     assert!(refused(&request, &inventory, &[]).1.contains("Not asked, since not Ready: node-b."));
     assert_refused(
         &request,
@@ -162,7 +164,8 @@ fn a_second_migration_of_the_same_vm_is_refused_with_the_name_of_the_first() {
 #[test]
 fn a_source_that_does_not_answer_is_named_with_its_error() {
     let mut inventory = two_nodes();
-    inventory.get_mut("node-a").unwrap().link = Link::Down { error: "connection refused".into() };
+    inventory.get_mut("node-a").unwrap().link =
+        Link::Down { reason: "AgentUnreachable", error: "connection refused".into() };
     assert_refused(
         &request(),
         &inventory,
@@ -258,7 +261,8 @@ fn a_target_that_is_unknown_or_the_source_or_silent_is_refused() {
         "TargetIsSource",
         "VM demo/counter is on node-a already. Name another node in spec.target.nodeName, or leave it out.",
     );
-    inventory.get_mut("node-b").unwrap().link = Link::Down { error: "no route to host".into() };
+    inventory.get_mut("node-b").unwrap().link =
+        Link::Down { reason: "AgentUnreachable", error: "no route to host".into() };
     assert_refused(
         &to("node-b"),
         &inventory,

@@ -7,6 +7,7 @@ use slackwater_api::{MigrationNodeStatus, NodeDevice};
 use super::count;
 use crate::conditions::{self, Finding, Stamp, Status};
 use crate::inventory::{Device, DeviceFeatures, Link, Node};
+use crate::reason::EPOCH_TOO_HIGH;
 
 /// What the status should be. The last report of a node that does not answer stays.
 pub(super) fn node_status(node: &Node, previous: &[Condition], stamp: Stamp) -> MigrationNodeStatus {
@@ -34,11 +35,16 @@ fn ready(node: &Node) -> Finding {
             let message = format!("The agent at {} has not answered yet.", node.address);
             Finding::new(Status::Unknown, "Connecting", message)
         }
-        Link::Down { error } => {
+        Link::Down { reason, error } => {
             let error = error.trim_end_matches('.');
             let last = if node.report.is_some() { " What is shown here is its last report." } else { "" };
             let message = format!("The agent does not answer: {error}.{last}");
-            Finding::new(Status::False, "AgentUnreachable", message)
+            Finding::new(Status::False, *reason, message)
+        }
+        Link::Ready if node.epoch_claim.is_some() => {
+            let claim = node.not_ready_reason().unwrap_or_default();
+            let message = format!("The agent at {} answers, and is set aside: {claim}.", node.address);
+            Finding::new(Status::False, EPOCH_TOO_HIGH, message)
         }
         Link::Ready => {
             let ignored: Vec<_> = node.report.iter().flat_map(|report| report.ignored.clone()).collect();
@@ -77,6 +83,7 @@ mod tests {
     use jiff::Timestamp;
 
     use super::*;
+    use crate::epoch::EpochClaim;
     use crate::inventory::NodeReport;
 
     const STAMP: Stamp = Stamp { generation: Some(2), now: Timestamp::UNIX_EPOCH };
@@ -90,6 +97,7 @@ mod tests {
             peer_address: "10.0.0.1:7443".into(),
             link,
             report: Some(report),
+            ..Default::default()
         }
     }
 
@@ -103,8 +111,24 @@ mod tests {
     }
 
     #[test]
+    fn an_agent_that_is_set_aside_is_not_ready_with_both_epochs_and_the_remedy() {
+        let claim = Some(EpochClaim { known: 5000, own: 1, limit: 65 });
+        let status = node_status(&Node { epoch_claim: claim, ..node(Link::Ready) }, &[], STAMP);
+        let ready = conditions::find(&status.conditions, READY).unwrap();
+        assert_eq!((ready.status.as_str(), ready.reason.as_str()), ("False", "EpochTooHigh"));
+        for words in ["epoch 5000", "has 1", "acceptEpochUpTo of this MigrationNode to 5000", "forget-epoch"]
+        {
+            assert!(ready.message.contains(words), "{}", ready.message);
+        }
+    }
+
+    #[test]
     fn a_silent_node_is_not_ready_with_a_message_and_keeps_its_last_report() {
-        let status = node_status(&node(Link::Down { error: "connection refused".into() }), &[], STAMP);
+        let status = node_status(
+            &node(Link::Down { reason: "AgentUnreachable", error: "connection refused".into() }),
+            &[],
+            STAMP,
+        );
         let ready = conditions::find(&status.conditions, READY).unwrap();
         assert_eq!((ready.status.as_str(), ready.reason.as_str()), ("False", "AgentUnreachable"));
         assert_eq!(

@@ -42,7 +42,8 @@ pub async fn run(cluster: Cluster, mut nodes: Observed<MigrationNode>, fleet: Ar
 
 fn address(node: &MigrationNode) -> Address {
     let own = node.spec.address.clone();
-    Address { peers: node.spec.peer_address.clone().unwrap_or_else(|| own.clone()), own }
+    let accepted_epoch = node.spec.accept_epoch_up_to.and_then(|epoch| u64::try_from(epoch).ok());
+    Address { peers: node.spec.peer_address.clone().unwrap_or_else(|| own.clone()), own, accepted_epoch }
 }
 
 async fn show(cluster: &Cluster, node: &MigrationNode, fleet: &Fleet) -> Result<(), WriteError> {

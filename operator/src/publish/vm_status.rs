@@ -170,7 +170,7 @@ mod tests {
             devices: BTreeMap::from([("a1".to_owned(), device)]),
             ..Default::default()
         };
-        Node { address: String::new(), peer_address: String::new(), link: Link::Ready, report: Some(report) }
+        Node { link: Link::Ready, report: Some(report), ..Default::default() }
     }
 
     fn at(nodes: Vec<(&str, Node)>) -> Inventory {
@@ -223,7 +223,7 @@ mod tests {
     fn a_vm_of_a_silent_node_is_unknown_and_a_vm_that_left_its_node_is_not_reported() {
         let before = fresh(&at(vec![("node-a", node(Some(vm())))]));
         let mut silent = node(Some(vm()));
-        silent.link = Link::Down { error: "timeout".into() };
+        silent.link = Link::Down { reason: "AgentUnreachable", error: "timeout".into() };
         let status = vm_status(&key(), &at(vec![("node-a", silent)]), &[], &before, STAMP);
         assert_eq!(seen(&status, READY), ("Unknown".into(), "NodeNotReady".into()));
         assert_eq!(seen(&status, MIGRATABLE).0, "Unknown");

@@ -45,6 +45,10 @@ pub(crate) struct Script {
     pub(crate) abort: Option<Status>,
     pub(crate) release: Option<Status>,
     pub(crate) resolve: Option<Status>,
+    /// It accepts Watch and never reports.
+    pub(crate) silent: bool,
+    /// It accepts Reserve and never answers.
+    pub(crate) reserve_hangs: bool,
     /// The highest epoch that it has seen: a call with a lower one is refused.
     pub(crate) known_epoch: u64,
     /// The content of its journal.
@@ -360,6 +364,9 @@ impl NodeAgent for Service {
     }
 
     async fn watch(&self, _: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        if self.0.script.lock().unwrap().silent {
+            return Ok(Response::new(stream::pending().boxed()));
+        }
         let descriptions = tokio_stream::wrappers::WatchStream::new(self.0.description.subscribe());
         Ok(Response::new(descriptions.map(|node| Ok(WatchResponse { node: Some(node) })).boxed()))
     }
@@ -368,6 +375,10 @@ impl NodeAgent for Service {
         let request = request.into_inner();
         self.0.fence(request.migration.as_ref())?;
         self.0.record(Call::Reserve(request));
+        let hangs = self.0.script.lock().unwrap().reserve_hangs;
+        if hangs {
+            pending::<()>().await;
+        }
         self.0.answer(|script| &script.reserve).map(|()| Response::new(ReserveResponse {}))
     }
 

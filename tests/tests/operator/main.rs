@@ -14,6 +14,7 @@ mod attempts;
 mod budget;
 mod doubt;
 mod fake_agent;
+mod hanging;
 mod joining;
 mod leading;
 mod refusals;

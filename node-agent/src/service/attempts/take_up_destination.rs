@@ -4,7 +4,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::journalled_vmm::{self, FoundVmm, Route};
+use slackwater_handover::Record;
+
+use super::journalled_vmm::{self, Connection, FoundVmm, Route};
 use super::reopen::{TakeUpError, reopen, restarted};
 use super::resources::NodeResources;
 use super::{entries, reservation};
@@ -31,8 +33,23 @@ pub(super) async fn take_up(node: &NodeResources, key: Key, entry: Entry) -> Res
     let user = entries::twin_user_of(&entry).map(|number| node.twin_users.take_again(number));
     let site = reservation::site(node, &reference, &entries::vm_of(&entry), &request, &devices, user)?;
     let driver = site.driver();
-    let route = Route::Twin(&json.vmm, &socket);
-    let (twin, found) = match journalled_vmm::find(&route, node, entry.vmm.as_ref()).await {
+    let route = || {
+        Ok(Route {
+            vmm: json.vmm.clone(),
+            socket: socket.clone(),
+            folder: directory.clone(),
+            connection: Connection::Own,
+        })
+    };
+    let found = match &entry.vmm {
+        Some(process) => journalled_vmm::find(route, node, &entry.migration_id, process).await,
+        // A twin that loads, or may have run, was journalled before.
+        None if matches!(entry.record, Record::Loaded | Record::Starting) => {
+            return Err(TakeUpError::NoProcess);
+        }
+        None => None,
+    };
+    let (twin, found) = match found {
         Some(FoundVmm { vmm, devices, states }) => {
             (Some(Twin { vmm: vmm as Arc<dyn Vmm>, devices, process: entry.vmm.clone() }), states)
         }
