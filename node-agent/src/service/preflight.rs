@@ -136,6 +136,7 @@ impl Preflight {
             verdict = self.judge(given, plan, FRESH).await;
         }
         verdict.findings.extend(self.confined(plan).await?);
+        verdict.findings.sort_by_key(|finding| finding.kind);
         for what in &verdict.not_compared {
             warn!(vm = plan.cgroup_name, "not compared before the twin is started: {what}");
         }

@@ -111,7 +111,7 @@ async fn a_cancelled_migration_of_a_qemu_vm_leaves_it_running_before_and_at_the_
 }
 
 /// Changes the arguments of the VM's twin, as its administrator would in `vm.json`.
-async fn with_twin(cluster: &Cluster, change: impl Fn(&mut Vec<Value>)) {
+pub(crate) async fn with_twin(cluster: &Cluster, change: impl Fn(&mut Vec<Value>)) {
     let (vm, node) = (cluster.qemu().unwrap(), cluster.lab.node("node-a").unwrap());
     let path = format!("{}/vm.json", vm.directory());
     vm.publish(node).await.unwrap();

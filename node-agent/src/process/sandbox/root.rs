@@ -61,7 +61,7 @@ pub(super) fn enter(sandbox: &Sandbox) -> Result<(), SandboxError> {
     shown.sort();
     let cloned = shown.into_iter().map(clone).collect::<Result<Vec<_>, _>>()?;
 
-    umask(Mode::empty());
+    umask(Mode::WGRP | Mode::WOTH);
     let at = &sandbox.directory;
     mount("tmpfs", at, "tmpfs", ALWAYS, SIZE).map_err(step("mount its root"))?;
     chdir(at).map_err(step("enter its root"))?;
