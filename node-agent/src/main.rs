@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use clap::{Parser, Subcommand, value_parser};
 use slackwater_node_agent::host::identity::NoIdentity;
 use slackwater_node_agent::host::vms::VmWatch;
@@ -120,6 +120,14 @@ fn main() -> ExitCode {
     }
 }
 
+/// A path without links, of a directory that is made if it does not exist: in a VM's folder no link is
+/// followed, whether the administrator or a tenant has made it.
+fn without_links(directory: &Path) -> anyhow::Result<PathBuf> {
+    std::fs::create_dir_all(directory)
+        .and_then(|()| std::fs::canonicalize(directory))
+        .with_context(|| format!("cannot make the directory {}", directory.display()))
+}
+
 fn forget(state_dir: &Path) -> anyhow::Result<()> {
     match forget_epoch(state_dir)? {
         Some(epoch) => println!("the operator epoch {epoch} is forgotten; start the agent again"),
@@ -132,17 +140,12 @@ fn forget(state_dir: &Path) -> anyhow::Result<()> {
 async fn run(serve: Serve) -> anyhow::Result<()> {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(std::io::stderr).init();
-    let credentials = Arc::new(Credentials::read(&serve.tls_cert, &serve.tls_key, &serve.tls_ca)?);
-    let expected = Role::Agent { node: serve.node_name.clone() };
-    ensure!(
-        *credentials.role() == expected,
-        "the certificate {} is for {}, but --node-name says that this is {expected}",
-        serve.tls_cert.display(),
-        credentials.role()
-    );
+    let agent = Role::Agent { node: serve.node_name.clone() };
+    let credentials = Credentials::read_for(&agent, &serve.tls_cert, &serve.tls_key, &serve.tls_ca)?;
+    let credentials = Arc::new(credentials);
     let config = NodeConfig {
         node: serve.node_name,
-        run_dir: serve.run_dir,
+        run_dir: without_links(&serve.run_dir)?,
         cgroup_root: serve.cgroup_root,
         twin_programs: serve.twin_programs,
         twin_start_limit: Duration::from_secs(serve.twin_start_seconds),

@@ -9,6 +9,7 @@ use slackwater_api::parse_duration;
 use slackwater_operator::crds;
 use slackwater_operator::leadership::Terms;
 use slackwater_operator::plan::Checks;
+use slackwater_proto::identity::Role;
 use slackwater_proto::tls::Credentials;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -84,7 +85,7 @@ async fn run_operator(run: Run) -> anyhow::Result<()> {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
 
-    let credentials = Credentials::read(&run.tls_cert, &run.tls_key, &run.tls_ca)?;
+    let credentials = Credentials::read_for(&Role::Operator, &run.tls_cert, &run.tls_key, &run.tls_ca)?;
     let config = kube::Config::infer().await.context("there is no configuration of an API server")?;
     let terms = Terms {
         namespace: run.lease_namespace.unwrap_or_else(|| config.default_namespace.clone()),

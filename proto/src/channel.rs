@@ -86,6 +86,16 @@ pub enum ConnectError {
         /// The names that the certificate carries.
         presented: Vec<String>,
     },
+    /// Their certificate is good and has the node's name, but is not that of the node's agent.
+    #[error("{address} is not the agent of {node}: {reason}")]
+    WrongRole {
+        /// Whom we wanted.
+        node: String,
+        /// Where.
+        address: String,
+        /// Whose certificate it is.
+        reason: String,
+    },
     /// Our certificate was not accepted there.
     #[error("{node} at {address} refuses our certificate: {reason}")]
     OurCertificate {
@@ -132,7 +142,8 @@ struct Target {
 /// Connects to the agent of `node` at `address` (host:port) with mutual TLS, and waits until it has answered
 /// a health check.
 ///
-/// The node's name is the TLS server name: the agent's certificate must carry it as a DNS name.
+/// Only the agent of that node is accepted: its certificate must carry the node's name as a DNS name, and
+/// as its one role by URI ([`crate::identity`]).
 ///
 /// # Errors
 /// See [`ConnectError`]; each of TCP, TLS and the answer has [`CONNECT_TIMEOUT`].
@@ -147,7 +158,7 @@ pub async fn connect(credentials: &Credentials, address: &str, node: &str) -> Re
         return Err(bad_name());
     }
     let configure = |reason: String| ConnectError::Configure { reason };
-    let tls = credentials.client().map_err(|error| configure(error.to_string()))?;
+    let tls = credentials.client(node).map_err(|error| configure(error.to_string()))?;
     let target = Target {
         tls: TlsConnector::from(Arc::new(tls)),
         name: ServerName::try_from(node.to_owned()).map_err(|_| bad_name())?,
@@ -221,6 +232,7 @@ impl Target {
             Refusal::Ours(reason) => ConnectError::OurCertificate { node, address, reason },
             Refusal::Theirs(reason) => ConnectError::TheirCertificate { node, address, reason },
             Refusal::WrongName(presented) => ConnectError::WrongName { node, address, presented },
+            Refusal::WrongRole(reason) => ConnectError::WrongRole { node, address, reason },
             Refusal::Protocol(reason) => ConnectError::Answer { node, address, reason },
         }
     }

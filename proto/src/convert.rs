@@ -5,7 +5,7 @@ use slackwater_handover::state::Features;
 use slackwater_handover::{Failure, Reason, Record, Word, source};
 
 use crate::node::{self, Finished, JournalRecord, JournalState, MigrationFeatures, Outcome};
-use crate::transfer::Failed;
+use crate::transfer::{self, Failed};
 
 /// A record that only a newer agent knows. It says nothing, which is not the same as having no journal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -169,6 +169,12 @@ impl From<source::End> for Finished {
 }
 
 impl From<&Failure> for Failed {
+    fn from(failure: &Failure) -> Self {
+        Self { reason: failure.reason.as_str().to_owned(), message: failure.message.clone() }
+    }
+}
+
+impl From<&Failure> for transfer::Doubt {
     fn from(failure: &Failure) -> Self {
         Self { reason: failure.reason.as_str().to_owned(), message: failure.message.clone() }
     }

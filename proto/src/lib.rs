@@ -23,6 +23,7 @@ pub mod refusal;
 pub mod server;
 pub mod tls;
 mod tls_reason;
+mod verifier;
 mod watched_io;
 
 /// The generated messages, clients and servers. The .proto files give units, errors and meanings.

@@ -204,7 +204,7 @@ fn why_refused(error: &io::Error) -> String {
             format!("the caller does not accept this server's certificate: {reason}")
         }
         Some(Refusal::WrongName(names)) => format!("the caller's certificate is for {}", names.join(", ")),
-        Some(Refusal::Protocol(reason)) => reason,
+        Some(Refusal::WrongRole(reason) | Refusal::Protocol(reason)) => reason,
         None => error.to_string(),
     }
 }

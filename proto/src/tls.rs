@@ -5,15 +5,17 @@ use std::sync::Arc;
 use std::{fmt, io};
 
 use tokio_rustls::rustls;
+use tokio_rustls::rustls::client::Resumption;
 use tokio_rustls::rustls::crypto::{CryptoProvider, ring};
 use tokio_rustls::rustls::pki_types::pem::{self, PemObject};
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use tokio_rustls::rustls::server::WebPkiClientVerifier;
+use tokio_rustls::rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use tokio_rustls::rustls::sign::CertifiedKey;
 use tokio_rustls::rustls::{ClientConfig, RootCertStore, ServerConfig};
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::identity::{IdentityError, Role};
+use crate::verifier::AgentVerifier;
 
 /// What one end shows and whom it trusts.
 ///
@@ -70,6 +72,16 @@ pub enum CredentialsError {
         /// End, for a person.
         to: String,
     },
+    /// The certificate is for somebody else.
+    #[error("the certificate {path} is for {is}, and this is {wanted}")]
+    OtherRole {
+        /// The file.
+        path: PathBuf,
+        /// Whose certificate it is.
+        is: Role,
+        /// Whose it should be.
+        wanted: Role,
+    },
     /// The certificate names no role of Slackwater.
     #[error("the certificate {path} is not usable: {source}")]
     Role {
@@ -120,18 +132,40 @@ impl Credentials {
         Ok(Self { own: Arc::new(own), trusted: Arc::new(trusted), role })
     }
 
-    /// The role that the certificate names: an agent checks at its start that it is its own node's.
+    /// As [`Credentials::read`], for a program that has this role and no other.
+    ///
+    /// # Errors
+    /// As [`Credentials::read`], and if the certificate is for another role.
+    pub fn read_for(
+        wanted: &Role,
+        certificate: &Path,
+        key: &Path,
+        ca: &Path,
+    ) -> Result<Self, CredentialsError> {
+        let read = Self::read(certificate, key, ca)?;
+        if read.role == *wanted {
+            return Ok(read);
+        }
+        let (path, is) = (certificate.to_owned(), read.role);
+        Err(CredentialsError::OtherRole { path, is, wanted: wanted.clone() })
+    }
+
+    /// The role that the certificate names.
     pub fn role(&self) -> &Role {
         &self.role
     }
 
-    /// For a caller: TLS 1.3, shows our certificate, accepts only what our CA issued.
-    pub(crate) fn client(&self) -> Result<ClientConfig, rustls::Error> {
+    /// For a caller: TLS 1.3, shows our certificate, accepts only the agent of `node`, certified by our CA.
+    pub(crate) fn client(&self, node: &str) -> Result<ClientConfig, rustls::Error> {
+        let verifier = AgentVerifier::new(Arc::clone(&self.trusted), provider(), node)?;
         let mut config = ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&rustls::version::TLS13])?
-            .with_root_certificates(Arc::clone(&self.trusted))
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(verifier))
             .with_client_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(Arc::clone(&self.own))));
         config.alpn_protocols = vec![ALPN_H2.to_vec()];
+        // A resumed session would skip the judgement of the certificate.
+        config.resumption = Resumption::disabled();
         Ok(config)
     }
 
@@ -145,6 +179,8 @@ impl Credentials {
             .with_client_cert_verifier(verifier)
             .with_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(Arc::clone(&self.own))));
         config.alpn_protocols = vec![ALPN_H2.to_vec()];
+        config.send_tls13_tickets = 0;
+        config.session_storage = Arc::new(NoServerSessionStorage {});
         Ok(config)
     }
 }

@@ -8,6 +8,8 @@ use std::error::Error;
 
 use tokio_rustls::rustls::{self, AlertDescription, CertificateError};
 
+use crate::verifier::WrongRole;
+
 /// What a failed handshake means.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Refusal {
@@ -17,6 +19,8 @@ pub(crate) enum Refusal {
     Theirs(String),
     /// Their certificate is good, but for other names than the one that was called.
     WrongName(Vec<String>),
+    /// Their certificate is good, but not for the role that was called.
+    WrongRole(String),
     /// Something else than a certificate.
     Protocol(String),
 }
@@ -47,6 +51,9 @@ pub(crate) fn refusal(error: &rustls::Error) -> Refusal {
             Refusal::WrongName(dns_names(presented))
         }
         E::InvalidCertificate(CertificateError::NotValidForName) => Refusal::WrongName(Vec::new()),
+        E::InvalidCertificate(CertificateError::Other(other)) if other.0.is::<WrongRole>() => {
+            Refusal::WrongRole(other.0.to_string())
+        }
         E::InvalidCertificate(reason) => Refusal::Theirs(certificate(reason)),
         E::AlertReceived(alert) => match alert {
             AlertDescription::CertificateRequired => {

@@ -278,6 +278,33 @@ async fn an_agent_that_is_another_node_is_not_taken_for_the_one_that_was_called(
 }
 
 #[tokio::test]
+async fn a_server_that_is_not_the_agent_of_the_node_is_refused_even_if_its_dns_name_fits() {
+    let ca = Authority::new();
+    let operator = ca.operator();
+    for (node, names, role, told_role) in [
+        ("node-a", "node-a", "operator", "the operator"),
+        ("node-a", "node-a", "agent/node-b", "the agent of node node-b"),
+        ("node-a", "NODE-A", "agent/node-b", "the agent of node node-b"),
+        ("a.lab.example", "*.lab.example", "agent/b.lab.example", "the agent of node b.lab.example"),
+    ] {
+        ca.issue("impostor", &format!("spiffe://slackwater.dev/{role}"), |params| {
+            params.subject_alt_names.push(SanType::DnsName(names.try_into().unwrap()));
+        });
+        let serving = serve(&ca.read("impostor").unwrap(), SOON).await;
+        let error = channel::connect(&operator, &serving.address, node).await.unwrap_err();
+        assert_eq!(
+            told(&error, &serving),
+            format!("ADDRESS is not the agent of {node}: its certificate is for {told_role}"),
+            "{names} {role}"
+        );
+        // A source agent asks in the same way.
+        let agent = ca.agent("node-c");
+        let error = channel::connect(&agent, &serving.address, node).await.unwrap_err();
+        assert!(matches!(error, ConnectError::WrongRole { .. }), "{error}");
+    }
+}
+
+#[tokio::test]
 async fn a_certificate_without_a_role_connects_and_may_do_nothing() {
     let ca = Authority::new();
     let serving = serve(&ca.agent("node-a"), SOON).await;
@@ -509,6 +536,13 @@ fn credentials_that_do_not_fit_are_refused_by_file_and_fault() {
         error("ca.pem", "operator.key", "ca.pem"),
         "the certificate DIR/ca.pem is not usable: the certificate names no role: it has no URI in its \
          alternative names that begins with spiffe://slackwater.dev/"
+    );
+    let file = |name: &str| ca.path(name);
+    let read =
+        Credentials::read_for(&Role::Operator, &file("node-a.pem"), &file("node-a.key"), &file("ca.pem"));
+    assert_eq!(
+        read.unwrap_err().to_string().replace(&ca.dir.path().display().to_string(), "DIR"),
+        "the certificate DIR/node-a.pem is for the agent of node node-a, and this is the operator"
     );
     let debug = format!("{:?}", ca.read("operator").unwrap());
     assert_eq!(debug, "Credentials { role: Operator, .. }", "no key may get into a log");

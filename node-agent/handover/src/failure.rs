@@ -7,6 +7,8 @@ use strum::{EnumIter, EnumString, IntoStaticStr};
 pub enum Reason {
     /// A device refused a state change, a read or a write.
     DeviceFailed,
+    /// A call to a device does not return.
+    DeviceHangs,
     /// The VMM refused a call or did not answer.
     #[strum(serialize = "VMMFailed")]
     VmmFailed,

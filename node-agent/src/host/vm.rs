@@ -24,7 +24,8 @@
 //! `vmm.devices`, of a QEMU VM, are the ids of its VFIO devices, in the order in which placeholders count
 //! them.
 //!
-//! `vmm.socket` is absolute, or relative to the directory of `vm.json`. Placeholders in
+//! `vmm.socket` is relative to the directory of `vm.json`. It may also be absolute, and lie elsewhere, in a
+//! directory that belongs to the agent's user; a twin's socket always lies in its directory. Placeholders in
 //! `twin.args`:
 //!
 //! | placeholder | value at the destination |
@@ -43,17 +44,21 @@
 
 use std::path::{Component, Path, PathBuf};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use slackwater_handover::policy::Driver;
 use strum::IntoStaticStr;
 
 use super::placeholders::pieces;
+use crate::process::folder::relative;
 
 /// The largest `vm.json`, in bytes.
 pub const VM_JSON_LIMIT_BYTES: usize = 64 << 10;
 
 /// The longest path of a Unix socket, in bytes: `sun_path` less its NUL (unix(7)).
 const SOCKET_PATH_LIMIT_BYTES: usize = 107;
+
+/// What the socket of a QEMU VM's stream has after the name of its monitor.
+pub(crate) const STREAM_SUFFIX: &str = ".migrate";
 
 /// The content of a `vm.json`, checked.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -84,7 +89,7 @@ pub struct VmmEntry {
 }
 
 /// The protocol of a VMM.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, IntoStaticStr)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, IntoStaticStr)]
 #[serde(rename_all = "lowercase")]
 #[strum(serialize_all = "lowercase")]
 pub enum VmmKind {
@@ -319,15 +324,36 @@ impl VmJson {
     /// [`VmJsonError::Value`] if the path is longer than the kernel accepts.
     pub fn socket_in(&self, directory: &Path) -> Result<PathBuf, VmJsonError> {
         let socket = directory.join(&self.vmm.socket);
-        let bytes = socket.as_os_str().len();
-        if bytes > SOCKET_PATH_LIMIT_BYTES {
+        let more = if self.vmm.kind == VmmKind::Qemu { STREAM_SUFFIX.len() } else { 0 };
+        let (bytes, most) = (socket.as_os_str().len(), SOCKET_PATH_LIMIT_BYTES - more);
+        if bytes > most {
+            let why = if more == 0 { "" } else { ", less what the migration's own socket beside it needs" };
             let right = format!(
-                "becomes {}, {bytes} bytes: a socket's path has at most {SOCKET_PATH_LIMIT_BYTES}",
+                "becomes {}, {bytes} bytes: a socket's path has at most {most}{why}",
                 socket.display()
             );
             return Err(value("vmm.socket", &self.vmm.socket.display(), right));
         }
         Ok(socket)
+    }
+
+    /// The socket of the twin of this VM: as [`VmJson::socket_in`], but only in `directory`. It is made and
+    /// unlinked there, so another machine must not name another place.
+    ///
+    /// # Errors
+    /// [`VmJsonError::Value`].
+    pub fn twin_socket_in(&self, directory: &Path) -> Result<PathBuf, VmJsonError> {
+        let socket = self.socket_in(directory)?;
+        match relative(directory, &socket) {
+            Some(_) => Ok(socket),
+            None => Err(self.socket_elsewhere(directory)),
+        }
+    }
+
+    /// The socket is outside of the VM's directory, and may not be.
+    pub(super) fn socket_elsewhere(&self, directory: &Path) -> VmJsonError {
+        let right = format!("must lie in the VM's folder, {}: a name alone is right", directory.display());
+        value("vmm.socket", &self.vmm.socket.display(), right)
     }
 
     /// Checks that the administrator of this node allows the program to be started as a twin.

@@ -265,3 +265,27 @@ proptest! {
         prop_assert_eq!(twin_arguments(&vm, Path::new("/s"), &[]).unwrap().arguments, vec![text]);
     }
 }
+
+#[test]
+fn a_twins_socket_lies_in_its_folder_whatever_the_source_says() {
+    let directory = Path::new("/run/slackwater/vms/demo.counter");
+    let socket = |socket: &str| {
+        let mut vm = good();
+        vm["vmm"]["socket"] = json!(socket);
+        parse(&vm.to_string()).unwrap().twin_socket_in(directory).map_err(|error| error.to_string())
+    };
+    let inside = directory.join("vmm.sock");
+    assert_eq!(socket("vmm.sock").unwrap(), inside);
+    assert_eq!(socket(inside.to_str().unwrap()).unwrap(), inside);
+    assert_eq!(socket("sub/vmm.sock").unwrap(), directory.join("sub/vmm.sock"));
+    for bad in ["/etc/shadow", "/run/slackwater/vms/demo.other/vmm.sock", "/run/slackwater/vms/demo.counter2"]
+    {
+        assert_eq!(
+            socket(bad).unwrap_err(),
+            format!(
+                "vm.json: field `vmm.socket`: `{bad}` must lie in the VM's folder, {}: a name alone is right",
+                directory.display()
+            )
+        );
+    }
+}

@@ -4,18 +4,20 @@
 //! with its error. A writer completes the file first and then moves it into place, as [`publish`] does; else
 //! the list may show it broken for a moment.
 
-use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::fs;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::thread;
 
 use notify::{Event, RecommendedWatcher, RecursiveMode, Watcher};
+use rustix::process::geteuid;
 use tokio::sync::watch;
 use tracing::{info, warn};
 
 use super::vm::{self, VM_JSON_LIMIT_BYTES, VmJson, VmJsonError};
 use crate::process::file_events::is_change;
+use crate::process::folder::Folder;
 
 /// The file that makes a directory a VM.
 const VM_JSON: &str = "vm.json";
@@ -61,6 +63,8 @@ pub struct KnownVm {
     pub json: VmJson,
     /// Its text, as it goes to a destination.
     pub text: String,
+    /// Its directory.
+    pub directory: PathBuf,
     /// The socket of its VMM.
     pub socket: PathBuf,
 }
@@ -101,8 +105,11 @@ pub fn directory_of(run_dir: &Path, namespace: &str, name: &str) -> PathBuf {
 }
 
 /// Whether the directory holds a VM. A twin's does not yet.
-pub fn holds_vm(directory: &Path) -> bool {
-    directory.join(VM_JSON).exists()
+///
+/// # Errors
+/// If it is a link, or cannot be looked into.
+pub fn holds_vm(directory: &Path) -> io::Result<bool> {
+    Folder::open(directory)?.map_or(Ok(false), |folder| folder.has(VM_JSON))
 }
 
 /// Makes the VM known whose directory this is: writes its `vm.json` at once or not at all, durably.
@@ -110,33 +117,26 @@ pub fn holds_vm(directory: &Path) -> bool {
 /// # Errors
 /// If the file cannot be written. There is then none, or the one that was there before.
 pub fn publish(directory: &Path, vm_json: &str) -> io::Result<()> {
-    let temporary = directory.join(TEMPORARY);
-    let mut file = File::create(&temporary)?;
+    let folder = Folder::open(directory)?.ok_or(io::ErrorKind::NotFound)?;
+    let mut file = folder.create_own(TEMPORARY)?;
     file.write_all(vm_json.as_bytes())?;
     file.sync_all()?;
-    fs::rename(&temporary, directory.join(VM_JSON))?;
-    File::open(directory)?.sync_all()
+    folder.rename_own(TEMPORARY, VM_JSON)
 }
 
-/// Takes a VM away from this node: its `vm.json` first, so that half of a VM is never seen, then `files`,
-/// then the directory, if nothing else is in it. Files of others (a disk, say) stay.
+/// Takes a VM away from this node: its `vm.json` first, so that half of a VM is never seen, then the agent's
+/// own `files` and the socket if they are in the directory, then the directory, if nothing else is in it.
+/// Files of others (a disk, say) stay, and so does everything that is elsewhere, whatever the socket names.
 ///
 /// # Errors
 /// If something cannot be removed. A missing file is not an error.
-pub fn retire(directory: &Path, files: &[&Path]) -> io::Result<()> {
-    let own = [directory.join(VM_JSON), directory.join(TEMPORARY)];
-    for file in own.iter().map(PathBuf::as_path).chain(files.iter().copied()) {
-        match fs::remove_file(file) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
+pub fn retire(directory: &Path, socket: &Path, files: &[&str]) -> io::Result<()> {
+    let Some(folder) = Folder::open(directory)? else { return Ok(()) };
+    for file in [VM_JSON, TEMPORARY].iter().chain(files) {
+        folder.remove_own(file)?;
     }
-    match fs::remove_dir(directory) {
-        Err(error) if !matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty) => {
-            Err(error)
-        }
-        _ => Ok(()),
-    }
+    folder.remove_socket(socket)?;
+    folder.remove_if_empty()
 }
 
 /// The list of VMs, kept up to date for as long as this lives.
@@ -261,10 +261,10 @@ fn list(vms: &Path, mut watch: impl FnMut(&Path)) -> Vec<VmEntry> {
         }
         let directory = entry.path();
         watch(&directory);
-        let vm = match read(&directory.join(VM_JSON)) {
-            Ok(Some(text)) => parse(&directory, text),
+        let vm = match read(&directory) {
+            Ok(Some(known)) => Ok(known),
             Ok(None) => continue,
-            Err(error) => Err(UnusableVm::Read { reason: error.to_string() }),
+            Err(error) => Err(error),
         };
         found.push(VmEntry { directory, vm });
     }
@@ -272,32 +272,28 @@ fn list(vms: &Path, mut watch: impl FnMut(&Path)) -> Vec<VmEntry> {
     found
 }
 
-/// The text of a `vm.json`, one byte more than the limit at most. `None` if there is none.
-fn read(path: &Path) -> io::Result<Option<String>> {
-    // Not followed if it is a link, and not opened if it is a pipe: that would block.
-    match fs::symlink_metadata(path) {
-        Ok(metadata) if !metadata.is_file() => return Err(io::Error::other("it is not a regular file")),
-        Ok(_) => {}
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error),
-    }
-    let mut text = Vec::new();
-    match File::open(path) {
-        Ok(file) => file.take(VM_JSON_LIMIT_BYTES as u64 + 1).read_to_end(&mut text)?,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error),
-    };
-    String::from_utf8(text).map(Some).map_err(|_| io::Error::other("it is not UTF-8"))
+/// A VM's own directory, which its VMM may write to. None if there is no `vm.json`.
+fn read(directory: &Path) -> Result<Option<KnownVm>, UnusableVm> {
+    let unreadable = |error: io::Error| UnusableVm::Read { reason: error.to_string() };
+    let Some(folder) = Folder::open(directory).map_err(unreadable)? else { return Ok(None) };
+    let Some(text) = folder.read(VM_JSON, VM_JSON_LIMIT_BYTES).map_err(unreadable)? else { return Ok(None) };
+    let text =
+        String::from_utf8(text).map_err(|_| UnusableVm::Read { reason: "it is not UTF-8".to_owned() })?;
+    parse(&folder, directory, text).map(Some)
 }
 
-fn parse(directory: &Path, text: String) -> Result<KnownVm, UnusableVm> {
+fn parse(folder: &Folder, directory: &Path, text: String) -> Result<KnownVm, UnusableVm> {
     let json = vm::parse(&text)?;
     let name = directory.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     if name != json.directory_name() {
         return Err(UnusableVm::Directory { directory: name.to_owned(), vm: json.directory_name() });
     }
     let socket = json.socket_in(directory)?;
-    Ok(KnownVm { json, text, socket })
+    // Whoever may write the file must not point the agent at the VMM of another.
+    if folder.owner() != geteuid().as_raw() && folder.relative(&socket).is_none() {
+        return Err(json.socket_elsewhere(directory).into());
+    }
+    Ok(KnownVm { json, text, directory: directory.to_owned(), socket })
 }
 
 #[cfg(test)]
@@ -363,15 +359,16 @@ mod tests {
         publish(&twin, &vm_json("twin")).unwrap();
         becomes(&mut list, &["demo.early", "demo.late", "demo.twin"]).await;
 
-        retire(&vms.join("demo.early"), &[]).unwrap();
-        retire(&vms.join("demo.early"), &[]).unwrap();
+        let socket = Path::new("vmm.sock");
+        retire(&vms.join("demo.early"), socket, &[]).unwrap();
+        retire(&vms.join("demo.early"), socket, &[]).unwrap();
         assert!(!vms.join("demo.early").exists());
         fs::remove_file(vms.join("demo.late/vm.json")).unwrap();
         becomes(&mut list, &["demo.twin"]).await;
 
         // One of the same name in its place: the watch of the old directory would see nothing of it.
         fs::write(twin.join("disk.img"), "precious").unwrap();
-        retire(&twin, &[&twin.join("twin.log")]).unwrap();
+        retire(&twin, socket, &["twin.log"]).unwrap();
         assert_eq!(fs::read_dir(&twin).unwrap().count(), 1, "the disk stays, and nothing else");
         fs::remove_dir_all(&twin).unwrap();
         fs::create_dir(&twin).unwrap();
@@ -386,7 +383,7 @@ mod tests {
         let watch = VmWatch::start(run.path()).unwrap();
         let mut list = watch.list();
         let vms = run.path().join("vms");
-        for name in ["demo.a", "demo.b", "demo.c", "demo.d", ".hidden"] {
+        for name in ["demo.a", "demo.b", "demo.c", "demo.d", "demo.e", ".hidden"] {
             fs::create_dir(vms.join(name)).unwrap();
         }
         fs::write(vms.join("demo.a/vm.json"), vm_json("other")).unwrap();
@@ -394,6 +391,9 @@ mod tests {
         fs::create_dir(vms.join("demo.c/vm.json")).unwrap();
         fs::write(vms.join("demo.d/vm.json"), " ".repeat(VM_JSON_LIMIT_BYTES + 9)).unwrap();
         fs::write(vms.join("notes.txt"), "no directory").unwrap();
+        std::os::unix::fs::symlink(vms.join("notes.txt"), vms.join("demo.e/vm.json")).unwrap();
+        // It is not followed: the name of the directory is the name of the VM.
+        std::os::unix::fs::symlink(vms.join("demo.b"), vms.join("demo.f")).unwrap();
         becomes(
             &mut list,
             &[
@@ -401,14 +401,52 @@ mod tests {
                 "demo.b: vm.json: missing field `name` at line 1 column 2",
                 "demo.c: cannot read vm.json: it is not a regular file",
                 "demo.d: vm.json has 65537 bytes or more: at most 65536 are read",
+                "demo.e: cannot read vm.json: it is not a regular file",
             ],
         )
         .await;
         fs::remove_dir(vms.join("demo.c/vm.json")).unwrap();
-        for name in ["a", "b", "c", "d"] {
+        for name in ["a", "b", "c", "d", "e"] {
             publish(&vms.join(format!("demo.{name}")), &vm_json(name)).unwrap();
         }
-        becomes(&mut list, &["demo.a", "demo.b", "demo.c", "demo.d"]).await;
+        becomes(&mut list, &["demo.a", "demo.b", "demo.c", "demo.d", "demo.e"]).await;
+        assert_eq!(fs::read_to_string(vms.join("notes.txt")).unwrap(), "no directory");
+    }
+
+    #[tokio::test]
+    async fn a_folder_of_another_user_has_its_socket_in_it_and_a_vm_json_that_is_its_own() {
+        if !geteuid().is_root() {
+            eprintln!("not run: only root gives a folder to another user");
+            return;
+        }
+        let run = tempfile::tempdir().unwrap();
+        let vms = run.path().join("vms");
+        let elsewhere = |name: &str| vm_json(name).replace("vmm.sock", "/run/slackwater/vms/demo.z/vmm.sock");
+        for (name, owner, writer) in [("a", 7, 0), ("b", 7, 7), ("c", 7, 8), ("d", 0, 8), ("e", 0, 0)] {
+            let folder = vms.join(format!("demo.{name}"));
+            fs::create_dir_all(&folder).unwrap();
+            fs::write(folder.join("vm.json"), if name == "b" { vm_json(name) } else { elsewhere(name) })
+                .unwrap();
+            for (path, user) in [(folder.join("vm.json"), writer), (folder, owner)] {
+                std::os::unix::fs::chown(path, Some(user), None).unwrap();
+            }
+        }
+        let watch = VmWatch::start(run.path()).unwrap();
+        let list = watch.list();
+        let list = list.borrow();
+        let told: Vec<_> = list
+            .iter()
+            .map(|entry| entry.vm.as_ref().err().map(ToString::to_string).unwrap_or_default())
+            .collect();
+        assert_eq!(told.len(), 5);
+        assert!(
+            told[0].contains("field `vmm.socket`: `/run/slackwater/vms/demo.z/vmm.sock` must lie in"),
+            "{told:?}"
+        );
+        assert_eq!(told[1], "");
+        assert_eq!(told[2], "cannot read vm.json: it belongs to user 8, and not to the folder's owner");
+        assert_eq!(told[3], told[2]);
+        assert_eq!(told[4], "", "only root has written it");
     }
 
     #[tokio::test]

@@ -2,10 +2,9 @@
 //! without a shell, with its output in a file.
 
 use std::ffi::OsString;
-use std::fs::{self, OpenOptions};
+use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -13,6 +12,7 @@ use tokio::process::{Child, Command};
 
 use super::cgroup::Cgroup;
 use super::exec::Descriptor;
+use super::folder::Folder;
 
 /// How much of its log is quoted when it fails to start.
 const QUOTED_LOG_LINES: usize = 8;
@@ -30,8 +30,8 @@ pub(crate) struct Launch<'a> {
     pub(crate) cgroup: &'a Cgroup,
     /// The program's working directory; it exists.
     pub(crate) directory: &'a Path,
-    /// Receives the output of the program; created if it does not exist.
-    pub(crate) log: &'a Path,
+    /// Receives the output of the program.
+    pub(crate) log: File,
     /// Files that the program gets open.
     pub(crate) descriptors: &'a [Descriptor],
     /// Absolute; the caller has checked that it is allowed.
@@ -39,23 +39,20 @@ pub(crate) struct Launch<'a> {
     pub(crate) arguments: &'a [String],
 }
 
-/// Why the program was not started.
+/// The program was not started.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum LaunchError {
-    #[error("cannot write {path}: {source}")]
-    Log { path: PathBuf, source: io::Error },
-    #[error("cannot start {program}: {source}")]
-    Start { program: String, source: io::Error },
+#[error("cannot start {program}: {source}")]
+pub(crate) struct LaunchError {
+    pub(crate) program: String,
+    pub(crate) source: io::Error,
 }
 
 impl Launch<'_> {
-    pub(crate) fn spawn(&self) -> Result<Child, LaunchError> {
-        let open = || OpenOptions::new().create(true).append(true).mode(0o600).open(self.log);
-        let output = open().and_then(|file| Ok((file.try_clone()?, file)));
-        let (stdout, stderr) =
-            output.map_err(|source| LaunchError::Log { path: self.log.to_owned(), source })?;
+    pub(crate) fn spawn(self) -> Result<Child, LaunchError> {
         let mut launcher = self.launcher.iter();
         let program = launcher.next().cloned().unwrap_or_default();
+        let failed = |source| LaunchError { program: program.display().to_string(), source };
+        let output = self.log.try_clone().map_err(failed)?;
         Command::new(&program)
             .args(launcher)
             .arg("--cgroup")
@@ -66,17 +63,18 @@ impl Launch<'_> {
             .args(self.arguments)
             .current_dir(self.directory)
             .stdin(Stdio::null())
-            .stdout(stdout)
-            .stderr(stderr)
+            .stdout(output)
+            .stderr(self.log)
             .spawn()
-            .map_err(|source| LaunchError::Start { program: program.display().to_string(), source })
+            .map_err(failed)
     }
 }
 
-/// The last lines of a log; empty if it cannot be read.
-pub(crate) fn end_of(log: &Path) -> String {
+/// The last lines of a log in a folder; empty if it cannot be read, or is not the agent's.
+pub(crate) fn end_of(folder: &Path, log: &str) -> String {
     let read = || -> io::Result<Vec<u8>> {
-        let mut file = fs::File::open(log)?;
+        let folder = Folder::open(folder)?.ok_or(io::ErrorKind::NotFound)?;
+        let mut file = folder.open_own(log)?.ok_or(io::ErrorKind::NotFound)?;
         let length = file.metadata()?.len();
         file.seek(SeekFrom::Start(length.saturating_sub(QUOTED_LOG_BYTES)))?;
         let mut end = Vec::new();

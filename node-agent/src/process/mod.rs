@@ -7,10 +7,12 @@
 //! | [`exec`] | the step between the agent and the program: session, cgroup, umask, open descriptors |
 //! | [`cgroup`] | a control group for each twin |
 //! | [`file_events`] | when a file or a directory changes |
+//! | [`folder`] | how to use a folder that another user may write to |
 //!
 //! It knows no VM and no VMM.
 
 pub mod cgroup;
 pub mod exec;
 pub(crate) mod file_events;
+pub(crate) mod folder;
 pub(crate) mod launch;

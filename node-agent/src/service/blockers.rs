@@ -42,6 +42,12 @@ pub(super) fn of_vm(
     found
 }
 
+/// The agent was restarted, and has not found the VM again yet.
+pub(super) fn recovering(why: &str) -> Blocker {
+    let message = format!("the agent was restarted, and is still finding the VM and its devices: {why}");
+    blocker(ServiceReason::Recovering, message, false)
+}
+
 fn of_devices(devices: &[DeviceFeatures], driver: Driver) -> Vec<Blocker> {
     let mut found = Vec::new();
     let mut features = Vec::new();

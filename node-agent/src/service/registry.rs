@@ -1,6 +1,6 @@
 //! The migrations that this node takes part in, and which calls are out of date.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use parking_lot::Mutex;
 use slackwater_proto::node::{MigrationRef, ReserveRequest, VmRef};
@@ -92,6 +92,10 @@ struct State {
     migrations: HashMap<String, Migration>,
     highest_epoch: u64,
     counted: u64,
+    /// What a migration that is being taken up again waits for.
+    waits: HashMap<String, String>,
+    /// Migrations that are being taken up again, and whose VM leaves from here.
+    sources: HashSet<String>,
     vms: HashMap<(String, String), String>,
     devices: HashMap<String, String>,
 }
@@ -165,10 +169,13 @@ impl Registry {
     /// UNAVAILABLE while it is being taken up again; FAILED_PRECONDITION if its journal cannot be used.
     pub(super) fn usable_part(&self, id: &str, attempt: u32) -> Result<Option<LocalEnd>, Refusal> {
         match self.part(id, attempt) {
-            Some(LocalEnd::Recovering) => Err(Refusal::unavailable(
-                ServiceReason::Recovering,
-                "the agent was restarted, and is still finding the VM and its devices; try again",
-            )),
+            Some(LocalEnd::Recovering) => {
+                let why = self.waits_for(id).map(|why| format!(" ({why})")).unwrap_or_default();
+                let message = format!(
+                    "the agent was restarted, and is still finding the VM and its devices{why}; try again"
+                );
+                Err(Refusal::unavailable(ServiceReason::Recovering, message))
+            }
             Some(LocalEnd::Unreadable(why)) => {
                 Err(Refusal::precondition(ServiceReason::JournalUnreadable, why))
             }
@@ -182,6 +189,7 @@ impl Registry {
         state.counted += 1;
         let order = state.counted;
         let migration = Migration { attempt: reference.attempt, part, order };
+        state.waits.remove(&reference.id);
         state.migrations.insert(reference.id.clone(), migration);
         while state.migrations.len() > MAX_REMEMBERED_MIGRATIONS {
             let busy: Vec<String> = state.vms.values().chain(state.devices.values()).cloned().collect();
@@ -204,7 +212,38 @@ impl Registry {
         state.counted += 1;
         let order = state.counted;
         let attempt = state.migrations.get(id).map_or(0, |migration| migration.attempt);
+        state.waits.remove(id);
         state.migrations.insert(id.to_owned(), Migration { attempt, part: LocalEnd::Unreadable(why), order });
+    }
+
+    /// A migration that is being taken up again waits for something: the answers about it say for what.
+    pub(super) fn waits(&self, id: &str, why: String) {
+        self.state.lock().waits.insert(id.to_owned(), why);
+        self.touch();
+    }
+
+    /// What a migration that is being taken up again waits for, if it does.
+    pub(super) fn waits_for(&self, id: &str) -> Option<String> {
+        self.state.lock().waits.get(id).cloned()
+    }
+
+    /// The VM of a migration that is being taken up again leaves from here.
+    pub(super) fn has_its_vm_here(&self, id: &str) {
+        self.state.lock().sources.insert(id.to_owned());
+    }
+
+    /// The VMs that leave from here, each with its migration: they are here, whatever else shows them.
+    pub(super) fn leaving(&self) -> Vec<(VmRef, String)> {
+        let state = self.state.lock();
+        let is_source = |id: &String| {
+            let part = state.migrations.get(id).map(|migration| &migration.part);
+            state.sources.contains(id) || matches!(part, Some(LocalEnd::Source(_)))
+        };
+        let here = state.vms.iter().filter(|(_, id)| is_source(id));
+        here.map(|((namespace, name), id)| {
+            (VmRef { namespace: namespace.clone(), name: name.clone() }, id.clone())
+        })
+        .collect()
     }
 
     /// Takes a VM and devices for a migration: all of them or none.
@@ -240,6 +279,7 @@ impl Registry {
         let mut state = self.state.lock();
         state.vms.retain(|_, holder| holder != id);
         state.devices.retain(|_, holder| holder != id);
+        state.sources.remove(id);
         drop(state);
         self.touch();
     }

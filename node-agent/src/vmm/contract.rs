@@ -1,9 +1,6 @@
 //! The driver of the VMM contract: `slackwater.vmm.v1` over the VMM's Unix socket.
 //!
-//! The agent takes devices out of the process behind the socket and lets it write guest memory that it sends
-//! to another node, so it trusts only a socket that no other user could have made: mode 0600, owned by the
-//! agent's own user, and served by a process of that user. The process is the one that SO_PEERCRED names: the
-//! one that called listen(2).
+//! The socket has mode 0600. Which sockets and processes the agent trusts: [`server`](super::server).
 
 use std::path::Path;
 use std::pin::Pin;
@@ -11,7 +8,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures::{Stream, StreamExt};
-use slackwater_proto::channel::{is_lost, open_unix, over_unix, words};
+use slackwater_proto::channel::{ConnectError, is_lost, open_unix, over_unix, words};
 use slackwater_proto::limits::vmm_client;
 use slackwater_proto::tonic::transport::Channel;
 use slackwater_proto::tonic::{Code, Response, Status, async_trait};
@@ -77,13 +74,13 @@ impl ContractVmm {
     /// [`VmmError::Trust`] if the socket or its server may not be trusted, [`VmmError::Connect`] if no
     /// process serves it, [`VmmError::Deadline`] if no process accepts the connection.
     pub async fn connect(socket: &Path, deadlines: Deadlines) -> Result<Self, VmmError> {
-        trust(socket, PRIVATE)?;
+        let found = trust(socket, PRIVATE)?;
         let limit = deadlines.describe;
-        let stream = timeout(limit, open_unix(socket))
+        let stream = timeout(limit, open_unix(&found.path()))
             .await
             .map_err(|_| VmmError::Deadline { call: "connect", limit })?
-            .map_err(VmmError::Connect)?;
-        let server = Server::of(stream.peer_cred(), socket)?;
+            .map_err(|error| VmmError::Connect(named(error, socket)))?;
+        let server = Server::of(stream.peer_cred(), socket, found.user)?;
         let client = vmm_client(over_unix(stream));
         Ok(Self { client, server, deadlines })
     }
@@ -99,6 +96,14 @@ impl ContractVmm {
             Ok(Err(status)) => Err(from_status(call, &status)),
             Err(_) => Err(VmmError::Deadline { call, limit }),
         }
+    }
+}
+
+/// The error with the name that the socket has for a person.
+fn named(error: ConnectError, socket: &Path) -> ConnectError {
+    match error {
+        ConnectError::Socket { reason, .. } => ConnectError::Socket { path: socket.to_owned(), reason },
+        other => other,
     }
 }
 

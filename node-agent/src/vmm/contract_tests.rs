@@ -14,7 +14,6 @@ use tempfile::TempDir;
 use tokio::sync::oneshot;
 
 use super::*;
-use crate::vmm::server::trust_for;
 use crate::vmm::stub::Stub;
 
 struct Served {
@@ -129,14 +128,49 @@ async fn only_a_socket_that_no_other_user_could_have_made_is_trusted() {
     let link = dir.path().join("link.sock");
     std::os::unix::fs::symlink(&socket, &link).unwrap();
     assert_eq!(refusal(&link).await, "the VMM's socket DIR/link.sock is refused: it is not a socket");
-    // Another user than the one that it belongs to.
-    let me = geteuid().as_raw();
-    let error = trust_for(&socket, PRIVATE, me + 1).unwrap_err().to_string();
-    assert!(
-        error.ends_with(&format!("it belongs to user {me}, and must belong to user {}", me + 1)),
-        "{error}"
+    let folder_link = dir.path().with_extension("link");
+    std::os::unix::fs::symlink(dir.path(), &folder_link).unwrap();
+    let told = refusal(&folder_link.join("vmm.sock")).await;
+    fs::remove_file(&folder_link).unwrap();
+    assert!(told.ends_with("is refused: there is a symbolic link on its path"), "{told}");
+}
+
+#[tokio::test]
+async fn a_socket_and_its_process_are_of_the_user_whose_folder_it_is() {
+    if !geteuid().is_root() {
+        eprintln!("not run: only root gives a socket to another user");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("vmm.sock");
+    let _listener = bind_unix(&socket).unwrap();
+    let refusal = async || {
+        let error = ContractVmm::connect(&socket, Deadlines::default()).await.unwrap_err().to_string();
+        error.replace(&dir.path().display().to_string(), "DIR")
+    };
+    let own = |path: &Path, user| std::os::unix::fs::chown(path, Some(user), None).unwrap();
+    own(&socket, 7);
+    assert_eq!(
+        refusal().await,
+        "the VMM's socket DIR/vmm.sock is refused: it belongs to user 7, and must belong to user 0"
     );
-    assert!(trust_for(&socket, PRIVATE, me).is_ok());
+    own(dir.path(), 7);
+    assert_eq!(
+        refusal().await,
+        "the VMM's socket DIR/vmm.sock is refused: it is served by user 0, and must be by user 7"
+    );
+    own(&socket, 0);
+    assert_eq!(
+        refusal().await,
+        "the VMM's socket DIR/vmm.sock is refused: it belongs to user 0, and must belong to user 7"
+    );
+    // Where others may write, too, the folder's owner says nothing.
+    own(&socket, 7);
+    fs::set_permissions(dir.path(), Permissions::from_mode(0o1777)).unwrap();
+    assert_eq!(
+        refusal().await,
+        "the VMM's socket DIR/vmm.sock is refused: it belongs to user 7, and must belong to user 0"
+    );
 }
 
 fn device(name: &str, descriptor: i32) -> Device {

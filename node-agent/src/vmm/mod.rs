@@ -34,7 +34,7 @@ pub mod gone;
 pub mod qemu;
 pub mod server;
 #[cfg(test)]
-mod stub;
+pub(crate) mod stub;
 pub mod twin;
 
 /// RAM and machine state as the VMM gives them, in pieces of at most 1 MiB. Ends after the last piece; an
@@ -267,7 +267,7 @@ pub trait LocalVmm: Vmm + std::fmt::Debug {
     async fn end(&self) -> Result<(), VmmError>;
 }
 
-/// Connects to the VMM that serves a VM's socket.
+/// Connects to the VMM that serves a VM's socket. `folder` is the VM's own.
 ///
 /// # Errors
 /// [`VmmError::Trust`] if the socket or its server may not be trusted, [`VmmError::Connect`] if no process
@@ -275,10 +275,11 @@ pub trait LocalVmm: Vmm + std::fmt::Debug {
 pub async fn connect(
     vmm: &VmmEntry,
     socket: &Path,
+    folder: &Path,
     deadlines: Deadlines,
 ) -> Result<Arc<dyn LocalVmm>, VmmError> {
     Ok(match vmm.kind {
         VmmKind::Contract => Arc::new(ContractVmm::connect(socket, deadlines).await?),
-        VmmKind::Qemu => Arc::new(QemuVmm::connect(socket, &vmm.devices, deadlines).await?),
+        VmmKind::Qemu => Arc::new(QemuVmm::connect(socket, folder, &vmm.devices, deadlines).await?),
     })
 }

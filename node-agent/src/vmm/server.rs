@@ -1,58 +1,50 @@
 //! The process behind a VMM's socket.
 //!
 //! The agent takes devices out of it and lets it write guest memory that it sends to another node, so it
-//! trusts only a socket that no other user could have made: owned by the agent's own user, closed to all
-//! others, and served by a process of that user. The process is the one that SO_PEERCRED names: the one that
-//! called listen(2).
+//! trusts only a socket that no other user could have made: closed to all others, without a link on its path,
+//! and of the user that its folder belongs to: the VM's own, or the agent's. In a folder to which others may
+//! write, only the agent's own user counts. A process of that user must serve it: the one that SO_PEERCRED
+//! names, which called listen(2).
 
 use std::future::pending;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::time::Duration;
 
-use rustix::process::{Pid, PidfdFlags, Signal, geteuid, pidfd_open, pidfd_send_signal};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use slackwater_proto::channel::ConnectError;
 use tokio::net::unix::UCred;
 use tokio::time::timeout;
 use tracing::warn;
 
 use super::VmmError;
+use crate::process::folder::{FoundSocket, find_socket};
 use crate::vfio::borrow::VmmProcess;
 
 /// The mode of a socket that only its owner can use, as the contract requires.
 pub const PRIVATE: u32 = 0o600;
 
-/// Checks that no other user could have made the socket. It may have these permissions at most.
+/// Finds a socket that no other user could have made. It may have these permissions at most.
 ///
 /// # Errors
 /// [`VmmError::Trust`], or [`VmmError::Connect`] if it does not exist.
-pub fn trust(socket: &Path, most: u32) -> Result<(), VmmError> {
-    trust_for(socket, most, geteuid().as_raw())
-}
-
-pub(super) fn trust_for(socket: &Path, most: u32, user: u32) -> Result<(), VmmError> {
-    let metadata = std::fs::symlink_metadata(socket).map_err(|error| {
-        VmmError::Connect(ConnectError::Socket {
+pub(crate) fn trust(socket: &Path, most: u32) -> Result<FoundSocket, VmmError> {
+    let distrust = |reason: String| VmmError::Trust { path: socket.display().to_string(), reason };
+    let found = find_socket(socket).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => VmmError::Connect(ConnectError::Socket {
             path: socket.to_owned(),
-            reason: match error.kind() {
-                io::ErrorKind::NotFound => "it does not exist".to_owned(),
-                _ => error.to_string(),
-            },
-        })
+            reason: "it does not exist".to_owned(),
+        }),
+        _ => distrust(error.to_string()),
     })?;
-    let mode = metadata.permissions().mode() & 0o7777;
-    let reason = if !metadata.file_type().is_socket() {
-        "it is not a socket".to_owned()
-    } else if metadata.uid() != user {
-        format!("it belongs to user {}, and must belong to user {user}", metadata.uid())
+    let FoundSocket { user, mode, maker, .. } = found;
+    if user != maker {
+        return Err(distrust(format!("it belongs to user {user}, and must belong to user {maker}")));
     } else if mode & !most != 0 {
-        format!("its mode is {mode:04o}, and must be {most:04o}")
-    } else {
-        return Ok(());
-    };
-    Err(VmmError::Trust { path: socket.display().to_string(), reason })
+        return Err(distrust(format!("its mode is {mode:04o}, and must be {most:04o}")));
+    }
+    Ok(found)
 }
 
 /// The process, held by a pidfd: another process with its number is never mistaken for it.
@@ -63,14 +55,14 @@ pub struct Server {
 }
 
 impl Server {
-    /// The process that serves the socket, by the credentials of a connection to it.
+    /// The process that serves the socket, by the credentials of a connection to it. `user` is whom the
+    /// socket belongs to: [`trust`].
     ///
     /// # Errors
     /// [`VmmError::Trust`] if it may not be trusted, or cannot be held.
-    pub fn of(peer: io::Result<UCred>, socket: &Path) -> Result<Self, VmmError> {
+    pub fn of(peer: io::Result<UCred>, socket: &Path, user: u32) -> Result<Self, VmmError> {
         let distrust = |reason: String| VmmError::Trust { path: socket.display().to_string(), reason };
         let peer = peer.map_err(|error| distrust(format!("who serves it is not known: {error}")))?;
-        let user = geteuid().as_raw();
         if peer.uid() != user {
             return Err(distrust(format!("it is served by user {}, and must be by user {user}", peer.uid())));
         }

@@ -9,9 +9,7 @@
 //! and it writes its output to a file: it outlives an agent that dies, or is upgraded.
 
 use std::ffi::OsString;
-use std::fs;
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::sync::Arc;
@@ -28,6 +26,7 @@ use crate::host::vms;
 use crate::process::cgroup::{Cgroup, CgroupError, error_chain};
 use crate::process::exec::{Descriptor, TWIN_EXEC};
 use crate::process::file_events::FileEvents;
+use crate::process::folder::Folder;
 use crate::process::launch::{Launch, LaunchError, NOT_LISTENING_YET, end_of};
 
 /// The twin's output, in its directory.
@@ -146,7 +145,7 @@ impl TwinPlan {
     /// The end of the twin's log, as the continuation of an error message.
     #[must_use]
     pub fn last_words(&self) -> String {
-        quote_log(&end_of(&self.log()))
+        quote_log(&end_of(&self.directory, LOG_FILE))
     }
 }
 
@@ -201,14 +200,24 @@ impl Footprint {
     }
 }
 
+fn directory_error(path: &Path, source: io::Error) -> TwinError {
+    TwinError::Directory { path: path.to_owned(), source }
+}
+
+fn require_no_vm(directory: &Path) -> Result<(), TwinError> {
+    match vms::holds_vm(directory) {
+        Ok(false) => Ok(()),
+        Ok(true) => Err(TwinError::AlreadyHere { directory: directory.to_owned() }),
+        Err(source) => Err(directory_error(directory, source)),
+    }
+}
+
 /// Removes a twin that never ran and that an earlier agent may have started by this plan.
 ///
 /// # Errors
 /// What is left, if something is.
 pub async fn clear(plan: &TwinPlan, limit: Duration) -> Result<(), TwinError> {
-    if vms::holds_vm(&plan.directory) {
-        return Err(TwinError::AlreadyHere { directory: plan.directory.clone() });
-    }
+    require_no_vm(&plan.directory)?;
     let cgroup = Cgroup::with_name(&plan.cgroup_root, &plan.cgroup_name).map_err(TwinError::Cgroup)?;
     cgroup.clear(limit).await.map_err(TwinError::Cgroup)?;
     retire(&plan.directory, &plan.socket)
@@ -248,8 +257,7 @@ pub async fn end(
 }
 
 fn retire(directory: &Path, socket: &Path) -> Result<(), TwinError> {
-    vms::retire(directory, &[socket, &directory.join(LOG_FILE)])
-        .map_err(|source| TwinError::Directory { path: directory.to_owned(), source })
+    vms::retire(directory, socket, &[LOG_FILE]).map_err(|source| directory_error(directory, source))
 }
 
 /// Starts a twin and waits until it answers Describe as a twin does.
@@ -257,13 +265,11 @@ fn retire(directory: &Path, socket: &Path) -> Result<(), TwinError> {
 /// # Errors
 /// [`TwinError`]. What was created by then is removed; a failure of that is logged.
 pub async fn start(plan: TwinPlan) -> Result<Twin, TwinError> {
-    if vms::holds_vm(&plan.directory) {
-        return Err(TwinError::AlreadyHere { directory: plan.directory });
-    }
+    require_no_vm(&plan.directory)?;
     let cgroup = Cgroup::make(&plan.cgroup_root, &plan.cgroup_name).map_err(TwinError::Cgroup)?;
     let footprint = Footprint { cgroup, directory: plan.directory.clone(), socket: plan.socket.clone() };
     let started = match prepare(&plan) {
-        Ok(()) => start_in(&plan, footprint.clone()).await,
+        Ok(folder) => start_in(&plan, &folder, footprint.clone()).await,
         Err(error) => Err(error),
     };
     if started.is_err()
@@ -276,38 +282,35 @@ pub async fn start(plan: TwinPlan) -> Result<Twin, TwinError> {
 
 /// Creates the directory, and removes what an earlier twin may have left in it: its socket would be in the
 /// way.
-fn prepare(plan: &TwinPlan) -> Result<(), TwinError> {
-    let directory_error = |path: &Path, source| TwinError::Directory { path: path.to_owned(), source };
+fn prepare(plan: &TwinPlan) -> Result<Folder, TwinError> {
     let directory = &plan.directory;
     retire(directory, &plan.socket)?;
-    let mut builder = fs::DirBuilder::new();
-    builder.recursive(true).mode(0o700);
-    builder.create(directory).map_err(|source| directory_error(directory, source))?;
-    if let Some(parent) = plan.socket.parent().filter(|parent| parent.starts_with(directory)) {
-        builder.create(parent).map_err(|source| directory_error(parent, source))?;
-    }
-    Ok(())
+    let made = Folder::make(directory, None).and_then(|folder| {
+        if let Some(socket) = folder.relative(&plan.socket) {
+            folder.make_parents(socket, None)?;
+        }
+        Ok(folder)
+    });
+    made.map_err(|source| directory_error(directory, source))
 }
 
-async fn start_in(plan: &TwinPlan, footprint: Footprint) -> Result<Twin, TwinError> {
+async fn start_in(plan: &TwinPlan, folder: &Folder, footprint: Footprint) -> Result<Twin, TwinError> {
     let directory = plan.socket.parent().unwrap_or(&plan.directory);
     // Watched before the start: the socket may exist before the first look.
     let changes = FileEvents::watch(directory)
         .map_err(|source| TwinError::Watch { path: directory.to_owned(), source })?;
-    let log = plan.log();
+    let log = folder.create_own(LOG_FILE).map_err(|source| directory_error(&plan.log(), source))?;
     let launch = Launch {
         launcher: &plan.launcher,
         cgroup: &footprint.cgroup,
         directory: &footprint.directory,
-        log: &log,
+        log,
         descriptors: &plan.descriptors,
         program: &plan.program,
         arguments: &plan.arguments,
     };
-    let mut child = launch.spawn().map_err(|error| match error {
-        LaunchError::Log { path, source } => TwinError::Directory { path, source },
-        LaunchError::Start { program, source } => TwinError::Start { program, source },
-    })?;
+    let mut child =
+        launch.spawn().map_err(|LaunchError { program, source }| TwinError::Start { program, source })?;
     let deadline = Instant::now() + plan.start_limit;
     let mut last_seen = "it has not made its socket".to_owned();
     let answered = async {
@@ -335,11 +338,11 @@ async fn start_in(plan: &TwinPlan, footprint: Footprint) -> Result<Twin, TwinErr
             }
             Ok(Err(error)) => error,
             Err(_) => {
-                TwinError::Silent { program, limit: plan.start_limit, reason: last_seen, log: end_of(&log) }
+                TwinError::Silent { program, limit: plan.start_limit, reason: last_seen, log: end_of(&plan.directory, LOG_FILE) }
             }
         },
         status = child.wait() => match status {
-            Ok(status) => TwinError::Ended { program, status, log: end_of(&log) },
+            Ok(status) => TwinError::Ended { program, status, log: end_of(&plan.directory, LOG_FILE) },
             Err(source) => TwinError::Start { program: program.display().to_string(), source },
         },
     };
@@ -359,9 +362,11 @@ enum NotYet {
 }
 
 async fn answer(plan: &TwinPlan, footprint: &Footprint) -> Result<(Arc<dyn LocalVmm>, Description), NotYet> {
-    let connected = super::connect(&plan.vmm, &plan.socket, plan.deadlines).await;
+    let connected = super::connect(&plan.vmm, &plan.socket, &plan.directory, plan.deadlines).await;
     let vmm = connected.map_err(|error| match error {
-        VmmError::Connect(_) if plan.socket.exists() => NotYet::NotListening(error.to_string()),
+        VmmError::Connect(_) if plan.socket.symlink_metadata().is_ok() => {
+            NotYet::NotListening(error.to_string())
+        }
         other => NotYet::NoSocket(other.to_string()),
     })?;
     let never = |reason: String| NotYet::Never(TwinError::NotTheTwin { socket: plan.socket.clone(), reason });

@@ -1,6 +1,7 @@
 //! The launcher and the twins of these tests are this test program itself: see [`act`].
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::process::Stdio;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -326,4 +327,48 @@ async fn a_twin_goes_on_when_the_agent_that_started_it_is_killed() {
     let group = Cgroup::of_process(&place.plan.cgroup_root, vmm.pid()).unwrap().unwrap();
     group.clear(LIMIT).await.unwrap();
     tokio::time::timeout(LIMIT, vmm.exited()).await.unwrap();
+}
+
+#[tokio::test]
+async fn nothing_outside_the_folder_is_unlinked_whatever_the_socket_names_and_wherever_links_lead() {
+    let Some(mut place) = Place::new(&["die"]) else { return };
+    let outside = place.run.path().join("outside");
+    fs::create_dir(&outside).unwrap();
+    fs::write(outside.join("shadow"), "precious").unwrap();
+    let _listener = std::os::unix::net::UnixListener::bind(outside.join("other.sock")).unwrap();
+
+    for name in ["shadow", "other.sock"] {
+        place.plan.socket = outside.join(name);
+        start(place.plan.clone()).await.unwrap_err();
+        assert!(outside.join(name).exists(), "{name} is gone after a start");
+        clear(&place.plan, LIMIT).await.unwrap();
+        assert!(outside.join(name).exists(), "{name} is gone after a clearing");
+    }
+    // A folder in it is a link to another place.
+    fs::create_dir_all(&place.plan.directory).unwrap();
+    std::os::unix::fs::symlink(&outside, place.plan.directory.join("sub")).unwrap();
+    place.plan.socket = place.plan.directory.join("sub/other.sock");
+    start(place.plan.clone()).await.unwrap_err();
+    assert!(outside.join("other.sock").exists(), "the start has followed a link");
+    // The folder itself is one.
+    fs::remove_dir_all(&place.plan.directory).unwrap();
+    fs::write(outside.join(LOG_FILE), "another's").unwrap();
+    std::os::unix::fs::symlink(&outside, &place.plan.directory).unwrap();
+    place.plan.socket = place.plan.directory.join("other.sock");
+    start(place.plan.clone()).await.unwrap_err();
+    assert!(outside.join("other.sock").exists(), "the folder is a link, and was used");
+    assert_eq!(fs::read_to_string(outside.join(LOG_FILE)).unwrap(), "another's");
+}
+
+#[tokio::test]
+async fn a_link_in_place_of_the_log_is_neither_written_nor_quoted() {
+    let Some(place) = Place::new(&["die"]) else { return };
+    let secret = place.run.path().join("secret");
+    fs::write(&secret, "the secret\n").unwrap();
+    fs::create_dir_all(&place.plan.directory).unwrap();
+    std::os::unix::fs::symlink(&secret, place.plan.log()).unwrap();
+    assert_eq!(place.plan.last_words(), "; its log is empty", "it quotes another file");
+    let told = place.refusal().await;
+    assert!(told.contains("complaint 20"), "{told}");
+    assert_eq!(fs::read_to_string(&secret).unwrap(), "the secret\n", "the twin has written to it");
 }

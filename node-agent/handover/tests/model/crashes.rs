@@ -12,6 +12,7 @@ use crate::world::{Config, Device, Process, Save, Side, World};
 impl World {
     pub(crate) fn crash(&mut self, config: &Config, side: Side) {
         self.hang_up(side);
+        self.unstick(side);
         match side {
             Side::Source => {
                 // The VMM's stream ends with the agent.
@@ -63,6 +64,7 @@ impl World {
         match side {
             Side::Source => {
                 self.hang_up(side);
+                self.unstick(side);
                 self.save = Save::None;
                 self.source.crash();
                 self.source.power_off();

@@ -26,6 +26,7 @@ const SMALL: Config = Config {
     doubts: false,
     relayed: false,
     power: 0,
+    hangs: false,
     statements: Statements::None,
     mutant: None,
 };
@@ -256,4 +257,31 @@ fn an_agent_that_lets_the_vm_run_before_aborted_is_recorded_is_found() {
 fn a_word_of_a_later_migration_is_found() {
     let config = Config { again: Again::FromTheStart, faults: 1, ..SMALL };
     is_caught(Mutant::LaterMigration, config, &[properties::NO_FORK]);
+}
+
+/// Two devices, of which one may hang.
+fn hangs() -> Config {
+    let p2p = Features { pre_copy: false, ..Features::ALL };
+    Config { features: vec![p2p; 2], faults: 1, hangs: true, ..SMALL }
+}
+
+#[test]
+fn a_device_that_hangs_holds_up_nothing_but_its_own_vm() {
+    holds("hangs", hangs(), Some(1_500_000));
+}
+
+#[test]
+fn a_device_that_hangs_holds_up_no_vmm_that_drives_its_devices() {
+    let config = Config { features: vec![Features::ALL], driver: Driver::Vmm, ..hangs() };
+    holds("hangs, driven by the VMM", config, None);
+}
+
+#[test]
+fn a_device_that_hangs_in_silence_is_found() {
+    is_caught(Mutant::HangsInSilence, hangs(), &[properties::HOLDS_UP_NOTHING]);
+}
+
+#[test]
+fn a_wake_without_the_device_that_hangs_is_found() {
+    is_caught(Mutant::WakeWithoutTheHungOne, hangs(), &[properties::WAKE_TOGETHER]);
 }

@@ -68,6 +68,24 @@ impl Kind {
         })
     }
 
+    /// The device that an effect is a call to.
+    pub(crate) fn device_of_source(effect: &source::Effect) -> Option<usize> {
+        use source::Effect;
+        match effect {
+            Effect::SetState(index, _) | Effect::ReadState(index) | Effect::Reset(index) => Some(*index),
+            _ => None,
+        }
+    }
+
+    /// The same at the destination.
+    pub(crate) fn device_of_destination(effect: &destination::Effect) -> Option<usize> {
+        use destination::Effect;
+        match effect {
+            Effect::SetState(index, _) | Effect::Check(index) => Some(*index),
+            _ => None,
+        }
+    }
+
     /// How it can go.
     pub(crate) fn ways(self, may: Faults) -> Vec<How> {
         let mut ways = match self {

@@ -1,10 +1,12 @@
 //! What must hold, wherever the world goes.
 
 use slackwater_handover::Record;
+use slackwater_handover::policy::Driver;
+use slackwater_handover::state::{Features, MigrationState};
 use stateright::Property;
 
 use crate::steps::Handover;
-use crate::world::{Ended, LeftOver, Line, Process, Said, Side, World};
+use crate::world::{Device, Ended, LeftOver, Line, Process, Said, Side, World};
 
 /// A rule that an action breaks, at the moment of the action.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -52,6 +54,8 @@ pub(crate) const COPY_IS_USED: &str =
 pub(crate) const NO_ALARM: &str = "without a decision the operator sees no fork";
 pub(crate) const DECISION_HELPS: &str =
     "where an administrator has decided, the VM runs, though the other node stays off";
+pub(crate) const HOLDS_UP_NOTHING: &str = "a device that hangs before the commit, and for good, holds up only its own VM: D gives everything back, and S \
+     has recorded ABORTED, keeps the vCPUs paused and has the other devices in RUNNING_P2P";
 pub(crate) const NOTHING_HELD: &str =
     "in the end both ends have ended, and D holds nothing unless it runs the VM";
 
@@ -112,6 +116,9 @@ pub(crate) fn all() -> Vec<Property<Handover>> {
         }),
         Property::always(NOTHING_HELD, |model: &Handover, world: &World| {
             model.when_healed(world, nothing_held)
+        }),
+        Property::always(HOLDS_UP_NOTHING, |model: &Handover, world: &World| {
+            world.stuck.is_none() || model.while_it_hangs(world, holds_up_nothing)
         }),
         kept!(NO_ALARM, Rule::SeesFork),
         Property::always(DECISION_HELPS, |model: &Handover, world: &World| {
@@ -186,6 +193,28 @@ fn decision_helps(world: &World) -> bool {
         }
         None => true,
     }
+}
+
+/// Where the source is on its way back. The VMM of a VM whose devices it drives takes the VM back by itself.
+fn holds_up_nothing(model: &Handover, world: &World) -> bool {
+    let Some(line) = world.source.journal else { return true };
+    if world.stuck.is_none_or(|(side, _)| side == Side::Destination) || line.ended.is_some() {
+        let goes_on = matches!(line.record, Record::Committed | Record::Released);
+        return goes_on || line.ended.is_some() && (could_not_run(world) || nothing_held(world));
+    }
+    if matches!(line.record, Record::Committed | Record::Released) {
+        return true;
+    }
+    let others = world.source.devices.iter().zip(&model.0.features);
+    let wait = |(device, features): (&Device, &Features)| {
+        let runs = [MigrationState::Running, MigrationState::RunningP2p, MigrationState::PreCopy];
+        device.hangs.is_some() || device.refused || !features.p2p || runs.contains(&device.at)
+    };
+    line.record == Record::Aborted
+        && model.0.driver == Driver::Agent
+        && !world.source.runs
+        && others.into_iter().all(wait)
+        && world.destination.journal.is_none_or(|line| line.ended.is_some())
 }
 
 fn copy_is_used(world: &World) -> bool {

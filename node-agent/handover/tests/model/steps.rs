@@ -51,6 +51,8 @@ pub(crate) enum Step {
     Deadline,
     /// The source has been silent for too long, by the destination's clock.
     Silence,
+    /// The call to a device has not returned in its time.
+    Hang(Side, usize),
     Crash(Side),
     Restart(Side),
     /// The process that holds the VM on this side ends.
@@ -198,7 +200,11 @@ impl Handover {
         {
             steps.push(Step::TryAgain);
         }
-        if self.0.again == Again::Later && world.left_over.is_none() && self.may_migrate_again(world) {
+        if self.0.again == Again::Later
+            && world.left_over.is_none()
+            && world.stuck.is_none()
+            && self.may_migrate_again(world)
+        {
             steps.push(Step::MigrateAgain);
         }
     }
@@ -215,6 +221,12 @@ impl Handover {
         }
         if world.destination.machine.as_ref().is_some_and(|m| m.phase() != destination::Phase::Finished) {
             steps.push(Step::Silence);
+        }
+        if self.0.hangs && world.faults_left > 0 && world.stuck.is_none() {
+            let source = world.source.todo.iter().filter_map(Kind::device_of_source);
+            let destination = world.destination.todo.iter().filter_map(Kind::device_of_destination);
+            steps.extend(source.map(|index| Step::Hang(Side::Source, index)));
+            steps.extend(destination.map(|index| Step::Hang(Side::Destination, index)));
         }
         if world.faults_left > 0 {
             steps.extend(world.source.up.then_some(Step::Crash(Side::Source)));
@@ -295,6 +307,10 @@ impl Handover {
             }
             Step::Deadline => self.lose_patience(world, Side::Source),
             Step::Silence => self.lose_patience(world, Side::Destination),
+            Step::Hang(side, index) => {
+                world.faults_left -= 1;
+                world.hang(config, side, index);
+            }
             Step::Crash(side) => {
                 world.faults_left -= 1;
                 world.crash(config, side);

@@ -44,6 +44,8 @@ pub(crate) struct Config {
     pub relayed: bool,
     /// How often a node loses its power.
     pub power: u8,
+    /// A call to a device may take longer than it should, and may never return. That counts as a fault.
+    pub hangs: bool,
     /// What an administrator may state then.
     pub statements: Statements,
     pub mutant: Option<Mutant>,
@@ -132,11 +134,21 @@ pub(crate) struct Device {
     pub stopped: bool,
     /// It failed on its way back: it takes no part in the barriers any more, and is reset.
     pub refused: bool,
+    /// It has not returned in its time from a call that takes it to this state, or only reads it.
+    pub hangs: Option<MigrationState>,
+    /// It has hung, and got to STOP_COPY when the others were on their way back already.
+    pub late: bool,
 }
 
 impl Device {
-    pub(crate) const RUNNING: Self =
-        Self { at: MigrationState::Running, quiesced: false, stopped: false, refused: false };
+    pub(crate) const RUNNING: Self = Self {
+        at: MigrationState::Running,
+        quiesced: false,
+        stopped: false,
+        refused: false,
+        hangs: None,
+        late: false,
+    };
 
     /// It has got to `to`.
     pub(crate) fn moved(self, to: MigrationState) -> Self {
@@ -147,6 +159,8 @@ impl Device {
                 quiesced: self.quiesced || at.is_p2p(),
                 stopped: self.stopped || at == MigrationState::Stop,
                 refused: self.refused,
+                hangs: None,
+                late: self.late && at == MigrationState::StopCopy,
             },
         }
     }
@@ -345,6 +359,8 @@ pub(crate) struct World {
     pub started: BTreeSet<u32>,
     pub faults_left: u8,
     pub power_left: u8,
+    /// The device whose call hangs: one at most.
+    pub stuck: Option<(Side, usize)>,
     /// A twin's process has ended by itself.
     pub twin_died: bool,
     /// Where a device step has failed.
@@ -378,6 +394,7 @@ impl World {
             started: BTreeSet::new(),
             faults_left: config.faults,
             power_left: config.power,
+            stuck: None,
             twin_died: false,
             device_fault: None,
             write_fault: None,
@@ -410,6 +427,20 @@ impl World {
                 std::mem::swap(loaded, &mut self.loaded);
             }
             None => {}
+        }
+    }
+
+    /// The call to the device that hangs returns, or ends with whoever made it.
+    pub(crate) fn unstick(&mut self, side: Side) {
+        if let Some((at, index)) = self.stuck
+            && at == side
+        {
+            self.stuck = None;
+            let devices = match side {
+                Side::Source => &mut self.source.devices,
+                Side::Destination => &mut self.destination.devices,
+            };
+            devices[index].hangs = None;
         }
     }
 

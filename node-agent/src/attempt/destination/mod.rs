@@ -33,7 +33,7 @@ use tokio::time::{Sleep, sleep};
 use tracing::{info, warn};
 
 use self::peer::OpenBlob;
-use super::device::{DeviceOutcome, LastStates};
+use super::device::{DeviceOutcome, EndDevice, Hanging, LastStates};
 use super::entry::Ended;
 use super::receiving::VmmLoad;
 use super::tasks::Tasks;
@@ -74,6 +74,12 @@ impl From<DeviceOutcome> for Signal {
     }
 }
 
+impl From<Hanging> for Signal {
+    fn from(hanging: Hanging) -> Self {
+        Self::Event(hanging.into())
+    }
+}
+
 struct DestinationAttempt {
     parts: DestinationParts,
     tasks: Tasks<Signal>,
@@ -93,6 +99,8 @@ struct DestinationAttempt {
     failure: Option<Failure>,
     /// Why an administrator has stated the source's word in its place, if one has.
     stated_because: Option<String>,
+    /// What this end waits for, for whoever asks.
+    doubt: watch::Sender<Option<Failure>>,
     end: Option<End>,
 }
 
@@ -123,7 +131,11 @@ impl Silence {
 }
 
 impl DestinationAttempt {
-    fn new(parts: DestinationParts, reserved: watch::Sender<Option<Result<(), Failure>>>) -> Self {
+    fn new(
+        parts: DestinationParts,
+        reserved: watch::Sender<Option<Result<(), Failure>>>,
+        doubt: watch::Sender<Option<Failure>>,
+    ) -> Self {
         let (tasks, inbox) = Tasks::new();
         Self {
             parts,
@@ -138,6 +150,7 @@ impl DestinationAttempt {
             reserved,
             failure: None,
             stated_because: None,
+            doubt,
             end: None,
         }
     }
@@ -148,12 +161,16 @@ impl DestinationAttempt {
         let mut event = Event::Start;
         loop {
             let before = machine.phase();
+            let answers = matches!(event, Event::DeviceAnswers(_));
             let (next, effects) = machine.step(event);
             machine = next;
             if machine.phase() != before {
                 faults::halt(faults::End::Destination, machine.phase()).await;
             }
             self.failure = machine.failure().cloned();
+            if answers || machine.phase() != before {
+                self.doubt.send_replace(None);
+            }
             if effects.contains(&Effect::ConfirmReserved) {
                 silence.begin(self.parts.silence_timeout);
             }
@@ -310,6 +327,12 @@ impl DestinationAttempt {
             Effect::Resume => self.run_call(resume, Event::Resumed),
             Effect::SendStarted => self.answer(Message::Started(Started { at: now() })),
             Effect::SendFailed(failure) => self.answer(Message::Failed(Failed::from(&failure))),
+            Effect::Doubt(failure) => {
+                let migration = &self.parts.migration_id;
+                warn!(migration, %failure, "destination: the migration waits");
+                self.answer(Message::Doubt(transfer::Doubt::from(&failure)));
+                self.doubt.send_replace(Some(failure));
+            }
             Effect::Discard => tasks.run(self.discard()),
             Effect::Finish(end) => self.end = Some(end),
         }
@@ -343,9 +366,7 @@ impl DestinationAttempt {
     async fn finish(&mut self, end: End) -> Ending {
         let mut vmm = None;
         if let Some(twin) = self.twin.take() {
-            for device in twin.devices {
-                device.release().await;
-            }
+            EndDevice::close(twin.devices).await;
             vmm = Some(twin.vmm);
         }
         match &end {

@@ -96,6 +96,7 @@ pub struct DestinationRun {
     end: watch::Receiver<Option<End>>,
     free: watch::Receiver<bool>,
     ledger: Ledger,
+    doubt: watch::Receiver<Option<Failure>>,
 }
 
 impl DestinationRun {
@@ -105,7 +106,8 @@ impl DestinationRun {
         let (finish, end) = watch::channel(None);
         let (release, free) = watch::channel(false);
         let (site, ledger) = (Arc::clone(&parts.site), parts.ledger.clone());
-        let attempt = DestinationAttempt::new(parts, reserve);
+        let (report, doubt) = watch::channel(None);
+        let attempt = DestinationAttempt::new(parts, reserve, report);
         let signals = attempt.tasks.signals();
         tokio::spawn(async move {
             let Ending { end, vmm } = attempt.run().await;
@@ -121,7 +123,7 @@ impl DestinationRun {
             }
             release.send_replace(true);
         });
-        Self { signals, reserved, end, free, ledger }
+        Self { signals, reserved, end, free, ledger, doubt }
     }
 
     /// An attempt that ended under an earlier agent: only its journal is left.
@@ -133,12 +135,21 @@ impl DestinationRun {
         let (_, reserved) = watch::channel(Some(reserved));
         let (_, end) = watch::channel(Some(end));
         let (_, free) = watch::channel(true);
-        Self { signals: Signals::of_ended(), reserved, end, free, ledger }
+        let (_, doubt) = watch::channel(None);
+        Self { signals: Signals::of_ended(), reserved, end, free, ledger, doubt }
     }
 
-    /// Its word: what its journal says.
+    /// Its word: what its journal says, and what it waits for.
     pub fn journalled(&self) -> JournalState {
-        self.ledger.state()
+        let mut state = self.ledger.state();
+        if let Some(Failure { reason, message }) = &*self.doubt.borrow()
+            && !state.ended
+            && state.reason.is_empty()
+        {
+            state.reason = reason.as_str().to_owned();
+            state.message.clone_from(message);
+        }
+        state
     }
 
     /// What the source has journalled: it says so when it asks, or the operator relays it.

@@ -12,12 +12,13 @@ use tracing::info;
 
 use super::release::VmRemains;
 use super::{Attempts, entries, no_stop_plan, precondition};
+use crate::attempt::entry::Monitor;
 use crate::attempt::events::EventLog;
 use crate::attempt::ledger::Ledger;
 use crate::attempt::link::Peer;
 use crate::attempt::source::{SourceParts, SourceRun};
 use crate::journal::Role;
-use crate::process::cgroup::Cgroup;
+use crate::process::cgroup::{Cgroup, error_chain};
 use crate::service::reason::ServiceReason;
 use crate::service::registry::LocalEnd;
 use crate::service::{borrowing, request};
@@ -68,15 +69,23 @@ impl Attempts {
             let message = format!("{named} is paused, and a migration would resume it");
             return Err(precondition(ServiceReason::VmPaused, message));
         }
+        // A cgroup that cannot be read is not "none": it would be left over.
+        let cgroup = Cgroup::of_process(&node.config.cgroup_root, vmm.pid()).map_err(|error| {
+            precondition(ServiceReason::VmmUnreachable, format_args!("{named}: {}", error_chain(&error)))
+        })?;
         let key = entries::key(&reference.id, Role::Source)?;
         let names = given.devices.iter().map(|pair| pair.source.as_str());
         node.registry.take(&reference.id, &vm, names)?;
         let prepared = prepare(vmm.as_ref(), &description, |features| stop_plan(features, policy)).await;
         let SourceDevices { handles, features, plan } =
             prepared.inspect_err(|_| node.registry.give_back(&reference.id))?;
-        let cgroup = Cgroup::of_process(&node.config.cgroup_root, vmm.pid()).ok().flatten();
         let process = vmm.process().identity();
-        let written = entries::source(&reference, &vm, &given, policy, process, cgroup.as_ref());
+        let monitor = Monitor {
+            kind: known.json.vmm.kind,
+            socket: known.socket.clone(),
+            devices: known.json.vmm.devices.clone(),
+        };
+        let written = entries::source(&reference, &vm, &given, policy, process, cgroup.as_ref(), monitor);
         let remains = VmRemains { cgroup, directory: entry.directory.clone(), socket: known.socket.clone() };
         let release = remains.release(Arc::clone(&vmm), node, &reference.id);
         let vmm: Arc<dyn Vmm> = vmm;

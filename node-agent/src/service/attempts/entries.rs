@@ -7,7 +7,7 @@ use slackwater_proto::node::{
 };
 use slackwater_proto::refusal::Refusal;
 
-use crate::attempt::entry::{EndEntry, Entry, Marks, Pair};
+use crate::attempt::entry::{EndEntry, Entry, Marks, Monitor, Pair};
 use crate::journal::{Key, Role};
 use crate::process::cgroup::Cgroup;
 use crate::service::reason::ServiceReason;
@@ -52,12 +52,14 @@ pub(super) fn source(
     policy: PeerToPeer,
     vmm: &ProcessIdentity,
     cgroup: Option<&Cgroup>,
+    monitor: Monitor,
 ) -> Entry {
     let end = EndEntry::Source {
         target_node: given.target_node.clone(),
         target_address: given.target_address.clone(),
         cgroup: cgroup.map(|cgroup| cgroup.name().to_owned()),
         marks: Marks::default(),
+        monitor: Some(monitor),
     };
     let vmm = Some(vmm.into());
     Entry { vmm, ..entry(reference, vm, policy, &given.devices, Record::Saving, end) }

@@ -22,6 +22,9 @@ pub(super) enum TakeUpError {
     /// The journal.
     #[error("the journal cannot be written any more: {0}")]
     Reopen(JournalError),
+    /// The journal of an attempt that holds a VM does not name the VM's process.
+    #[error("the journal does not name the process of the VM's VMM, so whether that lives is not known")]
+    NoProcess,
     /// The node's devices.
     #[error(transparent)]
     ListDevices(Box<dyn Error + Send + Sync>),

@@ -100,7 +100,7 @@ pub(super) fn site(
     json.require_allowed(&config.twin_programs)
         .map_err(|error| Refusal::precondition(ServiceReason::TwinNotAllowed, format!("vm_json: {error}")))?;
     let directory = vms::directory(&config.run_dir, &json);
-    let socket = json.socket_in(&directory).map_err(invalid)?;
+    let socket = json.twin_socket_in(&directory).map_err(invalid)?;
     let command = twin_arguments(&json, &socket, devices).map_err(invalid)?;
     let plan = TwinPlan {
         launcher: launcher(),

@@ -99,7 +99,7 @@ fn role_of(entry: &Entry) -> Role {
     }
 }
 
-fn take_up(node: &NodeResources, key: Key, entry: Entry) {
+pub(super) fn take_up(node: &NodeResources, key: Key, entry: Entry) {
     let reference = entries::reference_of(&entry);
     if let Some(ended) = &entry.ended {
         let ledger = Ledger::ended(&entry);
@@ -115,6 +115,9 @@ fn take_up(node: &NodeResources, key: Key, entry: Entry) {
     info!(migration = entry.migration_id, record = ?entry.record, "taking up what an earlier agent began");
     hold(node, &entry);
     node.registry.join(&reference, LocalEnd::Recovering);
+    if key.role() == Role::Source {
+        node.registry.has_its_vm_here(&reference.id);
+    }
     let node = node.clone();
     tokio::spawn(async move {
         let id = entry.migration_id.clone();

@@ -4,7 +4,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::journalled_vmm::{self, FoundVmm, Route};
+use slackwater_handover::Record;
+
+use super::journalled_vmm::{self, Connection, FoundVmm, Route};
 use super::reopen::{TakeUpError, reopen, restarted};
 use super::resources::NodeResources;
 use super::{entries, reservation};
@@ -26,12 +28,27 @@ pub(super) async fn take_up(node: &NodeResources, key: Key, entry: Entry) -> Res
     let json =
         vm::parse(&request.vm_json).map_err(|source| TakeUpError::VmJson { key: key.to_string(), source })?;
     let directory = vms::directory(&node.config.run_dir, &json);
-    let socket = json.socket_in(&directory).map_err(TakeUpError::Socket)?;
+    let socket = json.twin_socket_in(&directory).map_err(TakeUpError::Socket)?;
     let reference = entries::reference_of(&entry);
     let site = reservation::site(node, &reference, &entries::vm_of(&entry), &request, &devices)?;
     let driver = site.driver();
-    let route = Route::Twin(&json.vmm, &socket);
-    let (twin, found) = match journalled_vmm::find(&route, node, entry.vmm.as_ref()).await {
+    let route = || {
+        Ok(Route {
+            vmm: json.vmm.clone(),
+            socket: socket.clone(),
+            folder: directory.clone(),
+            connection: Connection::Own,
+        })
+    };
+    let found = match &entry.vmm {
+        Some(process) => journalled_vmm::find(route, node, &entry.migration_id, process).await,
+        // A twin that loads, or may have run, was journalled before.
+        None if matches!(entry.record, Record::Loaded | Record::Starting) => {
+            return Err(TakeUpError::NoProcess);
+        }
+        None => None,
+    };
+    let (twin, found) = match found {
         Some(FoundVmm { vmm, devices, states }) => {
             (Some(Twin { vmm: vmm as Arc<dyn Vmm>, devices, process: entry.vmm.clone() }), states)
         }

@@ -1,7 +1,6 @@
 //! The socket by which a migration's stream leaves or enters QEMU, in both directions.
 
 use std::io;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use bytes::{BufMut, Bytes, BytesMut};
@@ -13,9 +12,9 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc;
 
 use super::super::{LoadStream, SaveStream, VmmError};
+use crate::host::vm::STREAM_SUFFIX;
+use crate::process::folder::{Folder, find_socket};
 
-/// Suffix to the monitor's name: two VMs may have their monitors in one folder.
-const SUFFIX: &str = ".migrate";
 /// The most pieces of a twin's replies that wait to be taken. It sends a few dozen bytes in all.
 pub(super) const REPLIES: usize = 64;
 
@@ -32,35 +31,77 @@ pub(super) struct Carried {
     pub(super) replies: mpsc::Sender<Bytes>,
 }
 
-/// The path of the socket, beside the monitor's.
-pub(super) fn beside(monitor: &Path) -> PathBuf {
-    let mut path = monitor.to_owned().into_os_string();
-    path.push(SUFFIX);
-    path.into()
+/// The socket of a migration's stream, in the VM's folder. QEMU may write there, too: no link is followed.
+#[derive(Clone, Debug)]
+pub(super) struct StreamSocket {
+    folder: PathBuf,
+    path: PathBuf,
+    /// QEMU's process.
+    pid: u32,
 }
 
-/// A socket for QEMU to connect to, for this user alone.
-pub(super) fn listen(path: &Path) -> io::Result<UnixListener> {
-    remove(path);
-    let listener = UnixListener::bind(path)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-    Ok(listener)
-}
-
-/// Waits until QEMU has connected: with its main stream first (QEMU: socket_start_outgoing_migration(), and
-/// multifd_send_setup() when that one is up), then with so many more.
-pub(super) async fn accept(listener: &UnixListener, more: u8) -> io::Result<(UnixStream, Vec<UnixStream>)> {
-    let (main, _) = listener.accept().await?;
-    let mut others = Vec::with_capacity(more.into());
-    for _ in 0..more {
-        others.push(listener.accept().await?.0);
+impl StreamSocket {
+    /// In `folder`, by the name of the monitor of the QEMU with this process.
+    pub(super) fn new(folder: &Path, monitor: &Path, pid: u32) -> Self {
+        let mut name = monitor.file_name().unwrap_or_default().to_owned();
+        name.push(STREAM_SUFFIX);
+        Self { folder: folder.to_owned(), path: folder.join(name), pid }
     }
-    Ok((main, others))
-}
 
-/// A missing file is not an error.
-pub(super) fn remove(path: &Path) {
-    let _ = std::fs::remove_file(path);
+    /// As QEMU takes it.
+    pub(super) fn uri(&self) -> String {
+        format!("unix:{}", self.path.display())
+    }
+
+    fn folder(&self) -> io::Result<Folder> {
+        Folder::open(&self.folder)?.ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+
+    /// A socket for QEMU to connect to, for its user alone.
+    pub(super) fn listen(&self) -> io::Result<UnixListener> {
+        self.folder()?.bind(&self.path, |path| UnixListener::bind(path))
+    }
+
+    /// A missing file is not an error.
+    pub(super) fn remove(&self) {
+        let _ = self.folder().and_then(|folder| folder.remove_socket(&self.path));
+    }
+
+    /// Connects to QEMU, which listens there.
+    async fn connect(&self) -> io::Result<UnixStream> {
+        let stream = UnixStream::connect(find_socket(&self.path)?.path()).await?;
+        self.require_qemu(&stream)?;
+        Ok(stream)
+    }
+
+    fn require_qemu(&self, stream: &UnixStream) -> io::Result<()> {
+        let pid = stream.peer_cred()?.pid().and_then(|pid| u32::try_from(pid).ok());
+        if pid == Some(self.pid) {
+            return Ok(());
+        }
+        Err(io::Error::other(format!("the other end is process {pid:?}, and not QEMU, {}", self.pid)))
+    }
+
+    /// Waits until QEMU has connected: with its main stream first (QEMU: socket_start_outgoing_migration(),
+    /// and multifd_send_setup() when that one is up), then with so many more.
+    pub(super) async fn accept(
+        &self,
+        listener: &UnixListener,
+        more: u8,
+    ) -> io::Result<(UnixStream, Vec<UnixStream>)> {
+        let main = self.accept_one(listener).await?;
+        let mut others = Vec::with_capacity(more.into());
+        for _ in 0..more {
+            others.push(self.accept_one(listener).await?);
+        }
+        Ok((main, others))
+    }
+
+    async fn accept_one(&self, listener: &UnixListener) -> io::Result<UnixStream> {
+        let (stream, _) = listener.accept().await?;
+        self.require_qemu(&stream)?;
+        Ok(stream)
+    }
 }
 
 /// Reads QEMU's main stream, and writes the twin's replies to it.
@@ -98,29 +139,29 @@ fn read<R: AsyncRead + Unpin + Send + 'static>(from: R) -> SaveStream {
     stream::unfold((from, BytesMut::new()), read).boxed()
 }
 
-/// Writes a state to QEMU, which listens at `path`, in all its streams at once, and passes on QEMU's replies
+/// Writes a state to QEMU, which listens at `socket`, in all its streams at once, and passes on QEMU's replies
 /// on the main one, the first, until QEMU closes the sockets.
 ///
 /// # Errors
 /// If QEMU does not take all of it.
 pub(super) async fn load_all(
-    path: &Path,
+    socket: &StreamSocket,
     streams: Vec<LoadStream>,
     replies: &mpsc::Sender<Bytes>,
 ) -> io::Result<()> {
     let loads = streams.into_iter().enumerate().map(|(number, stream)| {
         // Replies on the others are dropped.
         let replies = if number == 0 { replies.clone() } else { mpsc::channel(1).0 };
-        load(path, stream, replies)
+        load(socket, stream, replies)
     });
     try_join_all(loads).await.map(drop)
 }
 
 /// It connects with its first piece: QEMU reads the first bytes of a connection to know which stream it is,
 /// and does nothing else until they arrive.
-async fn load(path: &Path, mut state: LoadStream, replies: mpsc::Sender<Bytes>) -> io::Result<()> {
+async fn load(socket: &StreamSocket, mut state: LoadStream, replies: mpsc::Sender<Bytes>) -> io::Result<()> {
     let Some(first) = state.next().await else { return Ok(()) };
-    let (mut from, mut to) = UnixStream::connect(path).await?.into_split();
+    let (mut from, mut to) = socket.connect().await?.into_split();
     let replying = tokio::spawn(async move {
         let mut buffer = BytesMut::with_capacity(REPLY_BYTES);
         while let Ok(read) = from.read_buf(&mut buffer).await {

@@ -31,7 +31,7 @@ pub mod qmp;
 mod tests;
 mod throughput;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::OnceLock;
 use std::time::Duration;
 
@@ -44,7 +44,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
 use tracing::{info, warn};
 
-use self::carry::{Carried, REPLIES};
+use self::carry::{Carried, REPLIES, StreamSocket};
 
 use self::preflight::{Facts, facts};
 use self::qmp::commands::{
@@ -79,7 +79,7 @@ pub struct QemuVmm {
     /// The ids of its devices, in the VM's order.
     ids: Vec<String>,
     /// The socket of its migration's stream.
-    stream_socket: PathBuf,
+    stream_socket: StreamSocket,
     deadlines: Deadlines,
     /// Takes the twin's replies to the QEMU that saves.
     to_qemu: Mutex<Option<mpsc::Sender<Bytes>>>,
@@ -91,26 +91,31 @@ pub struct QemuVmm {
 
 impl QemuVmm {
     /// Connects to the monitor on this socket and holds QEMU's process. `ids` are the ids of the VM's
-    /// devices.
+    /// devices, and `folder` is its own: the sockets of migrations are made there.
     ///
     /// # Errors
     /// [`VmmError::Trust`] if the socket or its server may not be trusted, [`VmmError::Connect`] if no
     /// process serves it, [`VmmError::Deadline`] if there is no greeting.
-    pub async fn connect(socket: &Path, ids: &[String], deadlines: Deadlines) -> Result<Self, VmmError> {
-        trust(socket, OWNERS_ONLY)?;
+    pub async fn connect(
+        socket: &Path,
+        folder: &Path,
+        ids: &[String],
+        deadlines: Deadlines,
+    ) -> Result<Self, VmmError> {
+        let user = trust(socket, OWNERS_ONLY)?.user;
         let qmp = QmpClient::connect(socket).await.map_err(|error| match error {
             QmpError::Connect { path, reason } | QmpError::NoGreeting { path, reason } => {
                 VmmError::Connect(ConnectError::Socket { path, reason })
             }
             other => from_qmp("connect", other),
         })?;
-        let server = Server::of(Ok(qmp.peer()), socket)?;
+        let server = Server::of(Ok(qmp.peer()), socket, user)?;
         let (sender, replies) = mpsc::channel(REPLIES);
         Ok(Self {
+            stream_socket: StreamSocket::new(folder, socket, server.pid()),
             qmp,
             server,
             ids: ids.to_vec(),
-            stream_socket: carry::beside(socket),
             deadlines,
             to_qemu: Mutex::default(),
             from_qemu: (sender, Mutex::new(Some(replies))),
@@ -192,13 +197,13 @@ impl Vmm for QemuVmm {
         let call = "start_save";
         self.prepare(call, budget.channels).await?;
         self.limit(call, budget).await?;
-        let listener =
-            carry::listen(&self.stream_socket).map_err(|error| carry::socket_error(call, &error))?;
-        let uri = format!("unix:{}", self.stream_socket.display());
+        let listener = self.stream_socket.listen().map_err(|error| carry::socket_error(call, &error))?;
+        let uri = self.stream_socket.uri();
         self.qmp.execute(Migrate { uri }).await.map_err(|error| from_qmp(call, error))?;
-        let accepted = timeout(self.deadlines.save, carry::accept(&listener, budget.channels)).await;
+        let accepted =
+            timeout(self.deadlines.save, self.stream_socket.accept(&listener, budget.channels)).await;
         // No other program may connect.
-        carry::remove(&self.stream_socket);
+        self.stream_socket.remove();
         let (main, more) = match accepted {
             Ok(accepted) => accepted.map_err(|error| carry::socket_error(call, &error))?,
             Err(_) => return Err(VmmError::Deadline { call: "migrate", limit: self.deadlines.save }),
@@ -241,7 +246,7 @@ impl Vmm for QemuVmm {
     async fn abort_save(&self) -> Result<(), VmmError> {
         let call = "abort_save";
         *self.to_qemu.lock() = None;
-        carry::remove(&self.stream_socket);
+        self.stream_socket.remove();
         let info = self.qmp.execute(QueryMigrate).await.map_err(|error| from_qmp(call, error))?;
         if info.status.is_none_or(|status| status.is_over()) {
             return Ok(());
@@ -258,15 +263,15 @@ impl Vmm for QemuVmm {
         let call = "start_load";
         let channels = u8::try_from(state.len().saturating_sub(1)).unwrap_or(u8::MAX);
         self.prepare(call, channels).await?;
-        carry::remove(&self.stream_socket);
-        let uri = format!("unix:{}", self.stream_socket.display());
+        self.stream_socket.remove();
+        let uri = self.stream_socket.uri();
         // A twin that cannot load must report why, and not exit.
         let quiet = serde_json::json!({"uri": uri, "exit-on-error": false});
         let arguments =
             if self.qmp.version().qemu.at_least(9, 1) { quiet } else { serde_json::json!({"uri": uri}) };
         self.qmp.raw("migrate-incoming", arguments).await.map_err(|error| from_qmp(call, error))?;
         let loaded = carry::load_all(&self.stream_socket, state, &self.from_qemu.0).await;
-        carry::remove(&self.stream_socket);
+        self.stream_socket.remove();
         match loaded {
             Ok(()) => Ok(()),
             Err(error) => Err(self.load_error(format!("QEMU stopped taking its state: {error}")).await),

@@ -9,7 +9,7 @@ use crate::vmm::{Vmm, VmmError};
 
 /// A VM of a QEMU that says what the test says.
 async fn vm(server: &Server, deadlines: Deadlines) -> (QemuVmm, Talk) {
-    let connect = QemuVmm::connect(&server.socket, &[], deadlines);
+    let connect = QemuVmm::connect(&server.socket, server.socket.parent().unwrap(), &[], deadlines);
     let (vm, talk) = soon(async { tokio::join!(connect, server.negotiate()) }).await;
     (vm.unwrap(), talk)
 }

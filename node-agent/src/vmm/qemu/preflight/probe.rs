@@ -5,7 +5,6 @@
 //! makes an empty VM and no vCPU.
 
 use std::ffi::OsString;
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::time::Duration;
@@ -19,6 +18,7 @@ use tracing::warn;
 use super::{Accelerator, MachineType, Offer, features};
 use crate::process::cgroup::{Cgroup, CgroupError, error_chain};
 use crate::process::file_events::FileEvents;
+use crate::process::folder::Folder;
 use crate::process::launch::{Launch, LaunchError, NOT_LISTENING_YET, end_of};
 use crate::vmm::VmmError;
 use crate::vmm::qemu::OWNERS_ONLY;
@@ -30,6 +30,8 @@ use crate::vmm::server::trust;
 
 /// Its folder in the run directory.
 const FOLDER: &str = "probe";
+/// Its output, there.
+const LOG: &str = "log";
 /// How long its processes may take to end when they are killed.
 const KILL_LIMIT: Duration = Duration::from_secs(5);
 /// The model with all features that there are.
@@ -99,7 +101,7 @@ impl Prober {
         self.clear().await.map_err(|cause| error(cause.into(), String::new()))?;
         let asked = timeout(self.limit, self.run(program, accelerator)).await;
         let asked = asked.unwrap_or(Err(ProbeCause::Silent(self.limit)));
-        let log = if asked.is_err() { end_of(&self.log()) } else { String::new() };
+        let log = if asked.is_err() { end_of(&self.folder(), LOG) } else { String::new() };
         if let Err(error) = self.clear().await {
             warn!(
                 error = error_chain(&error),
@@ -124,17 +126,10 @@ impl Prober {
         self.run_dir.join(FOLDER)
     }
 
-    fn log(&self) -> PathBuf {
-        self.folder().join("log")
-    }
-
     async fn run(&self, program: &Path, accelerator: Accelerator) -> Result<Offer, ProbeCause> {
-        let (folder, log) = (self.folder(), self.log());
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&folder)
-            .map_err(|source| ProbeCause::MakeFolder { folder: folder.clone(), source })?;
+        let folder = self.folder();
+        let log = Folder::make(&folder, None).and_then(|folder| folder.create_own(LOG));
+        let log = log.map_err(|source| ProbeCause::MakeFolder { folder: folder.clone(), source })?;
         let cgroup = Cgroup::make(&self.cgroup_root, &self.cgroup_name)?;
         let socket = folder.join("qmp.sock");
         // Watched before the start: the socket may exist before the first look.
@@ -144,7 +139,7 @@ impl Prober {
             launcher: &self.launcher,
             cgroup: &cgroup,
             directory: &folder,
-            log: &log,
+            log,
             descriptors: &[],
             program,
             arguments: &arguments(&socket, accelerator),

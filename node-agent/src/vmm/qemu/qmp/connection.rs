@@ -23,6 +23,7 @@ use super::error::QmpError;
 use super::events::Notice;
 use super::lines::{LineError, Lines};
 use super::message::{Failure, Message, NotAnObject, Outcome};
+use crate::process::folder::find_socket;
 
 /// How many commands may wait to be written. QEMU itself takes eight at a time and then stops to read.
 const QUEUE: usize = 64;
@@ -115,10 +116,9 @@ async fn negotiate_in_stages(socket: &Path, stage: &mut Stage) -> Result<Negotia
 /// QEMU's.
 async fn connect(socket: &Path) -> Result<UnixStream, QmpError> {
     let pauses = ConstantBuilder::new().with_delay(CONNECT_EVERY).without_max_times();
-    let connected = (|| UnixStream::connect(socket))
-        .retry(pauses)
-        .when(|error| error.kind() == io::ErrorKind::WouldBlock)
-        .await;
+    // Each time it is found anew: a QEMU's folder is its own to write to, so no link is followed.
+    let connect = async || UnixStream::connect(find_socket(socket)?.path()).await;
+    let connected = connect.retry(pauses).when(|error| error.kind() == io::ErrorKind::WouldBlock).await;
     connected.map_err(|error| {
         let reason = match error.kind() {
             io::ErrorKind::NotFound => {
