@@ -69,7 +69,7 @@ pub fn set(conditions: &mut Vec<Condition>, type_: &str, finding: &Finding, stam
         type_: type_.to_owned(),
         status: status.to_owned(),
         reason: finding.reason.clone(),
-        message: cut(&finding.message, MESSAGE_LIMIT_BYTES),
+        message: cut(&plain(&finding.message), MESSAGE_LIMIT_BYTES),
         observed_generation: stamp.generation,
         last_transition_time: time,
     };
@@ -114,6 +114,16 @@ pub fn turned(
     (!recently).then(|| Notice { warning: true, reason, note: condition.message.clone() })
 }
 
+/// A character that moves a terminal's cursor, or hides what is written.
+pub fn is_hidden(c: char) -> bool {
+    c.is_control() || matches!(c, '\u{200e}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
+/// A text in which others have a part, without such characters. Lines and tabs stay.
+pub fn plain(text: &str) -> String {
+    text.chars().map(|c| if is_hidden(c) && !matches!(c, '\n' | '\t') { '?' } else { c }).collect()
+}
+
 /// Cuts a text to at most `limit` bytes, between characters, and shows that it did.
 pub fn cut(text: &str, limit: usize) -> String {
     if text.len() <= limit {
@@ -132,6 +142,14 @@ mod tests {
 
     fn at(second: i64) -> Stamp {
         Stamp { generation: Some(second), now: Timestamp::from_second(second).unwrap() }
+    }
+
+    #[test]
+    fn a_message_moves_no_cursor() {
+        let mut conditions = Vec::new();
+        let finding = Finding::new(Status::True, "R", "a\u{1b}[2J\r\u{202e}\nlast lines:\tb");
+        set(&mut conditions, "Ready", &finding, at(1));
+        assert_eq!(conditions[0].message, "a?[2J??\nlast lines:\tb");
     }
 
     #[test]

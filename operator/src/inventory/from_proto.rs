@@ -11,7 +11,7 @@ use slackwater_api::MigrationFeature;
 use slackwater_proto::node as proto;
 
 use super::{Blocker, Device, DeviceFeatures, NodeReport, Vm, VmKey, VmState};
-use crate::conditions::cut;
+use crate::conditions::{cut, is_hidden};
 use crate::reason::camel_case_or;
 
 /// VMs of a node.
@@ -183,10 +183,6 @@ fn read_devices(described: Vec<proto::DeviceDescription>, ignored: &mut Ignored)
 
 /// A text for a person, or a word that is compared: without anything that moves a terminal's cursor, and cut.
 fn text(given: &str, limit: usize) -> String {
-    let is_hidden = |c: char| {
-        c.is_control()
-            || matches!(c, '\u{200e}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
-    };
     // A character has at most 4 bytes: no more than this is looked at.
     let shown: String = given.chars().take(limit + 1).map(|c| if is_hidden(c) { '?' } else { c }).collect();
     cut(&shown, limit)
