@@ -14,9 +14,13 @@ use crate::faults;
 use crate::host::devices::Device;
 use crate::host::identity::IdentityOf;
 use crate::host::placeholders::twin_arguments;
+use crate::host::twin_users::TwinUser;
+use crate::host::vm::VmmKind;
 use crate::host::{vm, vms};
 use crate::service::inventory::Inventory;
 use crate::service::reason::ServiceReason;
+use crate::vmm::confinement::Confined;
+use crate::vmm::qemu::preflight::confined::QEMU_SANDBOX;
 use crate::vmm::twin::{TwinPlan, launcher};
 
 /// The target devices of a reservation, in the VM's order.
@@ -77,13 +81,53 @@ fn fits<'a>(device: &'a Device, features: Features, pair: &'a DevicePair) -> Res
     Ok(())
 }
 
-/// The place for a VM: its twin's command, directory and cgroup.
+/// The user that the twin of a VM gets.
+pub(super) fn twin_user(node: &NodeResources, vm: &VmRef) -> Result<TwinUser, Refusal> {
+    let name = format!("{}/{}", vm.namespace, vm.name);
+    let folder = vms::directory_of(&node.config.run_dir, &vm.namespace, &vm.name);
+    let taken = node.twin_users.take(&name, &folder);
+    taken.map_err(|error| Refusal::precondition(ServiceReason::TwinNotConfined, error.to_string()))
+}
+
+/// As [`site`], for a twin that is to be started: it is confined.
+pub(super) fn site_to_start(
+    node: &NodeResources,
+    reference: &MigrationRef,
+    named: &VmRef,
+    request: &ReserveRequest,
+    devices: &[Device],
+    user: TwinUser,
+) -> Result<NodeSite, Refusal> {
+    let number = user.number();
+    let mut site = site(node, reference, named, request, devices, Some(user))?;
+    let plan = &mut site.plan;
+    if plan.vmm.kind == VmmKind::Qemu {
+        plan.arguments.extend(QEMU_SANDBOX.map(str::to_owned));
+    }
+    let sandbox = node.config.confinement.sandbox(Confined {
+        user: number,
+        directory: &plan.directory,
+        program: &plan.program,
+        kind: plan.vmm.kind,
+        arguments: &plan.arguments,
+        descriptors: &plan.descriptors,
+        devices,
+    });
+    let failed = |error| {
+        Refusal::precondition(ServiceReason::TwinNotConfined, format!("the twin cannot be confined: {error}"))
+    };
+    plan.sandbox = Some(sandbox.map_err(failed)?);
+    Ok(site)
+}
+
+/// The place for a VM: its twin's command, directory, cgroup and user.
 pub(super) fn site(
     node: &NodeResources,
     reference: &MigrationRef,
     named: &VmRef,
     request: &ReserveRequest,
     devices: &[Device],
+    user: Option<TwinUser>,
 ) -> Result<NodeSite, Refusal> {
     let config = &node.config;
     let invalid = |error: vm::VmJsonError| {
@@ -111,6 +155,8 @@ pub(super) fn site(
         program: json.twin.program.clone(),
         arguments: command.arguments,
         descriptors: command.descriptors,
+        device_names: devices.iter().map(|device| device.name.clone()).collect(),
+        sandbox: None,
         socket,
         start_limit: config.twin_start_limit,
         deadlines: config.deadlines,
@@ -121,7 +167,8 @@ pub(super) fn site(
         claim: request.claim.to_vec(),
     };
     let identity = Arc::clone(&node.vf_identity);
-    Ok(NodeSite { plan, vm_json: request.vm_json.clone(), identity, of, twin: Mutex::new(None) })
+    let vm_json = request.vm_json.clone();
+    Ok(NodeSite { plan, vm_json, identity, of, twin: Mutex::new(None), _user: user })
 }
 
 #[cfg(test)]

@@ -30,7 +30,8 @@ pub(super) async fn take_up(node: &NodeResources, key: Key, entry: Entry) -> Res
     let directory = vms::directory(&node.config.run_dir, &json);
     let socket = json.twin_socket_in(&directory).map_err(TakeUpError::Socket)?;
     let reference = entries::reference_of(&entry);
-    let site = reservation::site(node, &reference, &entries::vm_of(&entry), &request, &devices)?;
+    let user = entries::twin_user_of(&entry).map(|number| node.twin_users.take_again(number));
+    let site = reservation::site(node, &reference, &entries::vm_of(&entry), &request, &devices, user)?;
     let driver = site.driver();
     let route = || {
         Ok(Route {
