@@ -3,6 +3,7 @@
 use std::error::Error;
 use std::sync::Arc;
 
+use slackwater_handover::Reason;
 use slackwater_handover::state::Features;
 use slackwater_proto::node::{DevicePair, MigrationRef, ReserveRequest, VmRef};
 use slackwater_proto::refusal::Refusal;
@@ -15,7 +16,7 @@ use crate::host::devices::Device;
 use crate::host::identity::IdentityOf;
 use crate::host::placeholders::twin_arguments;
 use crate::host::{vm, vms};
-use crate::service::inventory::Inventory;
+use crate::service::inventory::{FeaturesError, Inventory, NotFreeError};
 use crate::service::reason::ServiceReason;
 use crate::vmm::twin::{TwinPlan, launcher};
 
@@ -51,10 +52,18 @@ pub(super) async fn targets(inventory: &Inventory, pairs: &[DevicePair]) -> Resu
             let message = format!("devices[{index}].target: {error}");
             Refusal::precondition(ServiceReason::NoMatchingDevices, message)
         };
-        let device = inventory.free_device(&pair.target).await.map_err(|error| refused(&error))?;
+        let device = inventory.free_device(&pair.target).await.map_err(|error| match error {
+            NotFreeError::Hangs(why) => {
+                Refusal::precondition(Reason::DeviceHangs, format!("devices[{index}].target: {why}"))
+            }
+            error => refused(&error),
+        })?;
         let features = inventory.features(&device, true).await.map_err(|error| {
             let message = format!("devices[{index}].target: device {}: {error}", device.name);
-            Refusal::precondition(ServiceReason::NoMatchingDevices, message)
+            match *error {
+                FeaturesError::NoAnswer(_) => Refusal::precondition(Reason::DeviceHangs, message),
+                _ => Refusal::precondition(ServiceReason::NoMatchingDevices, message),
+            }
         })?;
         fits(&device, features, pair).map_err(|misfit| refused(&misfit))?;
         targets.devices.push(device);
@@ -121,7 +130,14 @@ pub(super) fn site(
         claim: request.claim.to_vec(),
     };
     let identity = Arc::clone(&node.vf_identity);
-    Ok(NodeSite { plan, vm_json: request.vm_json.clone(), identity, of, twin: Mutex::new(None) })
+    Ok(NodeSite {
+        plan,
+        vm_json: request.vm_json.clone(),
+        identity,
+        of,
+        twin: Mutex::new(None),
+        borrowed: Arc::clone(node.inventory.borrowed()),
+    })
 }
 
 #[cfg(test)]
