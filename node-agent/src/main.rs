@@ -156,6 +156,14 @@ fn without_links(directory: &Path) -> anyhow::Result<PathBuf> {
         .with_context(|| format!("cannot make the directory {}", directory.display()))
 }
 
+fn forget(state_dir: &Path) -> anyhow::Result<()> {
+    match forget_epoch(state_dir)? {
+        Some(epoch) => println!("the operator epoch {epoch} is forgotten; start the agent again"),
+        None => println!("the operator epoch, which could not be read, is forgotten; start the agent again"),
+    }
+    Ok(())
+}
+
 /// What twins see besides their programs and folders: nothing of the agent's own.
 fn twin_paths(serve: &Serve, run_dir: &Path) -> anyhow::Result<Vec<Shown>> {
     let state = without_links(&serve.state_dir)?;
@@ -181,14 +189,6 @@ async fn require_sandbox(run_dir: &Path, users: UserRange) -> anyhow::Result<()>
         "twins cannot be started in a sandbox: the agent must run as root, with all capabilities and without a \
          seccomp filter against mount(2), unshare(2) and mknod(2)",
     )
-}
-
-fn forget(state_dir: &Path) -> anyhow::Result<()> {
-    match forget_epoch(state_dir)? {
-        Some(epoch) => println!("the operator epoch {epoch} is forgotten; start the agent again"),
-        None => println!("the operator epoch, which could not be read, is forgotten; start the agent again"),
-    }
-    Ok(())
 }
 
 #[tokio::main]
