@@ -289,6 +289,9 @@ impl Inventory {
         if let Some(migration) = self.registry.holder_of_vm(namespace, name) {
             // Nothing but that migration blocks a VM that is paused because it is being migrated.
             described.blockers.retain(|blocker| blocker.reason != ServiceReason::VmPaused.as_str());
+            // What cannot be said about the VM while nothing goes on is said of the migration that holds it.
+            let hold = self.registry.explanation(&migration);
+            described.blockers.splice(0..0, hold.map(blockers::held));
             if let Some(why) = self.registry.waits_for(&migration) {
                 described.blockers.insert(0, blockers::recovering(&why));
             }

@@ -53,12 +53,23 @@ impl From<Stale> for Refusal {
 
 /// Something that a migration needs is held by another.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{what} is held by migration {holder}")]
+#[error("{what} is held by migration {holder}{}", why.as_ref().map(|why| format!(": {why}")).unwrap_or_default())]
 pub struct Held {
     /// A device or a VM, for a person.
     pub what: String,
     /// The id of the migration that has it.
     pub holder: String,
+    /// Why that holds it for longer than it takes.
+    pub why: Option<String>,
+}
+
+/// Why a migration that does not go on holds its VM and devices.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hold {
+    /// For a condition.
+    pub(super) reason: ServiceReason,
+    /// For a person.
+    pub(super) why: String,
 }
 
 impl From<Held> for Refusal {
@@ -78,6 +89,8 @@ pub enum LocalEnd {
     Recovering,
     /// What was journalled cannot be read or used: nothing is guessed. The message names the file.
     Unreadable(String),
+    /// Another open journal is about the same VM or device. The message names the files.
+    Conflicting(String),
 }
 
 #[derive(Debug)]
@@ -98,6 +111,15 @@ struct State {
     sources: HashSet<String>,
     vms: HashMap<(String, String), String>,
     devices: HashMap<String, String>,
+    /// By migration.
+    holds: HashMap<String, Hold>,
+}
+
+impl State {
+    fn held(&self, what: String, holder: &str) -> Held {
+        let why = self.holds.get(holder).map(|hold| hold.why.clone());
+        Held { what, holder: holder.to_owned(), why }
+    }
 }
 
 /// All migrations that this node takes part in.
@@ -159,7 +181,8 @@ impl Registry {
         let state = self.state.lock();
         let migration = state.migrations.get(id)?;
         // Which attempt an unreadable journal is about cannot be known.
-        let is_about_it = migration.attempt == attempt || matches!(migration.part, LocalEnd::Unreadable(_));
+        let held = matches!(migration.part, LocalEnd::Unreadable(_) | LocalEnd::Conflicting(_));
+        let is_about_it = migration.attempt == attempt || held;
         is_about_it.then(|| migration.part.clone())
     }
 
@@ -178,6 +201,9 @@ impl Registry {
             }
             Some(LocalEnd::Unreadable(why)) => {
                 Err(Refusal::precondition(ServiceReason::JournalUnreadable, why))
+            }
+            Some(LocalEnd::Conflicting(why)) => {
+                Err(Refusal::precondition(ServiceReason::JournalsConflict, why))
             }
             part => Ok(part),
         }
@@ -208,12 +234,41 @@ impl Registry {
 
     /// The journal of a migration cannot be used: a call about any attempt of it is refused with `why`.
     pub fn hold_unreadable(&self, id: &str, why: String) {
+        self.explain(id, Hold { reason: ServiceReason::JournalUnreadable, why: why.clone() });
+        self.put_aside(id, LocalEnd::Unreadable(why));
+    }
+
+    /// Another open journal is about the same VM or device: nothing is done for either.
+    pub(super) fn hold_conflicting(&self, id: &str, why: String) {
+        self.explain(id, Hold { reason: ServiceReason::JournalsConflict, why: why.clone() });
+        self.put_aside(id, LocalEnd::Conflicting(why));
+    }
+
+    fn put_aside(&self, id: &str, part: LocalEnd) {
         let mut state = self.state.lock();
         state.counted += 1;
         let order = state.counted;
         let attempt = state.migrations.get(id).map_or(0, |migration| migration.attempt);
         state.waits.remove(id);
-        state.migrations.insert(id.to_owned(), Migration { attempt, part: LocalEnd::Unreadable(why), order });
+        state.migrations.insert(id.to_owned(), Migration { attempt, part, order });
+    }
+
+    /// Why a migration that does not go on holds what it does.
+    pub(super) fn explain(&self, id: &str, hold: Hold) {
+        self.state.lock().holds.insert(id.to_owned(), hold);
+        self.touch();
+    }
+
+    /// It goes on.
+    pub(super) fn explained(&self, id: &str) {
+        if self.state.lock().holds.remove(id).is_some() {
+            self.touch();
+        }
+    }
+
+    /// The explanation, if there is one.
+    pub(super) fn explanation(&self, id: &str) -> Option<Hold> {
+        self.state.lock().holds.get(id).cloned()
     }
 
     /// A migration that is being taken up again waits for something: the answers about it say for what.
@@ -259,12 +314,11 @@ impl Registry {
         let mut state = self.state.lock();
         let key = (vm.namespace.clone(), vm.name.clone());
         if let Some(holder) = state.vms.get(&key) {
-            let what = format!("VM {}/{}", vm.namespace, vm.name);
-            return Err(Held { what, holder: holder.clone() });
+            return Err(state.held(format!("VM {}/{}", vm.namespace, vm.name), holder));
         }
         for device in devices.clone() {
             if let Some(holder) = state.devices.get(device) {
-                return Err(Held { what: format!("device {device}"), holder: holder.clone() });
+                return Err(state.held(format!("device {device}"), holder));
             }
         }
         state.vms.insert(key, id.to_owned());
@@ -274,11 +328,28 @@ impl Registry {
         Ok(())
     }
 
+    /// Takes what an open journal names, as far as another journal has not: all that is in doubt stays held.
+    pub(super) fn hold_what_is_free<'a>(
+        &self,
+        id: &str,
+        vm: &VmRef,
+        devices: impl IntoIterator<Item = &'a str>,
+    ) {
+        let mut state = self.state.lock();
+        state.vms.entry((vm.namespace.clone(), vm.name.clone())).or_insert_with(|| id.to_owned());
+        for device in devices {
+            state.devices.entry(device.to_owned()).or_insert_with(|| id.to_owned());
+        }
+        drop(state);
+        self.touch();
+    }
+
     /// Gives back everything that a migration has taken.
     pub fn give_back(&self, id: &str) {
         let mut state = self.state.lock();
         state.vms.retain(|_, holder| holder != id);
         state.devices.retain(|_, holder| holder != id);
+        state.holds.remove(id);
         state.sources.remove(id);
         drop(state);
         self.touch();
@@ -287,6 +358,28 @@ impl Registry {
     /// The migration that holds a VM.
     pub fn holder_of_vm(&self, namespace: &str, name: &str) -> Option<String> {
         self.state.lock().vms.get(&(namespace.to_owned(), name.to_owned())).cloned()
+    }
+
+    /// As a refusal: the first migration that holds the VM or one of the devices, if one does.
+    pub(super) fn holder_of_any<'a>(
+        &self,
+        vm: &VmRef,
+        devices: impl IntoIterator<Item = &'a str>,
+    ) -> Option<Held> {
+        let state = self.state.lock();
+        let vm_holder = state.vms.get(&(vm.namespace.clone(), vm.name.clone()));
+        vm_holder
+            .map(|holder| state.held(format!("VM {}/{}", vm.namespace, vm.name), holder))
+            .or_else(|| devices.into_iter().find_map(|device| Self::device_held(&state, device)))
+    }
+
+    fn device_held(state: &State, device: &str) -> Option<Held> {
+        state.devices.get(device).map(|holder| state.held(format!("device {device}"), holder))
+    }
+
+    /// As a refusal: the migration that holds a device, if one does.
+    pub(super) fn held_device(&self, device: &str) -> Option<Held> {
+        Self::device_held(&self.state.lock(), device)
     }
 
     /// The migration that holds a device.

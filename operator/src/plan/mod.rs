@@ -21,6 +21,7 @@ use crate::inventory::{
     Blocker, DeviceFeatures, Inventory, Node, Vm, VmKey, VmReport, Whereabouts, reports_of, whereabouts,
 };
 
+use crate::reason;
 use fit::{Taken, Wanted};
 pub use lack::Lack;
 pub use refusal::Refusal;
@@ -145,6 +146,13 @@ fn movable<'a>(
         return Err(Refusal::SourceNotReady { vm: key.clone(), node: source.to_owned(), error });
     }
     if let Some(id) = held_by(key, inventory) {
+        // The agent says why that migration does not go on.
+        if let Some(hold) =
+            vm.blockers.iter().find(|blocker| reason::agent::HOLDS.contains(&blocker.reason.as_str()))
+        {
+            let blockers = vec![hold.clone()];
+            return Err(Refusal::NotMigratable { vm: key.clone(), node: source.to_owned(), blockers });
+        }
         let by =
             others.iter().find(|other| other.id == id).map_or_else(|| format!("id {id}"), |o| o.name.clone());
         return Err(Refusal::MigrationInProgress { vm: key.clone(), by });

@@ -148,6 +148,25 @@ fn a_vm_in_the_middle_of_a_hand_over_is_being_migrated_and_not_reported_twice() 
 }
 
 #[test]
+fn a_migration_that_holds_a_vm_and_does_not_go_on_says_why() {
+    let mut inventory = two_nodes();
+    let blocker = |reason: &str| {
+        Blocker {
+        reason: reason.into(),
+        message: "the end of the migration cannot be put into /state/journal/u-1.source: cannot sync /state/journal/u-1.source".into(),
+        lifted_by_assume_isolated: false,
+    }
+    };
+    let blockers = vec![blocker("DeviceNotMigratable"), blocker("EndNotRecorded")];
+    let held = Vm { migration_id: "u-1".into(), blockers, ..running(&["a1", "a2"]) };
+    let a = inventory.remove("node-a").unwrap();
+    inventory.insert("node-a".into(), with_vm(a, "counter", held));
+    let (reason, message) = refused(&request(), &inventory, &[]);
+    assert_eq!(reason, "EndNotRecorded");
+    assert!(message.contains("/state/journal/u-1.source"), "{message}");
+}
+
+#[test]
 fn a_second_migration_of_the_same_vm_is_refused_with_the_name_of_the_first() {
     let other = OtherMigration {
         name: "VMMigration demo/first".into(),

@@ -29,7 +29,7 @@ use slackwater_proto::transfer::{
 };
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Sleep, sleep};
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use self::peer::OpenBlob;
 use super::device::{DeviceOutcome, EndDevice, Hanging, LastStates};
@@ -42,6 +42,10 @@ use crate::host::clock::Clock;
 use crate::transfer::channel::Channel;
 use crate::vfio::worker::DeviceHandle;
 use crate::vmm::{DeviceSeen, Vmm};
+
+/// The first pause, and the longest, before a VM that runs here is made known again.
+const KEEP_AGAIN: (Duration, Duration) =
+    (Duration::from_millis(if cfg!(test) { 10 } else { 500 }), Duration::from_secs(10));
 
 type AnswerSender = mpsc::UnboundedSender<Result<HandoverResponse, Status>>;
 
@@ -230,7 +234,7 @@ impl DestinationAttempt {
                     Event::PeerSays(word) => self.stated_because.clone_from(&word.stated_because),
                     // The failure of a twin that did not even start has its last words already.
                     Event::Failed(failure) if failure.reason == Reason::TwinFailed && self.twin.is_some() => {
-                        failure.message.push_str(&self.parts.site.last_words());
+                        *failure = failure.clone().and(&self.parts.site.last_words());
                     }
                     _ => {}
                 }
@@ -370,6 +374,33 @@ impl DestinationAttempt {
         }
     }
 
+    /// Makes the VM known that runs here, again and again until that succeeds: before, nobody could find it,
+    /// and the attempt has not ended.
+    async fn keep(&mut self) {
+        let (mut pause, longest) = KEEP_AGAIN;
+        let mut told = false;
+        while let Err(why) = self.parts.site.keep().await {
+            if !std::mem::replace(&mut told, true) {
+                let migration = &self.parts.migration_id;
+                error!(migration, why, "the VM runs here, and could not be made known yet; trying again");
+            }
+            let mut rest = std::pin::pin!(sleep(pause));
+            pause = (pause * 2).min(longest);
+            loop {
+                tokio::select! {
+                    () = &mut rest => break,
+                    // Whatever comes now comes too late.
+                    Some(signal) = self.inbox.recv() => if let Signal::Release(_, reply) = signal {
+                        let _ = reply.send(Err(MayHaveRun));
+                    }
+                }
+            }
+        }
+        if told {
+            info!(migration = self.parts.migration_id, "the VM is known now");
+        }
+    }
+
     async fn finish(&mut self, end: End) -> Ending {
         let mut vmm = None;
         if let Some(twin) = self.twin.take() {
@@ -377,7 +408,7 @@ impl DestinationAttempt {
             vmm = Some(twin.vmm);
         }
         match &end {
-            End::Running => self.parts.site.keep().await,
+            End::Running => self.keep().await,
             End::Discarded(failure) => {
                 self.reserved.send_if_modified(|answer| {
                     let first = answer.is_none();

@@ -46,6 +46,8 @@ pub(super) struct FakeSite {
     pub(super) twin: Arc<FakeVmm>,
     pub(super) devices: Mutex<Vec<DeviceHandle>>,
     pub(super) done: Mutex<Vec<&'static str>>,
+    /// So many times, the VM cannot be made known.
+    pub(super) full: Mutex<u32>,
 }
 
 impl FakeSite {
@@ -70,8 +72,13 @@ impl Site for FakeSite {
         self.note("identity").map(Ok).boxed()
     }
 
-    fn keep(&self) -> BoxFuture<'_, ()> {
-        self.note("kept")
+    fn keep(&self) -> BoxFuture<'_, Result<(), String>> {
+        let mut full = self.full.lock();
+        if *full > 0 {
+            *full -= 1;
+            return futures::future::ready(Err("No space left on device".to_owned())).boxed();
+        }
+        self.note("kept").map(Ok).boxed()
     }
 
     fn discard(&self) -> BoxFuture<'_, ()> {
@@ -209,8 +216,12 @@ async fn rig_of(
         vm.drive(&source_of_vmm.into_iter().flatten().collect::<Vec<_>>());
         twin.drive(&target_of_vmm.into_iter().flatten().collect::<Vec<_>>());
     }
-    let site =
-        Arc::new(FakeSite { twin: Arc::clone(&twin), devices: Mutex::new(target), done: Mutex::default() });
+    let site = Arc::new(FakeSite {
+        twin: Arc::clone(&twin),
+        devices: Mutex::new(target),
+        done: Mutex::default(),
+        full: Mutex::default(),
+    });
 
     let destination_site: Arc<dyn Site> = Arc::<FakeSite>::clone(&site);
     let destination = DestinationRun::start(DestinationParts {

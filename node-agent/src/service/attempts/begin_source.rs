@@ -45,7 +45,7 @@ impl Attempts {
                 let message = "this node is the destination of this migration, and cannot be its source, too";
                 return Err(precondition(ServiceReason::MigrationInProgress, message));
             }
-            Some(LocalEnd::Recovering | LocalEnd::Unreadable(_)) | None => {}
+            Some(LocalEnd::Recovering | LocalEnd::Unreadable(_) | LocalEnd::Conflicting(_)) | None => {}
         }
         let node = &self.node;
         if given.target_node == node.config.node {
@@ -74,11 +74,6 @@ impl Attempts {
             precondition(ServiceReason::VmmUnreachable, format_args!("{named}: {}", error_chain(&error)))
         })?;
         let key = entries::key(&reference.id, Role::Source)?;
-        let names = given.devices.iter().map(|pair| pair.source.as_str());
-        node.registry.take(&reference.id, &vm, names)?;
-        let prepared = prepare(vmm.as_ref(), &description, |features| stop_plan(features, policy)).await;
-        let SourceDevices { handles, features, plan } =
-            prepared.inspect_err(|_| node.registry.give_back(&reference.id))?;
         let process = vmm.process().identity();
         let monitor = Monitor {
             kind: known.json.vmm.kind,
@@ -86,6 +81,12 @@ impl Attempts {
             devices: known.json.vmm.devices.clone(),
         };
         let written = entries::source(&reference, &vm, &given, policy, process, cgroup.as_ref(), monitor);
+        entries::check_room(&written)?;
+        let names = given.devices.iter().map(|pair| pair.source.as_str());
+        node.registry.take(&reference.id, &vm, names)?;
+        let prepared = prepare(vmm.as_ref(), &description, |features| stop_plan(features, policy)).await;
+        let SourceDevices { handles, features, plan } =
+            prepared.inspect_err(|_| node.registry.give_back(&reference.id))?;
         let remains = VmRemains { cgroup, directory: entry.directory.clone(), socket: known.socket.clone() };
         let release = remains.release(Arc::clone(&vmm), node, &reference.id);
         let vmm: Arc<dyn Vmm> = vmm;

@@ -13,6 +13,7 @@
 //! | `resources` | what an attempt needs of the node; everything here works with it |
 //! | `begin_source`, `begin_destination` | the checks before an attempt begins, and its beginning |
 //! | `take_up`, `take_up_source`, `take_up_destination`, `reopen` | what an earlier agent began |
+//! | `conflict` | open journals that are about the same |
 //! | `journalled_vmm` | finding the VMM that the journal names |
 //! | `entries` | a request as a journal's entry, and back |
 //! | `reservation`, `site` | the target devices and the twin |
@@ -20,6 +21,7 @@
 
 mod begin_destination;
 mod begin_source;
+mod conflict;
 mod entries;
 mod journalled_vmm;
 mod release;
