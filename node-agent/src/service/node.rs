@@ -9,9 +9,9 @@ use slackwater_proto::identity;
 use slackwater_proto::node::node_agent_server::NodeAgent;
 use slackwater_proto::node::{
     AbortRequest, AbortResponse, AcknowledgeEndRequest, AcknowledgeEndResponse, DescribeRequest,
-    DescribeResponse, JournalState, MigrateRequest, MigrateResponse, MigrationRef, ReleaseReason, ReleaseRequest,
-    ReleaseResponse, ReserveRequest, ReserveResponse, ResolveRequest, ResolveResponse, WatchRequest,
-    WatchResponse,
+    DescribeResponse, JournalState, MigrateRequest, MigrateResponse, MigrationRef, ReleaseReason,
+    ReleaseRequest, ReleaseResponse, ReserveRequest, ReserveResponse, ResolveRequest, ResolveResponse,
+    WatchRequest, WatchResponse,
 };
 use slackwater_proto::refusal::Refusal;
 use slackwater_proto::tonic::{Code, Request, Response, Status, async_trait};
