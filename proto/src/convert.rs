@@ -1,5 +1,6 @@
 //! The core's types ([`slackwater_handover`]) on the wire and back. Each conversion is here and nowhere else.
 
+use slackwater_handover::failure::{JUSTIFICATION_MAX_BYTES, cut};
 use slackwater_handover::policy::PeerToPeer;
 use slackwater_handover::state::Features;
 use slackwater_handover::{Failure, Reason, Record, Word, source};
@@ -71,7 +72,8 @@ impl TryFrom<&JournalState> for Word {
             record: record.into(),
             ended: state.ended,
             failure: failed.then(|| failure(&state.reason, &state.message)),
-            stated_because: (!state.stated_because.is_empty()).then(|| state.stated_because.clone()),
+            stated_because: (!state.stated_because.is_empty())
+                .then(|| cut(&state.stated_because, JUSTIFICATION_MAX_BYTES)),
         })
     }
 }

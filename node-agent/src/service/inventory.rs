@@ -26,6 +26,7 @@ use crate::faults;
 use crate::host::devices::{Device, vfio_devices};
 use crate::host::holders::Holders;
 use crate::host::node::{Kernel, kernel};
+use crate::host::vm::VmmEntry;
 use crate::host::vms::{KnownVm, VmEntry, VmWatch};
 use crate::vfio::device::Device as _;
 use crate::vfio::probe::{self, ProbeError};
@@ -172,6 +173,15 @@ impl Inventory {
             }
             vms.push(vm);
         }
+        for (name, migration) in self.registry.leaving() {
+            // Its vm.json is not what keeps it here.
+            if !vms.iter().any(|vm| vm.vm.as_ref() == Some(&name)) {
+                let why = self.registry.waits_for(&migration);
+                let why = why.map(|why| format!(": {why}")).unwrap_or_default();
+                let why = format!("its vm.json is missing, and migration {migration} holds it{why}");
+                vms.push(VmDescription { migration_id: migration, ..unreachable(Some(name), why) });
+            }
+        }
         // At the same time: one that hangs takes as long as it may.
         let described = join_all(devices.iter().map(|device| {
             let reserved = self.registry.holder_of_device(&device.name);
@@ -191,6 +201,7 @@ impl Inventory {
             boot_id: kernel.boot_id,
             vms,
             devices: described,
+            known_epoch: self.registry.highest_epoch(),
             twin_start_limit_ms: u64::try_from(self.config.twin_start_limit.as_millis()).unwrap_or(u64::MAX),
         })
     }
@@ -355,6 +366,12 @@ impl Inventory {
         if let Some(migration) = self.registry.holder_of_vm(namespace, name) {
             // Nothing but that migration blocks a VM that is paused because it is being migrated.
             described.blockers.retain(|blocker| blocker.reason != ServiceReason::VmPaused.as_str());
+            // What cannot be said about the VM while nothing goes on is said of the migration that holds it.
+            let hold = self.registry.explanation(&migration);
+            described.blockers.splice(0..0, hold.map(blockers::held));
+            if let Some(why) = self.registry.waits_for(&migration) {
+                described.blockers.insert(0, blockers::recovering(&why));
+            }
             described.migration_id = migration;
         }
         described
@@ -387,9 +404,23 @@ impl Inventory {
     /// # Errors
     /// If it does not answer.
     pub async fn vmm(&self, vm: &KnownVm) -> Result<(Arc<dyn LocalVmm>, Description), VmmError> {
-        let Answer { vmm, description, is_new } = self.vmms.ask(vm).await?;
+        self.vmm_at(&vm.json.vmm, &vm.socket, &vm.directory).await
+    }
+
+    /// The same, for a VM whose `vm.json` may not be there: by the absolute path of its socket, and its own
+    /// folder.
+    ///
+    /// # Errors
+    /// If it does not answer.
+    pub(super) async fn vmm_at(
+        &self,
+        entry: &VmmEntry,
+        socket: &Path,
+        folder: &Path,
+    ) -> Result<(Arc<dyn LocalVmm>, Description), VmmError> {
+        let Answer { vmm, description, is_new } = self.vmms.ask(entry, socket, folder).await?;
         if is_new {
-            watching::start(Arc::downgrade(&self.vmms), vm.socket.clone(), Arc::clone(&vmm));
+            watching::start(Arc::downgrade(&self.vmms), socket.to_owned(), Arc::clone(&vmm));
         }
         Ok((vmm, description))
     }

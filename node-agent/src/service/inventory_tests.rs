@@ -2,6 +2,7 @@ use std::path::PathBuf;
 
 use super::*;
 use crate::vfio::fake::Gate;
+use crate::vmm::confinement::Confinement;
 
 /// More than anything takes that does not wait for a device.
 const SOON: Duration = Duration::from_secs(10);
@@ -25,6 +26,7 @@ fn node(hangs: &'static str, gate: &Gate) -> (Arc<Inventory>, tempfile::TempDir)
         run_dir: run_dir.path().to_owned(),
         cgroup_root: PathBuf::from("/sys/fs/cgroup"),
         twin_programs: Vec::new(),
+        confinement: Confinement::default(),
         twin_start_limit: SOON,
         deadlines: crate::vmm::contract::Deadlines::default(),
         migration_bandwidth_bytes_per_second: 1,

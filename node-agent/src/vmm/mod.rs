@@ -27,6 +27,7 @@ use crate::host::vm::{VmmEntry, VmmKind};
 use crate::vfio::borrow::VmmProcess;
 
 pub mod budget;
+pub mod confinement;
 pub mod contract;
 #[cfg(any(test, feature = "faults"))]
 pub mod fake;
@@ -34,7 +35,7 @@ pub mod gone;
 pub mod qemu;
 pub mod server;
 #[cfg(test)]
-mod stub;
+pub(crate) mod stub;
 pub mod twin;
 
 /// RAM and machine state as the VMM gives them, in pieces of at most 1 MiB. Ends after the last piece; an
@@ -199,7 +200,8 @@ pub trait Vmm: Send + Sync {
     async fn finish_load(&self) -> Result<(), VmmError>;
 
     /// Lets the vCPUs run. The devices are RUNNING before it is called, unless the VMM drives them: it starts
-    /// them then, and leaves a VM that runs already as it is.
+    /// them then, and leaves a VM that runs already as it is. An error other than a refusal says nothing about
+    /// the VM: as long as the process lives, the next call connects again.
     async fn resume(&self) -> Result<(), VmmError>;
 
     /// Asks the VMM to exit: it answers first.

@@ -194,7 +194,7 @@ impl World {
                 Event::Released
             }
             Effect::Finish(end) => {
-                self.finish_source(&end);
+                self.finish_source(&end, how);
                 return;
             }
             // Answered by a message: see `messages`.
@@ -275,7 +275,10 @@ impl World {
                     destination::End::Discarded(_) => Ended::Discarded,
                     destination::End::Stuck(_) => Ended::Lost,
                 };
-                self.destination.finish(ended);
+                match how {
+                    How::Well => self.destination.finish(ended),
+                    _ => self.destination.fail_to_finish(ended),
+                }
                 self.say(Side::Destination);
                 return;
             }
@@ -495,7 +498,7 @@ impl World {
         self.said.extend(said);
     }
 
-    fn finish_source(&mut self, end: &source::End) {
+    fn finish_source(&mut self, end: &source::End, how: How) {
         let attempt = self.source.attempt;
         let ended = match end {
             source::End::Succeeded => Ended::Succeeded,
@@ -510,7 +513,27 @@ impl World {
                 self.broken.insert(Rule::HalfRollback);
             }
         }
-        self.source.finish(ended);
+        match how {
+            How::Well => self.source.finish(ended),
+            _ => self.source.fail_to_finish(ended),
+        }
+    }
+
+    /// The end of an attempt is written after all.
+    pub(crate) fn record_end(&mut self, side: Side) {
+        match side {
+            Side::Source => {
+                if let Some(ended) = self.source.unrecorded {
+                    self.source.finish(ended);
+                }
+            }
+            Side::Destination => {
+                if let Some(ended) = self.destination.unrecorded {
+                    self.destination.finish(ended);
+                    self.say(side);
+                }
+            }
+        }
     }
 }
 

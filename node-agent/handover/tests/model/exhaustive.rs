@@ -52,7 +52,7 @@ fn holds(name: &str, config: Config, states: Option<usize>) {
     let discoveries = checker.discoveries();
     let situations = match config.again {
         Again::Never => properties::reachable(config.faults),
-        Again::Later | Again::FromTheStart => &properties::AGAIN,
+        Again::Later | Again::FromTheStart | Again::BeforeTheEnd => &properties::AGAIN,
     };
     for situation in situations {
         assert!(discoveries.contains_key(situation), "never reached: {situation}");
@@ -251,6 +251,27 @@ fn a_stop_without_the_barrier_is_found() {
 fn an_agent_that_lets_the_vm_run_before_aborted_is_recorded_is_found() {
     let config = Config { features: vec![Features::ALL], faults: 1, ..SMALL };
     is_caught(Mutant::WakeAtRestart, config, &[properties::ABORTED_FIRST]);
+}
+
+#[test]
+fn a_vm_that_is_free_for_another_migration_before_its_end_is_durable_is_found() {
+    let config = Config { again: Again::BeforeTheEnd, faults: 1, ..SMALL };
+    is_caught(Mutant::EndNotDurable, config, &[properties::NO_FORK]);
+}
+
+#[test]
+fn an_agent_that_acts_on_none_of_several_open_journals_of_a_vm_never_forks_it() {
+    let mutant = Some(Mutant::EndNotDurableButHeld);
+    let config = Config { again: Again::BeforeTheEnd, faults: 1, mutant, ..SMALL };
+    let checker = Handover(config).checker().threads(2).finish_when(HasDiscoveries::All).spawn_bfs().join();
+    println!("held: {} states", checker.unique_state_count());
+    for property in [properties::NO_FORK, properties::TWO_RUNNERS, properties::ABORTED_FIRST] {
+        if let Some(path) = checker.discovery(property) {
+            panic!("{property}\n{}", describe(path));
+        }
+    }
+    // It came as far as it had to for that: both journals were there when an agent restarted.
+    assert!(checker.discovery(properties::BOTH_HELD).is_some());
 }
 
 #[test]

@@ -90,6 +90,9 @@ impl Kind {
     pub(crate) fn ways(self, may: Faults) -> Vec<How> {
         let mut ways = match self {
             Self::Record if may.write => [false, true].map(|stands| How::WriteFails { stands }).to_vec(),
+            // A restart makes no difference between an end that stands although the write failed, and one
+            // that was written.
+            Self::Finish if may.write => vec![How::WriteFails { stands: false }],
             Self::DeviceStep if may.device => [None, Some(false), Some(true)].map(How::DeviceFails).to_vec(),
             Self::Sending | Self::StartTwin if may.device => vec![How::DeviceFails(None)],
             _ => Vec::new(),

@@ -85,6 +85,9 @@ pub(crate) const AGAIN: [&str; 2] = [
     "the VM moves on while the first migration's source is still open",
 ];
 
+/// Only a broken protocol comes there: an agent has restarted with two open journals of its VM.
+pub(crate) const BOTH_HELD: &str = "two open journals of one VM are held";
+
 macro_rules! kept {
     ($name:expr, $rule:expr) => {
         Property::always($name, |_, world: &World| !world.broken.contains(&$rule))
@@ -139,6 +142,13 @@ pub(crate) fn all() -> Vec<Property<Handover>> {
                 && !world.destination.up
                 && has_committed(world)
                 && world.destination.has_recorded(1, Record::Loaded)
+        }),
+        Property::sometimes(BOTH_HELD, |_, world: &World| {
+            world.source.up
+                && world.source.machine.is_none()
+                && world.source.forgotten.is_some()
+                && has_committed(world)
+                && world.destination.runs
         }),
         Property::sometimes(AGAIN[0], |_, world: &World| {
             arrived(world) && world.left_over.as_ref().is_some_and(|end| end.side() == Side::Destination)

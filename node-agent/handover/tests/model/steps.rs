@@ -12,7 +12,7 @@ use crate::kinds::{Faults, Kind};
 use crate::mutants::Mutant;
 use crate::operator::{Act, Operator};
 use crate::properties;
-use crate::second_migration::{LeftOverStep, second_migration};
+use crate::second_migration::{LeftOverStep, migration_before_the_end, second_migration};
 use crate::world::{Again, Config, Ended, Line, Process, Said, Save, Side, World};
 
 /// Two agents, an operator, and everything that may happen to them.
@@ -34,6 +34,8 @@ pub(crate) enum Step {
     Effect(Side, usize, How),
     /// The save of the source's VMM ends after its last byte, well or not.
     EndSave(bool),
+    /// The end of an attempt, which could not be written before, is written at this side.
+    RecordEnd(Side),
     /// The next message of the stream arrives at this side.
     Deliver(Side),
     /// This side notices that the stream is broken.
@@ -69,6 +71,11 @@ impl Handover {
     pub(crate) fn effects(&self, world: &World, steps: &mut Vec<Step>) {
         steps.extend(self.effects_at(world, Side::Source));
         steps.extend(self.effects_at(world, Side::Destination));
+        for (side, unrecorded) in
+            [(Side::Source, world.source.unrecorded), (Side::Destination, world.destination.unrecorded)]
+        {
+            steps.extend(unrecorded.map(|_| Step::RecordEnd(side)));
+        }
         if world.save == Save::Draining {
             steps.push(Step::EndSave(true));
             steps.extend(self.calls_may_fail(world).then_some(Step::EndSave(false)));
@@ -287,6 +294,7 @@ impl Handover {
                 }
                 world.end_save(config, well);
             }
+            Step::RecordEnd(side) => world.record_end(side),
             Step::Deliver(side) => world.deliver(config, side),
             Step::Notice(side) => world.notice(config, side),
             Step::Hear(said) => world.hear(config, said, false),
@@ -339,6 +347,9 @@ impl Model for Handover {
     fn init_states(&self) -> Vec<World> {
         if self.0.again == Again::FromTheStart {
             return [Side::Source, Side::Destination].map(|side| second_migration(&self.0, side)).to_vec();
+        }
+        if self.0.again == Again::BeforeTheEnd {
+            return vec![migration_before_the_end(&self.0)];
         }
         vec![World::new(&self.0)]
     }

@@ -59,6 +59,9 @@ pub(crate) enum Again {
     Later,
     /// The world begins with it, and with what the first has left open: a destination, or a source.
     FromTheStart,
+    /// The world begins when it has committed, and the end of the first is not in the journal of the source:
+    /// only a broken protocol comes there.
+    BeforeTheEnd,
 }
 
 impl Config {
@@ -184,6 +187,10 @@ pub(crate) struct End<Machine, Effect> {
     /// A write has failed although the disk holds what it wrote: until the agent restarts it shows this
     /// instead.
     pub shown: Option<Line>,
+    /// The attempt has ended, and that could not be written yet. The VM and its devices stay held.
+    pub unrecorded: Option<Ended>,
+    /// An open journal of an earlier migration of the same VM on this node.
+    pub forgotten: Option<Line>,
     pub vmm: Process,
     /// vCPUs run.
     pub runs: bool,
@@ -201,6 +208,8 @@ impl<Machine, Effect> End<Machine, Effect> {
             todo: Vec::new(),
             journal: None,
             shown: None,
+            unrecorded: None,
+            forgotten: None,
             vmm: Process::None,
             runs: false,
             devices: vec![Device::RUNNING; devices],
@@ -228,6 +237,16 @@ impl<Machine, Effect> End<Machine, Effect> {
             line.ended = Some(ended);
             self.shown = None;
         }
+        self.unrecorded = None;
+    }
+
+    /// The end cannot be written for now. The agent says all the same that the attempt has ended.
+    pub(crate) fn fail_to_finish(&mut self, ended: Ended) {
+        let attempt = self.attempt;
+        if let Some(line) = self.journal.filter(|line| line.attempt == attempt) {
+            self.shown = Some(Line { ended: Some(ended), ..self.shown.unwrap_or(line) });
+            self.unrecorded = Some(ended);
+        }
     }
 
     /// Cuts the node's power. See [`Self::crash`].
@@ -246,6 +265,7 @@ impl<Machine, Effect> End<Machine, Effect> {
         self.machine = None;
         self.todo.clear();
         self.shown = None;
+        self.unrecorded = None;
     }
 }
 

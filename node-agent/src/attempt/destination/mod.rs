@@ -21,7 +21,6 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use slackwater_handover::destination::{Destination, Effect, End, Event, Found, Phase};
-use slackwater_handover::policy::Driver;
 use slackwater_handover::{Blob, Failure, Reason, Record};
 use slackwater_proto::tonic::Status;
 use slackwater_proto::transfer::handover_response::Message;
@@ -30,19 +29,23 @@ use slackwater_proto::transfer::{
 };
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Sleep, sleep};
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use self::peer::OpenBlob;
 use super::device::{DeviceOutcome, EndDevice, Hanging, LastStates};
 use super::entry::Ended;
 use super::receiving::VmmLoad;
 use super::tasks::Tasks;
-use super::vmm_calls::{confirm, resume};
+use super::vmm_calls::confirm;
 use crate::faults;
 use crate::host::clock::Clock;
 use crate::transfer::channel::Channel;
 use crate::vfio::worker::DeviceHandle;
 use crate::vmm::{DeviceSeen, Vmm};
+
+/// The first pause, and the longest, before a VM that runs here is made known again.
+const KEEP_AGAIN: (Duration, Duration) =
+    (Duration::from_millis(if cfg!(test) { 10 } else { 500 }), Duration::from_secs(10));
 
 type AnswerSender = mpsc::UnboundedSender<Result<HandoverResponse, Status>>;
 
@@ -56,6 +59,8 @@ enum Signal {
     Step(DeviceStep),
     /// A device that its VMM drives: reported by the VMM, or read.
     DeviceSeen(DeviceSeen),
+    /// The twin is to resume the VM, and gives no answer for long.
+    TwinSilent(Failure),
     /// What the twin says to the VMM at the source.
     Reply(Bytes),
     OpenBlob(Blob, Channel, oneshot::Sender<Result<OpenBlob, Status>>),
@@ -229,7 +234,7 @@ impl DestinationAttempt {
                     Event::PeerSays(word) => self.stated_because.clone_from(&word.stated_because),
                     // The failure of a twin that did not even start has its last words already.
                     Event::Failed(failure) if failure.reason == Reason::TwinFailed && self.twin.is_some() => {
-                        failure.message.push_str(&self.parts.site.last_words());
+                        *failure = failure.clone().and(&self.parts.site.last_words());
                     }
                     _ => {}
                 }
@@ -257,6 +262,10 @@ impl DestinationAttempt {
             }
             Signal::DeviceSeen(seen) => {
                 self.trace(seen);
+                None
+            }
+            Signal::TwinSilent(failure) => {
+                self.wait_for(failure);
                 None
             }
             Signal::Reply(data) => {
@@ -323,19 +332,21 @@ impl DestinationAttempt {
                     }
                 });
             }
-            Effect::Resume if self.parts.driver == Driver::Vmm => self.resume_and_look(),
-            Effect::Resume => self.run_call(resume, Event::Resumed),
+            Effect::Resume => self.resume(),
             Effect::SendStarted => self.answer(Message::Started(Started { at: now() })),
             Effect::SendFailed(failure) => self.answer(Message::Failed(Failed::from(&failure))),
-            Effect::Doubt(failure) => {
-                let migration = &self.parts.migration_id;
-                warn!(migration, %failure, "destination: the migration waits");
-                self.answer(Message::Doubt(transfer::Doubt::from(&failure)));
-                self.doubt.send_replace(Some(failure));
-            }
+            Effect::Doubt(failure) => self.wait_for(failure),
             Effect::Discard => tasks.run(self.discard()),
             Effect::Finish(end) => self.end = Some(end),
         }
+    }
+
+    /// Tells whoever asks, and the source, what the migration waits for here.
+    fn wait_for(&mut self, failure: Failure) {
+        let migration = &self.parts.migration_id;
+        warn!(migration, %failure, "destination: the migration waits");
+        self.answer(Message::Doubt(transfer::Doubt::from(&failure)));
+        self.doubt.send_replace(Some(failure));
     }
 
     fn record(&self, record: Record, again: bool) {
@@ -363,6 +374,33 @@ impl DestinationAttempt {
         }
     }
 
+    /// Makes the VM known that runs here, again and again until that succeeds: before, nobody could find it,
+    /// and the attempt has not ended.
+    async fn keep(&mut self) {
+        let (mut pause, longest) = KEEP_AGAIN;
+        let mut told = false;
+        while let Err(why) = self.parts.site.keep().await {
+            if !std::mem::replace(&mut told, true) {
+                let migration = &self.parts.migration_id;
+                error!(migration, why, "the VM runs here, and could not be made known yet; trying again");
+            }
+            let mut rest = std::pin::pin!(sleep(pause));
+            pause = (pause * 2).min(longest);
+            loop {
+                tokio::select! {
+                    () = &mut rest => break,
+                    // Whatever comes now comes too late.
+                    Some(signal) = self.inbox.recv() => if let Signal::Release(_, reply) = signal {
+                        let _ = reply.send(Err(MayHaveRun));
+                    }
+                }
+            }
+        }
+        if told {
+            info!(migration = self.parts.migration_id, "the VM is known now");
+        }
+    }
+
     async fn finish(&mut self, end: End) -> Ending {
         let mut vmm = None;
         if let Some(twin) = self.twin.take() {
@@ -370,7 +408,7 @@ impl DestinationAttempt {
             vmm = Some(twin.vmm);
         }
         match &end {
-            End::Running => self.parts.site.keep().await,
+            End::Running => self.keep().await,
             End::Discarded(failure) => {
                 self.reserved.send_if_modified(|answer| {
                     let first = answer.is_none();

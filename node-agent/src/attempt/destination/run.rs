@@ -21,7 +21,7 @@ use tracing::info;
 use super::peer::{OpenBlob, describe_loss, receive_decisions};
 use super::{DestinationAttempt, Ending, Signal};
 use crate::attempt::entry::Process;
-use crate::attempt::ledger::Ledger;
+use crate::attempt::ledger::{EndRecord, Ledger};
 use crate::attempt::tasks::Signals;
 use crate::transfer::channel::Channel;
 use crate::transfer::incoming;
@@ -47,8 +47,11 @@ pub trait Site: Send + Sync {
     fn last_words(&self) -> String;
     /// Lets the devices take over the VM's network identity.
     fn activate_identity(&self) -> BoxFuture<'_, Result<(), Failure>>;
-    /// The VM runs here: makes it known.
-    fn keep(&self) -> BoxFuture<'_, ()>;
+    /// The VM runs here: makes it known. May be repeated.
+    ///
+    /// # Errors
+    /// Why it is not known yet, for a person.
+    fn keep(&self) -> BoxFuture<'_, Result<(), String>>;
     /// Nothing has run: ends the twin and clears everything away.
     fn discard(&self) -> BoxFuture<'_, ()>;
 }
@@ -150,6 +153,11 @@ impl DestinationRun {
             state.message.clone_from(message);
         }
         state
+    }
+
+    /// Whether its end is durable: before that, the VM and its devices are not free.
+    pub fn end_record(&self) -> watch::Receiver<EndRecord> {
+        self.ledger.end()
     }
 
     /// What the source has journalled: it says so when it asks, or the operator relays it.

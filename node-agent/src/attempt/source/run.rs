@@ -14,7 +14,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::{Signal, SourceAttempt};
 use crate::attempt::entry::Marks;
 use crate::attempt::events::EventLog;
-use crate::attempt::ledger::Ledger;
+use crate::attempt::ledger::{EndRecord, Ledger};
 use crate::attempt::link::Peer;
 use crate::attempt::tasks::Signals;
 use crate::vfio::worker::DeviceHandle;
@@ -112,6 +112,11 @@ impl SourceRun {
         self.ledger.state()
     }
 
+    /// Whether its end is durable: before that, the VM and its devices are not free.
+    pub fn end_record(&self) -> watch::Receiver<EndRecord> {
+        self.ledger.end()
+    }
+
     /// The operator relays what the destination has journalled.
     pub fn peer_says(&self, word: Word) {
         self.signals.send(Event::Relayed(word));
@@ -122,7 +127,7 @@ impl SourceRun {
         &self.log
     }
 
-    /// Waits for the end: all that was held has been given back then.
+    /// Waits for the end: the VM runs where it is to run then, or nowhere.
     pub async fn ended(&self) {
         let _ = self.done.clone().wait_for(|done| *done).await;
     }

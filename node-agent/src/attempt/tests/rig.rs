@@ -46,6 +46,8 @@ pub(super) struct FakeSite {
     pub(super) twin: Arc<FakeVmm>,
     pub(super) devices: Mutex<Vec<DeviceHandle>>,
     pub(super) done: Mutex<Vec<&'static str>>,
+    /// So many times, the VM cannot be made known.
+    pub(super) full: Mutex<u32>,
 }
 
 impl FakeSite {
@@ -70,8 +72,13 @@ impl Site for FakeSite {
         self.note("identity").map(Ok).boxed()
     }
 
-    fn keep(&self) -> BoxFuture<'_, ()> {
-        self.note("kept")
+    fn keep(&self) -> BoxFuture<'_, Result<(), String>> {
+        let mut full = self.full.lock();
+        if *full > 0 {
+            *full -= 1;
+            return futures::future::ready(Err("No space left on device".to_owned())).boxed();
+        }
+        self.note("kept").map(Ok).boxed()
     }
 
     fn discard(&self) -> BoxFuture<'_, ()> {
@@ -80,16 +87,16 @@ impl Site for FakeSite {
 }
 
 /// A CA and the certificates that it has issued.
-struct Authority(CertifiedIssuer<'static, KeyPair>);
+pub(crate) struct Authority(CertifiedIssuer<'static, KeyPair>);
 
 impl Authority {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         Self(CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap())
     }
 
-    fn agent(&self, node: &str) -> Arc<Credentials> {
+    pub(crate) fn agent(&self, node: &str) -> Arc<Credentials> {
         let role = identity::Role::Agent { node: node.to_owned() };
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new([node.to_owned()]).unwrap();
@@ -209,8 +216,12 @@ async fn rig_of(
         vm.drive(&source_of_vmm.into_iter().flatten().collect::<Vec<_>>());
         twin.drive(&target_of_vmm.into_iter().flatten().collect::<Vec<_>>());
     }
-    let site =
-        Arc::new(FakeSite { twin: Arc::clone(&twin), devices: Mutex::new(target), done: Mutex::default() });
+    let site = Arc::new(FakeSite {
+        twin: Arc::clone(&twin),
+        devices: Mutex::new(target),
+        done: Mutex::default(),
+        full: Mutex::default(),
+    });
 
     let destination_site: Arc<dyn Site> = Arc::<FakeSite>::clone(&site);
     let destination = DestinationRun::start(DestinationParts {

@@ -12,7 +12,7 @@ use crate::attempt::destination::{DestinationParts, DestinationRun, Site};
 use crate::attempt::ledger::Ledger;
 use crate::journal::Role;
 use crate::service::reason::ServiceReason;
-use crate::service::registry::{Held, LocalEnd};
+use crate::service::registry::LocalEnd;
 use crate::service::request;
 
 impl Attempts {
@@ -39,9 +39,10 @@ impl Attempts {
                 let message = "this node is the source of this migration, and cannot be its destination, too";
                 return Err(precondition(ServiceReason::MigrationInProgress, message));
             }
-            Some(LocalEnd::Recovering | LocalEnd::Unreadable(_)) | None => {}
+            Some(LocalEnd::Recovering | LocalEnd::Unreadable(_) | LocalEnd::Conflicting(_)) | None => {}
         }
         let node = &self.node;
+        node.check_memory()?;
         if given.source_node == node.config.node {
             let message = format!(
                 "source_node is {:?}: this is the destination itself; another node would be right",
@@ -55,19 +56,22 @@ impl Attempts {
         }
         let names = given.devices.iter().map(|pair| pair.target.as_str());
         for name in names.clone() {
-            if let Some(holder) = node.registry.holder_of_device(name) {
-                return Err(Held { what: format!("device {name}"), holder }.into());
+            if let Some(held) = node.registry.held_device(name) {
+                return Err(held.into());
             }
         }
         let targets = targets?;
         stop_plan(&targets.features, policy).map_err(no_stop_plan)?;
-        let site = reservation::site(node, &reference, &vm, &given, &targets.devices)?;
+        let user = reservation::twin_user(node, &vm)?;
+        let number = user.number();
+        let site = reservation::site_to_start(node, &reference, &vm, &given, &targets.devices, user)?;
         let driver = site.driver();
         self.preflight.check(&given, &site.plan).await?;
         let key = entries::key(&reference.id, Role::Destination)?;
+        let written = entries::destination(&reference, &vm, &given, policy, number);
+        entries::check_room(&written)?;
         node.registry.take(&reference.id, &vm, names)?;
         let site: Arc<dyn Site> = Arc::new(site);
-        let written = entries::destination(&reference, &vm, &given, policy);
         let run = DestinationRun::start(DestinationParts {
             migration_id: reference.id.clone(),
             features: targets.features,

@@ -13,12 +13,13 @@ use tracing::info;
 use super::release::VmRemains;
 use super::taken::Taken;
 use super::{Attempts, entries, no_stop_plan, precondition};
+use crate::attempt::entry::Monitor;
 use crate::attempt::events::EventLog;
 use crate::attempt::ledger::Ledger;
 use crate::attempt::link::Peer;
 use crate::attempt::source::{SourceParts, SourceRun};
 use crate::journal::Role;
-use crate::process::cgroup::Cgroup;
+use crate::process::cgroup::{Cgroup, error_chain};
 use crate::service::borrowing::{self, BorrowDeviceError};
 use crate::service::reason::ServiceReason;
 use crate::service::registry::LocalEnd;
@@ -47,9 +48,10 @@ impl Attempts {
                 let message = "this node is the destination of this migration, and cannot be its source, too";
                 return Err(precondition(ServiceReason::MigrationInProgress, message));
             }
-            Some(LocalEnd::Recovering | LocalEnd::Unreadable(_)) | None => {}
+            Some(LocalEnd::Recovering | LocalEnd::Unreadable(_) | LocalEnd::Conflicting(_)) | None => {}
         }
         let node = &self.node;
+        node.check_memory()?;
         if given.target_node == node.config.node {
             let message = format!(
                 "target_node is {:?}: this is the source itself; another node would be right",
@@ -71,7 +73,19 @@ impl Attempts {
             let message = format!("{named} is paused, and a migration would resume it");
             return Err(precondition(ServiceReason::VmPaused, message));
         }
+        // A cgroup that cannot be read is not "none": it would be left over.
+        let cgroup = Cgroup::of_process(&node.config.cgroup_root, vmm.pid()).map_err(|error| {
+            precondition(ServiceReason::VmmUnreachable, format_args!("{named}: {}", error_chain(&error)))
+        })?;
         let key = entries::key(&reference.id, Role::Source)?;
+        let process = vmm.process().identity();
+        let monitor = Monitor {
+            kind: known.json.vmm.kind,
+            socket: known.socket.clone(),
+            devices: known.json.vmm.devices.clone(),
+        };
+        let written = entries::source(&reference, &vm, &given, policy, process, cgroup.as_ref(), monitor);
+        entries::check_room(&written)?;
         let names = given.devices.iter().map(|pair| pair.source.as_str());
         node.registry.take(&reference.id, &vm, names)?;
         // No other beginning waits for these devices.
@@ -81,9 +95,6 @@ impl Attempts {
         let SourceDevices { handles, features, plan } =
             prepare(handles, |features| stop_plan(features, policy)).await?;
         taken.keep();
-        let cgroup = Cgroup::of_process(&node.config.cgroup_root, vmm.pid()).ok().flatten();
-        let process = vmm.process().identity();
-        let written = entries::source(&reference, &vm, &given, policy, process, cgroup.as_ref());
         let remains = VmRemains { cgroup, directory: entry.directory.clone(), socket: known.socket.clone() };
         let release = remains.release(Arc::clone(&vmm), node, &reference.id);
         let vmm: Arc<dyn Vmm> = vmm;

@@ -13,6 +13,7 @@
 //! | `resources` | what an attempt needs of the node; everything here works with it |
 //! | `begin_source`, `begin_destination` | the checks before an attempt begins, and its beginning |
 //! | `take_up`, `take_up_source`, `take_up_destination`, `reopen` | what an earlier agent began |
+//! | `conflict` | open journals that are about the same |
 //! | `journalled_vmm` | finding the VMM that the journal names |
 //! | `taken` | what a beginning holds until it has come through, and whose turn it is |
 //! | `entries` | a request as a journal's entry, and back |
@@ -21,6 +22,7 @@
 
 mod begin_destination;
 mod begin_source;
+mod conflict;
 mod entries;
 mod journalled_vmm;
 mod release;
@@ -45,7 +47,8 @@ use tokio::sync::Mutex;
 use super::preflight::Preflight;
 use super::reason::ServiceReason;
 use super::registry::LocalEnd;
-use crate::journal::JournalError;
+use crate::attempt::ledger::EndRecord;
+use crate::journal::{JournalError, Role};
 
 use self::taken::Turns;
 
@@ -81,6 +84,25 @@ impl Attempts {
     pub(super) async fn find(&self, reference: &MigrationRef) -> Result<Option<LocalEnd>, Refusal> {
         self.fence(reference).await?;
         self.node.registry.usable_part(&reference.id, reference.attempt)
+    }
+
+    /// The operator knows how an attempt ended.
+    pub(super) async fn acknowledge(&self, reference: &MigrationRef) -> Result<(), Refusal> {
+        let (role, end) = match self.find(reference).await? {
+            Some(LocalEnd::Source(run)) => (Role::Source, run.end_record()),
+            Some(LocalEnd::Destination(run, _)) => (Role::Destination, run.end_record()),
+            Some(LocalEnd::Recovering | LocalEnd::Unreadable(_) | LocalEnd::Conflicting(_)) | None => {
+                return Ok(());
+            }
+        };
+        if *end.borrow() != EndRecord::Durable {
+            let message = "the attempt has not ended here, or that is not durable yet; try again";
+            return Err(precondition(ServiceReason::EndNotRecorded, message));
+        }
+        self.node.acknowledge(reference, role).await.map_err(|error| {
+            let message = format!("the acknowledgement could not be recorded: {}", error.with_causes());
+            Refusal::unavailable(Reason::JournalFailed, message)
+        })
     }
 
     /// Refuses a call that is out of date. A newer operator's epoch is durable before anything is done for
