@@ -23,8 +23,7 @@ use slackwater_node_agent::transfer::channel::MAX_CHANNELS;
 use slackwater_node_agent::vmm::budget::DEFAULT_BANDWIDTH;
 use slackwater_node_agent::vmm::contract::Deadlines;
 use slackwater_proto::identity::Role;
-use slackwater_proto::limits::transfer_server;
-use slackwater_proto::node::node_agent_server::NodeAgentServer;
+use slackwater_proto::limits::{node_server, transfer_server};
 use slackwater_proto::server;
 use slackwater_proto::tls::Credentials;
 use slackwater_proto::tonic::service::Routes;
@@ -140,7 +139,10 @@ async fn run(serve: Serve) -> anyhow::Result<()> {
     let journal = Arc::new(Journal::open(&serve.state_dir)?);
     let registry = Arc::new(Registry::default());
     let vms = VmWatch::start(&config.run_dir)?;
-    let inventory = Arc::new(Inventory::new(config.clone(), Arc::clone(&registry), vms));
+    let following = Arc::clone(&credentials);
+    tokio::spawn(async move { following.follow_files().await });
+    let inventory = Inventory::new(config.clone(), Arc::clone(&registry), vms).showing(credentials.status());
+    let inventory = Arc::new(inventory);
     let attempts = Attempts::new(NodeResources {
         config: config.clone(),
         credentials: Arc::clone(&credentials),
@@ -151,8 +153,7 @@ async fn run(serve: Serve) -> anyhow::Result<()> {
     });
     attempts.take_up_all().await?;
     let node = NodeService::new(inventory, attempts);
-    let routes =
-        Routes::new(NodeAgentServer::new(node)).add_service(transfer_server(TransferService::new(registry)));
+    let routes = Routes::new(node_server(node)).add_service(transfer_server(TransferService::new(registry)));
     let listener = TcpListener::bind(&serve.listen)
         .await
         .with_context(|| format!("cannot listen on {}", serve.listen))?;
@@ -162,6 +163,6 @@ async fn run(serve: Serve) -> anyhow::Result<()> {
         terminated.recv().await;
         info!("SIGTERM: draining");
     };
-    server::serve(listener, &credentials, routes, shutdown, Duration::from_secs(serve.drain_seconds)).await?;
+    server::serve(listener, &credentials, routes, shutdown, Duration::from_secs(serve.drain_seconds)).await;
     Ok(())
 }

@@ -7,9 +7,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use futures::future::join_all;
+use futures::future::{OptionFuture, join_all};
 use slackwater_handover::state::Features;
-use slackwater_proto::node::{DeviceDescription, NodeDescription, VmDescription, VmRef, VmState};
+use slackwater_proto::node::{
+    CertificateDescription, DeviceDescription, NodeDescription, VmDescription, VmRef, VmState,
+};
+use slackwater_proto::reload::CertificateStatus;
 use tokio::sync::{Mutex, watch};
 use tokio::task::JoinError;
 use tracing::warn;
@@ -38,6 +41,7 @@ pub struct Inventory {
     registry: Arc<Registry>,
     vms: VmWatch,
     vmms: Arc<Vmms>,
+    certificate: Option<watch::Receiver<CertificateStatus>>,
     /// Held while a free device is probed: a reservation waits for it, and the twin then finds the device
     /// closed.
     features: Mutex<HashMap<FeatureKey, Features>>,
@@ -99,14 +103,32 @@ impl Inventory {
     /// A node whose VMs are watched.
     pub fn new(config: NodeConfig, registry: Arc<Registry>, vms: VmWatch) -> Self {
         let vmms = Arc::new(Vmms::new(config.deadlines));
-        Self { config, registry, vms, vmms, features: Mutex::default(), asking_again: AtomicBool::new(false) }
+        Self {
+            config,
+            registry,
+            vms,
+            vmms,
+            certificate: None,
+            features: Mutex::default(),
+            asking_again: AtomicBool::new(false),
+        }
+    }
+
+    /// Describes the agent's certificate, too.
+    pub fn showing(self, certificate: watch::Receiver<CertificateStatus>) -> Self {
+        Self { certificate: Some(certificate), ..self }
     }
 
     /// Returns when something may have changed since the last look; the first time at once.
     pub fn changes(&self) -> Changes {
         let mut vms = self.vms.list();
         vms.mark_changed();
-        Changes { vms, registry: self.registry.changes(), vmms: self.vmms.changes() }
+        Changes {
+            vms,
+            registry: self.registry.changes(),
+            vmms: self.vmms.changes(),
+            certificate: self.certificate.clone(),
+        }
     }
 
     /// The node as of now.
@@ -144,6 +166,7 @@ impl Inventory {
             boot_id: kernel.boot_id,
             vms,
             devices: described,
+            certificate: self.certificate.as_ref().map(|status| certificate(&status.borrow())),
             twin_start_limit_ms: u64::try_from(self.config.twin_start_limit.as_millis()).unwrap_or(u64::MAX),
         })
     }
@@ -334,12 +357,22 @@ fn vm_of_directory(directory: &Path) -> Option<VmRef> {
     Some(VmRef { namespace: namespace.to_owned(), name: name.to_owned() })
 }
 
+fn certificate(status: &CertificateStatus) -> CertificateDescription {
+    CertificateDescription {
+        not_before_unix_s: status.validity.not_before,
+        not_after_unix_s: status.validity.not_after,
+        ends_soon: status.ends_soon,
+        refused: status.refused.clone().unwrap_or_default(),
+    }
+}
+
 /// What may have changed.
 #[derive(Debug)]
 pub struct Changes {
     vms: watch::Receiver<Vec<VmEntry>>,
     registry: watch::Receiver<u64>,
     vmms: watch::Receiver<u64>,
+    certificate: Option<watch::Receiver<CertificateStatus>>,
 }
 
 impl Changes {
@@ -349,6 +382,7 @@ impl Changes {
             changed = self.vms.changed() => changed.is_ok(),
             changed = self.registry.changed() => changed.is_ok(),
             changed = self.vmms.changed() => changed.is_ok(),
+            Some(Ok(())) = OptionFuture::from(self.certificate.as_mut().map(watch::Receiver::changed)) => true,
         }
     }
 }

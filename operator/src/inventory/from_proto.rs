@@ -9,8 +9,12 @@ use std::time::Duration;
 use slackwater_api::MigrationFeature;
 use slackwater_proto::node as proto;
 
-use super::{Blocker, Device, DeviceFeatures, NodeReport, Vm, VmKey, VmState};
+use super::{Blocker, Certificate, Device, DeviceFeatures, NodeReport, Vm, VmKey, VmState};
+use crate::conditions::cut;
 use crate::reason::camel_case_or;
+
+/// The most that is kept of why an agent refuses its certificate files.
+const REFUSED_LIMIT_BYTES: usize = 1024;
 
 /// A description that cannot be used.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -60,9 +64,18 @@ impl NodeReport {
             twin_start_limit: (description.twin_start_limit_ms > 0)
                 .then(|| Duration::from_millis(description.twin_start_limit_ms)),
             vms,
+            certificate: description.certificate.map(read_certificate),
             devices: description.devices.into_iter().map(|d| (d.name.clone(), read_device(d))).collect(),
             ignored,
         })
+    }
+}
+
+fn read_certificate(certificate: proto::CertificateDescription) -> Certificate {
+    Certificate {
+        not_after_unix_s: certificate.not_after_unix_s,
+        ends_soon: certificate.ends_soon,
+        refused: cut(&certificate.refused, REFUSED_LIMIT_BYTES),
     }
 }
 
