@@ -16,6 +16,7 @@ use super::inquiry::{Round, run_round};
 use super::request::Accepted;
 use super::run::Run;
 use super::step::Wish;
+use super::trace::bounded;
 use crate::fleet::{CallError, Events};
 use crate::reason::SOURCE_REFUSED;
 
@@ -326,7 +327,7 @@ impl Run {
         let mut worth_writing = false;
         for item in batch {
             let event = match item {
-                Ok(event) => event,
+                Ok(event) => bounded(event),
                 Err(error) if error.is_refusal() && self.attempt.trace.is_silent() => {
                     return Some(Followed::Refused(error));
                 }
@@ -349,6 +350,11 @@ impl Run {
                     worth_writing |= self.tracked.draft_now().update_estimate(&estimate, unix_ns);
                 }
                 Some(What::Finished(finished)) => {
+                    let (by_agent, here) = (finished.dropped_events, self.attempt.trace.dropped());
+                    if by_agent > 0 || here > 0 {
+                        let migration = self.tracked.name();
+                        tracing::warn!(migration, by_agent, here, "events were dropped: there were too many");
+                    }
                     self.tracked.draft_now().finish(&self.attempt.trace, &finished);
                     if finished.outcome() == Outcome::Unspecified {
                         let message = format!("it ended without an outcome ({})", finished.message);

@@ -1,15 +1,28 @@
 //! The events of one attempt, as an agent streams them, and what a status shows of them.
 
+use std::collections::HashSet;
+use std::hash::{BuildHasher, RandomState};
 use std::time::Duration;
 
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use slackwater_api::{DeviceMigration, DeviceStep, TimelineEntry, format_duration};
 use slackwater_proto::node::{DeviceStateChange, MigrationEvent, Phase, migration_event::What};
+use slackwater_proto::prost::Message as _;
+
+use crate::conditions::cut;
 
 /// At most this many steps of a device, and entries of the timeline, go into a status: an object has an upper
 /// size.
 const SHOWN: usize = 64;
+/// At most this many events of an attempt are kept: more than any agent keeps.
+const KEPT: usize = 8192;
+/// A node's name, and that of a device.
+const NAME_BYTES: usize = 253;
+/// A message for a person.
+const MESSAGE_BYTES: usize = 4096;
+/// Devices of a request.
+const DEVICES: usize = 256;
 
 /// The names of `enum vfio_device_mig_state` (include/uapi/linux/vfio.h), by number.
 const KERNEL_STATES: [&str; 8] =
@@ -24,15 +37,46 @@ pub struct Trace {
     events: Vec<MigrationEvent>,
     /// Of the current stream.
     last_sequence: u64,
-    /// How many of the events came by earlier streams.
-    earlier: usize,
+    /// The events that came by earlier streams, as hashes.
+    earlier: HashSet<u64>,
+    /// Those of the current stream.
+    current: Vec<u64>,
+    keys: RandomState,
+    /// How many were not kept.
+    dropped: u64,
+}
+
+/// An event as far as the operator takes it in: an agent may say anything.
+pub fn bounded(mut event: MigrationEvent) -> MigrationEvent {
+    let name = |text: &mut String| shorten(text, NAME_BYTES);
+    name(&mut event.node);
+    match &mut event.what {
+        Some(What::DeviceState(change)) => name(&mut change.device),
+        Some(What::Doubt(doubt)) => {
+            name(&mut doubt.reason);
+            shorten(&mut doubt.message, MESSAGE_BYTES);
+        }
+        Some(What::Finished(finished)) => {
+            finished.device_bytes.truncate(DEVICES);
+            name(&mut finished.reason);
+            shorten(&mut finished.message, MESSAGE_BYTES);
+        }
+        Some(What::Phase(_) | What::Progress(_) | What::Estimate(_)) | None => {}
+    }
+    event
+}
+
+fn shorten(text: &mut String, limit: usize) {
+    if text.len() > limit {
+        *text = cut(text, limit);
+    }
 }
 
 impl Trace {
     /// Another stream begins.
     pub fn begin_again(&mut self) {
         self.last_sequence = 0;
-        self.earlier = self.events.len();
+        self.earlier.extend(self.current.drain(..));
     }
 
     /// Takes the next event. `false`: it is known already.
@@ -41,17 +85,27 @@ impl Trace {
             return false;
         }
         self.last_sequence = event.sequence;
-        let is_same = |known: &MigrationEvent| {
-            (known.unix_ns, &known.node, &known.what) == (event.unix_ns, &event.node, &event.what)
-        };
-        if self.events.iter().take(self.earlier).any(is_same) {
+        // Only the latest of these counts, and none is kept.
+        if matches!(event.what, Some(What::Progress(_) | What::Estimate(_))) {
+            return true;
+        }
+        let same = MigrationEvent { sequence: 0, monotonic_ns: 0, ..event.clone() };
+        let hash = self.keys.hash_one(same.encode_to_vec());
+        if self.earlier.contains(&hash) {
             return false;
         }
-        // Only the latest of these counts, and none is kept.
-        if !matches!(event.what, Some(What::Progress(_) | What::Estimate(_))) {
+        if self.events.len() < KEPT {
+            self.current.push(hash);
             self.events.push(event);
+        } else {
+            self.dropped += 1;
         }
         true
+    }
+
+    /// How many events were not kept, because there were too many.
+    pub fn dropped(&self) -> u64 {
+        self.dropped
     }
 
     /// The current stream has reported nothing yet.
@@ -95,9 +149,20 @@ impl Trace {
             _ => None,
         };
         // What the target did before the source connected to it is reported late.
-        let mut events: Vec<_> = self.events.iter().collect();
+        let is_step = |event: &&MigrationEvent| match &event.what {
+            Some(What::DeviceState(change)) => is_this(&event.node, change),
+            _ => false,
+        };
+        let mut events: Vec<_> = self.events.iter().filter(is_step).collect();
         events.sort_by_key(|event| event.unix_ns);
-        events.into_iter().filter_map(step).take(SHOWN).collect()
+        let more = events.len().saturating_sub(SHOWN);
+        let mut steps: Vec<_> = events.into_iter().take(SHOWN).filter_map(step).collect();
+        if more > 0
+            && let Some(last) = steps.last_mut()
+        {
+            last.state = format!("... {} more were dropped", more + 1);
+        }
+        steps
     }
 
     /// Since the first of all events, including those that an earlier operator took in. The agent that
@@ -142,6 +207,8 @@ pub fn phase_name(number: i32) -> String {
 
 #[cfg(test)]
 mod tests {
+    use slackwater_proto::node::{Doubt, Finished};
+
     use super::*;
 
     fn event(sequence: u64, node: &str, ms: u64, what: What) -> MigrationEvent {
@@ -205,6 +272,52 @@ mod tests {
         let timeline = trace.timeline(&[]);
         assert_eq!(names(&timeline), ["CONNECTED", "PRE_COPY", "PAUSING"]);
         assert_eq!(timeline[1].elapsed, "40ms");
+    }
+
+    #[test]
+    fn an_agent_that_reports_without_end_is_taken_in_up_to_a_limit_in_time_and_bytes() {
+        let mut trace = Trace::default();
+        let flood = |sequence: u64| {
+            let long = change(&"x".repeat(10_000), 6);
+            bounded(event(sequence, &"n".repeat(10_000), sequence, long))
+        };
+        let begun = std::time::Instant::now();
+        for _ in 0..3 {
+            trace.begin_again();
+            for sequence in 1..=20_000 {
+                trace.push(flood(sequence));
+            }
+        }
+        assert!(begun.elapsed() < Duration::from_secs(20), "it took {:?}", begun.elapsed());
+        let bytes: usize = trace.events.iter().map(|event| event.encoded_len()).sum();
+        assert!(bytes <= KEPT * (2 * NAME_BYTES + 64), "{bytes} bytes");
+        // What is dropped is no repetition, but is counted.
+        assert_eq!(trace.dropped(), 3 * (20_000 - KEPT as u64));
+        assert_eq!(trace.earlier.len() + trace.current.len(), KEPT);
+    }
+
+    #[test]
+    fn every_text_and_list_of_an_event_is_cut() {
+        let long = || "ä".repeat(10_000);
+        let finished =
+            Finished { reason: long(), message: long(), device_bytes: vec![1; 10_000], ..Default::default() };
+        let doubt = Doubt { reason: long(), message: long() };
+        for what in [What::Finished(finished), What::Doubt(doubt), change(&long(), 2)] {
+            let bytes = bounded(event(1, &long(), 1, what)).encoded_len();
+            assert!(bytes <= 3 * NAME_BYTES + MESSAGE_BYTES + 2 * DEVICES + 64, "{bytes} bytes");
+        }
+    }
+
+    #[test]
+    fn steps_that_are_not_shown_are_counted_in_the_last_that_is() {
+        let mut trace = Trace::default();
+        for sequence in 1..=100 {
+            trace.push(event(sequence, "a", sequence, change("x", 6)));
+        }
+        let device = DeviceMigration { source: "x".into(), ..Default::default() };
+        let steps = trace.steps(&device, "a", "b");
+        assert_eq!((steps.len(), steps[62].state.as_str()), (64, "PRE_COPY"));
+        assert_eq!(steps[63].state, "... 37 more were dropped");
     }
 
     #[test]
