@@ -65,7 +65,7 @@ pub fn set(conditions: &mut Vec<Condition>, type_: &str, finding: &Finding, stam
         type_: type_.to_owned(),
         status: status.to_owned(),
         reason: finding.reason.clone(),
-        message: cut(&finding.message, MESSAGE_LIMIT_BYTES),
+        message: printable(cut(&finding.message, MESSAGE_LIMIT_BYTES)),
         observed_generation: stamp.generation,
         last_transition_time: time,
     };
@@ -103,9 +103,24 @@ pub fn cut(text: &str, limit: usize) -> String {
     format!("{}...", text.get(..end).unwrap_or_default())
 }
 
+/// A message may quote an agent, and a terminal may show it: what would steer the terminal is replaced.
+fn printable(message: String) -> String {
+    let steers = |c: char| c.is_control() && c != '\n' && c != '\t';
+    // One byte for one or two: the message does not grow.
+    if message.contains(steers) { message.replace(steers, "?") } else { message }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nothing_that_steers_a_terminal_gets_into_a_condition() {
+        let mut conditions = Vec::new();
+        let message = "said:\n\u{1b}[2Jü\u{9b}1mx\ty";
+        set(&mut conditions, "Ready", &Finding::new(Status::True, "A", message), at(1));
+        assert_eq!(conditions[0].message, "said:\n?[2Jü?1mx\ty");
+    }
 
     fn at(second: i64) -> Stamp {
         Stamp { generation: Some(second), now: Timestamp::from_second(second).unwrap() }

@@ -4,6 +4,7 @@
 //! | module | what it knows |
 //! |---|---|
 //! | [`launch`] | how to start a VMM's program, and what to quote of its log |
+//! | [`log_limit`] | how to keep that log short |
 //! | [`exec`] | the step between the agent and the program: session, cgroup, umask, open descriptors |
 //! | [`cgroup`] | a control group for each twin |
 //! | [`file_events`] | when a file or a directory changes |
@@ -16,3 +17,4 @@ pub mod exec;
 pub(crate) mod file_events;
 pub(crate) mod folder;
 pub(crate) mod launch;
+pub(crate) mod log_limit;
