@@ -244,7 +244,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_question_that_panics_is_closed() {
-        let asking = Asking::<()>::with(1, LIMIT);
+        // A thread that panics may take long to say so.
+        let asking = Asking::<()>::with(1, Duration::from_secs(60));
         let failed = asking.ask("device a", "opening it", || panic!("as the test wants")).await;
         assert!(matches!(failed, Err(NoAnswer::Failed { .. })), "{failed:?}");
         asking.ask("device a", "opening it", || ()).await.unwrap();

@@ -8,9 +8,10 @@ use slackwater_handover::{Failure, Reason};
 use slackwater_proto::identity;
 use slackwater_proto::node::node_agent_server::NodeAgent;
 use slackwater_proto::node::{
-    AbortRequest, AbortResponse, DescribeRequest, DescribeResponse, JournalState, MigrateRequest,
-    MigrateResponse, MigrationRef, ReleaseReason, ReleaseRequest, ReleaseResponse, ReserveRequest,
-    ReserveResponse, ResolveRequest, ResolveResponse, WatchRequest, WatchResponse,
+    AbortRequest, AbortResponse, AcknowledgeEndRequest, AcknowledgeEndResponse, DescribeRequest,
+    DescribeResponse, JournalState, MigrateRequest, MigrateResponse, MigrationRef, ReleaseReason,
+    ReleaseRequest, ReleaseResponse, ReserveRequest, ReserveResponse, ResolveRequest, ResolveResponse,
+    WatchRequest, WatchResponse,
 };
 use slackwater_proto::refusal::Refusal;
 use slackwater_proto::tonic::{Code, Request, Response, Status, async_trait};
@@ -123,6 +124,16 @@ impl NodeAgent for NodeService {
             run.release(Failure::new(Reason::Released, message)).await.map_err(committed)?;
         }
         Ok(Response::new(ReleaseResponse {}))
+    }
+
+    async fn acknowledge_end(
+        &self,
+        call: Request<AcknowledgeEndRequest>,
+    ) -> Result<Response<AcknowledgeEndResponse>, Status> {
+        identity::require_operator(&call)?;
+        let reference = request::migration(call.into_inner().migration.as_ref()).map_err(Refusal::from)?;
+        self.attempts.acknowledge(&reference).await?;
+        Ok(Response::new(AcknowledgeEndResponse {}))
     }
 
     async fn resolve(&self, call: Request<ResolveRequest>) -> Result<Response<ResolveResponse>, Status> {

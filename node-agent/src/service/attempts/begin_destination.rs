@@ -42,6 +42,7 @@ impl Attempts {
             Some(LocalEnd::Recovering | LocalEnd::Unreadable(_) | LocalEnd::Conflicting(_)) | None => {}
         }
         let node = &self.node;
+        node.check_memory()?;
         if given.source_node == node.config.node {
             let message = format!(
                 "source_node is {:?}: this is the destination itself; another node would be right",

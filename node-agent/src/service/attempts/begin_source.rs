@@ -51,6 +51,7 @@ impl Attempts {
             Some(LocalEnd::Recovering | LocalEnd::Unreadable(_) | LocalEnd::Conflicting(_)) | None => {}
         }
         let node = &self.node;
+        node.check_memory()?;
         if given.target_node == node.config.node {
             let message = format!(
                 "target_node is {:?}: this is the source itself; another node would be right",

@@ -47,7 +47,8 @@ use tokio::sync::Mutex;
 use super::preflight::Preflight;
 use super::reason::ServiceReason;
 use super::registry::LocalEnd;
-use crate::journal::JournalError;
+use crate::attempt::ledger::EndRecord;
+use crate::journal::{JournalError, Role};
 
 use self::taken::Turns;
 
@@ -83,6 +84,25 @@ impl Attempts {
     pub(super) async fn find(&self, reference: &MigrationRef) -> Result<Option<LocalEnd>, Refusal> {
         self.fence(reference).await?;
         self.node.registry.usable_part(&reference.id, reference.attempt)
+    }
+
+    /// The operator knows how an attempt ended.
+    pub(super) async fn acknowledge(&self, reference: &MigrationRef) -> Result<(), Refusal> {
+        let (role, end) = match self.find(reference).await? {
+            Some(LocalEnd::Source(run)) => (Role::Source, run.end_record()),
+            Some(LocalEnd::Destination(run, _)) => (Role::Destination, run.end_record()),
+            Some(LocalEnd::Recovering | LocalEnd::Unreadable(_) | LocalEnd::Conflicting(_)) | None => {
+                return Ok(());
+            }
+        };
+        if *end.borrow() != EndRecord::Durable {
+            let message = "the attempt has not ended here, or that is not durable yet; try again";
+            return Err(precondition(ServiceReason::EndNotRecorded, message));
+        }
+        self.node.acknowledge(reference, role).await.map_err(|error| {
+            let message = format!("the acknowledgement could not be recorded: {}", error.with_causes());
+            Refusal::unavailable(Reason::JournalFailed, message)
+        })
     }
 
     /// Refuses a call that is out of date. A newer operator's epoch is durable before anything is done for
