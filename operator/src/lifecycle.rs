@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use kube::Client;
+use kube::{Client, Config};
 use slackwater_api::{AssignedVM, MigrationNode, VMMigration};
 use slackwater_proto::tls::Credentials;
 use tokio_util::sync::CancellationToken;
@@ -11,7 +11,8 @@ use tokio_util::task::TaskTracker;
 use crate::cluster::{Cluster, observe};
 use crate::epoch::Epoch;
 use crate::fleet::Fleet;
-use crate::leadership::{Leadership, LeadershipLost, Terms};
+use crate::homes::Homes;
+use crate::leadership::{Keeper, LeadershipLost, Terms};
 use crate::migration::claims::Claims;
 use crate::migration::context::Context;
 use crate::migration::controller;
@@ -24,46 +25,57 @@ use crate::publish::{nodes, vms};
 /// # Errors
 /// [`RunError`]. All that acted by the leadership has ended by then.
 pub async fn run(
-    client: Client,
+    config: Config,
     credentials: Credentials,
     terms: Terms,
     checks: Checks,
     stop: CancellationToken,
 ) -> Result<(), RunError> {
-    let Some((mut leadership, epoch)) = Leadership::acquire(&client, terms, &stop).await else {
+    let client = Client::try_from(config.clone())?;
+    let Some((mut keeper, epoch)) = Keeper::start(|| Client::try_from(config), terms, &stop).await? else {
         return Ok(());
     };
     let ended = tokio::select! {
         // First, so that nothing goes on after the leadership is lost.
         biased;
-        lost = leadership.keep() => return Err(RunError::LeadershipLost(lost)),
+        lost = keeper.lost() => return Err(RunError::LeadershipLost(lost)),
         () = stop.cancelled() => Ok(()),
         kind = act(client, credentials, epoch, checks) => Err(RunError::WatchEnded { kind }),
     };
-    leadership.release().await;
+    keeper.release().await;
     ended
 }
 
 /// Runs all loops. Ends when one of them does, and returns its kind of objects.
 async fn act(client: Client, credentials: Credentials, epoch: Epoch, checks: Checks) -> &'static str {
     let tasks = TaskTracker::new();
-    let cluster = Cluster::new(client);
+    let cluster = Cluster::new(client, epoch.clone());
     let observed_nodes = observe::<MigrationNode>(cluster.all(), &tasks);
     let observed_vms = observe::<AssignedVM>(cluster.all(), &tasks);
     let observed_migrations = observe::<VMMigration>(cluster.all(), &tasks);
     let fleet = Fleet::new(credentials, epoch, tasks.clone());
     let claims = Arc::new(Claims::default());
 
+    let homes = Arc::new(Homes::default());
     let context = Context {
         cluster: cluster.clone(),
-        migrations: observed_migrations,
+        migrations: observed_migrations.clone(),
         fleet: Arc::clone(&fleet),
         claims: Arc::clone(&claims),
+        homes: Arc::clone(&homes),
         checks,
     };
+    let sources = vms::Sources {
+        vms: observed_vms,
+        nodes: observed_nodes.clone(),
+        migrations: observed_migrations,
+        fleet: Arc::clone(&fleet),
+        claims,
+        homes: Arc::clone(&homes),
+    };
     tokio::select! {
-        () = nodes::run(cluster.clone(), observed_nodes.clone(), Arc::clone(&fleet)) => "MigrationNode",
-        () = vms::run(cluster, observed_vms, observed_nodes, fleet, claims) => "AssignedVM",
+        () = nodes::run(cluster.clone(), observed_nodes, fleet, homes) => "MigrationNode",
+        () = vms::run(cluster, sources) => "AssignedVM",
         () = controller::run(context) => "VMMigration",
     }
 }
@@ -71,6 +83,9 @@ async fn act(client: Client, credentials: Credentials, epoch: Epoch, checks: Che
 /// Why the operator has ended without being asked to.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
+    /// There is no client for the API server.
+    #[error("a client for the API server cannot be made")]
+    Client(#[from] kube::Error),
     /// A watch has ended for good.
     #[error("watching {kind} objects has ended")]
     WatchEnded {
@@ -79,5 +94,5 @@ pub enum RunError {
     },
     /// Another operator may lead now.
     #[error("the leadership is lost, so this operator ends; start it again to have it wait for its turn")]
-    LeadershipLost(#[source] LeadershipLost),
+    LeadershipLost(#[from] LeadershipLost),
 }

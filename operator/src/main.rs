@@ -88,9 +88,9 @@ async fn run_operator(run: Run) -> anyhow::Result<()> {
     let credentials = Credentials::read_for(&Role::Operator, &run.tls_cert, &run.tls_key, &run.tls_ca)?;
     let following = credentials.clone();
     tokio::spawn(async move { following.follow_files().await });
-    let client = kube::Client::try_default().await.context("the API server cannot be reached")?;
+    let config = kube::Config::infer().await.context("there is no configuration of an API server")?;
     let terms = Terms {
-        namespace: run.lease_namespace.unwrap_or_else(|| client.default_namespace().to_owned()),
+        namespace: run.lease_namespace.unwrap_or_else(|| config.default_namespace.clone()),
         name: run.lease_name,
         duration: run.lease_duration,
         renew_deadline: run.lease_renew_deadline,
@@ -110,7 +110,7 @@ async fn run_operator(run: Run) -> anyhow::Result<()> {
         stopping.cancel();
     });
     tracing::info!(version = env!("CARGO_PKG_VERSION"), "the operator starts");
-    slackwater_operator::run(client, credentials, terms, checks(), stop).await?;
+    slackwater_operator::run(config, credentials, terms, checks(), stop).await?;
     Ok(())
 }
 

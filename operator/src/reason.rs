@@ -36,6 +36,15 @@ pub(crate) const RESERVE_REFUSED: &str = "ReserveRefused";
 pub(crate) const AGENT_UNREACHABLE: &str = "AgentUnreachable";
 /// MigrationNode, Ready: the agent is connected and does not report.
 pub(crate) const AGENT_SILENT: &str = "AgentSilent";
+/// MigrationNode, Ready, and VMMigration, Prepared and Succeeded: the agent has seen an operator epoch that is
+/// not believed.
+pub(crate) const EPOCH_TOO_HIGH: &str = "EpochTooHigh";
+/// MigrationNode, ReportAccepted: it reports a VM that is known to be on another node.
+pub(crate) const VM_NAME_TAKEN: &str = "VMNameTaken";
+/// MigrationNode, ReportAccepted: it reports names that nothing can have, or more than is taken in.
+pub(crate) const REPORT_CUT: &str = "ReportCut";
+/// AssignedVM, Contested: another node reports a VM of this name.
+pub(crate) const REPORTED_ELSEWHERE: &str = "ReportedElsewhere";
 
 /// AssignedVM, Ready: the node where the VM was last does not answer.
 pub(crate) const NODE_NOT_READY: &str = "NodeNotReady";
@@ -52,6 +61,9 @@ pub(crate) mod agent {
     pub(crate) const TARGET_SLOW: &str = "TargetSlow";
     /// The source's agent cannot write its journal.
     pub(crate) const JOURNAL_FAILED: &str = "JournalFailed";
+    /// Why a migration that does not go on holds its VM: its end is not durable yet, or its journal cannot be
+    /// used, or is not the only one.
+    pub(crate) const HOLDS: [&str; 3] = ["EndNotRecorded", "JournalsConflict", "JournalUnreadable"];
 }
 
 /// The longest reason that the API server takes in a condition.

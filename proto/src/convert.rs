@@ -1,12 +1,13 @@
 //! The core's types ([`slackwater_handover`]) on the wire and back. Each conversion is here and nowhere else.
 
+use slackwater_handover::failure::{JUSTIFICATION_MAX_BYTES, cut};
 use slackwater_handover::policy::PeerToPeer;
 use slackwater_handover::state::Features;
 use slackwater_handover::{Failure, Reason, Record, Word, source};
 
 use crate::node::{self, Finished, JournalRecord, JournalState, MigrationFeatures, Outcome};
 use crate::refusal::bounded;
-use crate::transfer::Failed;
+use crate::transfer::{self, Failed};
 
 /// A record that only a newer agent knows. It says nothing, which is not the same as having no journal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -72,7 +73,8 @@ impl TryFrom<&JournalState> for Word {
             record: record.into(),
             ended: state.ended,
             failure: failed.then(|| failure(&state.reason, &state.message)),
-            stated_because: (!state.stated_because.is_empty()).then(|| state.stated_because.clone()),
+            stated_because: (!state.stated_because.is_empty())
+                .then(|| cut(&state.stated_because, JUSTIFICATION_MAX_BYTES)),
         })
     }
 }
@@ -170,6 +172,12 @@ impl From<source::End> for Finished {
 }
 
 impl From<&Failure> for Failed {
+    fn from(failure: &Failure) -> Self {
+        Self { reason: failure.reason.as_str().to_owned(), message: failure.message.clone() }
+    }
+}
+
+impl From<&Failure> for transfer::Doubt {
     fn from(failure: &Failure) -> Self {
         Self { reason: failure.reason.as_str().to_owned(), message: failure.message.clone() }
     }

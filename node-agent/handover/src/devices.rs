@@ -1,5 +1,6 @@
 //! What a hand-over knows about its devices: where each was last read back, and where it is going.
 
+use crate::Failure;
 use crate::state::{Features, MigrationState};
 
 /// One device, by its index in the VM's order.
@@ -13,17 +14,25 @@ pub struct Track {
     pub moving_to: Option<MigrationState>,
     /// It has failed in a way that only a reset mends.
     pub broken: bool,
+    /// It has not returned from a call for too long: which one, in words.
+    pub hangs: Option<Failure>,
 }
 
 /// The devices of one VM. They move together: [`Devices::order`] starts a step, [`Devices::settled`] is its
-/// barrier.
+/// barrier, and [`Devices::settled_but_hanging`] that of the devices that answer.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Devices(Vec<Track>);
 
 impl Devices {
     /// Devices that have all been read back in `at`.
     pub fn new(features: &[Features], at: MigrationState) -> Self {
-        let track = |features: &Features| Track { features: *features, at, moving_to: None, broken: false };
+        let track = |features: &Features| Track {
+            features: *features,
+            at,
+            moving_to: None,
+            broken: false,
+            hangs: None,
+        };
         Self(features.iter().map(track).collect())
     }
 
@@ -64,6 +73,7 @@ impl Devices {
             track.at = state;
             track.moving_to = None;
             track.broken = state == MigrationState::Error;
+            track.hangs = None;
         }
     }
 
@@ -72,7 +82,33 @@ impl Devices {
         if let Some(track) = self.0.get_mut(index) {
             track.moving_to = None;
             track.broken = true;
+            track.hangs = None;
         }
+    }
+
+    /// A call to the device has not returned in its time. True if that is news.
+    pub fn hang(&mut self, index: usize, why: Failure) -> bool {
+        match self.0.get_mut(index) {
+            Some(track) if track.hangs.is_none() => {
+                track.hangs = Some(why);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// The call has returned. What the device has been ordered since may still be under way.
+    pub fn answered(&mut self, index: usize) {
+        if let Some(track) = self.0.get_mut(index) {
+            track.hangs = None;
+        }
+    }
+
+    /// Which devices hang, in words: `None` if none does.
+    pub fn hanging(&self) -> Option<String> {
+        let hanging: Vec<&str> =
+            self.0.iter().filter_map(|track| Some(track.hangs.as_ref()?.message.as_str())).collect();
+        (!hanging.is_empty()).then(|| hanging.join("; "))
     }
 
     /// The device, broken or not, is now on its way to `to`: by another order, or by a reset.
@@ -91,6 +127,11 @@ impl Devices {
     /// No device is on its way.
     pub fn settled(&self) -> bool {
         self.0.iter().all(|track| track.moving_to.is_none())
+    }
+
+    /// No device is on its way but those that hang.
+    pub fn settled_but_hanging(&self) -> bool {
+        self.0.iter().all(|track| track.moving_to.is_none() || track.hangs.is_some())
     }
 
     /// No device is on its way, and all are where `holds` says.

@@ -7,6 +7,8 @@ use strum::{EnumIter, EnumString, IntoStaticStr};
 pub enum Reason {
     /// A device refused a state change, a read or a write.
     DeviceFailed,
+    /// A call to a device does not return.
+    DeviceHangs,
     /// The VMM refused a call or did not answer.
     #[strum(serialize = "VMMFailed")]
     VmmFailed,
@@ -74,6 +76,37 @@ impl Reason {
     }
 }
 
+/// The longest message of a failure, in bytes. It goes into journals, whose space is allocated beforehand.
+pub const MESSAGE_MAX_BYTES: usize = 4096;
+
+/// The longest justification of an administrator's statement, in bytes.
+pub const JUSTIFICATION_MAX_BYTES: usize = 4096;
+
+/// Text of another program, a peer or a user as it may be shown and recorded: no longer than `limit_bytes`,
+/// with a mark where it was cut, and without control characters except for line breaks and tabs.
+#[must_use]
+pub fn cut(text: &str, limit_bytes: usize) -> String {
+    let plain = |c: char| if c.is_control() && !matches!(c, '\n' | '\t') { '\u{fffd}' } else { c };
+    let whole = text.len();
+    let mark = format!(" [cut: it had {whole} bytes]");
+    let room = limit_bytes.saturating_sub(mark.len());
+    let mut kept = String::new();
+    // Where the text ends if it has to be cut.
+    let mut end = 0;
+    for c in text.chars().map(plain) {
+        if kept.len() + c.len_utf8() > limit_bytes {
+            kept.truncate(end);
+            kept.extend(mark.chars().take(limit_bytes - end));
+            return kept;
+        }
+        kept.push(c);
+        if kept.len() <= room {
+            end = kept.len();
+        }
+    }
+    kept
+}
+
 /// What went wrong, for a person.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 #[error("{message}")]
@@ -85,9 +118,16 @@ pub struct Failure {
 }
 
 impl Failure {
-    /// A failure of a kind, in words.
-    pub fn new(reason: Reason, message: impl Into<String>) -> Self {
-        Self { reason, message: message.into() }
+    /// A failure of a kind, in words. They are cut to [`MESSAGE_MAX_BYTES`]: most of them quote another program
+    /// or the other end.
+    pub fn new(reason: Reason, message: impl AsRef<str>) -> Self {
+        Self { reason, message: cut(message.as_ref(), MESSAGE_MAX_BYTES) }
+    }
+
+    /// The same failure, with `more` after its words.
+    #[must_use]
+    pub fn and(self, more: &str) -> Self {
+        Self::new(self.reason, self.message + more)
     }
 }
 
@@ -103,6 +143,23 @@ mod tests {
             assert_eq!(Reason::parse(reason.as_str()), Some(reason));
         }
         assert_eq!(Reason::VmmExited.as_str(), "VMMExited");
+    }
+
+    #[test]
+    fn text_is_cut_between_two_characters_with_a_mark_and_without_control_characters() {
+        assert_eq!(cut("short", 5), "short");
+        assert_eq!(cut(&"x".repeat(100), 40), format!("{} [cut: it had 100 bytes]", "x".repeat(15)));
+        assert_eq!(cut("\u{1b}[2Jgone\r\nnext\tone\0", 100), "\u{fffd}[2Jgone\u{fffd}\nnext\tone\u{fffd}");
+        for limit in 0..120 {
+            for text in ["ä".repeat(50), "\0".repeat(70), "🌊".repeat(25), "plain".repeat(20)] {
+                let kept = cut(&text, limit);
+                assert!(kept.len() <= limit, "{limit}: {kept}");
+                assert!(kept.is_char_boundary(kept.len()));
+            }
+        }
+        let failure = Failure::new(Reason::TwinFailed, "x".repeat(100_000)).and(&"y".repeat(100_000));
+        assert_eq!(failure.message.len(), MESSAGE_MAX_BYTES);
+        assert!(failure.message.starts_with("xx") && failure.message.ends_with("bytes]"), "{failure}");
     }
 
     #[test]

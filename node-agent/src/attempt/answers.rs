@@ -58,6 +58,10 @@ pub(super) fn parse(peer: &str, clock: PeerClock, received: Clock, message: Mess
             let message = format!("{peer}: {}", failed.message);
             Answer::Event(Event::Failed(convert::failure(&failed.reason, &message)))
         }
+        Message::Doubt(doubt) => {
+            let message = format!("{peer}: {}", doubt.message);
+            Answer::Event(Event::PeerDoubts(convert::failure(&doubt.reason, &message)))
+        }
         Message::DeviceStep(step) => {
             let at = clock(step.at);
             Answer::Device(DeviceChange::from_step(step, at))

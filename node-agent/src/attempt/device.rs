@@ -3,15 +3,17 @@
 
 use std::fmt::Display;
 
+use futures::future::join_all;
 use slackwater_handover::state::MigrationState;
 use slackwater_handover::{Failure, Reason, destination, source};
 use slackwater_proto::node::DeviceStateChange;
 use slackwater_proto::transfer::DeviceStep;
-use tracing::warn;
+use tracing::{info, warn};
 
+use super::tasks::Signals;
 use crate::host::clock::Clock;
 use crate::journal::Role;
-use crate::vfio::worker::{DeviceHandle, Reached};
+use crate::vfio::worker::{CallWatch, DeviceHandle, Hang, Reached};
 use crate::vmm::DeviceSeen;
 
 /// One of the VM's devices, at one end.
@@ -89,18 +91,96 @@ impl EndDevice {
         DeviceOutcome { index: self.index, result }
     }
 
-    /// Resets a device that holds the state of a VM that does not run here, and closes it. Some drivers keep
+    /// Resets devices that hold the state of a VM that does not run here, and closes them. Some drivers keep
     /// a device's state past the last close, for the next program that opens it.
-    pub(super) async fn give_back(self) {
-        if let Err(error) = self.handle.reset().await {
-            warn!(%error, "a device that is given back could not be reset");
+    ///
+    /// One that hangs is not waited for: it is reset and closed when its call returns, and not free before.
+    pub(super) async fn give_back(devices: Vec<Self>) {
+        let reset_and_close = |Self { handle, .. }: Self| async move {
+            if let Err(error) = handle.reset().await {
+                warn!(%error, "a device that is given back could not be reset");
+            }
+            handle.release().await;
+        };
+        join_all(devices.into_iter().map(|device| leave(device.handle.watch(), reset_and_close(device))))
+            .await;
+    }
+
+    /// Closes devices as they are. One that hangs is not waited for.
+    pub(super) async fn close(handles: Vec<DeviceHandle>) {
+        join_all(handles.into_iter().map(|handle| leave(handle.watch(), handle.release()))).await;
+    }
+
+    /// Passes on that a call to the device hangs, and that it has returned, until the device is closed or the
+    /// attempt ends.
+    pub(super) async fn report_hangs<S: From<Hanging>>(self, signals: Signals<S>) {
+        let Self { end, index, handle } = self;
+        let mut watch = handle.watch();
+        // It must not keep the device open.
+        drop(handle);
+        let reports = async {
+            while let Some(hang) = watch.hangs().await {
+                warn!(%end, %hang, "a device hangs");
+                signals.send(Hanging::Hangs(index, hangs(end, &hang)));
+                watch.returns(&hang).await;
+                info!(%end, device = watch.name(), "a device that hung answers");
+                signals.send(Hanging::Answers(index));
+            }
+        };
+        tokio::select! {
+            () = reports => {}
+            () = signals.closed() => {}
         }
-        self.handle.release().await;
+    }
+
+    /// The device has not answered a look in its time.
+    pub(super) fn no_look(&self) -> Hanging {
+        let message = format!("at the {}, device {} does not answer a look", self.end, self.handle.name());
+        Hanging::Hangs(self.index, Failure::new(Reason::DeviceHangs, message))
     }
 
     /// A failure of the device, in words that name the end.
     pub(super) fn failure(&self, error: impl Display) -> Failure {
         Failure::new(Reason::DeviceFailed, format!("at the {}, {error}", self.end))
+    }
+}
+
+/// A call to a device takes too long, or has returned after all.
+#[derive(Debug)]
+pub(super) enum Hanging {
+    /// The device of this index hangs.
+    Hangs(usize, Failure),
+    /// It answers again.
+    Answers(usize),
+}
+
+fn hangs(end: Role, hang: &Hang) -> Failure {
+    Failure::new(Reason::DeviceHangs, format!("at the {end}, {hang}"))
+}
+
+/// Makes the last calls to a device, which are carried out in any case, and returns when that is done or the
+/// device hangs.
+async fn leave(watch: CallWatch, calls: impl Future<Output = ()> + Send + 'static) {
+    if let Err(hang) = watch.unless_it_hangs(tokio::spawn(calls)).await {
+        warn!(%hang, "a device is left as it is, and given back when it answers");
+    }
+}
+
+impl From<Hanging> for source::Event {
+    fn from(hanging: Hanging) -> Self {
+        match hanging {
+            Hanging::Hangs(index, failure) => Self::DeviceHangs(index, failure),
+            Hanging::Answers(index) => Self::DeviceAnswers(index),
+        }
+    }
+}
+
+impl From<Hanging> for destination::Event {
+    fn from(hanging: Hanging) -> Self {
+        match hanging {
+            Hanging::Hangs(index, failure) => Self::DeviceHangs(index, failure),
+            Hanging::Answers(index) => Self::DeviceAnswers(index),
+        }
     }
 }
 

@@ -18,7 +18,8 @@ pub(super) fn of(phase: Phase) -> Option<Duration> {
         Phase::Saving => Some(Duration::from_secs(30)),
         Phase::Connecting => Some(Duration::from_secs(30)),
         Phase::Pausing => Some(Duration::from_secs(20)),
-        Phase::Quiescing | Phase::Stopping => Some(Duration::from_secs(20)),
+        // A device that hangs is named before: `vfio::worker::HANGS_AFTER`.
+        Phase::Quiescing | Phase::Stopping => Some(Duration::from_secs(30)),
         _ => None,
     }
 }

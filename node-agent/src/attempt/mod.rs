@@ -30,6 +30,6 @@ mod sending;
 pub mod source;
 mod tasks;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod timings;
 mod vmm_calls;

@@ -36,7 +36,9 @@ pub fn kernel(proc: &Path) -> Result<Kernel, ReadBootIdError> {
 pub fn boot_id(proc: &Path) -> Result<String, ReadBootIdError> {
     let path = proc.join("sys/kernel/random/boot_id");
     match fs::read_to_string(&path) {
-        Ok(id) => Ok(id.trim().to_owned()),
+        Ok(id) if !id.trim().is_empty() => Ok(id.trim().to_owned()),
+        // It would count as the id of another boot.
+        Ok(_) => Err(ReadBootIdError { path, source: io::Error::other("it is empty") }),
         Err(source) => Err(ReadBootIdError { path, source }),
     }
 }

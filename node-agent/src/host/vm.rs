@@ -44,7 +44,7 @@
 
 use std::path::{Component, Path, PathBuf};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use slackwater_handover::policy::Driver;
 use strum::IntoStaticStr;
 
@@ -89,7 +89,7 @@ pub struct VmmEntry {
 }
 
 /// The protocol of a VMM.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, IntoStaticStr)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, IntoStaticStr)]
 #[serde(rename_all = "lowercase")]
 #[strum(serialize_all = "lowercase")]
 pub enum VmmKind {

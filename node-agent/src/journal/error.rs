@@ -1,6 +1,7 @@
 //! Errors of reading and writing a journal. Each names the file, and says what to do where something can be
 //! done.
 
+use std::error::Error;
 use std::io;
 use std::path::PathBuf;
 
@@ -101,6 +102,16 @@ pub enum JournalError {
         /// The file.
         file: PathBuf,
     },
+    /// The epoch cannot be forgotten now.
+    #[error(
+        "{} is of a migration that has not ended here: start the agent and let the migration end, before the \
+         operator's epoch is forgotten",
+        file.display()
+    )]
+    AttemptOpen {
+        /// The file.
+        file: PathBuf,
+    },
     /// The state directory could not be created or opened.
     #[error("cannot open the state directory {}", path.display())]
     OpenDirectory {
@@ -165,4 +176,42 @@ pub enum JournalError {
         /// What the kernel said.
         source: io::Error,
     },
+}
+
+impl JournalError {
+    /// What is on the disk may be good: another try may succeed, once the disk has room or answers again.
+    pub fn may_pass(&self) -> bool {
+        match self {
+            Self::Open { source, .. } => source.kind() != io::ErrorKind::NotFound,
+            Self::NoSpace { .. }
+            | Self::OpenDirectory { .. }
+            | Self::List { .. }
+            | Self::Read { .. }
+            | Self::Write { .. }
+            | Self::Sync { .. }
+            | Self::Replace { .. }
+            | Self::Remove { .. } => true,
+            Self::InvalidId { .. }
+            | Self::Locked { .. }
+            | Self::NewerVersion { .. }
+            | Self::NewerVersionOpen { .. }
+            | Self::Truncated { .. }
+            | Self::ChecksumMismatch { .. }
+            | Self::NotAJournal { .. }
+            | Self::ContentTooLarge { .. }
+            | Self::Unfinished { .. }
+            | Self::AttemptOpen { .. } => false,
+        }
+    }
+
+    /// With what the kernel said.
+    pub fn with_causes(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = self.source();
+        while let Some(error) = cause {
+            text = format!("{text}: {error}");
+            cause = error.source();
+        }
+        text
+    }
 }

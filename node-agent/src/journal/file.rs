@@ -12,6 +12,12 @@
 //!
 //! Where RENAME_EXCHANGE does not exist (NFS, for one), a third copy is allocated before each write to become
 //! the next spare, and the written one is renamed over the current one. There a write fails on a full disk.
+//!
+//! After a step has failed, nothing that was known before is relied on: not which file has which name, nor
+//! that what was written reached the disk (the kernel drops pages that it could not write, and a later sync
+//! of the same descriptor succeeds). The next write first syncs the directory, since the spare may have the
+//! name of the current content on the disk, and then opens both files by their names and fills the spare
+//! anew.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -22,8 +28,11 @@ use std::sync::Arc;
 use rustix::fs::{FallocateFlags, RenameFlags, fallocate, renameat, renameat_with};
 use rustix::io::Errno;
 
-use super::JournalError;
+#[cfg(test)]
+use super::disk_faults::DiskFaults;
+use super::disk_faults::Step;
 use super::format::{HEADER_BYTES, NEWEST_VERSION, Refusal, decode, encode};
+use super::{EARLIER_SPACE_BYTES, JournalError};
 
 /// Suffix of the other copy.
 pub(super) const SPARE: &str = ".spare";
@@ -35,12 +44,19 @@ pub(super) const NEW: &str = ".new";
 pub(super) struct Directory {
     path: PathBuf,
     handle: File,
+    #[cfg(test)]
+    pub(super) faults: DiskFaults,
 }
 
 impl Directory {
     pub(super) fn open(path: PathBuf) -> Result<Self, JournalError> {
         match File::open(&path) {
-            Ok(handle) => Ok(Self { path, handle }),
+            Ok(handle) => Ok(Self {
+                path,
+                handle,
+                #[cfg(test)]
+                faults: DiskFaults::default(),
+            }),
             Err(source) => Err(JournalError::OpenDirectory { path, source }),
         }
     }
@@ -53,14 +69,26 @@ impl Directory {
         self.path.join(name)
     }
 
+    /// Called before each step on the disk: tests let it fail here.
+    #[cfg(test)]
+    fn before(&self, step: Step<'_>) -> io::Result<()> {
+        self.faults.before(step)
+    }
+
+    #[cfg(not(test))]
+    fn before(&self, _: Step<'_>) -> io::Result<()> {
+        Ok(())
+    }
+
     pub(super) fn sync(&self) -> Result<(), JournalError> {
-        self.handle.sync_all().map_err(|source| JournalError::Sync { file: self.path.clone(), source })
+        let synced = self.before(Step::SyncDirectory).and_then(|()| self.handle.sync_all());
+        synced.map_err(|source| JournalError::Sync { file: self.path.clone(), source })
     }
 
     /// Removes a file; a missing one is not an error.
     pub(super) fn remove(&self, name: &str) -> Result<(), JournalError> {
         let file = self.file(name);
-        match std::fs::remove_file(&file) {
+        match self.before(Step::Remove(name)).and_then(|()| std::fs::remove_file(&file)) {
             Err(source) if source.kind() != io::ErrorKind::NotFound => {
                 Err(JournalError::Remove { file, source })
             }
@@ -70,6 +98,7 @@ impl Directory {
 
     /// False if the file system cannot exchange names.
     fn exchange(&self, one: &str, other: &str) -> Result<bool, Errno> {
+        self.before(Step::Rename(other)).map_err(errno)?;
         match renameat_with(&self.handle, one, &self.handle, other, RenameFlags::EXCHANGE) {
             Ok(()) => Ok(true),
             Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => Ok(false),
@@ -96,10 +125,15 @@ impl Directory {
                 false => self.remove(name).is_ok(),
             };
         })?;
-        self.remove(new)
+        // It is in place. What had the name before is removed at the next start.
+        if let Err(error) = self.remove(new) {
+            tracing::warn!(%error, "what a journal has replaced stays for now");
+        }
+        Ok(())
     }
 
     fn rename(&self, from: &str, to: &str) -> Result<(), Errno> {
+        self.before(Step::Rename(to)).map_err(errno)?;
         renameat(&self.handle, from, &self.handle, to)
     }
 }
@@ -114,11 +148,14 @@ pub(super) struct Copies {
     /// The version in the header of what is written.
     version: u32,
     /// The file `name`.
-    pub(super) live: File,
+    live: File,
     /// The file `name` with [`SPARE`].
     pub(super) spare: File,
     /// Whether names are exchanged; tests turn it off to take the other path.
     pub(super) exchanges: bool,
+    /// A step has failed, or nothing is to be written any more: what the names stand for is looked up before
+    /// anything is written.
+    in_doubt: bool,
 }
 
 impl Copies {
@@ -147,6 +184,7 @@ impl Copies {
                 live,
                 spare,
                 exchanges: true,
+                in_doubt: false,
             })
         };
         create().inspect_err(|_| {
@@ -163,16 +201,9 @@ impl Copies {
         space: usize,
         version: u32,
     ) -> Result<Self, JournalError> {
-        let file = directory.file(name);
-        let opened = OpenOptions::new().read(true).write(true).custom_flags(no_follow()).open(&file);
-        let live = opened.map_err(|source| JournalError::Open { file: file.clone(), source })?;
-        let has = live.metadata().map_err(|source| JournalError::Read { file: file.clone(), source })?.len();
-        let missing = space.saturating_sub(usize::try_from(has).unwrap_or(usize::MAX));
-        if missing > 0 {
-            // It was finished. Zeroes after the content do not change it.
-            live.write_all_at(&vec![0; missing], has).map_err(|source| cannot_write(&file, space, source))?;
-            live.sync_all().map_err(|source| JournalError::Sync { file, source })?;
-        }
+        // Which file has which name must be durable before the spare is written: see the module.
+        directory.sync()?;
+        let live = grown(directory, name, space)?;
         let spare = allocated(directory, &format!("{name}{SPARE}"), space, &[])?;
         directory.sync()?;
         Ok(Self {
@@ -183,25 +214,45 @@ impl Copies {
             live,
             spare,
             exchanges: true,
+            in_doubt: false,
         })
     }
 
     /// Replaces the content.
     pub(super) fn write(&mut self, content: &[u8]) -> Result<(), JournalError> {
-        let mut bytes = record(&self.directory, &self.name, self.space, self.version, content)?;
-        bytes.resize(self.space, 0);
+        let bytes = record(&self.directory, &self.name, self.space, self.version, content)?;
+        if self.in_doubt {
+            let exchanges = self.exchanges;
+            *self = Self::reopen(&self.directory, &self.name, self.space, self.version)?;
+            self.exchanges = exchanges;
+        }
+        self.in_doubt = true;
         self.fill_spare(&bytes)?;
-        self.put_in_place()
+        self.put_in_place()?;
+        self.in_doubt = false;
+        Ok(())
     }
 
-    /// Replaces the content for the last time, and frees the space that is no longer needed.
-    pub(super) fn finish(mut self, content: &[u8]) -> Result<(), JournalError> {
-        let bytes = record(&self.directory, &self.name, self.space, self.version, content)?;
+    /// Replaces the content for the last time, and frees the space that is no longer needed. May be repeated.
+    pub(super) fn finish(&mut self, content: &[u8]) -> Result<(), JournalError> {
+        let mut bytes = record(&self.directory, &self.name, self.space, self.version, content)?;
+        if is_size_of_open(bytes.len(), self.space) {
+            bytes.push(0);
+        }
+        let spare_name = self.spare_name();
+        if self.in_doubt {
+            // A spare that an earlier try has cut to its content is long enough: no space is needed.
+            self.directory.sync()?;
+            read(&self.directory, &self.name, self.space)?;
+            self.spare = open_or_create(&self.directory, &spare_name, self.space)?;
+        }
+        self.in_doubt = true;
         self.fill_spare(&bytes)?;
-        let spare_file = self.directory.file(&self.spare_name());
-        let write_error = |source| JournalError::Write { file: spare_file.clone(), source };
-        self.spare.set_len(bytes.len() as u64).map_err(write_error)?;
-        self.spare.sync_all().map_err(|source| JournalError::Sync { file: spare_file.clone(), source })?;
+        let spare_file = self.directory.file(&spare_name);
+        let cut = self.directory.before(Step::Truncate(&spare_name));
+        let cut = cut.and_then(|()| self.spare.set_len(bytes.len() as u64));
+        cut.map_err(|source| JournalError::Write { file: spare_file, source })?;
+        self.sync_spare()?;
         self.put_in_place()?;
         // The record is durable. A spare that stays is removed at the next start.
         if let Err(error) = self.directory.remove(&self.spare_name()).and_then(|()| self.directory.sync()) {
@@ -215,9 +266,17 @@ impl Copies {
     }
 
     fn fill_spare(&self, bytes: &[u8]) -> Result<(), JournalError> {
-        let file = self.directory.file(&self.spare_name());
-        self.spare.write_all_at(bytes, 0).map_err(|source| cannot_write(&file, self.space, source))?;
-        self.spare.sync_all().map_err(|source| cannot_sync(&file, self.space, source))
+        let name = self.spare_name();
+        let written = self.directory.before(Step::Write(&name));
+        let written = written.and_then(|()| self.spare.write_all_at(bytes, 0));
+        written.map_err(|source| cannot_write(&self.directory.file(&name), self.space, source))?;
+        self.sync_spare()
+    }
+
+    fn sync_spare(&self) -> Result<(), JournalError> {
+        let name = self.spare_name();
+        let synced = self.directory.before(Step::SyncFile(&name)).and_then(|()| self.spare.sync_all());
+        synced.map_err(|source| cannot_sync(&self.directory.file(&name), self.space, source))
     }
 
     fn put_in_place(&mut self) -> Result<(), JournalError> {
@@ -229,14 +288,14 @@ impl Copies {
         if !self.exchanges {
             return self.rename_in_place();
         }
-        let synced = self.directory.sync();
-        // It is not known to be durable, so the old content is put back. If that fails, too, the names stay
-        // as they are.
-        let undone = synced.is_err() && matches!(self.directory.exchange(&spare_name, &self.name), Ok(true));
-        if !undone {
-            std::mem::swap(&mut self.live, &mut self.spare);
+        if let Err(error) = self.directory.sync() {
+            // It is not known to be durable, so the old content is put back. If that fails, too, the names
+            // stay as they are.
+            let _ = self.directory.exchange(&spare_name, &self.name);
+            return Err(error);
         }
-        synced
+        std::mem::swap(&mut self.live, &mut self.spare);
+        Ok(())
     }
 
     /// Without an exchange of names: the next spare first, so that there is always one.
@@ -267,13 +326,14 @@ pub(super) struct Stored {
 /// The content of a file.
 pub(super) fn read(directory: &Directory, name: &str, space: usize) -> Result<Stored, JournalError> {
     let file = directory.file(name);
-    let opened = OpenOptions::new().read(true).custom_flags(no_follow()).open(&file);
+    let opened = directory.before(Step::Read(name));
+    let opened = opened.and_then(|()| OpenOptions::new().read(true).custom_flags(no_follow()).open(&file));
     let handle = opened.map_err(|source| JournalError::Open { file: file.clone(), source })?;
     let mut bytes = Vec::new();
     // Never more than the space of one, whatever the file has.
     io::Read::read_to_end(&mut io::Read::take(handle, space as u64), &mut bytes)
         .map_err(|source| JournalError::Read { file: file.clone(), source })?;
-    let finished = bytes.len() < space;
+    let finished = !is_size_of_open(bytes.len(), space);
     match decode(&bytes) {
         Ok(decoded) => Ok(Stored { version: decoded.version, content: decoded.content.to_vec(), finished }),
         Err(Refusal::NotAJournal) => Err(JournalError::NotAJournal { file }),
@@ -317,12 +377,8 @@ pub(super) const fn content_limit(space: usize) -> usize {
 /// yet.
 fn allocated(directory: &Directory, name: &str, space: usize, begin: &[u8]) -> Result<File, JournalError> {
     let path = directory.file(name);
-    let mut options = OpenOptions::new();
-    options.read(true).write(true).create(true).truncate(false).mode(0o600).custom_flags(no_follow());
-    let file = options.open(&path).map_err(|source| match is_full(&source) {
-        true => no_space(&path, space),
-        false => JournalError::Open { file: path.clone(), source },
-    })?;
+    let file = open_or_create(directory, name, space)?;
+    directory.before(Step::Write(name)).map_err(|source| cannot_write(&path, space, source))?;
     match fallocate(&file, FallocateFlags::empty(), 0, space as u64) {
         // Where this is not supported, the following write allocates.
         Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => {}
@@ -332,8 +388,44 @@ fn allocated(directory: &Directory, name: &str, space: usize, begin: &[u8]) -> R
     bytes.resize(space, 0);
     file.write_all_at(&bytes, 0).map_err(|source| cannot_write(&path, space, source))?;
     file.set_len(space as u64).map_err(|source| cannot_write(&path, space, source))?;
-    file.sync_all().map_err(|source| cannot_sync(&path, space, source))?;
+    let synced = directory.before(Step::SyncFile(name)).and_then(|()| file.sync_all());
+    synced.map_err(|source| cannot_sync(&path, space, source))?;
     Ok(file)
+}
+
+fn open_or_create(directory: &Directory, name: &str, space: usize) -> Result<File, JournalError> {
+    let path = directory.file(name);
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false).mode(0o600).custom_flags(no_follow());
+    let opened = directory.before(Step::Open(name)).and_then(|()| options.open(&path));
+    opened.map_err(|source| match is_full(&source) {
+        true => no_space(&path, space),
+        false => JournalError::Open { file: path, source },
+    })
+}
+
+/// An existing file, whose space is allocated again if it was finished. It must hold a record that is whole:
+/// zeroes after the content do not change it.
+fn grown(directory: &Directory, name: &str, space: usize) -> Result<File, JournalError> {
+    read(directory, name, space)?;
+    let path = directory.file(name);
+    let opened = OpenOptions::new().read(true).write(true).custom_flags(no_follow()).open(&path);
+    let file = opened.map_err(|source| JournalError::Open { file: path.clone(), source })?;
+    let has = file.metadata().map_err(|source| JournalError::Read { file: path.clone(), source })?.len();
+    let missing = space.saturating_sub(usize::try_from(has).unwrap_or(usize::MAX));
+    if missing > 0 {
+        let written = directory.before(Step::Write(name));
+        let written = written.and_then(|()| file.write_all_at(&vec![0; missing], has));
+        written.map_err(|source| cannot_write(&path, space, source))?;
+        let synced = directory.before(Step::SyncFile(name)).and_then(|()| file.sync_all());
+        synced.map_err(|source| cannot_sync(&path, space, source))?;
+    }
+    Ok(file)
+}
+
+/// Whether a file of this length is not finished.
+fn is_size_of_open(length: usize, space: usize) -> bool {
+    length == space || length == EARLIER_SPACE_BYTES
 }
 
 fn cannot_write(file: &Path, space: usize, source: io::Error) -> JournalError {
@@ -353,6 +445,10 @@ fn cannot_sync(file: &Path, space: usize, source: io::Error) -> JournalError {
 
 fn no_space(file: &Path, space: usize) -> JournalError {
     JournalError::NoSpace { file: file.to_owned(), needed_bytes: space as u64 }
+}
+
+fn errno(error: io::Error) -> Errno {
+    Errno::from_io_error(&error).unwrap_or(Errno::IO)
 }
 
 fn is_full(error: &io::Error) -> bool {

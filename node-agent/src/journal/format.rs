@@ -2,11 +2,11 @@
 //!
 //! ```text
 //!  0        8          12         16        20
-//!  SLKWJRNL ┊ version  ┊ length   ┊ CRC-32  ┊ content ┊ zeroes up to the allocated size
+//!  SLKWJRNL ┊ version  ┊ length   ┊ CRC-32  ┊ content ┊ anything, up to the allocated size
 //! ```
 //!
 //! Numbers are little endian. The CRC-32 (IEEE 802.3) covers the four bytes of the length and the content. A
-//! finished journal ends with its content: it has no zeroes.
+//! finished journal ends with its content, or one byte after it.
 //!
 //! The version says how the content is to be read; the header is the same in all versions. An agent reads
 //! every version up to [`NEWEST_VERSION`]. A change of the content of a journal raises that version, and

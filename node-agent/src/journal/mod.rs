@@ -20,8 +20,12 @@
 //! **Every call blocks**, for as long as the disk takes to sync: from async code, through
 //! `tokio::task::spawn_blocking`.
 
+mod disk_faults;
+#[cfg(test)]
+mod disk_tests;
 mod error;
 mod file;
+mod forget;
 mod format;
 #[cfg(test)]
 mod tests;
@@ -39,10 +43,14 @@ use strum::{Display, EnumString, IntoStaticStr};
 
 pub use error::JournalError;
 use file::{Copies, Directory, NEW, SPARE, Stored};
+pub use forget::forget_epoch;
 use format::{EPOCH_VERSION, NEWEST_VERSION};
 
 /// Bytes that are allocated for each of the two copies of a journal.
-pub const SPACE_BYTES: usize = 64 * 1024;
+pub const SPACE_BYTES: usize = 384 * 1024;
+
+/// The same, of an agent of version 0.1.0: an open journal of that size is read, and grows when it is reopened.
+const EARLIER_SPACE_BYTES: usize = 64 * 1024;
 
 /// Bytes of content that fit into a record.
 pub const CONTENT_MAX_BYTES: usize = file::content_limit(SPACE_BYTES);
@@ -170,14 +178,25 @@ impl Journal {
         Ok(())
     }
 
+    /// The file of a journal, for a person.
+    pub fn file(&self, key: &Key) -> PathBuf {
+        self.directory.file(&key.file_name())
+    }
+
     /// Every journal of this node, in the order of their keys, each with its content or the error of reading
     /// it. Files that are not named as a journal are skipped.
     pub fn read_all(&self) -> Result<Vec<Found>, JournalError> {
         let found = |key: Key| {
-            let stored = self.read(&key.file_name());
-            (key, stored.map(|stored| Content { version: stored.version, bytes: stored.content }))
+            let content = self.read_one(&key);
+            (key, content)
         };
         Ok(self.keys()?.into_iter().map(found).collect())
+    }
+
+    /// One of them, with its content or the error of reading it.
+    pub fn read_one(&self, key: &Key) -> Result<Content, JournalError> {
+        let stored = self.read(&key.file_name())?;
+        Ok(Content { version: stored.version, bytes: stored.content })
     }
 
     /// Creates the journal of a key, with space for every later record; its first content is durable when
@@ -185,7 +204,8 @@ impl Journal {
     ///
     /// One that has been finished is replaced, by an atomic rename. [`JournalError::Unfinished`] if there is
     /// an unfinished one, and the error of reading it if it cannot be read: in either case nothing changes.
-    /// If creating it fails, nothing of it stays.
+    /// If creating it fails, nothing of it stays, as far as the disk allows:
+    /// [`Journal::left_by_failed_creation`] makes sure of that.
     pub fn create(&self, key: &Key, content: &[u8]) -> Result<JournalFile, JournalError> {
         let name = key.file_name();
         match self.read(&name) {
@@ -196,6 +216,21 @@ impl Journal {
         }
         let copies = Copies::create(&self.directory, &name, SPACE_BYTES, NEWEST_VERSION, content)?;
         Ok(JournalFile { copies, _lock: Arc::clone(&self.lock) })
+    }
+
+    /// What [`Journal::create`] has left of a journal although it failed: `None` if it is durable that there
+    /// is nothing open of it.
+    ///
+    /// # Errors
+    /// If that cannot be found out, or made durable, yet. To be repeated.
+    pub fn left_by_failed_creation(&self, key: &Key) -> Result<Option<JournalFile>, JournalError> {
+        self.directory.sync()?;
+        match self.read(&key.file_name()) {
+            Ok(Stored { finished: true, .. }) => Ok(None),
+            Ok(_) => self.reopen(key).map(Some),
+            Err(JournalError::Open { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// Opens an existing journal, and allocates its spare copy again. A finished one becomes unfinished.
@@ -274,6 +309,16 @@ impl Journal {
         }
     }
 
+    /// From now on, no sync succeeds, or every one does again.
+    #[cfg(test)]
+    pub(crate) fn fail_syncs(&self, fail: bool) {
+        use disk_faults::Step;
+        self.directory.faults.set(move |step| match step {
+            Step::SyncFile(_) | Step::SyncDirectory if fail => Err(rustix::io::Errno::IO.into()),
+            _ => Ok(()),
+        });
+    }
+
     fn read(&self, name: &str) -> Result<Stored, JournalError> {
         file::read(&self.directory, name, SPACE_BYTES)
     }
@@ -325,17 +370,18 @@ pub struct JournalFile {
 impl JournalFile {
     /// Replaces the content; the new one is durable when this returns. It allocates no space.
     ///
-    /// If it fails, the old content stays, and the call may be repeated. One case is in doubt: if only the
-    /// directory could not be synced ([`JournalError::Sync`] naming it), the old content is put back, but
-    /// after a power cut either may be found.
+    /// If it fails, the old content stays, and the call may be repeated. One case is in doubt: if the name of
+    /// the new content could not be made durable ([`JournalError::Sync`] naming the directory, or
+    /// [`JournalError::Replace`] without an exchange of names), the old content is put back as far as that
+    /// succeeds, and after a power cut either may be found.
     pub fn write(&mut self, content: &[u8]) -> Result<(), JournalError> {
         self.copies.write(content)
     }
 
     /// As [`JournalFile::write`], for the last time: the spare copy and unused space are freed, and the
-    /// journal stays readable until it is pruned. If it fails, the old content stays; [`Journal::reopen`]
-    /// allows another attempt.
-    pub fn finish(self, content: &[u8]) -> Result<(), JournalError> {
+    /// journal stays readable until it is pruned. If it fails, the old content stays, with the same exception,
+    /// and the call may be repeated; no space is needed for that.
+    pub fn finish(&mut self, content: &[u8]) -> Result<(), JournalError> {
         self.copies.finish(content)
     }
 }

@@ -100,7 +100,7 @@ fn space_for_both_copies_is_allocated_when_the_journal_is_made_and_no_more_later
 #[test]
 fn a_finished_journal_stays_readable_without_its_spare_and_its_unused_space() {
     let (dir, journal) = state();
-    let file = journal.create(&key("m"), b"1").unwrap();
+    let mut file = journal.create(&key("m"), b"1").unwrap();
     file.finish(b"the end").unwrap();
     assert_eq!(names(&dir), ["m.source"]);
     assert!(fs::metadata(path(&dir, "m.source")).unwrap().len() < 100);
@@ -110,7 +110,7 @@ fn a_finished_journal_stays_readable_without_its_spare_and_its_unused_space() {
 #[test]
 fn a_journal_that_is_not_finished_is_not_replaced_and_a_finished_one_is() {
     let (_dir, journal) = state();
-    let file = journal.create(&key("m"), b"attempt 1").unwrap();
+    let mut file = journal.create(&key("m"), b"attempt 1").unwrap();
     assert!(matches!(journal.create(&key("m"), b"attempt 2"), Err(JournalError::Unfinished { .. })));
     assert_eq!(found(&journal, &key("m")).unwrap(), b"attempt 1");
     file.finish(b"attempt 1, ended").unwrap();
@@ -181,6 +181,8 @@ fn a_full_disk_is_distinguished_from_other_failures_and_the_old_content_stays() 
     assert!(matches!(error, JournalError::NoSpace { .. }), "{error:?}");
     assert!(error.to_string().contains("m.source"), "{error}");
     assert_eq!(found(&journal, &key("m")).unwrap(), b"old");
+    file = journal.reopen(&key("m")).unwrap();
+    file.copies.spare = OpenOptions::new().write(true).open("/dev/full").unwrap();
     assert!(matches!(file.finish(b"new"), Err(JournalError::NoSpace { .. })));
     assert_eq!(found(&journal, &key("m")).unwrap(), b"old");
 }
@@ -192,20 +194,21 @@ fn after_a_failed_write_the_old_content_stays_and_the_next_write_succeeds() {
     let spare = path(&dir, "m.source.spare");
 
     // The spare cannot be written.
-    let writable = std::mem::replace(&mut file.copies.spare, File::open(&spare).unwrap());
+    file.copies.spare = File::open(&spare).unwrap();
     assert!(matches!(file.write(b"new"), Err(JournalError::Write { .. })));
-    file.copies.spare = writable;
     assert_eq!(found(&journal, &key("m")).unwrap(), b"old");
 
-    // The spare is written, and cannot be put in place.
-    let elsewhere = dir.path().join("elsewhere");
-    fs::rename(&spare, &elsewhere).unwrap();
-    assert!(matches!(file.write(b"new"), Err(JournalError::Replace { .. })));
-    assert_eq!(found(&journal, &key("m")).unwrap(), b"old");
-    fs::rename(&elsewhere, &spare).unwrap();
-
+    // It has been taken away: the next write makes another.
+    fs::remove_file(&spare).unwrap();
     file.write(b"new").unwrap();
     assert_eq!(found(&journal, &key("m")).unwrap(), b"new");
+
+    // The spare is written, and cannot be put in place.
+    fs::rename(&spare, dir.path().join("elsewhere")).unwrap();
+    assert!(matches!(file.write(b"newer"), Err(JournalError::Replace { .. })));
+    assert_eq!(found(&journal, &key("m")).unwrap(), b"new");
+    file.write(b"newer").unwrap();
+    assert_eq!(found(&journal, &key("m")).unwrap(), b"newer");
 }
 
 #[test]
@@ -488,11 +491,49 @@ proptest! {
         let last = contents.last().unwrap();
         if finished {
             file.finish(last).unwrap();
-        } else {
-            drop(file);
         }
-        drop(journal);
+        drop((file, journal));
         let journal = Journal::open(dir.path()).unwrap();
         prop_assert_eq!(&found(&journal, &key("m")).unwrap(), last);
     }
+}
+
+#[test]
+fn an_epoch_is_forgotten_only_while_no_agent_runs_and_no_migration_is_open() {
+    let (dir, journal) = state();
+    journal.set_epoch(2_147_483_646).unwrap();
+    // Two copies.
+    journal.set_epoch(2_147_483_647).unwrap();
+    assert!(matches!(forget_epoch(dir.path()), Err(JournalError::Locked { .. })));
+    let open = journal.create(&key("open"), b"1").unwrap();
+    drop((journal, open));
+
+    let refused = forget_epoch(dir.path()).unwrap_err().to_string();
+    assert!(refused.contains("open.source is of a migration that has not ended here"), "{refused}");
+    let journal = Journal::open(dir.path()).unwrap();
+    assert_eq!(journal.epoch().unwrap(), 2_147_483_647);
+    journal.reopen(&key("open")).unwrap().finish(b"2").unwrap();
+    drop(journal);
+    fs::write(path(&dir, "damaged.destination"), b"SLKWJRNL?").unwrap();
+    assert!(forget_epoch(dir.path()).is_err());
+    fs::remove_file(path(&dir, "damaged.destination")).unwrap();
+
+    assert_eq!(forget_epoch(dir.path()).unwrap(), Some(2_147_483_647));
+    assert_eq!(names(&dir), ["open.source"]);
+    let journal = Journal::open(dir.path()).unwrap();
+    assert_eq!(journal.epoch().unwrap(), 0);
+    journal.set_epoch(3).unwrap();
+    assert_eq!(journal.epoch().unwrap(), 3);
+}
+
+#[test]
+fn a_damaged_epoch_can_be_forgotten_and_a_mistyped_state_directory_is_not_made() {
+    let (dir, journal) = state();
+    drop(journal);
+    fs::write(path(&dir, "epoch"), b"nothing of ours").unwrap();
+    assert_eq!(forget_epoch(dir.path()).unwrap(), None);
+    assert_eq!(forget_epoch(dir.path()).unwrap(), Some(0));
+    let missing = dir.path().join("mistyped");
+    assert!(matches!(forget_epoch(&missing), Err(JournalError::OpenDirectory { .. })));
+    assert!(!missing.exists());
 }

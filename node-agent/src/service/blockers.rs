@@ -5,6 +5,7 @@ use slackwater_handover::state::Features;
 use slackwater_proto::node::Blocker;
 
 use super::reason::ServiceReason;
+use super::registry::Hold;
 use crate::vmm::RunState;
 
 /// What is known of one device of a VM.
@@ -40,6 +41,12 @@ pub(super) fn of_vm(
         ));
     }
     found
+}
+
+/// The agent was restarted, and has not found the VM again yet.
+pub(super) fn recovering(why: &str) -> Blocker {
+    let message = format!("the agent was restarted, and is still finding the VM and its devices: {why}");
+    blocker(ServiceReason::Recovering, message, false)
 }
 
 fn of_devices(devices: &[DeviceFeatures], driver: Driver) -> Vec<Blocker> {
@@ -91,6 +98,11 @@ fn of_devices(devices: &[DeviceFeatures], driver: Driver) -> Vec<Blocker> {
         }
     }
     found
+}
+
+/// A migration that does not go on holds the VM.
+pub(super) fn held(hold: Hold) -> Blocker {
+    blocker(hold.reason, hold.why, false)
 }
 
 /// The VMM does not answer, or its vm.json is broken.

@@ -38,6 +38,8 @@ pub(super) enum ServiceReason {
     MigrationInProgress,
     /// The program of the twin may not be started on this node.
     TwinNotAllowed,
+    /// No sandbox can be made for the twin on this node.
+    TwinNotConfined,
     /// A field of the request is wrong.
     InvalidRequest,
     /// A newer attempt of the migration has been seen.
@@ -46,6 +48,10 @@ pub(super) enum ServiceReason {
     OperatorReplaced,
     /// What was journalled of the migration cannot be read or used.
     JournalUnreadable,
+    /// Several open journals are about the same VM or device: none of them is acted upon.
+    JournalsConflict,
+    /// A migration of the VM has ended, and that is not durable yet.
+    EndNotRecorded,
     /// The agent was restarted, and has not found the VM again yet.
     Recovering,
     /// The point of no return has passed.

@@ -1,6 +1,6 @@
 //! The migrations that this node takes part in, and which calls are out of date.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use parking_lot::Mutex;
 use slackwater_proto::node::{MigrationRef, ReserveRequest, VmRef};
@@ -53,12 +53,23 @@ impl From<Stale> for Refusal {
 
 /// Something that a migration needs is held by another.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{what} is held by migration {holder}")]
+#[error("{what} is held by migration {holder}{}", why.as_ref().map(|why| format!(": {why}")).unwrap_or_default())]
 pub struct Held {
     /// A device or a VM, for a person.
     pub what: String,
     /// The id of the migration that has it.
     pub holder: String,
+    /// Why that holds it for longer than it takes.
+    pub why: Option<String>,
+}
+
+/// Why a migration that does not go on holds its VM and devices.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hold {
+    /// For a condition.
+    pub(super) reason: ServiceReason,
+    /// For a person.
+    pub(super) why: String,
 }
 
 impl From<Held> for Refusal {
@@ -78,6 +89,8 @@ pub enum LocalEnd {
     Recovering,
     /// What was journalled cannot be read or used: nothing is guessed. The message names the file.
     Unreadable(String),
+    /// Another open journal is about the same VM or device. The message names the files.
+    Conflicting(String),
 }
 
 #[derive(Debug)]
@@ -92,8 +105,21 @@ struct State {
     migrations: HashMap<String, Migration>,
     highest_epoch: u64,
     counted: u64,
+    /// What a migration that is being taken up again waits for.
+    waits: HashMap<String, String>,
+    /// Migrations that are being taken up again, and whose VM leaves from here.
+    sources: HashSet<String>,
     vms: HashMap<(String, String), String>,
     devices: HashMap<String, String>,
+    /// By migration.
+    holds: HashMap<String, Hold>,
+}
+
+impl State {
+    fn held(&self, what: String, holder: &str) -> Held {
+        let why = self.holds.get(holder).map(|hold| hold.why.clone());
+        Held { what, holder: holder.to_owned(), why }
+    }
 }
 
 /// All migrations that this node takes part in.
@@ -155,7 +181,8 @@ impl Registry {
         let state = self.state.lock();
         let migration = state.migrations.get(id)?;
         // Which attempt an unreadable journal is about cannot be known.
-        let is_about_it = migration.attempt == attempt || matches!(migration.part, LocalEnd::Unreadable(_));
+        let held = matches!(migration.part, LocalEnd::Unreadable(_) | LocalEnd::Conflicting(_));
+        let is_about_it = migration.attempt == attempt || held;
         is_about_it.then(|| migration.part.clone())
     }
 
@@ -165,12 +192,18 @@ impl Registry {
     /// UNAVAILABLE while it is being taken up again; FAILED_PRECONDITION if its journal cannot be used.
     pub(super) fn usable_part(&self, id: &str, attempt: u32) -> Result<Option<LocalEnd>, Refusal> {
         match self.part(id, attempt) {
-            Some(LocalEnd::Recovering) => Err(Refusal::unavailable(
-                ServiceReason::Recovering,
-                "the agent was restarted, and is still finding the VM and its devices; try again",
-            )),
+            Some(LocalEnd::Recovering) => {
+                let why = self.waits_for(id).map(|why| format!(" ({why})")).unwrap_or_default();
+                let message = format!(
+                    "the agent was restarted, and is still finding the VM and its devices{why}; try again"
+                );
+                Err(Refusal::unavailable(ServiceReason::Recovering, message))
+            }
             Some(LocalEnd::Unreadable(why)) => {
                 Err(Refusal::precondition(ServiceReason::JournalUnreadable, why))
+            }
+            Some(LocalEnd::Conflicting(why)) => {
+                Err(Refusal::precondition(ServiceReason::JournalsConflict, why))
             }
             part => Ok(part),
         }
@@ -182,6 +215,7 @@ impl Registry {
         state.counted += 1;
         let order = state.counted;
         let migration = Migration { attempt: reference.attempt, part, order };
+        state.waits.remove(&reference.id);
         state.migrations.insert(reference.id.clone(), migration);
         while state.migrations.len() > MAX_REMEMBERED_MIGRATIONS {
             let busy: Vec<String> = state.vms.values().chain(state.devices.values()).cloned().collect();
@@ -200,11 +234,71 @@ impl Registry {
 
     /// The journal of a migration cannot be used: a call about any attempt of it is refused with `why`.
     pub fn hold_unreadable(&self, id: &str, why: String) {
+        self.explain(id, Hold { reason: ServiceReason::JournalUnreadable, why: why.clone() });
+        self.put_aside(id, LocalEnd::Unreadable(why));
+    }
+
+    /// Another open journal is about the same VM or device: nothing is done for either.
+    pub(super) fn hold_conflicting(&self, id: &str, why: String) {
+        self.explain(id, Hold { reason: ServiceReason::JournalsConflict, why: why.clone() });
+        self.put_aside(id, LocalEnd::Conflicting(why));
+    }
+
+    fn put_aside(&self, id: &str, part: LocalEnd) {
         let mut state = self.state.lock();
         state.counted += 1;
         let order = state.counted;
         let attempt = state.migrations.get(id).map_or(0, |migration| migration.attempt);
-        state.migrations.insert(id.to_owned(), Migration { attempt, part: LocalEnd::Unreadable(why), order });
+        state.waits.remove(id);
+        state.migrations.insert(id.to_owned(), Migration { attempt, part, order });
+    }
+
+    /// Why a migration that does not go on holds what it does.
+    pub(super) fn explain(&self, id: &str, hold: Hold) {
+        self.state.lock().holds.insert(id.to_owned(), hold);
+        self.touch();
+    }
+
+    /// It goes on.
+    pub(super) fn explained(&self, id: &str) {
+        if self.state.lock().holds.remove(id).is_some() {
+            self.touch();
+        }
+    }
+
+    /// The explanation, if there is one.
+    pub(super) fn explanation(&self, id: &str) -> Option<Hold> {
+        self.state.lock().holds.get(id).cloned()
+    }
+
+    /// A migration that is being taken up again waits for something: the answers about it say for what.
+    pub(super) fn waits(&self, id: &str, why: String) {
+        self.state.lock().waits.insert(id.to_owned(), why);
+        self.touch();
+    }
+
+    /// What a migration that is being taken up again waits for, if it does.
+    pub(super) fn waits_for(&self, id: &str) -> Option<String> {
+        self.state.lock().waits.get(id).cloned()
+    }
+
+    /// The VM of a migration that is being taken up again leaves from here.
+    pub(super) fn has_its_vm_here(&self, id: &str) {
+        self.state.lock().sources.insert(id.to_owned());
+    }
+
+    /// The VMs that leave from here, each with its migration: they are here, whatever else shows them.
+    pub(super) fn leaving(&self) -> Vec<(VmRef, String)> {
+        let state = self.state.lock();
+        let is_source = |id: &String| {
+            let part = state.migrations.get(id).map(|migration| &migration.part);
+            state.sources.contains(id) || matches!(part, Some(LocalEnd::Source(_)))
+        };
+        let here = state.vms.iter().filter(|(_, id)| is_source(id));
+        here.map(|((namespace, name), id)| {
+            (VmRef { namespace: namespace.clone(), name: name.clone() }, id.clone())
+        })
+        .collect()
     }
 
     /// Takes a VM and devices for a migration: all of them or none.
@@ -220,12 +314,11 @@ impl Registry {
         let mut state = self.state.lock();
         let key = (vm.namespace.clone(), vm.name.clone());
         if let Some(holder) = state.vms.get(&key) {
-            let what = format!("VM {}/{}", vm.namespace, vm.name);
-            return Err(Held { what, holder: holder.clone() });
+            return Err(state.held(format!("VM {}/{}", vm.namespace, vm.name), holder));
         }
         for device in devices.clone() {
             if let Some(holder) = state.devices.get(device) {
-                return Err(Held { what: format!("device {device}"), holder: holder.clone() });
+                return Err(state.held(format!("device {device}"), holder));
             }
         }
         state.vms.insert(key, id.to_owned());
@@ -235,11 +328,29 @@ impl Registry {
         Ok(())
     }
 
+    /// Takes what an open journal names, as far as another journal has not: all that is in doubt stays held.
+    pub(super) fn hold_what_is_free<'a>(
+        &self,
+        id: &str,
+        vm: &VmRef,
+        devices: impl IntoIterator<Item = &'a str>,
+    ) {
+        let mut state = self.state.lock();
+        state.vms.entry((vm.namespace.clone(), vm.name.clone())).or_insert_with(|| id.to_owned());
+        for device in devices {
+            state.devices.entry(device.to_owned()).or_insert_with(|| id.to_owned());
+        }
+        drop(state);
+        self.touch();
+    }
+
     /// Gives back everything that a migration has taken.
     pub fn give_back(&self, id: &str) {
         let mut state = self.state.lock();
         state.vms.retain(|_, holder| holder != id);
         state.devices.retain(|_, holder| holder != id);
+        state.holds.remove(id);
+        state.sources.remove(id);
         drop(state);
         self.touch();
     }
@@ -247,6 +358,28 @@ impl Registry {
     /// The migration that holds a VM.
     pub fn holder_of_vm(&self, namespace: &str, name: &str) -> Option<String> {
         self.state.lock().vms.get(&(namespace.to_owned(), name.to_owned())).cloned()
+    }
+
+    /// As a refusal: the first migration that holds the VM or one of the devices, if one does.
+    pub(super) fn holder_of_any<'a>(
+        &self,
+        vm: &VmRef,
+        devices: impl IntoIterator<Item = &'a str>,
+    ) -> Option<Held> {
+        let state = self.state.lock();
+        let vm_holder = state.vms.get(&(vm.namespace.clone(), vm.name.clone()));
+        vm_holder
+            .map(|holder| state.held(format!("VM {}/{}", vm.namespace, vm.name), holder))
+            .or_else(|| devices.into_iter().find_map(|device| Self::device_held(&state, device)))
+    }
+
+    fn device_held(state: &State, device: &str) -> Option<Held> {
+        state.devices.get(device).map(|holder| state.held(format!("device {device}"), holder))
+    }
+
+    /// As a refusal: the migration that holds a device, if one does.
+    pub(super) fn held_device(&self, device: &str) -> Option<Held> {
+        Self::device_held(&self.state.lock(), device)
     }
 
     /// The migration that holds a device.

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use slackwater_handover::Word;
+use slackwater_handover::failure::cut;
 use slackwater_handover::policy::PeerToPeer;
 use slackwater_proto::node::{
     DevicePair, JournalState, MigrateRequest, MigrationRef, OnBudgetExceeded, PeerToPeer as WirePeerToPeer,
@@ -19,6 +20,12 @@ const DEVICES_MAX: usize = 256;
 /// More CPU features than QEMU knows, and longer names.
 const CPU_FEATURES_MAX: usize = 4096;
 const CPU_FEATURE_MAX: usize = 64;
+/// Bytes of a name of a device, its driver or its model: longer than any in sysfs.
+const NAME_MAX: usize = 128;
+/// Bytes of a host:port.
+const ADDRESS_MAX: usize = 512;
+/// Bytes of a reservation's claim.
+const CLAIM_MAX: usize = 4096;
 /// Characters of a migration's id.
 const ID_MAX: usize = 64;
 
@@ -131,6 +138,18 @@ pub(super) fn devices(given: &[DevicePair]) -> Result<&[DevicePair], InvalidFiel
                 "the name of a device at the source and of one at the target",
             ));
         }
+        for (field, name) in [
+            ("source", &pair.source),
+            ("target", &pair.target),
+            ("driver", &pair.driver),
+            ("model", &pair.model),
+        ] {
+            if !is_plain(name, NAME_MAX) {
+                let shown = cut(name, NAME_MAX);
+                let expected = "at most 128 printable ASCII characters without quotes and backslashes";
+                return Err(invalid(format!("devices[{index}].{field}"), shown, expected));
+            }
+        }
         if pair.features.is_none() {
             return Err(invalid(
                 format!("devices[{index}].features"),
@@ -145,6 +164,12 @@ pub(super) fn devices(given: &[DevicePair]) -> Result<&[DevicePair], InvalidFiel
         }
     }
     Ok(given)
+}
+
+/// What a journal holds as it is, and a person may read: nothing that would have to be escaped.
+fn is_plain(text: &str, max_bytes: usize) -> bool {
+    text.len() <= max_bytes
+        && text.bytes().all(|byte| byte.is_ascii_graphic() && !matches!(byte, b'"' | b'\\'))
 }
 
 /// A reservation, as it was asked for.
@@ -167,6 +192,9 @@ pub(super) fn reserve(request: &ReserveRequest) -> Result<Reservation, InvalidFi
     devices(&request.devices)?;
     let policy = peer_to_peer(request.peer_to_peer)?;
     let silence_timeout = milliseconds("silence_timeout_ms", request.silence_timeout_ms)?;
+    if request.claim.len() > CLAIM_MAX {
+        return Err(invalid("claim", format_args!("{} bytes", request.claim.len()), "at most 4096 bytes"));
+    }
     if let Some(qemu) = &request.qemu {
         cpu_features(&qemu.cpu_features)?;
     }
@@ -217,6 +245,10 @@ pub(super) fn migrate(request: &MigrateRequest) -> Result<Migration, InvalidFiel
             &request.target_address,
             "host:port of the destination's agent",
         ));
+    }
+    if !is_plain(&request.target_address, ADDRESS_MAX) {
+        let shown = cut(&request.target_address, NAME_MAX);
+        return Err(invalid("target_address", shown, "host:port in at most 512 printable ASCII characters"));
     }
     devices(&request.devices)?;
     let policy = peer_to_peer(request.peer_to_peer)?;
@@ -291,7 +323,7 @@ mod tests {
     #[test]
     fn every_broken_field_is_named_with_its_value_and_what_would_be_right() {
         type Break = fn(&mut MigrateRequest);
-        let cases: [(Break, &str); 12] = [
+        let cases: [(Break, &str); 15] = [
             (|r| r.migration = None, r#"migration is "absent": every call names its migration"#),
             (
                 |r| r.migration.as_mut().unwrap().id = "A/B".to_owned(),
@@ -307,6 +339,9 @@ mod tests {
             (|r| r.downtime_budget_ms = 60_001, "downtime_budget_ms is 60001: 1 to 60000 milliseconds, or 0"),
             (|r| r.on_budget_exceeded = 7, "on_budget_exceeded is 7: ON_BUDGET_EXCEEDED_ABORT or"),
             (|r| r.devices.push(pair("c", "b")), r#"devices[1] is "c -> b": no device may be named twice"#),
+            (|r| r.devices[0].model = "a\u{1b}".to_owned(), "devices[0].model is \"a\u{fffd}\": at most 128"),
+            (|r| r.devices[0].target = "x".repeat(129), r#"devices[0].target is "xxx"#),
+            (|r| r.target_address = "h".repeat(513), r#"target_address is "hhh"#),
         ];
         for (break_it, expected) in cases {
             let mut broken = request();

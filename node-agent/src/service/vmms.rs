@@ -9,7 +9,7 @@ use slackwater_handover::policy::Driver;
 use tokio::sync::watch;
 
 use super::connections::Connections;
-use crate::host::vms::KnownVm;
+use crate::host::vm::VmmEntry;
 use crate::vmm::contract::Deadlines;
 use crate::vmm::{self, Description, LocalVmm, VmmError};
 
@@ -56,12 +56,17 @@ impl Vmms {
         self.changed.send_modify(|count| *count += 1);
     }
 
-    /// The VM's VMM, and what it says of itself now.
+    /// The VMM on a VM's socket, and what it says of itself now. `folder` is the VM's own.
     ///
     /// # Errors
     /// If it does not answer.
-    pub(super) async fn ask(&self, vm: &KnownVm) -> Result<Answer, VmmError> {
-        let slot = self.connections.slot(&vm.socket);
+    pub(super) async fn ask(
+        &self,
+        entry: &VmmEntry,
+        socket: &Path,
+        folder: &Path,
+    ) -> Result<Answer, VmmError> {
+        let slot = self.connections.slot(socket);
         let mut known = slot.lock().await;
         if let Some(Answering { vmm, blocked }) = known.as_mut() {
             match vmm.describe().await {
@@ -76,7 +81,7 @@ impl Vmms {
                 Err(_) => *known = None,
             }
         }
-        let vmm = vmm::connect(&vm.json.vmm, &vm.socket, &vm.directory, self.deadlines).await?;
+        let vmm = vmm::connect(entry, socket, folder, self.deadlines).await?;
         let description = vmm.describe().await?;
         *known = Some(Answering { vmm: Arc::clone(&vmm), blocked: description.blocked.clone() });
         Ok(Answer { vmm, description, is_new: true })

@@ -123,20 +123,11 @@ impl VmmProcess {
     /// Opens a process that runs.
     ///
     /// # Errors
-    /// [`BorrowError::NoProcess`], [`BorrowError::OpenProcess`], [`BorrowError::ReadProc`].
+    /// [`BorrowError::NoProcess`] only if there is none for certain; [`BorrowError::OpenProcess`],
+    /// [`BorrowError::ReadProc`] and [`BorrowError::Wait`] if that is not known.
     pub fn open(pid: u32) -> Result<Self, BorrowError> {
-        let number = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(BorrowError::NoProcess { pid })?;
-        let pidfd = pidfd_open(number, PidfdFlags::empty()).map_err(|errno| match errno {
-            Errno::SRCH | Errno::INVAL => BorrowError::NoProcess { pid },
-            errno => BorrowError::OpenProcess { pid, errno: OsError(errno) },
-        })?;
-        let boot_id = boot_id(Path::new("/proc")).map_err(|error| unreadable(&error.path, &error.source))?;
-        let identity = ProcessIdentity { boot_id, pid, start_ticks: start_ticks(pid)? };
-        // What was read belongs to the process behind the pidfd only if that has not ended before.
-        if has_exited(&pidfd) {
-            return Err(BorrowError::NoProcess { pid });
-        }
-        Ok(Self { identity, pidfd })
+        let (pidfd, start_ticks) = hold(pid)?;
+        Ok(Self { identity: ProcessIdentity { boot_id: this_boot()?, pid, start_ticks }, pidfd })
     }
 
     /// Its unique identity.
@@ -188,6 +179,37 @@ impl VmmProcess {
     }
 }
 
+/// The id of this boot.
+pub(super) fn this_boot() -> Result<String, BorrowError> {
+    boot_id(Path::new("/proc")).map_err(|error| unreadable(&error.path, &error.source))
+}
+
+/// When the process that has this number now was started.
+pub(super) fn start_of(pid: u32) -> Result<u64, BorrowError> {
+    hold(pid).map(|(_, start_ticks)| start_ticks)
+}
+
+/// Holds a process that runs; since when it does.
+fn hold(pid: u32) -> Result<(OwnedFd, u64), BorrowError> {
+    let number = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(BorrowError::NoProcess { pid })?;
+    let pidfd = pidfd_open(number, PidfdFlags::empty()).map_err(|errno| not_opened(pid, errno))?;
+    let start_ticks = start_ticks(pid);
+    // What was read belongs to the process behind the pidfd only if that has not ended before. And only the
+    // pidfd tells a process that has ended from one that /proc does not show.
+    if has_exited(&pidfd, pid)? {
+        return Err(BorrowError::NoProcess { pid });
+    }
+    Ok((pidfd, start_ticks?))
+}
+
+/// ESRCH: no process. EINVAL, or ENOENT since Linux 6.15: the number is that of a thread, which is no process.
+fn not_opened(pid: u32, errno: Errno) -> BorrowError {
+    match errno {
+        Errno::SRCH | Errno::INVAL | Errno::NOENT => BorrowError::NoProcess { pid },
+        errno => BorrowError::OpenProcess { pid, errno: OsError(errno) },
+    }
+}
+
 /// What a descriptor turned out to be.
 #[derive(Debug, PartialEq, Eq)]
 enum Kind {
@@ -229,10 +251,7 @@ fn unreadable(path: &Path, why: &dyn ToString) -> BorrowError {
 
 fn start_ticks(pid: u32) -> Result<u64, BorrowError> {
     let path = PathBuf::from(format!("/proc/{pid}/stat"));
-    let stat = fs::read_to_string(&path).map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound => BorrowError::NoProcess { pid },
-        _ => unreadable(&path, &error),
-    })?;
+    let stat = fs::read_to_string(&path).map_err(|error| unreadable(&path, &error))?;
     parse_start_ticks(&stat).ok_or_else(|| unreadable(&path, &"the start time is missing"))
 }
 
@@ -244,10 +263,11 @@ fn parse_start_ticks(stat: &str) -> Option<u64> {
 }
 
 /// Whether the pidfd is readable now.
-fn has_exited(pidfd: &OwnedFd) -> bool {
+fn has_exited(pidfd: &OwnedFd, pid: u32) -> Result<bool, BorrowError> {
     let mut fds = [PollFd::new(pidfd, PollFlags::IN)];
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
+    let ready = poll(&mut fds, Some(&now));
+    ready.map(|ready| ready > 0).map_err(|errno| BorrowError::Wait { pid, why: errno.to_string() })
 }
 
 #[cfg(test)]

@@ -107,6 +107,16 @@ fn a_process_that_has_ended_but_was_not_waited_for_cannot_be_opened() {
 }
 
 #[test]
+fn only_a_number_that_no_process_has_is_no_process() {
+    for errno in [Errno::SRCH, Errno::INVAL, Errno::NOENT] {
+        assert_eq!(not_opened(9, errno), BorrowError::NoProcess { pid: 9 });
+    }
+    for errno in [Errno::ACCESS, Errno::PERM, Errno::NFILE, Errno::MFILE, Errno::NOMEM, Errno::NODEV] {
+        assert!(matches!(not_opened(9, errno), BorrowError::OpenProcess { .. }), "{errno}");
+    }
+}
+
+#[test]
 fn the_identity_of_a_process_has_its_boot_its_number_and_its_start() {
     let first = VmmProcess::open(std::process::id()).unwrap();
     let again = VmmProcess::open(std::process::id()).unwrap();

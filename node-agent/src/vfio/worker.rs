@@ -12,10 +12,13 @@
 //! - A call whose future is dropped before the call has begun is not carried out. One that has begun is
 //!   finished, and the state that the device is then in must be read. Data that was read for a caller that
 //!   has gone is kept for the next read: it is never lost.
+//! - Each handle sees since when the device has been in a call: [`CallWatch`]. A call that takes longer than
+//!   [`HANGS_AFTER`] counts as one that hangs. It may return all the same.
 //! - The thread drops the device and ends when the last handle is dropped, or by [`DeviceHandle::release`];
 //!   dropping a handle does not wait for that. A device that hangs keeps its thread.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -23,11 +26,151 @@ use std::time::Duration;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use slackwater_handover::state::{Features, MigrationState, opens_data};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{Instant, timeout_at};
 
 use super::device::{DataRead, Device, PrecopyInfo};
 use super::error::{DeviceError, SetStateError};
 use crate::host::clock::monotonic_ns;
+
+/// A call to a device that takes longer than this hangs. Drivers take hundreds of milliseconds at worst
+/// (mlx5); the rest is for a loaded node.
+pub const HANGS_AFTER: Duration = Duration::from_secs(20);
+
+/// A call to a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceCall {
+    /// A state is requested, and read back.
+    SetState(MigrationState),
+    /// Its state is read.
+    ReadState,
+    /// Data is read.
+    ReadData,
+    /// Data is written.
+    WriteData,
+    /// Its data descriptor is closed.
+    CloseData,
+    /// The bytes of its state are estimated, or what is left to pre-copy is asked for.
+    Estimate,
+    /// Its interrupt line is signalled.
+    TriggerIntx,
+    /// It is reset.
+    Reset,
+    /// Its own descriptor is closed.
+    Close,
+}
+
+impl fmt::Display for DeviceCall {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::SetState(to) => write!(f, "the change to {to}"),
+            Self::ReadState => f.write_str("reading its state"),
+            Self::ReadData => f.write_str("reading its data"),
+            Self::WriteData => f.write_str("writing its data"),
+            Self::CloseData => f.write_str("closing its data stream"),
+            Self::Estimate => f.write_str("estimating its data"),
+            Self::TriggerIntx => f.write_str("signalling its INTx"),
+            Self::Reset => f.write_str("its reset"),
+            Self::Close => f.write_str("closing it"),
+        }
+    }
+}
+
+/// A call that has not returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct InFlight {
+    call: DeviceCall,
+    since: Instant,
+}
+
+/// A call to a device that takes too long.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("device {device} hangs: it has not returned from {call} for {} s", for_how_long.as_secs())]
+pub struct Hang {
+    /// The device.
+    pub device: Arc<str>,
+    /// The call.
+    pub call: DeviceCall,
+    /// For how long, when that was noticed.
+    pub for_how_long: Duration,
+    since: Instant,
+}
+
+/// Watches the calls to one device, and does not keep it open.
+#[derive(Clone, Debug)]
+pub struct CallWatch {
+    name: Arc<str>,
+    hangs_after: Duration,
+    in_flight: watch::Receiver<Option<InFlight>>,
+}
+
+impl CallWatch {
+    /// The device's name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn hang(&self, InFlight { call, since }: InFlight) -> Option<Hang> {
+        let for_how_long = since.elapsed();
+        let hang = || Hang { device: Arc::clone(&self.name), call, for_how_long, since };
+        (for_how_long >= self.hangs_after).then(hang)
+    }
+
+    /// The call that hangs now.
+    #[must_use]
+    pub fn hangs_now(&self) -> Option<Hang> {
+        let in_flight = *self.in_flight.borrow();
+        in_flight.and_then(|call| self.hang(call))
+    }
+
+    /// Whether the device has been closed.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.in_flight.has_changed().is_err()
+    }
+
+    /// Returns when a call hangs; `None`: the device has been closed. May be cancelled.
+    pub async fn hangs(&mut self) -> Option<Hang> {
+        loop {
+            let call = (*self.in_flight.wait_for(Option::is_some).await.ok()?)?;
+            match timeout_at(call.since + self.hangs_after, self.in_flight.changed()).await {
+                Ok(changed) => changed.ok()?,
+                Err(_) => {
+                    if let Some(hang) = self.hang(call) {
+                        return Some(hang);
+                    }
+                }
+            }
+        }
+    }
+
+    /// What a future that makes calls to the device yields, unless one of them hangs before. The future is
+    /// dropped then: a call of it that has begun is finished, and no other begins.
+    ///
+    /// # Errors
+    /// [`Hang`].
+    pub async fn unless_it_hangs<T>(mut self, calls: impl Future<Output = T>) -> Result<T, Hang> {
+        let hangs = async {
+            match self.hangs().await {
+                Some(hang) => hang,
+                // It has been closed, and every call says so.
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            done = calls => Ok(done),
+            hang = hangs => Err(hang),
+        }
+    }
+
+    /// Returns when that call has returned, or the device has been closed.
+    pub async fn returns(&mut self, hang: &Hang) {
+        let still = |now: &Option<InFlight>| now.is_some_and(|now| now.since == hang.since);
+        let _ = self.in_flight.wait_for(|now| !still(now)).await;
+    }
+}
 
 /// A state change that was read back, with its time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,11 +191,12 @@ pub struct DeviceHandle {
     name: Arc<str>,
     features: Features,
     calls: mpsc::Sender<Message>,
+    watch: CallWatch,
 }
 
 /// Sent by a handle to the thread.
 enum Message {
-    Call(Box<dyn FnOnce(&mut Served) + Send>),
+    Call(DeviceCall, Box<dyn FnOnce(&mut Served) + Send>),
     Release(oneshot::Sender<()>),
 }
 
@@ -103,11 +247,20 @@ impl DeviceHandle {
         let features = device.features();
         let (calls, mut called) = mpsc::channel(1);
         let mut served = Served { device, unclaimed: Unclaimed::default() };
+        let (now, in_flight) = watch::channel(None);
+        let begin = |now: &watch::Sender<Option<InFlight>>, call| {
+            now.send_replace(Some(InFlight { call, since: Instant::now() }));
+        };
         thread::Builder::new().name(format!("vfio-{name}")).spawn(move || {
             while let Some(message) = called.blocking_recv() {
                 match message {
-                    Message::Call(call) => call(&mut served),
+                    Message::Call(name, call) => {
+                        begin(&now, name);
+                        call(&mut served);
+                        now.send_replace(None);
+                    }
                     Message::Release(done) => {
+                        begin(&now, DeviceCall::Close);
                         drop(served);
                         drop(called);
                         // The caller may have gone; the device is released all the same.
@@ -116,8 +269,28 @@ impl DeviceHandle {
                     }
                 }
             }
+            begin(&now, DeviceCall::Close);
+            drop(served);
         })?;
-        Ok(Self { name, features, calls })
+        let watch = CallWatch { name: Arc::clone(&name), hangs_after: HANGS_AFTER, in_flight };
+        Ok(Self { name, features, calls, watch })
+    }
+
+    /// As [`DeviceHandle::serve`], but a call counts as one that hangs after another time.
+    ///
+    /// # Errors
+    /// The same.
+    #[cfg(test)]
+    pub fn serve_impatiently(device: Box<dyn Device>, hangs_after: Duration) -> std::io::Result<Self> {
+        let mut handle = Self::serve(device)?;
+        handle.watch.hangs_after = hangs_after;
+        Ok(handle)
+    }
+
+    /// A view of the calls to the device.
+    #[must_use]
+    pub fn watch(&self) -> CallWatch {
+        self.watch.clone()
     }
 
     /// The device's name.
@@ -137,7 +310,7 @@ impl DeviceHandle {
     /// # Errors
     /// As [`Device::state`], and [`DeviceError::WorkerEnded`].
     pub async fn state(&self) -> Result<MigrationState, DeviceError> {
-        self.call(|served| served.device.state()).await
+        self.call(DeviceCall::ReadState, |served| served.device.state()).await
     }
 
     /// Requests a state once, and reads it back, also after a refusal.
@@ -145,7 +318,7 @@ impl DeviceHandle {
     /// # Errors
     /// As [`Device::set_state`], and [`SetStateError::WorkerEnded`].
     pub async fn set_state(&self, to: MigrationState) -> Result<Reached, SetStateError> {
-        let answer = self.answer(move |served| served.set_state(to)).await;
+        let answer = self.answer(DeviceCall::SetState(to), move |served| served.set_state(to)).await;
         answer.unwrap_or_else(|| Err(SetStateError::WorkerEnded { device: self.name.to_string(), asked: to }))
     }
 
@@ -155,7 +328,7 @@ impl DeviceHandle {
     /// # Errors
     /// As [`Device::read_data`], and [`DeviceError::WorkerEnded`].
     pub async fn read_data(&self, max_bytes: usize) -> Result<DataRead, DeviceError> {
-        Ok(match self.call(move |served| served.read_data(max_bytes)).await? {
+        Ok(match self.call(DeviceCall::ReadData, move |served| served.read_data(max_bytes)).await? {
             // Claimed in the same poll in which it arrives: from here on it is the caller's.
             Answer::Data(data) => DataRead::Data(data.claim()),
             Answer::Drained => DataRead::Drained,
@@ -169,7 +342,7 @@ impl DeviceHandle {
     /// # Errors
     /// As [`Device::write_data`], and [`DeviceError::WorkerEnded`].
     pub async fn write_data(&self, data: Bytes) -> Result<(), DeviceError> {
-        self.call(move |served| served.device.write_data(&data)).await
+        self.call(DeviceCall::WriteData, move |served| served.device.write_data(&data)).await
     }
 
     /// Closes the data stream, if one is open.
@@ -177,7 +350,7 @@ impl DeviceHandle {
     /// # Errors
     /// [`DeviceError::WorkerEnded`].
     pub async fn close_data(&self) -> Result<(), DeviceError> {
-        self.call(|served| {
+        self.call(DeviceCall::CloseData, |served| {
             served.unclaimed = Unclaimed::default();
             served.device.close_data();
             Ok(())
@@ -190,7 +363,7 @@ impl DeviceHandle {
     /// # Errors
     /// As [`Device::estimate_bytes`], and [`DeviceError::WorkerEnded`].
     pub async fn estimate_bytes(&self) -> Result<u64, DeviceError> {
-        self.call(|served| served.device.estimate_bytes()).await
+        self.call(DeviceCall::Estimate, |served| served.device.estimate_bytes()).await
     }
 
     /// What is left to pre-copy.
@@ -198,7 +371,7 @@ impl DeviceHandle {
     /// # Errors
     /// As [`Device::precopy_info`], and [`DeviceError::WorkerEnded`].
     pub async fn precopy_info(&self) -> Result<PrecopyInfo, DeviceError> {
-        self.call(|served| served.device.precopy_info()).await
+        self.call(DeviceCall::Estimate, |served| served.device.precopy_info()).await
     }
 
     /// Signals the device's INTx to the VMM. False: the VMM listens for none.
@@ -206,7 +379,7 @@ impl DeviceHandle {
     /// # Errors
     /// As [`Device::trigger_intx`], and [`DeviceError::WorkerEnded`].
     pub async fn trigger_intx(&self) -> Result<bool, DeviceError> {
-        self.call(|served| served.device.trigger_intx()).await
+        self.call(DeviceCall::TriggerIntx, |served| served.device.trigger_intx()).await
     }
 
     /// Resets the device, which leads to RUNNING from every state, and reads that back.
@@ -214,7 +387,7 @@ impl DeviceHandle {
     /// # Errors
     /// As [`Device::reset`], and [`DeviceError::WorkerEnded`].
     pub async fn reset(&self) -> Result<(), DeviceError> {
-        self.call(|served| {
+        self.call(DeviceCall::Reset, |served| {
             served.unclaimed = Unclaimed::default();
             served.device.reset()
         })
@@ -233,15 +406,17 @@ impl DeviceHandle {
 
     async fn call<T: Send + 'static>(
         &self,
+        name: DeviceCall,
         call: impl FnOnce(&mut Served) -> Result<T, DeviceError> + Send + 'static,
     ) -> Result<T, DeviceError> {
         let ended = || Err(DeviceError::WorkerEnded { device: self.name.to_string() });
-        self.answer(call).await.unwrap_or_else(ended)
+        self.answer(name, call).await.unwrap_or_else(ended)
     }
 
     /// Runs `call` on the thread, unless the caller has gone before its turn. `None`: the thread has ended.
     async fn answer<T: Send + 'static>(
         &self,
+        name: DeviceCall,
         call: impl FnOnce(&mut Served) -> T + Send + 'static,
     ) -> Option<T> {
         let (reply, answer) = oneshot::channel();
@@ -251,7 +426,7 @@ impl DeviceHandle {
                 let _ = reply.send(call(served));
             }
         });
-        self.calls.send(Message::Call(call)).await.ok()?;
+        self.calls.send(Message::Call(name, call)).await.ok()?;
         answer.await.ok()
     }
 }

@@ -27,6 +27,7 @@ use crate::host::vm::{VmmEntry, VmmKind};
 use crate::vfio::borrow::VmmProcess;
 
 pub mod budget;
+pub mod confinement;
 pub mod contract;
 #[cfg(any(test, feature = "faults"))]
 pub mod fake;
@@ -34,7 +35,7 @@ pub mod gone;
 pub mod qemu;
 pub mod server;
 #[cfg(test)]
-mod stub;
+pub(crate) mod stub;
 pub mod twin;
 
 /// RAM and machine state as the VMM gives them, in pieces of at most 1 MiB. Ends after the last piece; an

@@ -16,19 +16,19 @@ use tokio_stream::wrappers::ReceiverStream;
 
 /// Never answers Pause, and answers Quit without quitting.
 #[derive(Clone, Default)]
-pub(super) struct Stub {
-    pub(super) description: DescribeResponse,
-    pub(super) loaded: Arc<Mutex<Vec<u8>>>,
+pub(crate) struct Stub {
+    pub(crate) description: DescribeResponse,
+    pub(crate) loaded: Arc<Mutex<Vec<u8>>>,
 }
 
 impl Stub {
     /// A twin without devices.
-    pub(super) fn incoming() -> Self {
+    pub(crate) fn incoming() -> Self {
         Self::new(RunState::Incoming)
     }
 
     /// A VMM whose VM runs, without devices.
-    pub(super) fn running() -> Self {
+    pub(crate) fn running() -> Self {
         Self::new(RunState::Running)
     }
 

@@ -35,7 +35,7 @@ pub use migration_status::{
     BlackoutEstimate, DeviceMigration, DeviceStep, EndedAttempt, MigrationPhase, Reservation, TimelineEntry,
     Timings, TransferredBytes, VMMigrationStatus,
 };
-pub use node::{MigrationNode, MigrationNodeSpec, MigrationNodeStatus, NodeDevice};
+pub use node::{HIGHEST_ACCEPTED_EPOCH, MigrationNode, MigrationNodeSpec, MigrationNodeStatus, NodeDevice};
 
 /// The API group of all kinds.
 pub const GROUP: &str = "slackwater.dev";
@@ -66,4 +66,8 @@ pub mod condition {
     pub const CERTIFICATE_VALID: &str = "CertificateValid";
     /// AssignedVM: nothing that is known prevents a migration.
     pub const MIGRATABLE: &str = "Migratable";
+    /// AssignedVM: another node reports a VM of this name, and that report is set aside.
+    pub const CONTESTED: &str = "Contested";
+    /// MigrationNode: everything that the agent reports is used.
+    pub const REPORT_ACCEPTED: &str = "ReportAccepted";
 }

@@ -9,6 +9,10 @@ use crate::Features;
 /// host:port, with an IPv6 address in brackets. The operator checks the port's range.
 const ADDRESS_PATTERN: &str = r"^([A-Za-z0-9]([-A-Za-z0-9.]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}$";
 
+/// The highest `acceptEpochUpTo`. The epoch is that of a Lease, which counts to 2^31 - 1 and never back: a
+/// million changes of leadership are left above it.
+pub const HIGHEST_ACCEPTED_EPOCH: i64 = 2_146_483_647;
+
 /// How to reach the agent of a node. The name of the object is the node's name, and the agent's certificate
 /// must carry it.
 #[derive(CustomResource, KubeSchema, Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,6 +49,12 @@ pub struct MigrationNodeSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(regex(pattern = ADDRESS_PATTERN), length(max = 261))]
     pub peer_address: Option<String>,
+    /// The operator epoch up to which this agent is believed. Set it only if the operator's Lease was deleted
+    /// or restored from a backup, to the number that the condition Ready names with the reason EpochTooHigh:
+    /// the operator then raises the Lease above what this agent has seen. From 1 to 2146483647.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = HIGHEST_ACCEPTED_EPOCH))]
+    pub accept_epoch_up_to: Option<i64>,
 }
 
 /// What the agent reported last, and whether it can be reached.
@@ -54,7 +64,7 @@ pub struct MigrationNodeStatus {
     /// The generation of the spec that this status is about.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
-    /// Ready and CertificateValid.
+    /// Ready, ReportAccepted and CertificateValid.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     pub conditions: Vec<Condition>,

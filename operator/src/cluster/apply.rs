@@ -16,6 +16,8 @@ use slackwater_api::{AssignedVM, AssignedVMStatus, MIGRATION_FINALIZER, Migratio
 use slackwater_api::{VMMigration, VMMigrationStatus};
 use tokio::time::timeout;
 
+use crate::epoch::Epoch;
+
 /// How long the API server may take to answer: the caller has agents to listen to meanwhile.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
 /// The field manager of metadata that the operator writes.
@@ -27,6 +29,7 @@ const STATUS_MANAGER: &str = "slackwater-operator-status";
 #[derive(Clone)]
 pub struct Cluster {
     pub(super) client: Client,
+    epoch: Epoch,
 }
 
 /// A call to the API server that failed.
@@ -41,6 +44,9 @@ pub enum WriteError {
         /// Its name.
         namespace: String,
     },
+    /// The Lease was not renewed in time.
+    #[error("this operator could not renew its Lease in time, and writes nothing any more")]
+    NotLeading,
     /// The API server did not answer.
     #[error("the API server has not answered within {} s", REQUEST_TIMEOUT.as_secs())]
     TooLate,
@@ -50,9 +56,23 @@ pub enum WriteError {
 }
 
 impl Cluster {
-    /// For an API server.
-    pub fn new(client: Client) -> Self {
-        Self { client }
+    /// For an API server. `epoch`: of the leadership by which is written.
+    pub fn new(client: Client, epoch: Epoch) -> Self {
+        Self { client, epoch }
+    }
+
+    /// Makes a call to the API server, and classifies how it failed.
+    pub(super) async fn request<T>(
+        &self,
+        call: impl Future<Output = kube::Result<T>>,
+    ) -> Result<T, WriteError> {
+        if !self.epoch.is_in_force() {
+            return Err(WriteError::NotLeading);
+        }
+        match timeout(REQUEST_TIMEOUT, call).await {
+            Ok(answer) => answer.map_err(classify),
+            Err(_) => Err(WriteError::TooLate),
+        }
     }
 
     /// All objects of a kind.
@@ -66,7 +86,7 @@ impl Cluster {
     /// [`WriteError`]
     pub async fn migration(&self, migration: &VMMigration) -> Result<VMMigration, WriteError> {
         let api = self.namespaced::<VMMigration>(migration);
-        let now = request(api.get(&migration.name_any())).await?;
+        let now = self.request(api.get(&migration.name_any())).await?;
         if now.uid() == migration.uid() { Ok(now) } else { Err(WriteError::Gone) }
     }
 
@@ -92,7 +112,7 @@ impl Cluster {
         merge(&mut body, json!({"metadata": {"finalizers": finalizers}}));
         let api = self.namespaced::<VMMigration>(migration);
         let params = PatchParams::apply(MANAGER).force();
-        request(api.patch(&migration.name_any(), &params, &Patch::Apply(&body))).await.map(drop)
+        self.request(api.patch(&migration.name_any(), &params, &Patch::Apply(&body))).await.map(drop)
     }
 
     /// Writes the whole status of a MigrationNode.
@@ -119,7 +139,7 @@ impl Cluster {
             "metadata": {"name": name, "namespace": namespace},
         });
         let params = PatchParams::apply(MANAGER).force();
-        request(api.patch(name, &params, &Patch::Apply(&body))).await.map_err(|error| match error {
+        self.request(api.patch(name, &params, &Patch::Apply(&body))).await.map_err(|error| match error {
             WriteError::Gone => WriteError::NoNamespace { namespace: namespace.to_owned() },
             other => other,
         })
@@ -144,7 +164,7 @@ impl Cluster {
     pub async fn remove_vm(&self, vm: &AssignedVM) -> Result<(), WriteError> {
         let preconditions = Preconditions { uid: vm.uid(), resource_version: None };
         let params = DeleteParams { preconditions: Some(preconditions), ..Default::default() };
-        match request(self.namespaced::<AssignedVM>(vm).delete(&vm.name_any(), &params)).await {
+        match self.request(self.namespaced::<AssignedVM>(vm).delete(&vm.name_any(), &params)).await {
             Ok(_) | Err(WriteError::Gone) => Ok(()),
             Err(error) => Err(error),
         }
@@ -165,7 +185,7 @@ impl Cluster {
         let mut body = identity(object);
         merge(&mut body, json!({"status": status}));
         let params = PatchParams::apply(STATUS_MANAGER).force();
-        request(api.patch_status(&object.name_any(), &params, &Patch::Apply(&body))).await.map(drop)
+        self.request(api.patch_status(&object.name_any(), &params, &Patch::Apply(&body))).await.map(drop)
     }
 }
 
@@ -187,14 +207,6 @@ fn merge(into: &mut Value, from: Value) {
             }
         }
         (into, from) => *into = from,
-    }
-}
-
-/// Makes a call to the API server, and classifies how it failed.
-pub(super) async fn request<T>(call: impl Future<Output = kube::Result<T>>) -> Result<T, WriteError> {
-    match timeout(REQUEST_TIMEOUT, call).await {
-        Ok(answer) => answer.map_err(classify),
-        Err(_) => Err(WriteError::TooLate),
     }
 }
 

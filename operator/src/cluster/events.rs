@@ -8,8 +8,8 @@ use kube::api::PostParams;
 use kube::{Api, Resource};
 
 use super::Cluster;
-use super::apply::{MANAGER, request};
-use crate::conditions::cut;
+use super::apply::MANAGER;
+use crate::conditions::{cut, plain};
 use crate::notice::Notice;
 
 /// What the API server takes as a note, as a name before the suffix, and as a reporter.
@@ -26,7 +26,7 @@ impl Cluster {
         let namespace = about.namespace.clone().unwrap_or_else(|| CLUSTER_NAMESPACE.to_owned());
         let event = event(about, &namespace, action, notice, Timestamp::now());
         let events: Api<Event> = Api::namespaced(self.client.clone(), &namespace);
-        if let Err(error) = request(events.create(&PostParams::default(), &event)).await {
+        if let Err(error) = self.request(events.create(&PostParams::default(), &event)).await {
             tracing::warn!(reason = notice.reason, note = notice.note, %error, "an event could not be written");
         }
     }
@@ -43,7 +43,7 @@ fn event(about: ObjectReference, namespace: &str, action: &str, notice: &Notice,
         },
         type_: Some(if notice.warning { "Warning" } else { "Normal" }.to_owned()),
         reason: Some(notice.reason.to_owned()),
-        note: Some(cut(&notice.note, NOTE_LIMIT_BYTES)),
+        note: Some(cut(&plain(&notice.note), NOTE_LIMIT_BYTES)),
         action: Some(action.to_owned()),
         event_time: Some(MicroTime(now)),
         regarding: Some(about),

@@ -109,7 +109,7 @@ async fn watch(
             report.ignored.iter().for_each(|ignored| tracing::warn!(node = name, "{ignored}"));
             ignored.clone_from(&report.ignored);
         }
-        fleet.index.report(name, address, Some(channel), report);
+        fleet.index.report(name, address, Some(channel), report, &fleet.epoch);
         sleep(fleet.limits.report_pause).await;
         newest = loop {
             let batch = batches.next().await.ok_or(WatchError::Closed)?;

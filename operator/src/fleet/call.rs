@@ -13,7 +13,8 @@ use slackwater_proto::refusal::{Detail, Refusal};
 use slackwater_proto::tonic::{Code, Status};
 
 use super::Fleet;
-use crate::reason::{RESERVE_REFUSED, SOURCE_REFUSED, TARGET_UNREACHABLE};
+use crate::epoch::{EpochClaim, Raised};
+use crate::reason::{EPOCH_TOO_HIGH, RESERVE_REFUSED, SOURCE_REFUSED, TARGET_UNREACHABLE};
 
 /// How often a call is repeated with a higher epoch. Each time another operator has raised it meanwhile.
 const RAISES: u32 = 3;
@@ -35,6 +36,17 @@ pub enum CallError {
         /// Why not, for a person.
         error: String,
     },
+    /// The agent has seen an operator epoch that is not believed. It has changed nothing.
+    #[error("{claim}")]
+    EpochTooHigh {
+        /// The node.
+        node: String,
+        /// The epoch.
+        claim: EpochClaim,
+    },
+    /// This operator does not lead any more, as far as it knows. The agent was not asked.
+    #[error("this operator could not renew its Lease in time, and asks nothing of agents any more")]
+    NotLeading,
     /// The agent refuses. It has changed nothing.
     #[error(transparent)]
     Refused(Refusal),
@@ -63,9 +75,14 @@ impl CallError {
         matches!(self, Self::Refused(_))
     }
 
-    /// The agent has answered that a state forbids it.
+    /// The agent has answered that a state of the migration forbids it. An operator that is told that its
+    /// epoch is over has learned nothing about the migration.
     pub fn is_precondition(&self) -> bool {
-        matches!(self, Self::Refused(refusal) if refusal.code == Code::FailedPrecondition)
+        matches!(
+            self,
+            Self::Refused(Refusal { code: Code::FailedPrecondition, detail, .. })
+                if !matches!(detail, Some(Detail::KnownEpoch(_)))
+        )
     }
 
     /// There is no agent to ask.
@@ -73,16 +90,23 @@ impl CallError {
         matches!(self, Self::NoSuchNode { .. })
     }
 
-    /// The agent was not even asked.
+    /// The agent was not even asked, or did not listen.
     pub fn was_not_asked(&self) -> bool {
-        matches!(self, Self::NoSuchNode { .. } | Self::NotReady { .. })
+        match self {
+            Self::NoSuchNode { .. }
+            | Self::NotReady { .. }
+            | Self::EpochTooHigh { .. }
+            | Self::NotLeading => true,
+            Self::Refused(_) | Self::Broken { .. } => false,
+        }
     }
 
     /// CamelCase, for a condition: why the target could not be made ready.
     pub fn target_reason(&self) -> &str {
         match self {
             Self::NoSuchNode { .. } => "TargetNotFound",
-            Self::NotReady { .. } => TARGET_UNREACHABLE,
+            Self::NotReady { .. } | Self::NotLeading => TARGET_UNREACHABLE,
+            Self::EpochTooHigh { .. } => EPOCH_TOO_HIGH,
             Self::Broken { reason, .. } => name_of(reason.as_ref(), TARGET_UNREACHABLE),
             Self::Refused(refusal) => name_of(refusal.reason.as_ref(), RESERVE_REFUSED),
         }
@@ -92,7 +116,10 @@ impl CallError {
     pub fn source_reason(&self) -> &str {
         match self {
             Self::Refused(refusal) => name_of(refusal.reason.as_ref(), SOURCE_REFUSED),
-            Self::NoSuchNode { .. } | Self::NotReady { .. } | Self::Broken { .. } => SOURCE_REFUSED,
+            Self::EpochTooHigh { .. } => EPOCH_TOO_HIGH,
+            Self::NoSuchNode { .. } | Self::NotReady { .. } | Self::NotLeading | Self::Broken { .. } => {
+                SOURCE_REFUSED
+            }
         }
     }
 }
@@ -134,7 +161,7 @@ impl Fleet {
             let mut client = client.clone();
             async move { within("Reserve", limit, client.reserve(request)).await.map(drop) }
         };
-        self.fenced(request, call).await
+        self.fenced(node, request, call).await
     }
 
     /// Asks the source to migrate, or joins the migration that it is busy with.
@@ -148,7 +175,7 @@ impl Fleet {
             let mut client = client.clone();
             async move { within("Migrate", limit, client.migrate(request)).await }
         };
-        let stream = self.fenced(request, call).await?.into_inner();
+        let stream = self.fenced(node, request, call).await?.into_inner();
         let messages = first_within(self.limits.first_event, stream);
         Ok(Box::pin(messages.filter_map(async |message| match message {
             Ok(message) => message.event.map(Ok),
@@ -167,7 +194,7 @@ impl Fleet {
             let mut client = client.clone();
             async move { within("Abort", limit, client.abort(request)).await.map(drop) }
         };
-        self.fenced(request, call).await
+        self.fenced(node, request, call).await
     }
 
     /// Asks the target to give back what it reserved.
@@ -181,7 +208,7 @@ impl Fleet {
             let mut client = client.clone();
             async move { within("Release", limit, client.release(request)).await.map(drop) }
         };
-        self.fenced(request, call).await
+        self.fenced(node, request, call).await
     }
 
     /// Asks either end what it has journalled, and relays the other end's record if the request has one.
@@ -195,28 +222,44 @@ impl Fleet {
             let mut client = client.clone();
             async move { within("Resolve", limit, client.resolve(request)).await }
         };
-        let answer = self.fenced(request, call).await?;
+        let answer = self.fenced(node, request, call).await?;
         Ok(answer.into_inner().own.unwrap_or_default())
     }
 
-    /// Makes a call with this leadership's epoch. If the agent has seen a higher one, raises the epoch above
-    /// it and calls again.
+    /// Makes a call with this leadership's epoch. If the agent has seen a higher one that is believed, raises
+    /// the epoch above it and calls again.
     async fn fenced<R: Fenced, T, C: Future<Output = Result<T, CallError>>>(
         &self,
+        node: &str,
         mut request: R,
         call: impl Fn(R) -> C,
     ) -> Result<T, CallError> {
         let mut tries = 0;
         loop {
+            if !self.epoch.is_in_force() {
+                return Err(CallError::NotLeading);
+            }
             let epoch = self.epoch.now();
             if let Some(migration) = request.migration() {
                 migration.operator_epoch = epoch;
             }
             tries += 1;
-            match call(request.clone()).await {
-                Err(CallError::Refused(Refusal { detail: Some(Detail::KnownEpoch(known)), .. }))
-                    if tries <= RAISES && known >= epoch && self.epoch.above(known).await => {}
-                answer => return answer,
+            let answer = call(request.clone()).await;
+            let Err(CallError::Refused(Refusal { detail: Some(Detail::KnownEpoch(known)), .. })) = &answer
+            else {
+                return answer;
+            };
+            if *known < epoch || tries > RAISES {
+                return answer;
+            }
+            match self.epoch.above(*known, self.index.known(node)?.accepted_epoch).await {
+                Raised::Yes => self.index.epoch_rose(self.epoch.now()),
+                Raised::No => return answer,
+                Raised::TooHigh(claim) => {
+                    tracing::warn!(node, %claim, "an agent is set aside");
+                    self.index.set_aside(node, claim.clone());
+                    return Err(CallError::EpochTooHigh { node: node.to_owned(), claim });
+                }
             }
         }
     }

@@ -8,6 +8,7 @@ use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{Address, CallError};
+use crate::epoch::{Epoch, EpochClaim};
 use crate::inventory::{Inventory, Link, Node, NodeReport};
 
 /// What is known about every agent.
@@ -45,10 +46,19 @@ impl Index {
             };
             let fresh: Vec<_> = wanted.iter().filter(|(name, address)| !is_known(name, address)).collect();
             let gone = state.inventory.keys().any(|name| !wanted.contains_key(name));
-            if fresh.is_empty() && !gone {
+            let is_accepted = |(name, address): (&String, &Address)| {
+                state.inventory.get(name).is_none_or(|node| node.accepted_epoch == address.accepted_epoch)
+            };
+            if fresh.is_empty() && !gone && wanted.iter().all(is_accepted) {
                 return first;
             }
             let inventory = Arc::make_mut(&mut state.inventory);
+            for (name, node) in inventory.iter_mut() {
+                node.accepted_epoch = wanted.get(name).and_then(|address| address.accepted_epoch);
+                let accepted = node.accepted_epoch.unwrap_or_default();
+                // Whether it is believed now, the next call or report shows.
+                node.epoch_claim.take_if(|claim| claim.known <= accepted);
+            }
             inventory.retain(|name, _| wanted.contains_key(name));
             state.guards.retain(|name, _| wanted.contains_key(name));
             state.channels.retain(|name, _| wanted.contains_key(name));
@@ -56,8 +66,8 @@ impl Index {
                 let node = Node {
                     address: address.own.clone(),
                     peer_address: address.peers.clone(),
-                    link: Link::Connecting,
-                    report: None,
+                    accepted_epoch: address.accepted_epoch,
+                    ..Node::default()
                 };
                 inventory.insert(name.clone(), node);
                 state.channels.remove(name);
@@ -110,9 +120,19 @@ impl Index {
     }
 
     /// The agent of a node has reported, on this channel.
-    pub(super) fn report(&self, name: &str, address: &str, channel: Option<&Channel>, report: NodeReport) {
+    pub(super) fn report(
+        &self,
+        name: &str,
+        address: &str,
+        channel: Option<&Channel>,
+        report: NodeReport,
+        epoch: &Epoch,
+    ) {
         self.update(name, address, |node, channels| {
             node.link = Link::Ready;
+            if report.known_epoch > 0 {
+                node.epoch_claim = epoch.doubt(report.known_epoch, node.accepted_epoch);
+            }
             node.report = Some(report);
             if let Some(channel) = channel {
                 channels.insert(name.to_owned(), channel.clone());
@@ -124,10 +144,34 @@ impl Index {
     pub(super) fn lost(&self, name: &str, address: &str, link: Link, channel: Option<&Channel>) {
         self.update(name, address, |node, channels| {
             node.link = link;
+            // It may be another agent, or one that has forgotten it, when it is connected again.
+            node.epoch_claim = None;
             match channel {
                 Some(channel) => channels.insert(name.to_owned(), channel.clone()),
                 None => channels.remove(name),
             };
+        });
+    }
+
+    /// The agent of a node refuses calls, by an epoch that is not believed.
+    pub(super) fn set_aside(&self, name: &str, claim: EpochClaim) {
+        let Ok(node) = self.known(name) else { return };
+        self.update(name, &node.address, |node, _| node.epoch_claim = Some(claim));
+    }
+
+    /// The operator's epoch has risen: what was too high for it may not be any more.
+    pub(super) fn epoch_rose(&self, own: u64) {
+        self.state.send_if_modified(|state| {
+            let overtaken = |node: &Node| node.epoch_claim.as_ref().is_some_and(|claim| claim.known < own);
+            let any = state.inventory.values().any(overtaken);
+            if any {
+                let inventory = Arc::make_mut(&mut state.inventory);
+                inventory
+                    .values_mut()
+                    .filter(|node| overtaken(node))
+                    .for_each(|node| node.epoch_claim = None);
+            }
+            any
         });
     }
 
@@ -174,8 +218,13 @@ mod tests {
     use super::*;
 
     fn wanted(nodes: &[(&str, &str)]) -> BTreeMap<String, Address> {
-        let address = |own: &str| Address { own: own.to_owned(), peers: own.to_owned() };
+        let address =
+            |own: &str| Address { own: own.to_owned(), peers: own.to_owned(), accepted_epoch: None };
         nodes.iter().map(|(name, own)| ((*name).to_owned(), address(own))).collect()
+    }
+
+    fn epoch() -> Epoch {
+        Epoch::new(1, tokio::time::Instant::now() + std::time::Duration::from_secs(60)).0
     }
 
     fn woken(changes: &mut Changes) -> bool {
@@ -195,13 +244,54 @@ mod tests {
         assert_eq!(index.follow(&wanted(&[("a", "h:1")])).len(), 0);
         assert!(!woken(&mut changes));
 
-        index.report("a", "h:1", None, NodeReport::default());
+        index.report("a", "h:1", None, NodeReport::default(), &epoch());
         assert!(woken(&mut changes));
-        index.report("a", "h:1", None, NodeReport::default());
+        index.report("a", "h:1", None, NodeReport::default(), &epoch());
         assert!(!woken(&mut changes));
         index.lost("a", "h:1", Link::Down { reason: "AgentUnreachable", error: "x".into() }, None);
         assert!(woken(&mut changes));
         assert_eq!(index.undecided(), Some(vec![]));
+    }
+
+    #[test]
+    fn an_agent_with_a_high_epoch_is_set_aside_alone_until_it_is_accepted_overtaken_or_forgotten() {
+        let (index, epoch) = (Index::default(), epoch());
+        let nodes = [("a", "h:1"), ("b", "h:2")];
+        index.follow(&wanted(&nodes));
+        let reports = |known_epoch| {
+            for (name, address) in nodes {
+                let known_epoch = if name == "a" { known_epoch } else { 1 };
+                let report = NodeReport { known_epoch, ..NodeReport::default() };
+                index.report(name, address, None, report, &epoch);
+            }
+        };
+        let ready = || index.inventory().values().map(Node::is_ready).collect::<Vec<_>>();
+        reports(5000);
+        assert_eq!(ready(), [false, true]);
+        // Seen when it refuses a call, by an agent that does not report its epoch.
+        reports(0);
+        assert_eq!(ready(), [false, true]);
+        // It has forgotten it.
+        reports(1);
+        assert_eq!(ready(), [true, true]);
+
+        index.set_aside("a", epoch.doubt(5000, None).unwrap());
+        assert!(
+            matches!(index.channel("a"), Err(CallError::NotReady { error, .. }) if error.contains("5000"))
+        );
+        let mut accepted = wanted(&nodes);
+        accepted.get_mut("a").unwrap().accepted_epoch = Some(4999);
+        index.follow(&accepted);
+        assert_eq!(ready(), [false, true]);
+        accepted.get_mut("a").unwrap().accepted_epoch = Some(5000);
+        assert!(index.follow(&accepted).is_empty(), "it is not connected to again");
+        assert_eq!(ready(), [true, true]);
+
+        index.set_aside("a", epoch.doubt(6000, None).unwrap());
+        index.epoch_rose(6000);
+        assert_eq!(ready(), [false, true]);
+        index.epoch_rose(6001);
+        assert_eq!(ready(), [true, true]);
     }
 
     #[test]
@@ -210,9 +300,9 @@ mod tests {
         let old = index.follow(&wanted(&[("a", "h:1")])).remove(0);
         let new = index.follow(&wanted(&[("a", "h:2")])).remove(0);
         assert!(old.token.is_cancelled() && !new.token.is_cancelled());
-        index.report("a", "h:1", None, NodeReport::default());
+        index.report("a", "h:1", None, NodeReport::default(), &epoch());
         assert_eq!(index.inventory()["a"].link, Link::Connecting);
-        index.report("a", "h:2", None, NodeReport::default());
+        index.report("a", "h:2", None, NodeReport::default(), &epoch());
         assert_eq!(index.inventory()["a"].link, Link::Ready);
 
         let mut changes = index.changes();

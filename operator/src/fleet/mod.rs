@@ -29,6 +29,8 @@ pub struct Address {
     pub own: String,
     /// host:port for other agents.
     pub peers: String,
+    /// The operator epoch up to which its agent is to be believed.
+    pub accepted_epoch: Option<u64>,
 }
 
 /// All agents, and what they have reported.

@@ -147,7 +147,10 @@ async fn follow(fake: Fake, epoch: Epoch) -> Arc<Fleet> {
         serve(listener, &agent, routes, pending(), Duration::ZERO).await;
     });
     let fleet = Fleet::with_limits(operator, epoch, TaskTracker::new(), short());
-    fleet.follow(&BTreeMap::from([("node-a".to_owned(), Address { peers: own.clone(), own })]));
+    fleet.follow(&BTreeMap::from([(
+        "node-a".to_owned(),
+        Address { peers: own.clone(), own, accepted_epoch: None },
+    )]));
     fleet
 }
 
@@ -166,7 +169,7 @@ async fn until(fleet: &Fleet, is: impl Fn(&Link) -> bool) -> Link {
 }
 
 fn epoch() -> Epoch {
-    Epoch::new(1).0
+    Epoch::new(1, tokio::time::Instant::now() + LONG).0
 }
 
 #[tokio::test]
@@ -203,7 +206,10 @@ async fn an_agent_that_stops_after_its_first_report_counts_as_down() {
         pending::<(tokio::net::TcpStream, tokio::net::TcpStream)>().await;
         drop((near, far));
     });
-    fleet.follow(&BTreeMap::from([("node-a".to_owned(), Address { peers: through.clone(), own: through })]));
+    fleet.follow(&BTreeMap::from([(
+        "node-a".to_owned(),
+        Address { peers: through.clone(), own: through, accepted_epoch: None },
+    )]));
     until(&fleet, |link| *link == Link::Ready).await;
     let link = until(&fleet, |link| matches!(link, Link::Down { .. })).await;
     assert!(matches!(link, Link::Down { reason: "AgentUnreachable", .. }), "{link:?}");
@@ -266,4 +272,36 @@ async fn after_the_first_event_a_migration_may_be_silent_for_any_time() {
     assert_eq!(events.next().await.unwrap().unwrap().sequence, 1);
     let quiet = tokio::time::timeout(3 * short().first_event, events.next()).await;
     assert!(quiet.is_err(), "{quiet:?}");
+}
+
+#[tokio::test]
+async fn an_agent_that_claims_the_end_of_the_epochs_is_set_aside_and_the_epoch_stays() {
+    let (epoch, mut source) = Epoch::new(1, tokio::time::Instant::now() + LONG);
+    let fake = Fake::default();
+    *fake.known_epoch.lock() = 2_147_483_646;
+    let fleet = follow(fake, epoch).await;
+    until(&fleet, |link| *link == Link::Ready).await;
+    let error =
+        fleet.resolve("node-a", ResolveRequest { migration: Some(MigrationRef::default()), peer: None });
+    let error = tokio::time::timeout(Duration::from_secs(5), error).await.unwrap().unwrap_err();
+    assert!(
+        error.to_string().contains("has seen the operator epoch 2147483646, this operator has 1"),
+        "{error}"
+    );
+    // A journal that could not be read would be a precondition.
+    assert!(!error.is_precondition() && !error.is_refusal() && error.was_not_asked());
+    assert_eq!(error.target_reason(), "EpochTooHigh");
+    assert!(!fleet.inventory()["node-a"].is_ready());
+    assert!(source.raises.try_recv().is_err(), "the Lease was to be raised");
+}
+
+#[tokio::test]
+async fn an_operator_whose_lease_has_run_out_asks_nothing_of_an_agent() {
+    let (epoch, source) = Epoch::new(1, tokio::time::Instant::now() + LONG);
+    let fleet = follow(Fake::default(), epoch).await;
+    until(&fleet, |link| *link == Link::Ready).await;
+    fleet.resolve("node-a", ResolveRequest::default()).await.unwrap();
+    source.valid_until.send_replace(tokio::time::Instant::now());
+    let error = fleet.resolve("node-a", ResolveRequest::default()).await.unwrap_err();
+    assert!(matches!(error, CallError::NotLeading), "{error}");
 }

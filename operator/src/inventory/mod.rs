@@ -9,6 +9,7 @@ use std::time::Duration;
 use slackwater_api::MigrationFeature;
 use slackwater_proto::node::QemuDescription;
 
+use crate::epoch::EpochClaim;
 pub use from_proto::ReportError;
 
 /// Names a VM: namespace and name.
@@ -30,7 +31,7 @@ impl fmt::Display for VmKey {
 pub type Inventory = BTreeMap<String, Node>;
 
 /// A node, as far as the operator can see it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Node {
     /// host:port at which the operator reaches its agent.
     pub address: String,
@@ -40,12 +41,17 @@ pub struct Node {
     pub link: Link,
     /// What its agent said last, even if it does not answer now.
     pub report: Option<NodeReport>,
+    /// The operator epoch up to which an administrator has said that its agent is to be believed.
+    pub accepted_epoch: Option<u64>,
+    /// Why its agent is set aside: it has seen an epoch that is not believed.
+    pub epoch_claim: Option<EpochClaim>,
 }
 
 /// Whether an agent answers.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Link {
     /// The first try is still under way.
+    #[default]
     Connecting,
     /// It answers, and `report` is what it says now.
     Ready,
@@ -69,6 +75,8 @@ pub struct NodeReport {
     pub boot_id: String,
     /// How long its agent lets a twin take to start, if it says so.
     pub twin_start_limit: Option<Duration>,
+    /// The highest operator epoch that its agent has seen; 0 if it does not say.
+    pub known_epoch: u64,
     /// The VMs, by name.
     pub vms: BTreeMap<VmKey, Vm>,
     /// The VFIO devices, by name.
@@ -182,15 +190,15 @@ impl DeviceFeatures {
 }
 
 impl Node {
-    /// Its agent answers now.
+    /// Its agent answers now, and is not set aside.
     pub fn is_ready(&self) -> bool {
-        self.link == Link::Ready
+        self.link == Link::Ready && self.epoch_claim.is_none()
     }
 
     /// Why its agent cannot be asked; `None` if it can.
     pub fn not_ready_reason(&self) -> Option<String> {
         match &self.link {
-            Link::Ready => None,
+            Link::Ready => self.epoch_claim.as_ref().map(ToString::to_string),
             Link::Connecting => Some("its agent has not answered yet".to_owned()),
             Link::Down { error, .. } => Some(error.clone()),
         }

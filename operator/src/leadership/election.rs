@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use slackwater_api::HIGHEST_ACCEPTED_EPOCH;
+
 /// A Lease as it was read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LeaseState {
@@ -64,10 +66,11 @@ impl Candidate {
     }
 }
 
-/// The fewest transitions that are higher than `known`; so is their epoch, which is one more. `None`: a Lease
-/// cannot count that far.
+/// The fewest transitions that are higher than `known`; so is their epoch, which is one more. `None`: that
+/// would leave the Lease too little to count.
 #[must_use]
 pub fn transitions_above(known: u64) -> Option<i32> {
+    let known = i64::try_from(known).ok().filter(|known| *known <= HIGHEST_ACCEPTED_EPOCH)?;
     i32::try_from(known.checked_add(1)?).ok()
 }
 
@@ -126,9 +129,11 @@ mod tests {
     }
 
     #[test]
-    fn the_epoch_rises_above_what_an_agent_knows_as_far_as_a_lease_can_count() {
+    fn the_epoch_rises_above_what_an_agent_knows_and_never_to_the_end_of_what_a_lease_can_count() {
         assert_eq!(transitions_above(7), Some(8));
         assert_eq!(transitions_above(u64::MAX), None);
         assert_eq!(transitions_above(1 << 31), None);
+        assert_eq!(transitions_above((1 << 31) - 2), None);
+        assert_eq!(transitions_above((1 << 31) - 1 - 1_000_000), Some(i32::MAX - 999_999));
     }
 }

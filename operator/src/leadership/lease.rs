@@ -28,9 +28,6 @@ pub(super) enum LeaseError {
     /// Anything else.
     #[error("the API server says: {0}")]
     Ask(#[source] Box<kube::Error>),
-    /// A Lease's counter has an upper bound.
-    #[error("an agent has seen the epoch {known}, which is more than a Lease can count")]
-    EpochTooHigh { known: u64 },
 }
 
 /// The Lease as this operator has written it last.

@@ -8,16 +8,21 @@
 //!  wait ──(free, or not renewed for its duration)──▶ lead and renew ──(not renewed for `renew_deadline`)──▶ lost
 //! ```
 //! The deadline is shorter than the duration: a leader that cannot renew has stopped before another may
-//! begin. An operator that loses the Lease ends; it does not try again in the same process, where something
+//! begin. Renewals have a thread of their own ([`Keeper`]), and every call that an agent acts upon is refused
+//! here once the last renewal has run out ([`Epoch::is_in_force`]). An operator that loses the Lease ends; it does not try again in the same process, where something
 //! of the old leadership might live on.
 
 pub mod election;
 mod lease;
+#[cfg(test)]
+mod tests;
 
 use std::time::Duration;
 
 use kube::{Api, Client};
-use tokio::time::{Instant, sleep};
+use tokio::runtime::Builder;
+use tokio::sync::oneshot;
+use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::epoch::{Epoch, EpochSource};
@@ -91,10 +96,16 @@ pub enum LeadershipLost {
         /// The other operator.
         holder: String,
     },
+    /// The thread that renews it has failed.
+    #[error("the thread that renews the Lease has failed: {error}")]
+    KeeperFailed {
+        /// How.
+        error: String,
+    },
 }
 
 /// This operator leads.
-pub struct Leadership {
+struct Leadership {
     terms: Terms,
     api: Api<lease::Lease>,
     held: HeldLease,
@@ -105,7 +116,7 @@ pub struct Leadership {
 
 impl Leadership {
     /// Waits until this operator leads. `None`: `stop` came first.
-    pub async fn acquire(client: &Client, terms: Terms, stop: &CancellationToken) -> Option<(Self, Epoch)> {
+    async fn acquire(client: &Client, terms: Terms, stop: &CancellationToken) -> Option<(Self, Epoch)> {
         let api = Api::namespaced(client.clone(), &terms.namespace);
         let identity = lease::identity();
         let mut candidate = Candidate::new(identity.clone(), terms.duration);
@@ -115,7 +126,7 @@ impl Leadership {
             let asked = Instant::now();
             let state = match try_to_lead(&api, &terms, &mut candidate, began).await {
                 Ok(Bid::Won(held)) => {
-                    let (epoch, source) = Epoch::new(held.epoch());
+                    let (epoch, source) = Epoch::new(held.epoch(), asked + terms.duration);
                     tracing::info!(lease = terms.name, identity, epoch = epoch.now(), "this operator leads");
                     return Some((Self { terms, api, held: *held, renewed: asked, epoch: source }, epoch));
                 }
@@ -138,63 +149,136 @@ impl Leadership {
     }
 
     /// Keeps the Lease, and raises its transitions when asked to. Ends only when the leadership is lost.
-    pub async fn keep(&mut self) -> LeadershipLost {
+    ///
+    /// A renewal comes when it is time, whatever else is asked for meanwhile.
+    async fn keep(&mut self) -> LeadershipLost {
         let mut error = "no answer".to_owned();
+        let mut next_renewal = Instant::now() + self.terms.retry;
         loop {
             let deadline = self.renewed + self.terms.renew_deadline;
-            tokio::select! {
-                () = tokio::time::sleep_until(deadline) => {
-                    let (name, deadline) = (self.terms.name.clone(), self.terms.renew_deadline);
-                    return LeadershipLost::NotRenewed { name, deadline, error };
-                }
-                result = self.renew_after_a_pause() => match result {
-                    Ok(()) => {}
-                    Err(LeaseError::Taken { holder }) => {
-                        return LeadershipLost::Taken { name: self.terms.name.clone(), holder };
-                    }
-                    Err(other) => {
-                        error = other.to_string();
-                        tracing::warn!(error, "the lease could not be renewed; trying again");
-                    }
+            let transitions = tokio::select! {
+                biased;
+                () = sleep_until(deadline) => return self.not_renewed(error),
+                () = sleep_until(next_renewal) => None,
+                Some(known) = self.epoch.raises.recv() => match self.raise(known) {
+                    Some(raised) => Some(raised),
+                    None => continue,
                 },
+            };
+            let asked = Instant::now();
+            next_renewal = asked + self.terms.retry;
+            let renewed = tokio::select! {
+                biased;
+                () = sleep_until(deadline) => return self.not_renewed(error),
+                renewed = lease::renew(&self.api, &self.held, transitions) => renewed,
+            };
+            match renewed {
+                Ok(held) => {
+                    self.held = held;
+                    self.renewed = asked;
+                    self.epoch.valid_until.send_replace(asked + self.terms.duration);
+                    self.epoch.now.send_replace(self.held.epoch());
+                }
+                Err(LeaseError::Taken { holder }) => {
+                    return LeadershipLost::Taken { name: self.terms.name.clone(), holder };
+                }
+                Err(other) => {
+                    error = other.to_string();
+                    tracing::warn!(error, "the lease could not be renewed; trying again");
+                }
             }
         }
     }
 
-    async fn renew_after_a_pause(&mut self) -> Result<(), LeaseError> {
-        let above = tokio::select! {
-            () = sleep(self.terms.retry) => None,
-            Some(known) = self.epoch.raises.recv() => Some(known),
-        };
-        let asked = Instant::now();
-        let transitions = match above {
-            Some(known) if known >= self.held.epoch() => {
-                let raised = election::transitions_above(known).ok_or(LeaseError::EpochTooHigh { known })?;
-                tracing::warn!(
-                    known,
-                    epoch = u64::try_from(raised).unwrap_or_default() + 1,
-                    "an agent has seen a higher epoch; the lease's transitions are raised above it"
-                );
-                Some(raised)
-            }
-            Some(_) => return Ok(()),
-            None => None,
-        };
-        self.held = lease::renew(&self.api, &self.held, transitions).await?;
-        self.renewed = asked;
-        self.epoch.now.send_replace(self.held.epoch());
-        Ok(())
+    fn not_renewed(&self, error: String) -> LeadershipLost {
+        let (name, deadline) = (self.terms.name.clone(), self.terms.renew_deadline);
+        LeadershipLost::NotRenewed { name, deadline, error }
     }
 
-    /// Gives the Lease back, so that no other operator has to wait for it. Only when all that acted by it has
-    /// ended.
-    pub async fn release(self) {
+    /// The transitions that are above an epoch that an agent has seen; `None` if they are already, or cannot
+    /// be.
+    fn raise(&self, known: u64) -> Option<i32> {
+        let raised = Some(known).filter(|known| *known >= self.held.epoch())?;
+        let raised = election::transitions_above(raised)?;
+        let epoch = u64::try_from(raised).unwrap_or_default() + 1;
+        tracing::warn!(
+            known,
+            epoch,
+            "an agent has seen a higher epoch; the lease's transitions are raised above it"
+        );
+        Some(raised)
+    }
+
+    async fn release(self) {
         match lease::release(&self.api, &self.held).await {
             Ok(()) => tracing::info!(lease = self.terms.name, "the lease has been given back"),
             Err(error) => {
                 tracing::warn!(lease = self.terms.name, %error, "the lease could not be given back")
             }
         }
+    }
+}
+
+/// The thread that keeps the Lease. It has a runtime and a client of its own: nothing that this operator does
+/// delays a renewal.
+pub struct Keeper {
+    lost: oneshot::Receiver<LeadershipLost>,
+    stop: CancellationToken,
+}
+
+impl Keeper {
+    /// Waits until this operator leads, and keeps the Lease from then on. `None`: `stop` came first.
+    ///
+    /// # Errors
+    /// [`LeadershipLost::KeeperFailed`]: there can be no such thread.
+    pub async fn start(
+        client: impl FnOnce() -> kube::Result<Client> + Send + 'static,
+        terms: Terms,
+        stop: &CancellationToken,
+    ) -> Result<Option<(Self, Epoch)>, LeadershipLost> {
+        let failed = |error: String| LeadershipLost::KeeperFailed { error };
+        let runtime = Builder::new_current_thread().enable_all().build();
+        let runtime = runtime.map_err(|error| failed(error.to_string()))?;
+        let ((lost_sender, lost), (leads, led)) = (oneshot::channel(), oneshot::channel());
+        let (never, stop_keeping) = (stop.clone(), CancellationToken::new());
+        let stopped = stop_keeping.clone();
+        let work = move || {
+            let keeping = async move {
+                let client = match client() {
+                    Ok(client) => client,
+                    Err(error) => return drop(leads.send(Err(failed(error.to_string())))),
+                };
+                let Some((mut leadership, epoch)) = Leadership::acquire(&client, terms, &never).await else {
+                    return drop(leads.send(Ok(None)));
+                };
+                leads.send(Ok(Some(epoch))).ok();
+                match stopped.run_until_cancelled(leadership.keep()).await {
+                    Some(lost) => drop(lost_sender.send(lost)),
+                    None => leadership.release().await,
+                }
+            };
+            runtime.block_on(keeping);
+        };
+        std::thread::Builder::new()
+            .name("lease".to_owned())
+            .spawn(work)
+            .map_err(|error| failed(error.to_string()))?;
+        let leads = led.await.unwrap_or_else(|_| Err(failed("it has ended".to_owned())))?;
+        Ok(leads.map(|epoch| (Self { lost, stop: stop_keeping }, epoch)))
+    }
+
+    /// Returns when the leadership is lost.
+    pub async fn lost(&mut self) -> LeadershipLost {
+        let ended = || LeadershipLost::KeeperFailed { error: "it has ended".to_owned() };
+        (&mut self.lost).await.unwrap_or_else(|_| ended())
+    }
+
+    /// Gives the Lease back, so that no other operator has to wait for it. Only when all that acted by it has
+    /// ended.
+    pub async fn release(self) {
+        self.stop.cancel();
+        // The thread drops its end when it has done that.
+        self.lost.await.ok();
     }
 }
 

@@ -8,6 +8,7 @@ use super::journals::record_at;
 use super::request::Accepted;
 use super::run::Run;
 use super::tracked::RETRY_PAUSES;
+use crate::fleet::CallError;
 
 impl Run {
     pub(super) async fn release(&mut self, reason: ReleaseReason) {
@@ -33,6 +34,15 @@ impl Run {
                 }
                 Err(error) if error.is_no_such_node() => {
                     let message = format!("{error}; its agent gives the devices back by itself.");
+                    self.tracked.draft_now().target_released(&message);
+                    break;
+                }
+                // Nobody knows when it can be asked: the VM must not wait for that.
+                Err(error @ CallError::EpochTooHigh { .. }) => {
+                    let message = format!(
+                        "{target} cannot be asked to give back what it reserved: {error}. It does that by itself, \
+                         or when the source tells it to."
+                    );
                     self.tracked.draft_now().target_released(&message);
                     break;
                 }

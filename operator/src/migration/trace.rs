@@ -1,28 +1,32 @@
 //! The events of one attempt, as an agent streams them, and what a status shows of them.
 
-use std::collections::HashSet;
-use std::hash::{BuildHasher, RandomState};
+use std::collections::BTreeSet;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::time::Duration;
 
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use slackwater_api::{DeviceMigration, DeviceStep, TimelineEntry, format_duration};
-use slackwater_proto::node::{DeviceStateChange, MigrationEvent, Phase, migration_event::What};
-use slackwater_proto::prost::Message as _;
-
-use crate::conditions::cut;
+use slackwater_proto::node::{
+    DeviceStateChange, Doubt, Finished, MigrationEvent, Phase, migration_event::What,
+};
 
 /// At most this many steps of a device, and entries of the timeline, go into a status: an object has an upper
 /// size.
 const SHOWN: usize = 64;
-/// At most this many events of an attempt are kept: more than any agent keeps.
-const KEPT: usize = 8192;
-/// A node's name, and that of a device.
+
+/// Bytes that the steps of all devices may take in a status. An object has at most 1.5 MiB.
+const STEPS_BYTES: usize = 768 * 1024;
+/// Bytes of a step as JSON, without its node's name.
+const STEP_BYTES: usize = 192;
+
+/// Steps that are kept of an attempt: some times more than 256 devices take at both ends. What an agent
+/// reports beyond that is counted.
+const KEPT: usize = 16 * 1024;
+/// Events by which a repeated one is known. Beyond that a repeated one is taken for new.
+const KNOWN: usize = 4 * KEPT;
+/// Bytes of a node's or a device's name in an event.
 const NAME_BYTES: usize = 253;
-/// A message for a person.
-const MESSAGE_BYTES: usize = 4096;
-/// Devices of a request.
-const DEVICES: usize = 256;
 
 /// The names of `enum vfio_device_mig_state` (include/uapi/linux/vfio.h), by number.
 const KERNEL_STATES: [&str; 8] =
@@ -34,49 +38,50 @@ const KERNEL_STATES: [&str; 8] =
 /// from 1 again, and may report less than it did before; what it reported before is kept.
 #[derive(Debug, Clone, Default)]
 pub struct Trace {
-    events: Vec<MigrationEvent>,
+    /// The first event of each phase at each node.
+    phases: Vec<Reached>,
+    steps: Vec<Step>,
+    /// Steps that were reported and are not kept.
+    left_out: u64,
+    /// When the first of all events happened.
+    first_ns: Option<i64>,
     /// Of the current stream.
     last_sequence: u64,
-    /// The events that came by earlier streams, as hashes.
-    earlier: HashSet<u64>,
-    /// Those of the current stream.
-    current: Vec<u64>,
-    keys: RandomState,
-    /// How many were not kept.
-    dropped: u64,
+    /// What is known by earlier streams, and by this one: hashes.
+    earlier: BTreeSet<u64>,
+    current: BTreeSet<u64>,
 }
 
-/// An event as far as the operator takes it in: an agent may say anything.
-pub fn bounded(mut event: MigrationEvent) -> MigrationEvent {
-    let name = |text: &mut String| shorten(text, NAME_BYTES);
-    name(&mut event.node);
-    match &mut event.what {
-        Some(What::DeviceState(change)) => name(&mut change.device),
-        Some(What::Doubt(doubt)) => {
-            name(&mut doubt.reason);
-            shorten(&mut doubt.message, MESSAGE_BYTES);
-        }
-        Some(What::Finished(finished)) => {
-            finished.device_bytes.truncate(DEVICES);
-            name(&mut finished.reason);
-            shorten(&mut finished.message, MESSAGE_BYTES);
-        }
-        Some(What::Phase(_) | What::Progress(_) | What::Estimate(_)) | None => {}
-    }
-    event
+/// A phase that was reached.
+#[derive(Debug, Clone)]
+struct Reached {
+    phase: i32,
+    node: String,
+    unix_ns: i64,
 }
 
-fn shorten(text: &mut String, limit: usize) {
-    if text.len() > limit {
-        *text = cut(text, limit);
-    }
+/// A device that was read back in another state.
+#[derive(Debug, Clone)]
+struct Step {
+    node: String,
+    unix_ns: i64,
+    change: DeviceStateChange,
+}
+
+/// The states of a device, as far as a status shows them.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Steps {
+    /// The first of them.
+    pub shown: Vec<DeviceStep>,
+    /// How many more there were.
+    pub left_out: u64,
 }
 
 impl Trace {
     /// Another stream begins.
     pub fn begin_again(&mut self) {
         self.last_sequence = 0;
-        self.earlier.extend(self.current.drain(..));
+        self.earlier.append(&mut self.current);
     }
 
     /// Takes the next event. `false`: it is known already.
@@ -85,27 +90,43 @@ impl Trace {
             return false;
         }
         self.last_sequence = event.sequence;
+        let MigrationEvent { node, unix_ns, what, .. } = event;
         // Only the latest of these counts, and none is kept.
-        if matches!(event.what, Some(What::Progress(_) | What::Estimate(_))) {
+        if matches!(what, None | Some(What::Progress(_) | What::Estimate(_))) {
             return true;
         }
-        let same = MigrationEvent { sequence: 0, monotonic_ns: 0, ..event.clone() };
-        let hash = self.keys.hash_one(same.encode_to_vec());
+        let hash = hash_of(unix_ns, &node, what.as_ref());
         if self.earlier.contains(&hash) {
             return false;
         }
-        if self.events.len() < KEPT {
-            self.current.push(hash);
-            self.events.push(event);
-        } else {
-            self.dropped += 1;
+        if self.earlier.len() + self.current.len() < KNOWN {
+            self.current.insert(hash);
+        }
+        self.first_ns = Some(self.first_ns.map_or(unix_ns, |first| first.min(unix_ns)));
+        match what {
+            Some(What::Phase(phase)) => {
+                let is_kept = self.phases.iter().any(|kept| kept.phase == phase && kept.node == node);
+                if !is_kept && self.phases.len() < SHOWN && node.len() <= NAME_BYTES {
+                    self.phases.push(Reached { phase, node, unix_ns });
+                }
+            }
+            Some(What::DeviceState(change)) => {
+                let is_short = node.len() <= NAME_BYTES && change.device.len() <= NAME_BYTES;
+                if is_short && self.steps.len() < KEPT {
+                    self.steps.push(Step { node, unix_ns, change });
+                } else {
+                    self.left_out += 1;
+                    if self.left_out == 1 {
+                        tracing::warn!(
+                            kept = self.steps.len(),
+                            "more states of devices are reported than are kept"
+                        );
+                    }
+                }
+            }
+            _ => {}
         }
         true
-    }
-
-    /// How many events were not kept, because there were too many.
-    pub fn dropped(&self) -> u64 {
-        self.dropped
     }
 
     /// The current stream has reported nothing yet.
@@ -117,61 +138,72 @@ impl Trace {
     pub fn timeline(&self, shown: &[TimelineEntry]) -> Vec<TimelineEntry> {
         let mut timeline = shown.to_vec();
         let earlier = shown.first().and_then(start_of);
-        for event in &self.events {
-            let Some(What::Phase(phase)) = &event.what else { continue };
-            let phase = phase_name(*phase);
-            if timeline.len() < SHOWN && !is_shown(&timeline, &phase, &event.node) {
+        for reached in &self.phases {
+            let phase = phase_name(reached.phase);
+            if timeline.len() < SHOWN && !is_shown(&timeline, &phase, &reached.node) {
                 timeline.push(TimelineEntry {
                     phase,
-                    node: event.node.clone(),
-                    time: wall_clock(event.unix_ns),
-                    elapsed: self.elapsed(event, earlier),
+                    node: reached.node.clone(),
+                    time: wall_clock(reached.unix_ns),
+                    elapsed: self.elapsed(reached.unix_ns, earlier),
                 });
             }
         }
         timeline
     }
 
-    /// Every state in which a device was read back, at either end.
-    pub fn steps(&self, device: &DeviceMigration, source: &str, target: &str) -> Vec<DeviceStep> {
-        let is_this = |node: &str, change: &DeviceStateChange| {
-            (node == source && change.device == device.source)
-                || (node == target && change.device == device.target)
-        };
-        let step = |event: &MigrationEvent| match &event.what {
-            Some(What::DeviceState(change)) if is_this(&event.node, change) => Some(DeviceStep {
-                node: event.node.clone(),
-                state: state_name(change.to),
-                time: wall_clock(event.unix_ns),
-                elapsed: self.elapsed(event, None),
-                took: format_duration(Duration::from_nanos(change.took_ns)),
-            }),
-            _ => None,
+    /// The states in which a device was read back, at either end, as many as a status with so many devices can
+    /// show.
+    pub fn steps(&self, device: &DeviceMigration, source: &str, target: &str, devices: usize) -> Steps {
+        let is_this = |step: &&Step| {
+            (step.node == source && step.change.device == device.source)
+                || (step.node == target && step.change.device == device.target)
         };
         // What the target did before the source connected to it is reported late.
-        let is_step = |event: &&MigrationEvent| match &event.what {
-            Some(What::DeviceState(change)) => is_this(&event.node, change),
-            _ => false,
+        let mut steps: Vec<_> = self.steps.iter().filter(is_this).collect();
+        steps.sort_by_key(|step| step.unix_ns);
+        let limit = shown_steps(devices, source.len().max(target.len()));
+        let left_out = u64::try_from(steps.len().saturating_sub(limit)).unwrap_or(u64::MAX);
+        let shown = |step: &Step| DeviceStep {
+            node: step.node.clone(),
+            state: state_name(step.change.to),
+            time: wall_clock(step.unix_ns),
+            elapsed: self.elapsed(step.unix_ns, None),
+            took: format_duration(Duration::from_nanos(step.change.took_ns)),
         };
-        let mut events: Vec<_> = self.events.iter().filter(is_step).collect();
-        events.sort_by_key(|event| event.unix_ns);
-        let more = events.len().saturating_sub(SHOWN);
-        let mut steps: Vec<_> = events.into_iter().take(SHOWN).filter_map(step).collect();
-        if more > 0
-            && let Some(last) = steps.last_mut()
-        {
-            last.state = format!("... {} more were dropped", more + 1);
-        }
-        steps
+        Steps { shown: steps.into_iter().take(limit).map(shown).collect(), left_out }
     }
 
     /// Since the first of all events, including those that an earlier operator took in. The agent that
     /// streams them has converted both nodes' times to its own wall clock.
-    fn elapsed(&self, event: &MigrationEvent, earlier: Option<i64>) -> String {
-        let start = self.events.iter().map(|event| event.unix_ns).chain(earlier).min();
-        let elapsed = event.unix_ns.saturating_sub(start.unwrap_or(event.unix_ns));
+    fn elapsed(&self, unix_ns: i64, earlier: Option<i64>) -> String {
+        let start = self.first_ns.into_iter().chain(earlier).min();
+        let elapsed = unix_ns.saturating_sub(start.unwrap_or(unix_ns));
         format_duration(Duration::from_nanos(u64::try_from(elapsed).unwrap_or_default()))
     }
+}
+
+/// How many steps of each device a status shows.
+fn shown_steps(devices: usize, node_bytes: usize) -> usize {
+    (STEPS_BYTES / devices.max(1) / (STEP_BYTES + node_bytes)).clamp(1, SHOWN)
+}
+
+/// What tells an event from another one: all of it but its number, which a restarted agent gives anew.
+fn hash_of(unix_ns: i64, node: &str, what: Option<&What>) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (unix_ns, node).hash(&mut hasher);
+    match what {
+        Some(What::Phase(phase)) => (1, phase).hash(&mut hasher),
+        Some(What::DeviceState(DeviceStateChange { device, from, to, took_ns })) => {
+            (2, device, from, to, took_ns).hash(&mut hasher);
+        }
+        Some(What::Doubt(Doubt { reason, message })) => (3, reason, message).hash(&mut hasher),
+        Some(What::Finished(Finished { outcome, reason, message, .. })) => {
+            (4, outcome, reason, message).hash(&mut hasher);
+        }
+        Some(What::Progress(_) | What::Estimate(_)) | None => {}
+    }
+    hasher.finish()
 }
 
 /// A timeline shows a phase.
@@ -207,8 +239,6 @@ pub fn phase_name(number: i32) -> String {
 
 #[cfg(test)]
 mod tests {
-    use slackwater_proto::node::{Doubt, Finished};
-
     use super::*;
 
     fn event(sequence: u64, node: &str, ms: u64, what: What) -> MigrationEvent {
@@ -233,7 +263,7 @@ mod tests {
         trace.push(event(3, "b", 9_250, change("y", 4)));
         // The same name at both nodes is not the same device.
         let device = DeviceMigration { source: "x".into(), target: "y".into(), ..Default::default() };
-        let steps = trace.steps(&device, "a", "b");
+        let steps = trace.steps(&device, "a", "b", 1).shown;
         let seen: Vec<_> = steps
             .iter()
             .map(|s| (s.node.as_str(), s.state.as_str(), s.elapsed.as_str(), s.took.as_str()))
@@ -247,7 +277,8 @@ mod tests {
         trace.push(event(1, "a", 200, change("x", 6)));
         trace.push(event(2, "b", 100, change("y", 4)));
         let device = DeviceMigration { source: "x".into(), target: "y".into(), ..Default::default() };
-        let states: Vec<_> = trace.steps(&device, "a", "b").into_iter().map(|step| step.state).collect();
+        let states: Vec<_> =
+            trace.steps(&device, "a", "b", 1).shown.into_iter().map(|step| step.state).collect();
         assert_eq!(states, ["RESUMING", "PRE_COPY"]);
     }
 
@@ -275,52 +306,6 @@ mod tests {
     }
 
     #[test]
-    fn an_agent_that_reports_without_end_is_taken_in_up_to_a_limit_in_time_and_bytes() {
-        let mut trace = Trace::default();
-        let flood = |sequence: u64| {
-            let long = change(&"x".repeat(10_000), 6);
-            bounded(event(sequence, &"n".repeat(10_000), sequence, long))
-        };
-        let begun = std::time::Instant::now();
-        for _ in 0..3 {
-            trace.begin_again();
-            for sequence in 1..=20_000 {
-                trace.push(flood(sequence));
-            }
-        }
-        assert!(begun.elapsed() < Duration::from_secs(20), "it took {:?}", begun.elapsed());
-        let bytes: usize = trace.events.iter().map(|event| event.encoded_len()).sum();
-        assert!(bytes <= KEPT * (2 * NAME_BYTES + 64), "{bytes} bytes");
-        // What is dropped is no repetition, but is counted.
-        assert_eq!(trace.dropped(), 3 * (20_000 - KEPT as u64));
-        assert_eq!(trace.earlier.len() + trace.current.len(), KEPT);
-    }
-
-    #[test]
-    fn every_text_and_list_of_an_event_is_cut() {
-        let long = || "ä".repeat(10_000);
-        let finished =
-            Finished { reason: long(), message: long(), device_bytes: vec![1; 10_000], ..Default::default() };
-        let doubt = Doubt { reason: long(), message: long() };
-        for what in [What::Finished(finished), What::Doubt(doubt), change(&long(), 2)] {
-            let bytes = bounded(event(1, &long(), 1, what)).encoded_len();
-            assert!(bytes <= 3 * NAME_BYTES + MESSAGE_BYTES + 2 * DEVICES + 64, "{bytes} bytes");
-        }
-    }
-
-    #[test]
-    fn steps_that_are_not_shown_are_counted_in_the_last_that_is() {
-        let mut trace = Trace::default();
-        for sequence in 1..=100 {
-            trace.push(event(sequence, "a", sequence, change("x", 6)));
-        }
-        let device = DeviceMigration { source: "x".into(), ..Default::default() };
-        let steps = trace.steps(&device, "a", "b");
-        assert_eq!((steps.len(), steps[62].state.as_str()), (64, "PRE_COPY"));
-        assert_eq!(steps[63].state, "... 37 more were dropped");
-    }
-
-    #[test]
     fn what_an_agent_reported_before_it_was_restarted_is_kept() {
         let mut trace = Trace::default();
         trace.push(event(1, "a", 10, phase(Phase::Connected)));
@@ -334,7 +319,7 @@ mod tests {
         assert_eq!(names(&timeline), ["CONNECTED", "COMMITTED", "STARTED"]);
         assert_eq!((timeline[1].elapsed.as_str(), timeline[2].elapsed.as_str()), ("50ms", "980ms"));
         let device = DeviceMigration { source: "x".into(), ..Default::default() };
-        assert_eq!(trace.steps(&device, "a", "b").len(), 1);
+        assert_eq!(trace.steps(&device, "a", "b", 1).shown.len(), 1);
     }
 
     #[test]
@@ -350,6 +335,63 @@ mod tests {
         let timeline = trace.timeline(&shown);
         assert_eq!(timeline[..2], shown[..]);
         assert_eq!((timeline[2].phase.as_str(), timeline[2].elapsed.as_str()), ("STARTED", "2.75s"));
+    }
+
+    /// As by an agent that is joined again: the same events, from the start.
+    fn flood(trace: &mut Trace, events: u64) -> u64 {
+        trace.begin_again();
+        let mut new = 0;
+        for n in 1..=events {
+            let what = if n % 2 == 0 { change("x", 6) } else { phase(Phase::PreCopy) };
+            new += u64::from(trace.push(event(n, "a", n, what)));
+        }
+        new
+    }
+
+    #[test]
+    fn a_flood_of_events_fills_no_memory_and_no_status_and_is_known_again_in_linear_time() {
+        let mut trace = Trace::default();
+        let began = std::time::Instant::now();
+        assert_eq!(flood(&mut trace, 60_000), 60_000);
+        assert_eq!(flood(&mut trace, 60_000), 0);
+        flood(&mut trace, 200_000);
+        assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+        assert!(trace.steps.len() <= KEPT && trace.left_out > 0);
+        assert!(trace.earlier.len() + trace.current.len() <= KNOWN);
+        assert_eq!(trace.phases.len(), 1);
+        let device = DeviceMigration { source: "x".into(), ..Default::default() };
+        let steps = trace.steps(&device, "a", "b", 1);
+        assert_eq!((steps.shown.len(), steps.left_out), (SHOWN, (KEPT - SHOWN) as u64));
+    }
+
+    #[test]
+    fn the_steps_of_any_number_of_devices_fit_into_an_object() {
+        for devices in [1, 2, 64, 256, 1024] {
+            for name in ["n".to_owned(), "n".repeat(NAME_BYTES)] {
+                let mut trace = Trace::default();
+                for n in 1..=100 {
+                    trace.push(event(n, &name, n, change("x", 6)));
+                }
+                let device = DeviceMigration { source: "x".into(), ..Default::default() };
+                let steps = trace.steps(&device, &name, "b", devices);
+                let bytes = devices * serde_json::to_string(&steps.shown).unwrap().len();
+                assert!(bytes < 1 << 20, "{devices} devices: {bytes} bytes");
+                assert_eq!(steps.shown.len() as u64 + steps.left_out, 100);
+            }
+        }
+        assert_eq!(shown_steps(2, 20), SHOWN);
+        assert!(shown_steps(256, 20) > 12, "what a device takes at both ends is shown");
+    }
+
+    #[test]
+    fn unknown_phases_and_long_names_do_not_grow_a_timeline() {
+        let mut trace = Trace::default();
+        trace.push(event(1, &"n".repeat(1 << 20), 1, phase(Phase::PreCopy)));
+        for n in 2..=10_000 {
+            trace.push(event(n, "a", n, What::Phase(1000 + n as i32)));
+        }
+        assert_eq!(trace.timeline(&[]).len(), SHOWN);
+        assert!(trace.timeline(&[]).iter().all(|entry| entry.node == "a"));
     }
 
     #[test]

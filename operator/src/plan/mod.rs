@@ -18,9 +18,10 @@ mod tests;
 use slackwater_api::{MigrationFeature, PeerToPeer};
 
 use crate::inventory::{
-    Blocker, DeviceFeatures, Inventory, Link, Node, Vm, VmKey, VmReport, Whereabouts, reports_of, whereabouts,
+    Blocker, DeviceFeatures, Inventory, Node, Vm, VmKey, VmReport, Whereabouts, reports_of, whereabouts,
 };
 
+use crate::reason;
 use fit::{Taken, Wanted};
 pub use lack::Lack;
 pub use refusal::Refusal;
@@ -145,6 +146,13 @@ fn movable<'a>(
         return Err(Refusal::SourceNotReady { vm: key.clone(), node: source.to_owned(), error });
     }
     if let Some(id) = held_by(key, inventory) {
+        // The agent says why that migration does not go on.
+        if let Some(hold) =
+            vm.blockers.iter().find(|blocker| reason::agent::HOLDS.contains(&blocker.reason.as_str()))
+        {
+            let blockers = vec![hold.clone()];
+            return Err(Refusal::NotMigratable { vm: key.clone(), node: source.to_owned(), blockers });
+        }
         let by =
             others.iter().find(|other| other.id == id).map_or_else(|| format!("id {id}"), |o| o.name.clone());
         return Err(Refusal::MigrationInProgress { vm: key.clone(), by });
@@ -290,15 +298,12 @@ fn choose_target<'a>(
 ) -> Result<(&'a str, Vec<Pair>), Refusal> {
     let mut lacks = Vec::new();
     for (name, node) in inventory.iter().filter(|(name, _)| *name != source) {
-        match &node.link {
-            Link::Ready => match matching::pairs(name, node, wanted, taken, checks) {
+        match node.not_ready_reason() {
+            None => match matching::pairs(name, node, wanted, taken, checks) {
                 Ok(pairs) => return Ok((name, pairs)),
                 Err(lack) => lacks.push(lack.to_string()),
             },
-            Link::Connecting | Link::Down { .. } => {
-                let error = node.not_ready_reason().unwrap_or_default();
-                lacks.push(format!("{name} is not Ready: {error}"));
-            }
+            Some(error) => lacks.push(format!("{name} is not Ready: {error}")),
         }
     }
     Err(Refusal::NoSuitableNode { vm: vm.clone(), source: source.to_owned(), lacks })

@@ -5,7 +5,7 @@ use slackwater_api::{MigrationFeature, PeerToPeer};
 
 use super::matching::assign;
 use super::*;
-use crate::inventory::{Device, NodeReport, VmState};
+use crate::inventory::{Device, Link, NodeReport, VmState};
 
 const ALL: &[MigrationFeature] =
     &[MigrationFeature::StopCopy, MigrationFeature::P2p, MigrationFeature::PreCopy];
@@ -33,6 +33,7 @@ fn node(devices: Vec<(&str, Device)>) -> Node {
         peer_address: "10.0.0.9:7443".into(),
         link: Link::Ready,
         report: Some(report),
+        ..Default::default()
     }
 }
 
@@ -144,6 +145,25 @@ fn a_vm_in_the_middle_of_a_hand_over_is_being_migrated_and_not_reported_twice() 
         "MigrationInProgress",
         "VM demo/counter is already being migrated by id u-1. Wait until it has ended, or delete it to give it up.",
     );
+}
+
+#[test]
+fn a_migration_that_holds_a_vm_and_does_not_go_on_says_why() {
+    let mut inventory = two_nodes();
+    let blocker = |reason: &str| {
+        Blocker {
+        reason: reason.into(),
+        message: "the end of the migration cannot be put into /state/journal/u-1.source: cannot sync /state/journal/u-1.source".into(),
+        lifted_by_assume_isolated: false,
+    }
+    };
+    let blockers = vec![blocker("DeviceNotMigratable"), blocker("EndNotRecorded")];
+    let held = Vm { migration_id: "u-1".into(), blockers, ..running(&["a1", "a2"]) };
+    let a = inventory.remove("node-a").unwrap();
+    inventory.insert("node-a".into(), with_vm(a, "counter", held));
+    let (reason, message) = refused(&request(), &inventory, &[]);
+    assert_eq!(reason, "EndNotRecorded");
+    assert!(message.contains("/state/journal/u-1.source"), "{message}");
 }
 
 #[test]

@@ -1,16 +1,28 @@
 //! The status of a MigrationNode.
 
+use std::collections::BTreeMap;
+
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
-use slackwater_api::condition::{CERTIFICATE_VALID, READY};
+use slackwater_api::condition::{CERTIFICATE_VALID, READY, REPORT_ACCEPTED};
 use slackwater_api::{MigrationNodeStatus, NodeDevice};
 
 use super::count;
 use crate::conditions::{self, Finding, Stamp, Status};
-use crate::inventory::{Certificate, Device, DeviceFeatures, Link, Node};
+use crate::inventory::{Certificate, Device, DeviceFeatures, Link, Node, VmKey};
+use crate::reason::{EPOCH_TOO_HIGH, REPORT_CUT, VM_NAME_TAKEN};
+
+/// How many names a message lists before it only counts them.
+const LISTED: usize = 5;
 
 /// What the status should be. The last report of a node that does not answer stays.
-pub(super) fn node_status(node: &Node, previous: &[Condition], stamp: Stamp) -> MigrationNodeStatus {
+/// `set_aside`: VMs that it reports, with the nodes that are known to have them.
+pub(super) fn node_status(
+    node: &Node,
+    set_aside: Option<&BTreeMap<VmKey, String>>,
+    previous: &[Condition],
+    stamp: Stamp,
+) -> MigrationNodeStatus {
     let mut status = MigrationNodeStatus {
         observed_generation: stamp.generation,
         conditions: previous.to_vec(),
@@ -26,11 +38,46 @@ pub(super) fn node_status(node: &Node, previous: &[Condition], stamp: Stamp) -> 
         status.devices = report.devices.iter().map(|(name, device)| node_device(name, device)).collect();
     }
     conditions::set(&mut status.conditions, READY, &ready(node), stamp);
-    if let Some(certificate) = node.report.as_ref().and_then(|report| report.certificate.as_ref()) {
-        let finding = certificate_valid(certificate, stamp.now);
-        conditions::set(&mut status.conditions, CERTIFICATE_VALID, &finding, stamp);
+    if let Some(report) = &node.report {
+        let accepted = report_accepted(&report.ignored, set_aside);
+        conditions::set(&mut status.conditions, REPORT_ACCEPTED, &accepted, stamp);
+        if let Some(certificate) = &report.certificate {
+            let finding = certificate_valid(certificate, stamp.now);
+            conditions::set(&mut status.conditions, CERTIFICATE_VALID, &finding, stamp);
+        }
     }
     status
+}
+
+/// Whether all that the agent reports is used.
+fn report_accepted(ignored: &[String], set_aside: Option<&BTreeMap<VmKey, String>>) -> Finding {
+    let taken = set_aside.into_iter().flatten();
+    let taken: Vec<String> = taken.map(|(vm, home)| format!("{vm} (known on {home})")).collect();
+    let reason = match (taken.is_empty(), ignored.is_empty()) {
+        (true, true) => return Finding::new(Status::True, "AllUsed", "All that the agent reports is used."),
+        (false, _) => VM_NAME_TAKEN,
+        (true, false) => REPORT_CUT,
+    };
+    let mut sentences = Vec::new();
+    if !taken.is_empty() {
+        sentences.push(format!(
+            "Reports of VMs that are known to be on another node are set aside: {}. End the copy that is not the VM",
+            some_of(&taken, ", ")
+        ));
+    }
+    if !ignored.is_empty() {
+        sentences.push(some_of(ignored, "; "));
+    }
+    Finding::new(Status::False, reason, format!("{}.", sentences.join(". ")))
+}
+
+/// The first of many, and how many more there are.
+fn some_of(items: &[String], separator: &str) -> String {
+    let mut shown: Vec<String> = items.iter().take(LISTED).cloned().collect();
+    if items.len() > LISTED {
+        shown.push(format!("{} more", items.len() - LISTED));
+    }
+    shown.join(separator)
 }
 
 fn ready(node: &Node) -> Finding {
@@ -45,12 +92,13 @@ fn ready(node: &Node) -> Finding {
             let message = format!("The agent does not answer: {error}.{last}");
             Finding::new(Status::False, *reason, message)
         }
+        Link::Ready if node.epoch_claim.is_some() => {
+            let claim = node.not_ready_reason().unwrap_or_default();
+            let message = format!("The agent at {} answers, and is set aside: {claim}.", node.address);
+            Finding::new(Status::False, EPOCH_TOO_HIGH, message)
+        }
         Link::Ready => {
-            let ignored: Vec<_> = node.report.iter().flat_map(|report| report.ignored.clone()).collect();
-            let mut message = format!("The agent at {} answers.", node.address);
-            if !ignored.is_empty() {
-                message.push_str(&format!(" {}.", ignored.join("; ")));
-            }
+            let message = format!("The agent at {} answers.", node.address);
             Finding::new(Status::True, "AgentAnswers", message)
         }
     }
@@ -101,9 +149,9 @@ fn node_device(name: &str, device: &Device) -> NodeDevice {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
 
     use super::*;
+    use crate::epoch::EpochClaim;
     use crate::inventory::NodeReport;
 
     const STAMP: Stamp = Stamp { generation: Some(2), now: Timestamp::UNIX_EPOCH };
@@ -117,12 +165,13 @@ mod tests {
             peer_address: "10.0.0.1:7443".into(),
             link,
             report: Some(report),
+            ..Default::default()
         }
     }
 
     #[test]
     fn a_node_that_answers_is_ready_and_its_devices_are_counted() {
-        let status = node_status(&node(Link::Ready), &[], STAMP);
+        let status = node_status(&node(Link::Ready), None, &[], STAMP);
         assert_eq!((status.device_count, status.free_device_count), (Some(2), Some(1)));
         assert_eq!(status.agent_version.as_deref(), Some("0.1.0"));
         assert!(conditions::is(&status.conditions, READY, Status::True));
@@ -136,7 +185,7 @@ mod tests {
             let certificate = Certificate { not_after_unix_s: 1000, ends_soon, refused: refused.to_owned() };
             node.report.as_mut().unwrap().certificate = Some(certificate);
             let stamp = Stamp { generation: None, now: Timestamp::from_second(second).unwrap() };
-            let status = node_status(&node, &[], stamp);
+            let status = node_status(&node, None, &[], stamp);
             let found = conditions::find(&status.conditions, CERTIFICATE_VALID).unwrap().clone();
             (found.status, found.reason, found.message)
         };
@@ -152,14 +201,52 @@ mod tests {
         let (status, reason, message) = judge(1001, true, "");
         assert_eq!((status.as_str(), reason.as_str()), ("False", "Expired"));
         assert_eq!(message, "The agent's certificate has ended at 1970-01-01T00:16:40Z.");
-        let older = node_status(&node(Link::Ready), &[], STAMP);
+        let older = node_status(&node(Link::Ready), None, &[], STAMP);
         assert_eq!(conditions::find(&older.conditions, CERTIFICATE_VALID), None, "an older agent");
+    }
+
+    #[test]
+    fn an_agent_that_is_set_aside_is_not_ready_with_both_epochs_and_the_remedy() {
+        let claim = Some(EpochClaim { known: 5000, own: 1, limit: 65 });
+        let status = node_status(&Node { epoch_claim: claim, ..node(Link::Ready) }, None, &[], STAMP);
+        let ready = conditions::find(&status.conditions, READY).unwrap();
+        assert_eq!((ready.status.as_str(), ready.reason.as_str()), ("False", "EpochTooHigh"));
+        for words in ["epoch 5000", "has 1", "acceptEpochUpTo of this MigrationNode to 5000", "forget-epoch"]
+        {
+            assert!(ready.message.contains(words), "{}", ready.message);
+        }
+    }
+
+    #[test]
+    fn a_report_that_is_set_aside_or_cut_is_named_with_the_node_that_has_the_vm() {
+        let find = |ignored: &[&str], taken: usize| {
+            let name = |n| VmKey { namespace: "demo".into(), name: format!("vm-{n}") };
+            let taken: BTreeMap<_, _> = (0..taken).map(|n| (name(n), "node-a".to_owned())).collect();
+            let mut node = node(Link::Ready);
+            node.report.as_mut().unwrap().ignored = ignored.iter().map(|text| (*text).to_owned()).collect();
+            let status = node_status(&node, Some(&taken), &[], STAMP);
+            let found = conditions::find(&status.conditions, REPORT_ACCEPTED).unwrap().clone();
+            (found.status, found.reason, found.message)
+        };
+        let is = |(status, reason, _): &(String, String, String)| (status.clone(), reason.clone());
+        assert_eq!(is(&find(&[], 0)), ("True".into(), "AllUsed".into()));
+        let cut = find(&["two VMs are left out"], 0);
+        assert_eq!(is(&cut), ("False".into(), "ReportCut".into()));
+        assert_eq!(cut.2, "two VMs are left out.");
+        let taken = find(&["x"], 7);
+        assert_eq!(is(&taken), ("False".into(), "VMNameTaken".into()));
+        assert!(
+            taken.2.contains("demo/vm-0 (known on node-a), ") && taken.2.contains("2 more"),
+            "{}",
+            taken.2
+        );
     }
 
     #[test]
     fn a_silent_node_is_not_ready_with_a_message_and_keeps_its_last_report() {
         let status = node_status(
             &node(Link::Down { reason: "AgentUnreachable", error: "connection refused".into() }),
+            None,
             &[],
             STAMP,
         );

@@ -1,10 +1,11 @@
 //! Two operators, one leader, and the epochs in their calls to the agents.
 
 use kube::api::{DeleteParams, PostParams};
+use slackwater_api::MigrationNode;
 use slackwater_proto::node::{JournalRecord, Outcome, Phase};
 
 use crate::fake_agent::Call;
-use crate::world::{World, is};
+use crate::world::{World, condition, is};
 
 fn epochs(calls: &[Call]) -> Vec<u64> {
     let epoch = |call: &Call| {
@@ -91,6 +92,62 @@ async fn an_operator_whose_lease_was_deleted_raises_its_epoch_above_what_the_age
     world.leases().delete("slackwater-operator", &DeleteParams::default()).await.unwrap();
     world.lease("be written again", |lease| Some(lease.spec.as_ref()?.lease_transitions? == 42)).await;
     world.kill_operator().await;
+    world.assert_nothing_was_forbidden();
+}
+
+#[tokio::test]
+async fn an_agent_that_knows_a_far_epoch_is_set_aside_alone_until_an_administrator_accepts_or_forgets_it() {
+    let mut world = World::start().await;
+    let far =
+        |node: &MigrationNode| condition(&node.status.as_ref()?.conditions, "Ready", "False/EpochTooHigh");
+    let ready = |node: &MigrationNode| condition(&node.status.as_ref()?.conditions, "Ready", "True");
+    // As after a Lease that was restored from an old backup.
+    world.b.script(|script| script.known_epoch = 5000);
+    world.migrate("first", |_| {}).await;
+    world.until("first", "be rolled back", is("Succeeded", "False/EpochTooHigh")).await;
+    let words = world.node("node-b", "be set aside", far).await.status.unwrap().conditions[0].message.clone();
+    for part in ["epoch 5000", "this operator has 1", "spec.acceptEpochUpTo of this MigrationNode to 5000"] {
+        assert!(words.contains(part), "{words}");
+    }
+    let transitions =
+        async || world.leases().get("slackwater-operator").await.unwrap().spec.unwrap().lease_transitions;
+    assert_eq!(transitions().await, Some(0));
+    // No other agent is affected, and neither is the VM.
+    world.node("node-a", "be Ready", ready).await;
+    world
+        .vm("counter", "be Migratable", |vm| condition(&vm.status.as_ref()?.conditions, "Migratable", "True"))
+        .await;
+    world.migrate("second", |_| {}).await;
+    world.until("second", "be refused", is("Accepted", "False/TargetNotReady")).await;
+
+    let plane = world.lab.control_plane().unwrap();
+    let accept = async |epoch: &str| {
+        let patch = format!("{{\"spec\":{{\"acceptEpochUpTo\":{epoch}}}}}");
+        plane.kubectl(&["patch", "mignode", "node-b", "--type=merge", "-p", &patch]).await
+    };
+    let refused = accept("2147483648").await.unwrap_err().to_string();
+    assert!(refused.contains("acceptEpochUpTo"), "{refused}");
+    accept("5000").await.unwrap();
+    world.node("node-b", "be Ready again", ready).await;
+    world.migrate("third", |_| {}).await;
+    world.a.until_joined(1).await;
+    world.a.finish(Outcome::Succeeded, "", "");
+    world.until("third", "have succeeded", is("Succeeded", "True")).await;
+    assert_eq!(epochs(&world.b.calls()), [5002]);
+    assert_eq!(transitions().await, Some(5001));
+
+    // The end of what a Lease can count: nothing but the agent itself can be put right.
+    world.b.script(|script| script.known_epoch = 2_147_483_646);
+    world.migrate("fourth", |_| {}).await;
+    world.until("fourth", "be rolled back", is("Succeeded", "False/EpochTooHigh")).await;
+    let words = world.node("node-b", "be set aside", far).await.status.unwrap().conditions[0].message.clone();
+    assert!(words.contains("epoch 2147483646") && words.contains("forget-epoch"), "{words}");
+    assert!(!words.contains("set spec.acceptEpochUpTo"), "{words}");
+    assert_eq!(transitions().await, Some(5001));
+    world.b.stop();
+    world.b.script(|script| script.known_epoch = 0);
+    world.b.start_again().await;
+    world.node("node-b", "be Ready again", ready).await;
     world.assert_nothing_was_forbidden();
 }
 

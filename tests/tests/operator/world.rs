@@ -68,7 +68,11 @@ impl World {
         let operator = start_operator(lab.folder(), &kubeconfig, "operator");
         let world = Self { client, a, b, operator, kubeconfig, lab };
         for agent in [&world.a, &world.b] {
-            let spec = MigrationNodeSpec { address: agent.address.clone(), peer_address: None };
+            let spec = MigrationNodeSpec {
+                address: agent.address.clone(),
+                peer_address: None,
+                accept_epoch_up_to: None,
+            };
             let node = MigrationNode::new(&agent.node, spec);
             Api::all(world.client.clone()).create(&PostParams::default(), &node).await.unwrap();
         }

@@ -57,6 +57,11 @@ pub enum Event {
     DeviceReached(usize, MigrationState),
     /// A device did not get where it was to go; where it was found, if it could be read.
     DeviceFailed(usize, Option<MigrationState>, Failure),
+    /// A call to a device has not returned in its time; the failure names the device and the call. What was
+    /// asked of it is still answered if it returns.
+    DeviceHangs(usize, Failure),
+    /// That call has returned.
+    DeviceAnswers(usize),
     /// The source said Hello.
     PeerConnected,
     /// A blob has arrived whole, its length and digest are what the source announced, and all of it has been
@@ -125,6 +130,8 @@ pub enum Effect {
     SendStarted,
     /// No answer; the message may not arrive.
     SendFailed(Failure),
+    /// Report to the source, and to whoever asks, what this end waits for. No answer.
+    Doubt(Failure),
     /// Stop receiving, reset the devices that hold foreign data, end the twin, give everything back.
     /// [`Event::Discarded`]
     Discard,

@@ -143,6 +143,8 @@ impl Destination {
             }
             Event::DeviceReached(index, state) => self.devices.read_back(index, state),
             Event::DeviceFailed(index, found, failure) => self.device_failed(index, found, failure, effects),
+            Event::DeviceHangs(index, failure) => self.device_hangs(index, failure, effects),
+            Event::DeviceAnswers(index) => self.devices.answered(index),
             Event::PeerConnected => self.peer_connected = true,
             Event::BlobVerified(blob) => {
                 self.verified.insert(blob);
@@ -216,6 +218,30 @@ impl Destination {
             }
             _ => self.fail(failure, effects),
         }
+    }
+
+    /// Nothing depends on a device before the reservation is confirmed. After that it is named and waited for:
+    /// before LOADED the source gives up when its time has passed, and from STARTING on there is only
+    /// forward.
+    fn device_hangs(&mut self, index: usize, failure: Failure, effects: &mut Vec<Effect>) {
+        if !self.devices.hang(index, failure.clone()) {
+            return;
+        }
+        let until = match self.phase {
+            Phase::Preparing => return self.fail(failure, effects),
+            Phase::Loading | Phase::Finishing | Phase::Verifying => {
+                "The migration goes on when that call returns, and is given up if it has not by \
+                 preCommitTimeout."
+            }
+            Phase::WakingP2p | Phase::Waking => {
+                "The VM is paused, and starts when that call returns, which a reset of the device may bring \
+                 about; if the twin's process ends before, the VM is lost."
+            }
+            Phase::Discarding => "The reservation is given back; the device is free when that call returns.",
+            _ => return,
+        };
+        effects
+            .push(Effect::Doubt(Failure::new(Reason::DeviceHangs, format!("{}. {until}", failure.message))));
     }
 
     fn fail(&mut self, failure: Failure, effects: &mut Vec<Effect>) {

@@ -60,6 +60,13 @@ pub enum Event {
     DeviceReached(usize, MigrationState),
     /// A device did not get where it was to go; where it was found, if it could be read.
     DeviceFailed(usize, Option<MigrationState>, Failure),
+    /// A call to a device has not returned in its time; the failure names the device and the call. What was
+    /// asked of it is still answered if it returns.
+    DeviceHangs(usize, Failure),
+    /// That call has returned.
+    DeviceAnswers(usize),
+    /// The destination reports what it waits for.
+    PeerDoubts(Failure),
     /// A device has given all of its initial data.
     PreCopied(usize),
     /// No vCPU runs.

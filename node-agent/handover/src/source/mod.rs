@@ -15,6 +15,10 @@
 //!                   LeavingCapture ▶ WakingP2p ▶ Mending ▶ Waking ▶ Resuming ▶ Finished
 //! ```
 //!
+//! A device that hangs on the way back holds up nothing else: the streams are closed, ABORTED is recorded, and
+//! the other devices come as far as WakingP2p, where they wait for it. When it answers, it catches up with
+//! them, by way of LeavingCapture if it has to.
+//!
 //! A peer that is lost after the commit settles nothing: the source asks what it has journalled until that is
 //! known.
 
@@ -93,6 +97,15 @@ impl Source {
         self.failure.as_ref()
     }
 
+    /// It keeps the VM for good, and does not let it run yet: a device hangs.
+    pub fn waits_for_a_device(&self) -> bool {
+        let way_back = matches!(
+            self.phase,
+            Phase::Settling | Phase::LeavingCapture | Phase::WakingP2p | Phase::Mending | Phase::Waking
+        );
+        way_back && self.recorded.contains(&Record::Aborted) && self.devices.hanging().is_some()
+    }
+
     /// Takes an event into account. An event that comes too late to matter changes nothing.
     #[must_use]
     pub fn step(mut self, event: Event) -> (Self, Vec<Effect>) {
@@ -127,6 +140,14 @@ impl Source {
                 }
             }
             Event::DeviceFailed(index, found, failure) => self.device_failed(index, found, failure, effects),
+            Event::DeviceHangs(index, failure) => self.device_hangs(index, failure, effects),
+            Event::DeviceAnswers(index) => self.devices.answered(index),
+            Event::PeerDoubts(failure) => {
+                if matches!(self.phase, Phase::Capturing | Phase::AwaitingStarted) {
+                    self.peer.doubt = Some(failure.reason.clone());
+                    effects.push(Effect::Doubt(failure));
+                }
+            }
             Event::PreCopied(index) => {
                 self.streams.pre_copied.insert(index);
             }
@@ -194,8 +215,10 @@ impl Source {
                 if self.vmm.vcpus == Vcpus::Pausing {
                     self.vmm.vcpus = Vcpus::Paused;
                 }
-                // The failure of a call may have been noticed first: this is its cause.
-                self.failure.take_if(|failure| failure.reason == Reason::VmmFailed);
+                // The failure of a call may have been noticed first: this is its cause. And a VM whose
+                // devices hung would have come back.
+                let known = [Reason::VmmFailed, Reason::DeviceHangs];
+                self.failure.take_if(|failure| known.contains(&failure.reason));
                 // Once the destination has all of it, going on saves the VM.
                 if !(self.phase == Phase::Capturing && self.all_sent() && self.vmm_has_let_go()) {
                     self.fail(rollback::vmm_exited(), effects);
@@ -276,6 +299,11 @@ impl Source {
                     None => {
                         (Reason::TargetForgot, "the destination has no journal of this migration any more")
                     }
+                    // It says what it waits for.
+                    Some(_) if matches!(&word.failure, Some(why) if why.reason == Reason::DeviceHangs) => {
+                        self.doubt(failed(Reason::DeviceHangs, ""), effects);
+                        return true;
+                    }
                     Some(_) => {
                         (Reason::TargetSlow, "the destination answers, and has not started the VM yet")
                     }
@@ -335,6 +363,24 @@ impl Source {
         }
     }
 
+    /// In the blackout a device that hangs ends the migration, or, once its state is being read, it is named
+    /// and waited for. While the guest runs there is time. On the way back nothing else waits for it.
+    fn device_hangs(&mut self, index: usize, failure: Failure, effects: &mut Vec<Effect>) {
+        if !self.devices.hang(index, failure.clone()) {
+            return;
+        }
+        match self.phase {
+            Phase::Quiescing | Phase::Stopping => self.fail(failure, effects),
+            Phase::Capturing
+            | Phase::Settling
+            | Phase::LeavingCapture
+            | Phase::WakingP2p
+            | Phase::Mending
+            | Phase::Waking => self.name_what_hangs(effects),
+            _ => {}
+        }
+    }
+
     /// Leaves the phase if all it waits for is there. True if it did.
     fn advance(&mut self, effects: &mut Vec<Effect>) -> bool {
         match self.phase {
@@ -381,6 +427,7 @@ impl Source {
                 effects.push(Effect::Record(Record::Committed));
             }
             Phase::Committing if self.recorded.contains(&Record::Committed) => {
+                self.peer.doubt = None;
                 self.enter(Phase::AwaitingStarted, effects);
                 effects.push(Effect::SendCommit);
                 if let Some(failure) = self.failure.take() {
@@ -430,12 +477,20 @@ impl Source {
 
     /// Starts a step of all devices. One that its VMM drives is only looked at: it should be there, or be on
     /// its way by itself.
-    fn order(&mut self, effects: &mut Vec<Effect>, target: impl Fn(&Track) -> Option<MigrationState>) {
+    /// True if there is a device that has to move.
+    fn order(
+        &mut self,
+        effects: &mut Vec<Effect>,
+        target: impl Fn(&Track) -> Option<MigrationState>,
+    ) -> bool {
         let driver = self.driver;
-        effects.extend(self.devices.order(target).into_iter().map(|(index, to)| match driver {
+        let moves = self.devices.order(target);
+        let any = !moves.is_empty();
+        effects.extend(moves.into_iter().map(|(index, to)| match driver {
             Driver::Agent => Effect::SetState(index, to),
             Driver::Vmm => Effect::ReadState(index),
         }));
+        any
     }
 
     fn enter(&mut self, phase: Phase, effects: &mut Vec<Effect>) {

@@ -2,6 +2,7 @@
 
 use super::progress::Vcpus;
 use super::{Effect, End, Phase, Source};
+use crate::devices::Track;
 use crate::policy::Driver;
 use crate::state::MigrationState;
 use crate::{Failure, Reason, Record};
@@ -17,22 +18,50 @@ impl Source {
         ]);
         self.failure = Some(failure);
         self.phase = Phase::Settling;
+        self.name_what_hangs(effects);
+    }
+
+    /// Reports which devices hang, and what the VM waits for. A VMM that drives its devices goes its way back
+    /// without the agent's reads of them.
+    pub(super) fn name_what_hangs(&mut self, effects: &mut Vec<Effect>) {
+        let Some(hanging) = self.devices.hanging().filter(|_| self.driver == Driver::Agent) else { return };
+        let until = if self.phase == Phase::Capturing {
+            "The migration goes on when that call returns, and is given up if it has not by preCommitTimeout."
+        } else {
+            "The VM stays here, and waits for that call to return, which a reset of the device may bring about, \
+             or for the end of the VMM's process; the rollback then goes on by itself."
+        };
+        self.peer.doubt = Some(Reason::DeviceHangs);
+        effects.push(Effect::Doubt(Failure::new(Reason::DeviceHangs, format!("{hanging}. {until}"))));
     }
 
     /// Leaves a phase of the rollback if all it waits for is there. True if it did.
     pub(super) fn advance_rollback(&mut self, effects: &mut Vec<Effect>) -> bool {
         match self.phase {
             Phase::Settling if self.nothing_in_flight() => return self.begin_rollback(effects),
-            Phase::LeavingCapture if self.devices.settled() => {
-                self.phase = Phase::WakingP2p;
-                self.order(effects, |track| {
-                    (track.features.p2p
-                        && track.at != MigrationState::PreCopy
-                        && track.at != MigrationState::Running)
-                        .then_some(MigrationState::RunningP2p)
-                });
+            Phase::LeavingCapture | Phase::WakingP2p | Phase::Mending | Phase::Waking
+                if self.vmm.gone && self.devices.hanging().is_some() =>
+            {
+                self.finish(End::Lost(vmm_exited()), effects);
+                return false;
             }
-            Phase::WakingP2p if self.devices.settled() => {
+            Phase::LeavingCapture if self.devices.settled_but_hanging() => {
+                self.phase = Phase::WakingP2p;
+                self.order(effects, to_p2p);
+            }
+            Phase::WakingP2p if self.devices.settled_but_hanging() => {
+                // One that hung, and has answered since, catches up.
+                if self.order(effects, out_of_capture) {
+                    self.phase = Phase::LeavingCapture;
+                    return true;
+                }
+                if self.order(effects, to_p2p) {
+                    return true;
+                }
+                // None runs before all are in RUNNING_P2P, or have failed and can be reset.
+                if self.devices.hanging().is_some() {
+                    return false;
+                }
                 self.phase = Phase::Mending;
                 let broken: Vec<usize> =
                     self.devices.iter().filter(|(_, track)| track.broken).map(|(index, _)| index).collect();
@@ -74,12 +103,12 @@ impl Source {
             return true;
         }
         self.phase = Phase::LeavingCapture;
-        self.order(effects, |track| (track.at == MigrationState::StopCopy).then_some(MigrationState::Stop));
+        self.order(effects, out_of_capture);
         true
     }
 
     fn nothing_in_flight(&self) -> bool {
-        self.devices.settled()
+        (self.driver == Driver::Vmm || self.devices.settled_but_hanging())
             && self.vmm.vcpus != Vcpus::Pausing
             && self.streams.closed
             && self.recorded.contains(&Record::Aborted)
@@ -100,10 +129,15 @@ impl Source {
             ));
         }
         if self.driver == Driver::Vmm {
-            let astray = self.devices.iter().filter(|(_, track)| track.at != MigrationState::Running);
+            let runs = |track: &Track| track.at == MigrationState::Running && track.hangs.is_none();
+            let astray = self.devices.iter().filter(|(_, track)| !runs(track));
             for (index, track) in astray {
-                let told =
-                    format!("; the VM runs, but its device {index} was read back in {}", track.at.name());
+                let told = match &track.hangs {
+                    Some(why) => format!("; the VM runs; whether its device {index} does: {}", why.message),
+                    None => {
+                        format!("; the VM runs, but its device {index} was read back in {}", track.at.name())
+                    }
+                };
                 failure.message.push_str(&told);
             }
         }
@@ -132,6 +166,16 @@ impl Source {
             None => Failure::new(Reason::Aborted, "the migration was given up"),
         }
     }
+}
+
+/// Nothing more is asked of a device that hangs.
+fn out_of_capture(track: &Track) -> Option<MigrationState> {
+    (track.at == MigrationState::StopCopy && track.hangs.is_none()).then_some(MigrationState::Stop)
+}
+
+fn to_p2p(track: &Track) -> Option<MigrationState> {
+    let runs = [MigrationState::PreCopy, MigrationState::Running].contains(&track.at);
+    (track.features.p2p && !runs && track.hangs.is_none()).then_some(MigrationState::RunningP2p)
 }
 
 pub(super) fn vmm_exited() -> Failure {

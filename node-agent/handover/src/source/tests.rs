@@ -1,7 +1,7 @@
-use super::{Effect, End, Event, Source};
+use super::{Effect, End, Event, Phase, Source};
 use crate::policy::{Driver, StopPlan};
 use crate::state::{Features, MigrationState};
-use crate::{Blob, Record};
+use crate::{Blob, Failure, Reason, Record, Word};
 
 /// A source whose effects all succeed at once, and whose VMM has given all it has: it is verified at the
 /// destination. Neither has the destination loaded it, nor has the VMM said that its save has ended.
@@ -16,7 +16,7 @@ impl AllSent {
         let machine = Source::new(&[Features::ALL], StopPlan::QuiesceFirst, driver);
         let mut all = Self { machine, records: Vec::new(), end: None };
         all.hear(Event::Start);
-        assert_eq!(all.machine.phase(), super::Phase::Capturing);
+        assert_eq!(all.machine.phase(), Phase::Capturing);
         all
     }
 
@@ -101,4 +101,188 @@ fn a_vmm_that_drives_its_devices_and_ends_without_a_word_may_have_let_its_guest_
         assert!(matches!(&all.end, Some(End::Lost(_))), "{events:?} {:?}", all.end);
         assert!(all.records.contains(&Record::Aborted), "{events:?}");
     }
+}
+
+/// A source of two devices at this phase, whose device 0 has been asked and does not answer; device 1 has
+/// got where it was to go. What it asks for is collected, and answered only by the test.
+struct Hung {
+    machine: Source,
+    asked: Vec<Effect>,
+}
+
+impl Hung {
+    /// All goes well until device 0 is asked for `at`.
+    fn at(at: MigrationState) -> Self {
+        let machine = Source::new(&[Features::ALL; 2], StopPlan::QuiesceFirst, Driver::Agent);
+        let mut hung = Self { machine, asked: Vec::new() };
+        let mut events = vec![Event::Start];
+        while let Some(event) = events.pop() {
+            hung.hear(event);
+            for effect in std::mem::take(&mut hung.asked) {
+                match effect {
+                    Effect::SetState(0, to) if to == at => {}
+                    Effect::SetState(index, to) => events.push(Event::DeviceReached(index, to)),
+                    Effect::Connect => events.push(Event::PeerReady),
+                    Effect::Record(record) => events.push(Event::Recorded(record)),
+                    Effect::StartSave => events.push(Event::SaveStarted),
+                    Effect::PreCopy(index) => events.push(Event::PreCopied(index)),
+                    Effect::Pause => events.push(Event::Paused),
+                    _ => {}
+                }
+            }
+        }
+        hung
+    }
+
+    fn hear(&mut self, event: Event) {
+        let (machine, effects) = self.machine.clone().step(event);
+        self.machine = machine;
+        self.asked.extend(effects);
+    }
+
+    /// What was asked for since the last time.
+    fn asks(&mut self, event: Event) -> Vec<Effect> {
+        self.asked.clear();
+        self.hear(event);
+        self.asked.retain(|effect| !matches!(effect, Effect::Report(_)));
+        std::mem::take(&mut self.asked)
+    }
+}
+
+fn does_not_answer() -> Failure {
+    Failure::new(Reason::DeviceHangs, "device vf0 has not returned from STOP_COPY for 20 s")
+}
+
+fn doubt(effects: &[Effect]) -> Option<&Failure> {
+    effects.iter().find_map(|effect| match effect {
+        Effect::Doubt(failure) => Some(failure),
+        _ => None,
+    })
+}
+
+#[test]
+fn a_device_that_hangs_in_the_blackout_is_named_and_the_others_wait_for_it_in_running_p2p() {
+    let mut hung = Hung::at(MigrationState::StopCopy);
+    assert_eq!(hung.machine.phase(), Phase::Stopping);
+    let asked = hung.asks(Event::DeviceHangs(0, does_not_answer()));
+    assert!(asked.contains(&Effect::CloseStreams) && asked.contains(&Effect::Record(Record::Aborted)));
+    let named = doubt(&asked).expect("it is named");
+    assert_eq!(named.reason, Reason::DeviceHangs);
+    assert!(named.message.contains("vf0") && named.message.contains("reset"), "{}", named.message);
+
+    // The destination hears that the VM stays here.
+    assert!(matches!(hung.asks(Event::Recorded(Record::Aborted))[..], [Effect::SendAbort(_)]));
+    assert!(hung.machine.waits_for_a_device());
+    let asked = hung.asks(Event::StreamsClosed);
+    assert_eq!(asked, [Effect::SetState(1, MigrationState::Stop)]);
+    let asked = hung.asks(Event::DeviceReached(1, MigrationState::Stop));
+    assert_eq!(asked, [Effect::SetState(1, MigrationState::RunningP2p)]);
+    assert_eq!(hung.asks(Event::DeviceReached(1, MigrationState::RunningP2p)), []);
+    assert_eq!(hung.machine.phase(), Phase::WakingP2p);
+
+    // It answers after all, where it was to go, and catches up.
+    let asked = hung.asks(Event::DeviceReached(0, MigrationState::StopCopy));
+    assert_eq!(asked, [Effect::SetState(0, MigrationState::Stop)]);
+    assert_eq!(hung.asks(Event::DeviceAnswers(0)), []);
+    let asked = hung.asks(Event::DeviceReached(0, MigrationState::Stop));
+    assert_eq!(asked, [Effect::SetState(0, MigrationState::RunningP2p)]);
+    let asked = hung.asks(Event::DeviceReached(0, MigrationState::RunningP2p));
+    let both = [0, 1].map(|index| Effect::SetState(index, MigrationState::Running));
+    assert_eq!(asked, both);
+    assert_eq!(hung.asks(Event::DeviceReached(0, MigrationState::Running)), []);
+    assert_eq!(hung.asks(Event::DeviceReached(1, MigrationState::Running)), [Effect::Resume]);
+    let asked = hung.asks(Event::Resumed);
+    let [Effect::Finish(End::RolledBack(failure))] = &asked[..] else { panic!("{asked:?}") };
+    assert_eq!(failure, &does_not_answer());
+}
+
+#[test]
+fn a_device_that_has_hung_and_then_fails_is_reset_before_any_device_runs() {
+    let mut hung = Hung::at(MigrationState::StopCopy);
+    hung.hear(Event::DeviceHangs(0, does_not_answer()));
+    hung.hear(Event::Recorded(Record::Aborted));
+    hung.hear(Event::StreamsClosed);
+    hung.hear(Event::DeviceReached(1, MigrationState::Stop));
+    hung.hear(Event::DeviceReached(1, MigrationState::RunningP2p));
+    let failed = Failure::new(Reason::DeviceFailed, "EIO");
+    assert_eq!(hung.asks(Event::DeviceFailed(0, Some(MigrationState::Error), failed)), [Effect::Reset(0)]);
+    // So may the reset.
+    assert!(doubt(&hung.asks(Event::DeviceHangs(0, does_not_answer()))).is_some());
+    let asked = hung.asks(Event::DeviceReached(0, MigrationState::Running));
+    assert_eq!(asked, [Effect::SetState(1, MigrationState::Running)]);
+}
+
+#[test]
+fn the_end_of_the_vmm_ends_a_rollback_that_waits_for_a_device() {
+    for waits_since in [Phase::Settling, Phase::WakingP2p] {
+        let mut hung = Hung::at(MigrationState::StopCopy);
+        hung.hear(Event::DeviceHangs(0, does_not_answer()));
+        hung.hear(Event::Recorded(Record::Aborted));
+        if waits_since == Phase::WakingP2p {
+            hung.hear(Event::StreamsClosed);
+            hung.hear(Event::DeviceReached(1, MigrationState::Stop));
+            hung.hear(Event::DeviceReached(1, MigrationState::RunningP2p));
+        }
+        assert_eq!(hung.machine.phase(), waits_since);
+        hung.hear(Event::VmmExited);
+        let asked = hung.asks(Event::StreamsClosed);
+        let ended = hung.machine.phase() == Phase::Finished;
+        assert!(ended, "{waits_since:?} {asked:?}");
+    }
+}
+
+#[test]
+fn a_device_that_hangs_while_the_guest_runs_is_named_only_when_the_migration_is_given_up() {
+    let mut hung = Hung::at(MigrationState::PreCopy);
+    assert_eq!(hung.asks(Event::DeviceHangs(0, does_not_answer())), []);
+    assert_eq!(hung.machine.phase(), Phase::PreCopying);
+    let asked = hung.asks(Event::Failed(Failure::new(Reason::TimedOut, "preCommitTimeout")));
+    assert_eq!(doubt(&asked).map(|named| &named.reason), Some(&Reason::DeviceHangs));
+    // It answered before, and nothing is in doubt.
+    let mut slow = Hung::at(MigrationState::PreCopy);
+    slow.hear(Event::DeviceHangs(0, does_not_answer()));
+    slow.hear(Event::DeviceAnswers(0));
+    let asked = slow.asks(Event::Failed(Failure::new(Reason::TimedOut, "preCommitTimeout")));
+    assert_eq!(doubt(&asked), None);
+}
+
+#[test]
+fn a_read_of_a_device_that_its_vmm_drives_does_not_hold_up_the_way_back() {
+    let mut machine = Source::new(&[Features::ALL], StopPlan::QuiesceFirst, Driver::Vmm);
+    let mut asked = Vec::new();
+    for event in [
+        Event::Start,
+        Event::Recorded(Record::Saving),
+        Event::PeerReady,
+        Event::SaveStarted,
+        Event::Converged,
+        Event::Paused,
+        // The gate asks, and has no answer.
+        Event::DeviceHangs(0, does_not_answer()),
+        Event::Recorded(Record::Aborted),
+        Event::StreamsClosed,
+    ] {
+        (machine, asked) = machine.step(event);
+    }
+    assert_eq!(asked, [Effect::Resume]);
+    let (_, asked) = machine.step(Event::Resumed);
+    let [Effect::Finish(End::RolledBack(failure))] = &asked[..] else { panic!("{asked:?}") };
+    assert_eq!(failure.reason, Reason::DeviceHangs);
+    assert!(failure.message.contains("whether its device 0 does"), "{}", failure.message);
+}
+
+#[test]
+fn what_the_destination_waits_for_is_passed_on() {
+    let mut all = AllSent::new(Driver::Agent);
+    let says = Failure::new(Reason::DeviceHangs, "at the destination, vf9");
+    let (machine, asked) = all.machine.clone().step(Event::PeerDoubts(says.clone()));
+    all.machine = machine;
+    assert_eq!(asked, [Effect::Doubt(says.clone())]);
+    all.hear(Event::SaveFinished);
+    all.hear(Event::Loaded);
+    assert_eq!(all.machine.phase(), Phase::AwaitingStarted);
+    // By its journal, too, when the stream is lost.
+    let word = Word { failure: Some(says.clone()), ..Word::at(Record::Starting) };
+    let (_, asked) = all.machine.step(Event::PeerSays(word));
+    assert_eq!(asked, [Effect::Doubt(says), Effect::AskPeer]);
 }

@@ -5,13 +5,14 @@ use slackwater_handover::source::{self, Source};
 use slackwater_handover::state::MigrationState;
 use slackwater_handover::{Reason, Record};
 
-use crate::effects::failure;
+use crate::effects::{How, failure};
 use crate::mutants::Mutant;
-use crate::world::{Config, Device, Process, Save, Side, World};
+use crate::world::{Config, Device, Line, Process, Save, Side, World};
 
 impl World {
     pub(crate) fn crash(&mut self, config: &Config, side: Side) {
         self.hang_up(side);
+        self.unstick(side);
         match side {
             Side::Source => {
                 // The VMM's stream ends with the agent.
@@ -29,6 +30,14 @@ impl World {
         match side {
             Side::Source => {
                 self.source.up = true;
+                if let Some(forgotten) = self.source.forgotten
+                    && Line::is_open(&self.source.journal)
+                {
+                    if !Mutant::acts_on_all(config.mutant) {
+                        return;
+                    }
+                    self.act_on_forgotten(config, forgotten);
+                }
                 let Some(line) = self.source.journal.filter(|line| line.ended.is_none()) else { return };
                 let vmm_gone = self.source.vmm != Process::Alive;
                 let devices = if vmm_gone { Vec::new() } else { found(&self.source.devices) };
@@ -58,11 +67,30 @@ impl World {
         }
     }
 
+    /// Takes up an earlier migration's journal besides the current one, and brings it to its end.
+    fn act_on_forgotten(&mut self, config: &Config, forgotten: Line) {
+        let current = std::mem::replace(&mut self.source.journal, Some(forgotten));
+        let vmm_gone = self.source.vmm != Process::Alive;
+        let devices = if vmm_gone { Vec::new() } else { found(&self.source.devices) };
+        let restarted = failure(Reason::AgentRestarted);
+        let found = source::Found { record: forgotten.record, devices, vmm_gone, failure: restarted };
+        self.source.attempt = forgotten.attempt;
+        let machine = Source::recover(&config.features, config.plan, config.driver, found);
+        self.source.machine = Some(machine);
+        self.source_event(config, source::Event::Start);
+        while !self.source.todo.is_empty() {
+            self.perform_at_source(config, 0, How::Well);
+        }
+        self.source.forgotten = None;
+        self.source.journal = current;
+    }
+
     /// All that was in the node's memory is gone, and its devices start anew.
     pub(crate) fn power_off(&mut self, config: &Config, side: Side) {
         match side {
             Side::Source => {
                 self.hang_up(side);
+                self.unstick(side);
                 self.save = Save::None;
                 self.source.crash();
                 self.source.power_off();

@@ -3,9 +3,11 @@
 //! records of one journal keep their order.
 
 use slackwater_handover::policy::Driver;
+use slackwater_handover::source::Source;
 use slackwater_handover::state::{MigrationState, path};
 use slackwater_handover::{Blob, Failure, Reason, Record, destination, source};
 
+use crate::kinds::Kind;
 use crate::mutants::Mutant;
 use crate::properties::Rule;
 use crate::rules::{quiesced_together, woken_together};
@@ -73,7 +75,7 @@ impl World {
         let attempt = self.destination.attempt;
         for effect in Mutant::instead(config.mutant, effects) {
             match effect {
-                destination::Effect::Report(_) => {}
+                destination::Effect::Report(_) | destination::Effect::Doubt(_) => {}
                 destination::Effect::ConfirmReserved => self.reserved = self.reserved.max(attempt),
                 destination::Effect::SendReady => self.send_back(attempt, Back::Ready),
                 destination::Effect::SendLoaded => self.send_back(attempt, Back::Loaded),
@@ -91,6 +93,10 @@ impl World {
     pub(crate) fn perform_at_source(&mut self, config: &Config, index: usize, how: How) {
         use source::{Effect, Event};
         let effect = self.source.todo.remove(index);
+        let device = Kind::device_of_source(&effect);
+        if device.is_some_and(|device| self.stuck == Some((Side::Source, device))) {
+            self.unstick(Side::Source);
+        }
         let there = self.source.vmm == Process::Alive;
         let fails = how == How::CallFails;
         let vmm_failed = || failure(Reason::VmmFailed);
@@ -130,7 +136,8 @@ impl World {
                     device.refused |= aborted;
                     Event::DeviceFailed(index, break_device(device, found), failure(Reason::DeviceFailed))
                 } else {
-                    let to = Mutant::moves_to(config.mutant, to);
+                    let phase = self.source.machine.as_ref().map(Source::phase);
+                    let to = Mutant::moves_to(config.mutant, phase, to);
                     self.move_source_device(config, index, to);
                     Event::DeviceReached(index, to)
                 }
@@ -187,7 +194,7 @@ impl World {
                 Event::Released
             }
             Effect::Finish(end) => {
-                self.finish_source(&end);
+                self.finish_source(&end, how);
                 return;
             }
             // Answered by a message: see `messages`.
@@ -200,6 +207,10 @@ impl World {
     pub(crate) fn perform_at_destination(&mut self, config: &Config, index: usize, how: How) {
         use destination::{Effect, Event};
         let effect = self.destination.todo.remove(index);
+        let device = Kind::device_of_destination(&effect);
+        if device.is_some_and(|device| self.stuck == Some((Side::Destination, device))) {
+            self.unstick(Side::Destination);
+        }
         let there = self.destination.vmm == Process::Alive;
         let fails = how == How::CallFails;
         let device_failed = |index| Event::DeviceFailed(index, None, failure(Reason::DeviceFailed));
@@ -251,6 +262,8 @@ impl World {
             Effect::Resume => Event::Failed(failure(Reason::TwinFailed)),
             Effect::Discard => {
                 self.check_giving_up();
+                self.unstick(Side::Destination);
+                self.destination.todo.retain(|effect| Kind::device_of_destination(effect).is_none());
                 self.destination.vmm = Process::None;
                 self.destination.runs = false;
                 self.destination.devices.fill(Device::RUNNING);
@@ -262,13 +275,45 @@ impl World {
                     destination::End::Discarded(_) => Ended::Discarded,
                     destination::End::Stuck(_) => Ended::Lost,
                 };
-                self.destination.finish(ended);
+                match how {
+                    How::Well => self.destination.finish(ended),
+                    _ => self.destination.fail_to_finish(ended),
+                }
                 self.say(Side::Destination);
                 return;
             }
             _ => return,
         };
         self.destination_event(config, event);
+    }
+
+    /// The call to a device, which has begun, does not return in its time.
+    pub(crate) fn hang(&mut self, config: &Config, side: Side, index: usize) {
+        self.stuck = Some((side, index));
+        match side {
+            Side::Source => {
+                let to = self.source.todo.iter().find_map(|effect| match effect {
+                    source::Effect::SetState(of, to) if *of == index => Some(*to),
+                    _ => None,
+                });
+                let device = &mut self.source.devices[index];
+                device.hangs = to.or(Some(device.at));
+                device.late = true;
+                if let Some(event) = Mutant::hangs(config.mutant, index) {
+                    self.source_event(config, event);
+                }
+            }
+            Side::Destination => {
+                let to = self.destination.todo.iter().find_map(|effect| match effect {
+                    destination::Effect::SetState(of, to) if *of == index => Some(*to),
+                    _ => None,
+                });
+                let device = &mut self.destination.devices[index];
+                device.hangs = to.or(Some(device.at));
+                let event = destination::Event::DeviceHangs(index, failure(Reason::DeviceHangs));
+                self.destination_event(config, event);
+            }
+        }
     }
 
     /// True if a stream has been opened: it was, if the destination waits for one of this attempt.
@@ -331,7 +376,8 @@ impl World {
                 self.source_event(config, source::Event::DeviceReached(index, MigrationState::Running));
             }
         }
-        if !self.source.devices_run() {
+        // What a VMM does with its own devices, it does before.
+        if !self.source.devices_run() || self.source.devices.iter().any(|device| device.hangs.is_some()) {
             self.broken.insert(Rule::WakeTogether);
         }
         self.source.runs = true;
@@ -452,7 +498,7 @@ impl World {
         self.said.extend(said);
     }
 
-    fn finish_source(&mut self, end: &source::End) {
+    fn finish_source(&mut self, end: &source::End, how: How) {
         let attempt = self.source.attempt;
         let ended = match end {
             source::End::Succeeded => Ended::Succeeded,
@@ -467,7 +513,27 @@ impl World {
                 self.broken.insert(Rule::HalfRollback);
             }
         }
-        self.source.finish(ended);
+        match how {
+            How::Well => self.source.finish(ended),
+            _ => self.source.fail_to_finish(ended),
+        }
+    }
+
+    /// The end of an attempt is written after all.
+    pub(crate) fn record_end(&mut self, side: Side) {
+        match side {
+            Side::Source => {
+                if let Some(ended) = self.source.unrecorded {
+                    self.source.finish(ended);
+                }
+            }
+            Side::Destination => {
+                if let Some(ended) = self.destination.unrecorded {
+                    self.destination.finish(ended);
+                    self.say(side);
+                }
+            }
+        }
     }
 }
 

@@ -26,6 +26,7 @@ const SMALL: Config = Config {
     doubts: false,
     relayed: false,
     power: 0,
+    hangs: false,
     statements: Statements::None,
     mutant: None,
 };
@@ -51,7 +52,7 @@ fn holds(name: &str, config: Config, states: Option<usize>) {
     let discoveries = checker.discoveries();
     let situations = match config.again {
         Again::Never => properties::reachable(config.faults),
-        Again::Later | Again::FromTheStart => &properties::AGAIN,
+        Again::Later | Again::FromTheStart | Again::BeforeTheEnd => &properties::AGAIN,
     };
     for situation in situations {
         assert!(discoveries.contains_key(situation), "never reached: {situation}");
@@ -253,7 +254,55 @@ fn an_agent_that_lets_the_vm_run_before_aborted_is_recorded_is_found() {
 }
 
 #[test]
+fn a_vm_that_is_free_for_another_migration_before_its_end_is_durable_is_found() {
+    let config = Config { again: Again::BeforeTheEnd, faults: 1, ..SMALL };
+    is_caught(Mutant::EndNotDurable, config, &[properties::NO_FORK]);
+}
+
+#[test]
+fn an_agent_that_acts_on_none_of_several_open_journals_of_a_vm_never_forks_it() {
+    let mutant = Some(Mutant::EndNotDurableButHeld);
+    let config = Config { again: Again::BeforeTheEnd, faults: 1, mutant, ..SMALL };
+    let checker = Handover(config).checker().threads(2).finish_when(HasDiscoveries::All).spawn_bfs().join();
+    println!("held: {} states", checker.unique_state_count());
+    for property in [properties::NO_FORK, properties::TWO_RUNNERS, properties::ABORTED_FIRST] {
+        if let Some(path) = checker.discovery(property) {
+            panic!("{property}\n{}", describe(path));
+        }
+    }
+    // It came as far as it had to for that: both journals were there when an agent restarted.
+    assert!(checker.discovery(properties::BOTH_HELD).is_some());
+}
+
+#[test]
 fn a_word_of_a_later_migration_is_found() {
     let config = Config { again: Again::FromTheStart, faults: 1, ..SMALL };
     is_caught(Mutant::LaterMigration, config, &[properties::NO_FORK]);
+}
+
+/// Two devices, of which one may hang.
+fn hangs() -> Config {
+    let p2p = Features { pre_copy: false, ..Features::ALL };
+    Config { features: vec![p2p; 2], faults: 1, hangs: true, ..SMALL }
+}
+
+#[test]
+fn a_device_that_hangs_holds_up_nothing_but_its_own_vm() {
+    holds("hangs", hangs(), Some(1_500_000));
+}
+
+#[test]
+fn a_device_that_hangs_holds_up_no_vmm_that_drives_its_devices() {
+    let config = Config { features: vec![Features::ALL], driver: Driver::Vmm, ..hangs() };
+    holds("hangs, driven by the VMM", config, None);
+}
+
+#[test]
+fn a_device_that_hangs_in_silence_is_found() {
+    is_caught(Mutant::HangsInSilence, hangs(), &[properties::HOLDS_UP_NOTHING]);
+}
+
+#[test]
+fn a_wake_without_the_device_that_hangs_is_found() {
+    is_caught(Mutant::WakeWithoutTheHungOne, hangs(), &[properties::WAKE_TOGETHER]);
 }

@@ -68,10 +68,31 @@ impl Kind {
         })
     }
 
+    /// The device that an effect is a call to.
+    pub(crate) fn device_of_source(effect: &source::Effect) -> Option<usize> {
+        use source::Effect;
+        match effect {
+            Effect::SetState(index, _) | Effect::ReadState(index) | Effect::Reset(index) => Some(*index),
+            _ => None,
+        }
+    }
+
+    /// The same at the destination.
+    pub(crate) fn device_of_destination(effect: &destination::Effect) -> Option<usize> {
+        use destination::Effect;
+        match effect {
+            Effect::SetState(index, _) | Effect::Check(index) => Some(*index),
+            _ => None,
+        }
+    }
+
     /// How it can go.
     pub(crate) fn ways(self, may: Faults) -> Vec<How> {
         let mut ways = match self {
             Self::Record if may.write => [false, true].map(|stands| How::WriteFails { stands }).to_vec(),
+            // A restart makes no difference between an end that stands although the write failed, and one
+            // that was written.
+            Self::Finish if may.write => vec![How::WriteFails { stands: false }],
             Self::DeviceStep if may.device => [None, Some(false), Some(true)].map(How::DeviceFails).to_vec(),
             Self::Sending | Self::StartTwin if may.device => vec![How::DeviceFails(None)],
             _ => Vec::new(),

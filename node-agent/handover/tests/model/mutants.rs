@@ -1,4 +1,4 @@
-//! The protocol, broken in nine ways. Each is made outside the two machines, in what performs their effects
+//! The protocol, broken in eleven ways. Each is made outside the two machines, in what performs their effects
 //! or brings them their events, so that the machines of the product have no switch for it.
 
 use slackwater_handover::state::MigrationState;
@@ -25,8 +25,17 @@ pub(crate) enum Mutant {
     StopWithoutBarrier,
     /// An agent that restarts lets the VM run before it has recorded ABORTED.
     WakeAtRestart,
+    /// A VM whose migration has ended is free for another one before that is in the journal, and an agent that
+    /// restarts acts on every open journal.
+    EndNotDurable,
+    /// The same, but an agent that restarts acts on none of several open journals of a VM.
+    EndNotDurableButHeld,
     /// An end that an earlier migration has left open takes the words of a later one for its own.
     LaterMigration,
+    /// Nobody tells the source that a device of it hangs.
+    HangsInSilence,
+    /// The source takes a device that hangs for one that has come as far as the others.
+    WakeWithoutTheHungOne,
 }
 
 impl Mutant {
@@ -85,11 +94,39 @@ impl Mutant {
         mutant == Some(Self::StreamEndsTheSave)
     }
 
-    /// Where a device of the source goes when it is to go to `to`.
-    pub(crate) fn moves_to(mutant: Option<Self>, to: MigrationState) -> MigrationState {
+    /// Where a device of the source goes when it is to go to `to` in this phase.
+    pub(crate) fn moves_to(
+        mutant: Option<Self>,
+        phase: Option<source::Phase>,
+        to: MigrationState,
+    ) -> MigrationState {
+        let quiesces = phase == Some(source::Phase::Quiescing);
         match to {
-            MigrationState::Stop if mutant == Some(Self::StopWithoutBarrier) => MigrationState::StopCopy,
+            MigrationState::Stop if quiesces && mutant == Some(Self::StopWithoutBarrier) => {
+                MigrationState::StopCopy
+            }
             to => to,
+        }
+    }
+
+    /// Whether a VM is free for another migration before the end of the first is in the journal.
+    pub(crate) fn frees_before_the_end(mutant: Option<Self>) -> bool {
+        matches!(mutant, Some(Self::EndNotDurable | Self::EndNotDurableButHeld))
+    }
+
+    /// Whether an agent that restarts acts on several open journals of a VM.
+    pub(crate) fn acts_on_all(mutant: Option<Self>) -> bool {
+        mutant == Some(Self::EndNotDurable)
+    }
+
+    /// What the source hears when a call to a device does not return.
+    pub(crate) fn hangs(mutant: Option<Self>, index: usize) -> Option<source::Event> {
+        match mutant {
+            Some(Self::HangsInSilence) => None,
+            Some(Self::WakeWithoutTheHungOne) => {
+                Some(source::Event::DeviceReached(index, MigrationState::RunningP2p))
+            }
+            _ => Some(source::Event::DeviceHangs(index, Failure::new(Reason::DeviceHangs, "it hangs"))),
         }
     }
 

@@ -1,10 +1,12 @@
 //! What must hold, wherever the world goes.
 
 use slackwater_handover::Record;
+use slackwater_handover::policy::Driver;
+use slackwater_handover::state::{Features, MigrationState};
 use stateright::Property;
 
 use crate::steps::Handover;
-use crate::world::{Ended, LeftOver, Line, Process, Said, Side, World};
+use crate::world::{Device, Ended, LeftOver, Line, Process, Said, Side, World};
 
 /// A rule that an action breaks, at the moment of the action.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -52,6 +54,8 @@ pub(crate) const COPY_IS_USED: &str =
 pub(crate) const NO_ALARM: &str = "without a decision the operator sees no fork";
 pub(crate) const DECISION_HELPS: &str =
     "where an administrator has decided, the VM runs, though the other node stays off";
+pub(crate) const HOLDS_UP_NOTHING: &str = "a device that hangs before the commit, and for good, holds up only its own VM: D gives everything back, and S \
+     has recorded ABORTED, keeps the vCPUs paused and has the other devices in RUNNING_P2P";
 pub(crate) const NOTHING_HELD: &str =
     "in the end both ends have ended, and D holds nothing unless it runs the VM";
 
@@ -80,6 +84,9 @@ pub(crate) const AGAIN: [&str; 2] = [
     "the VM arrives by another migration while the first one's destination is still open",
     "the VM moves on while the first migration's source is still open",
 ];
+
+/// Only a broken protocol comes there: an agent has restarted with two open journals of its VM.
+pub(crate) const BOTH_HELD: &str = "two open journals of one VM are held";
 
 macro_rules! kept {
     ($name:expr, $rule:expr) => {
@@ -113,6 +120,9 @@ pub(crate) fn all() -> Vec<Property<Handover>> {
         Property::always(NOTHING_HELD, |model: &Handover, world: &World| {
             model.when_healed(world, nothing_held)
         }),
+        Property::always(HOLDS_UP_NOTHING, |model: &Handover, world: &World| {
+            world.stuck.is_none() || model.while_it_hangs(world, holds_up_nothing)
+        }),
         kept!(NO_ALARM, Rule::SeesFork),
         Property::always(DECISION_HELPS, |model: &Handover, world: &World| {
             world.operator.decision.is_none() || model.when_repaired(world, decision_helps)
@@ -132,6 +142,13 @@ pub(crate) fn all() -> Vec<Property<Handover>> {
                 && !world.destination.up
                 && has_committed(world)
                 && world.destination.has_recorded(1, Record::Loaded)
+        }),
+        Property::sometimes(BOTH_HELD, |_, world: &World| {
+            world.source.up
+                && world.source.machine.is_none()
+                && world.source.forgotten.is_some()
+                && has_committed(world)
+                && world.destination.runs
         }),
         Property::sometimes(AGAIN[0], |_, world: &World| {
             arrived(world) && world.left_over.as_ref().is_some_and(|end| end.side() == Side::Destination)
@@ -186,6 +203,28 @@ fn decision_helps(world: &World) -> bool {
         }
         None => true,
     }
+}
+
+/// Where the source is on its way back. The VMM of a VM whose devices it drives takes the VM back by itself.
+fn holds_up_nothing(model: &Handover, world: &World) -> bool {
+    let Some(line) = world.source.journal else { return true };
+    if world.stuck.is_none_or(|(side, _)| side == Side::Destination) || line.ended.is_some() {
+        let goes_on = matches!(line.record, Record::Committed | Record::Released);
+        return goes_on || line.ended.is_some() && (could_not_run(world) || nothing_held(world));
+    }
+    if matches!(line.record, Record::Committed | Record::Released) {
+        return true;
+    }
+    let others = world.source.devices.iter().zip(&model.0.features);
+    let wait = |(device, features): (&Device, &Features)| {
+        let runs = [MigrationState::Running, MigrationState::RunningP2p, MigrationState::PreCopy];
+        device.hangs.is_some() || device.refused || !features.p2p || runs.contains(&device.at)
+    };
+    line.record == Record::Aborted
+        && model.0.driver == Driver::Agent
+        && !world.source.runs
+        && others.into_iter().all(wait)
+        && world.destination.journal.is_none_or(|line| line.ended.is_some())
 }
 
 fn copy_is_used(world: &World) -> bool {

@@ -31,6 +31,7 @@ fn config(features: Vec<Features>, plan: StopPlan, driver: Driver) -> Config {
         doubts: false,
         relayed: false,
         power: 0,
+        hangs: true,
         statements: Statements::None,
         mutant: None,
     }

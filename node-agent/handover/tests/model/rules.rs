@@ -69,20 +69,26 @@ pub(crate) fn quiesced_together(config: &Config, devices: &[Device], way: &[Migr
 }
 
 /// I4: no device leaves STOP before all hold their state, and none enters RUNNING before all are in
-/// RUNNING_P2P, where they have it.
+/// RUNNING_P2P, where they have it. One that hangs takes nothing in and gives nothing out, so it keeps no other
+/// in STOP, nor does it when it answers; but where it is nobody knows, so none runs without it.
 pub(crate) fn woken_together(
     config: &Config,
     devices: &[Device],
     at: MigrationState,
     way: &[MigrationState],
 ) -> bool {
-    let all = |holds: fn(MigrationState) -> bool| {
-        devices.iter().filter(|device| !device.refused).all(|device| holds(device.at))
+    let all = |holds: fn(MigrationState) -> bool, late_ones: bool| {
+        let counts =
+            |device: &&Device| !device.refused && device.hangs.is_none() && (late_ones || !device.late);
+        devices.iter().filter(counts).all(|device| holds(device.at))
     };
     let holds_state = |at| !matches!(at, MigrationState::Resuming | MigrationState::StopCopy);
     let runs_p2p = |at: MigrationState| !at.is_stopped() && at != MigrationState::Resuming;
+    let leads_to_running = (MigrationState::RunningP2p, Some(MigrationState::Running));
+    let one_hangs =
+        devices.iter().any(|device| device.hangs.is_some() && (device.at, device.hangs) != leads_to_running);
     let leaves_stop = at == MigrationState::Stop && devices.len() > 1;
     let enters_running =
         way.contains(&MigrationState::Running) && config.features.iter().all(|features| features.p2p);
-    (!leaves_stop || all(holds_state)) && (!enters_running || all(runs_p2p))
+    (!leaves_stop || all(holds_state, false)) && (!enters_running || (all(runs_p2p, true) && !one_hangs))
 }

@@ -21,6 +21,7 @@ pub(crate) enum LeftOverStep {
     Patience,
     Crash,
     Restart,
+    RecordEnd,
 }
 
 impl Handover {
@@ -29,6 +30,9 @@ impl Handover {
     pub(crate) fn may_migrate_again(&self, world: &World) -> bool {
         let (source, destination) = (&world.source, &world.destination);
         let stays = |ended| matches!(ended, Some(Ended::RolledBack | Ended::Refused));
+        if Mutant::frees_before_the_end(self.0.mutant) && stays(source.unrecorded) && source.runs {
+            return world.attempt == self.0.attempts;
+        }
         let kept = source.journal.is_some_and(|line| stays(line.ended))
             && source.runs
             && Line::is_open(&destination.journal);
@@ -51,6 +55,13 @@ impl Handover {
             {
                 push(LeftOverStep::Effect(index, how));
             }
+        }
+        let unrecorded = match side {
+            Side::Source => here.source.unrecorded,
+            Side::Destination => here.destination.unrecorded,
+        };
+        if unrecorded.is_some() {
+            push(LeftOverStep::RecordEnd);
         }
         let (up, off, attempt, over) = match side {
             Side::Source => {
@@ -107,6 +118,7 @@ impl Handover {
                 }
             }
             LeftOverStep::Restart => world.restart(config, side),
+            LeftOverStep::RecordEnd => world.record_end(side),
         }
         world.swap_left_over();
     }
@@ -136,6 +148,11 @@ impl World {
             };
             LeftOver::Source(std::mem::replace(&mut self.source, source))
         } else {
+            // The next migration has a journal of its own, on the same disk.
+            if self.source.unrecorded.take().is_some() {
+                self.source.forgotten = self.source.journal.take();
+                self.source.shown = None;
+            }
             let end = std::mem::replace(&mut self.destination, next);
             let verified = std::mem::take(&mut self.verified);
             LeftOver::Destination { end, verified, loaded: std::mem::take(&mut self.loaded) }
@@ -173,5 +190,34 @@ pub(crate) fn second_migration(config: &Config, open: Side) -> World {
     assert_eq!(world.left_over.as_ref().map(LeftOver::side), Some(open), "{world:#?}");
     world.faults_left = config.faults;
     world.power_left = config.power;
+    world
+}
+
+/// The world in which a second migration has committed although the end of the first, which was rolled back, is
+/// not in the journal: the agent has freed the VM too early.
+pub(crate) fn migration_before_the_end(config: &Config) -> World {
+    let first = Config { again: Again::Later, faults: 1, power: 0, ..config.clone() };
+    let mut given_up = false;
+    let mut world = walk(&Handover(first), |world, steps| {
+        if world.left_over.is_some() && world.source.has_recorded(2, Record::Committed) {
+            return None;
+        }
+        let find = |wanted: fn(&Step) -> bool| steps.iter().copied().find(wanted);
+        if world.stream.is_some() && !std::mem::replace(&mut given_up, world.stream.is_some()) {
+            return find(|step| *step == Step::Deadline);
+        }
+        let aborted = world.source.has_recorded(1, Record::Aborted);
+        find(|step| *step == Step::MigrateAgain)
+            .or_else(|| {
+                find(|step| matches!(step, Step::Effect(Side::Source, _, How::WriteFails { .. })))
+                    .filter(|_| aborted)
+            })
+            .or_else(|| find(|step| matches!(step, Step::Effect(_, _, How::Well))))
+            .or_else(|| find(|step| matches!(step, Step::Reserve | Step::Migrate | Step::Deliver(_))))
+    })
+    .expect_kept();
+    assert!(world.source.forgotten.is_some(), "{world:#?}");
+    world.faults_left = config.faults;
+    world.write_fault = None;
     world
 }

@@ -12,7 +12,7 @@ use crate::kinds::{Faults, Kind};
 use crate::mutants::Mutant;
 use crate::operator::{Act, Operator};
 use crate::properties;
-use crate::second_migration::{LeftOverStep, second_migration};
+use crate::second_migration::{LeftOverStep, migration_before_the_end, second_migration};
 use crate::world::{Again, Config, Ended, Line, Process, Said, Save, Side, World};
 
 /// Two agents, an operator, and everything that may happen to them.
@@ -34,6 +34,8 @@ pub(crate) enum Step {
     Effect(Side, usize, How),
     /// The save of the source's VMM ends after its last byte, well or not.
     EndSave(bool),
+    /// The end of an attempt, which could not be written before, is written at this side.
+    RecordEnd(Side),
     /// The next message of the stream arrives at this side.
     Deliver(Side),
     /// This side notices that the stream is broken.
@@ -51,6 +53,8 @@ pub(crate) enum Step {
     Deadline,
     /// The source has been silent for too long, by the destination's clock.
     Silence,
+    /// The call to a device has not returned in its time.
+    Hang(Side, usize),
     Crash(Side),
     Restart(Side),
     /// The process that holds the VM on this side ends.
@@ -67,6 +71,11 @@ impl Handover {
     pub(crate) fn effects(&self, world: &World, steps: &mut Vec<Step>) {
         steps.extend(self.effects_at(world, Side::Source));
         steps.extend(self.effects_at(world, Side::Destination));
+        for (side, unrecorded) in
+            [(Side::Source, world.source.unrecorded), (Side::Destination, world.destination.unrecorded)]
+        {
+            steps.extend(unrecorded.map(|_| Step::RecordEnd(side)));
+        }
         if world.save == Save::Draining {
             steps.push(Step::EndSave(true));
             steps.extend(self.calls_may_fail(world).then_some(Step::EndSave(false)));
@@ -198,7 +207,11 @@ impl Handover {
         {
             steps.push(Step::TryAgain);
         }
-        if self.0.again == Again::Later && world.left_over.is_none() && self.may_migrate_again(world) {
+        if self.0.again == Again::Later
+            && world.left_over.is_none()
+            && world.stuck.is_none()
+            && self.may_migrate_again(world)
+        {
             steps.push(Step::MigrateAgain);
         }
     }
@@ -215,6 +228,12 @@ impl Handover {
         }
         if world.destination.machine.as_ref().is_some_and(|m| m.phase() != destination::Phase::Finished) {
             steps.push(Step::Silence);
+        }
+        if self.0.hangs && world.faults_left > 0 && world.stuck.is_none() {
+            let source = world.source.todo.iter().filter_map(Kind::device_of_source);
+            let destination = world.destination.todo.iter().filter_map(Kind::device_of_destination);
+            steps.extend(source.map(|index| Step::Hang(Side::Source, index)));
+            steps.extend(destination.map(|index| Step::Hang(Side::Destination, index)));
         }
         if world.faults_left > 0 {
             steps.extend(world.source.up.then_some(Step::Crash(Side::Source)));
@@ -275,6 +294,7 @@ impl Handover {
                 }
                 world.end_save(config, well);
             }
+            Step::RecordEnd(side) => world.record_end(side),
             Step::Deliver(side) => world.deliver(config, side),
             Step::Notice(side) => world.notice(config, side),
             Step::Hear(said) => world.hear(config, said, false),
@@ -295,6 +315,10 @@ impl Handover {
             }
             Step::Deadline => self.lose_patience(world, Side::Source),
             Step::Silence => self.lose_patience(world, Side::Destination),
+            Step::Hang(side, index) => {
+                world.faults_left -= 1;
+                world.hang(config, side, index);
+            }
             Step::Crash(side) => {
                 world.faults_left -= 1;
                 world.crash(config, side);
@@ -323,6 +347,9 @@ impl Model for Handover {
     fn init_states(&self) -> Vec<World> {
         if self.0.again == Again::FromTheStart {
             return [Side::Source, Side::Destination].map(|side| second_migration(&self.0, side)).to_vec();
+        }
+        if self.0.again == Again::BeforeTheEnd {
+            return vec![migration_before_the_end(&self.0)];
         }
         vec![World::new(&self.0)]
     }

@@ -44,6 +44,8 @@ pub(crate) struct Config {
     pub relayed: bool,
     /// How often a node loses its power.
     pub power: u8,
+    /// A call to a device may take longer than it should, and may never return. That counts as a fault.
+    pub hangs: bool,
     /// What an administrator may state then.
     pub statements: Statements,
     pub mutant: Option<Mutant>,
@@ -57,6 +59,9 @@ pub(crate) enum Again {
     Later,
     /// The world begins with it, and with what the first has left open: a destination, or a source.
     FromTheStart,
+    /// The world begins when it has committed, and the end of the first is not in the journal of the source:
+    /// only a broken protocol comes there.
+    BeforeTheEnd,
 }
 
 impl Config {
@@ -132,11 +137,21 @@ pub(crate) struct Device {
     pub stopped: bool,
     /// It failed on its way back: it takes no part in the barriers any more, and is reset.
     pub refused: bool,
+    /// It has not returned in its time from a call that takes it to this state, or only reads it.
+    pub hangs: Option<MigrationState>,
+    /// It has hung, and got to STOP_COPY when the others were on their way back already.
+    pub late: bool,
 }
 
 impl Device {
-    pub(crate) const RUNNING: Self =
-        Self { at: MigrationState::Running, quiesced: false, stopped: false, refused: false };
+    pub(crate) const RUNNING: Self = Self {
+        at: MigrationState::Running,
+        quiesced: false,
+        stopped: false,
+        refused: false,
+        hangs: None,
+        late: false,
+    };
 
     /// It has got to `to`.
     pub(crate) fn moved(self, to: MigrationState) -> Self {
@@ -147,6 +162,8 @@ impl Device {
                 quiesced: self.quiesced || at.is_p2p(),
                 stopped: self.stopped || at == MigrationState::Stop,
                 refused: self.refused,
+                hangs: None,
+                late: self.late && at == MigrationState::StopCopy,
             },
         }
     }
@@ -170,6 +187,10 @@ pub(crate) struct End<Machine, Effect> {
     /// A write has failed although the disk holds what it wrote: until the agent restarts it shows this
     /// instead.
     pub shown: Option<Line>,
+    /// The attempt has ended, and that could not be written yet. The VM and its devices stay held.
+    pub unrecorded: Option<Ended>,
+    /// An open journal of an earlier migration of the same VM on this node.
+    pub forgotten: Option<Line>,
     pub vmm: Process,
     /// vCPUs run.
     pub runs: bool,
@@ -187,6 +208,8 @@ impl<Machine, Effect> End<Machine, Effect> {
             todo: Vec::new(),
             journal: None,
             shown: None,
+            unrecorded: None,
+            forgotten: None,
             vmm: Process::None,
             runs: false,
             devices: vec![Device::RUNNING; devices],
@@ -214,6 +237,16 @@ impl<Machine, Effect> End<Machine, Effect> {
             line.ended = Some(ended);
             self.shown = None;
         }
+        self.unrecorded = None;
+    }
+
+    /// The end cannot be written for now. The agent says all the same that the attempt has ended.
+    pub(crate) fn fail_to_finish(&mut self, ended: Ended) {
+        let attempt = self.attempt;
+        if let Some(line) = self.journal.filter(|line| line.attempt == attempt) {
+            self.shown = Some(Line { ended: Some(ended), ..self.shown.unwrap_or(line) });
+            self.unrecorded = Some(ended);
+        }
     }
 
     /// Cuts the node's power. See [`Self::crash`].
@@ -232,6 +265,7 @@ impl<Machine, Effect> End<Machine, Effect> {
         self.machine = None;
         self.todo.clear();
         self.shown = None;
+        self.unrecorded = None;
     }
 }
 
@@ -345,6 +379,8 @@ pub(crate) struct World {
     pub started: BTreeSet<u32>,
     pub faults_left: u8,
     pub power_left: u8,
+    /// The device whose call hangs: one at most.
+    pub stuck: Option<(Side, usize)>,
     /// A twin's process has ended by itself.
     pub twin_died: bool,
     /// Where a device step has failed.
@@ -378,6 +414,7 @@ impl World {
             started: BTreeSet::new(),
             faults_left: config.faults,
             power_left: config.power,
+            stuck: None,
             twin_died: false,
             device_fault: None,
             write_fault: None,
@@ -410,6 +447,20 @@ impl World {
                 std::mem::swap(loaded, &mut self.loaded);
             }
             None => {}
+        }
+    }
+
+    /// The call to the device that hangs returns, or ends with whoever made it.
+    pub(crate) fn unstick(&mut self, side: Side) {
+        if let Some((at, index)) = self.stuck
+            && at == side
+        {
+            self.stuck = None;
+            let devices = match side {
+                Side::Source => &mut self.source.devices,
+                Side::Destination => &mut self.destination.devices,
+            };
+            devices[index].hangs = None;
         }
     }
 

@@ -30,10 +30,10 @@ use slackwater_proto::transfer::{
 };
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Sleep, sleep};
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use self::peer::OpenBlob;
-use super::device::{DeviceOutcome, LastStates};
+use super::device::{DeviceOutcome, EndDevice, Hanging, LastStates};
 use super::entry::Ended;
 use super::receiving::VmmLoad;
 use super::tasks::Tasks;
@@ -43,6 +43,10 @@ use crate::host::clock::Clock;
 use crate::transfer::channel::Channel;
 use crate::vfio::worker::DeviceHandle;
 use crate::vmm::{DeviceSeen, Vmm};
+
+/// The first pause, and the longest, before a VM that runs here is made known again.
+const KEEP_AGAIN: (Duration, Duration) =
+    (Duration::from_millis(if cfg!(test) { 10 } else { 500 }), Duration::from_secs(10));
 
 type AnswerSender = mpsc::UnboundedSender<Result<HandoverResponse, Status>>;
 
@@ -74,6 +78,12 @@ impl From<DeviceOutcome> for Signal {
     }
 }
 
+impl From<Hanging> for Signal {
+    fn from(hanging: Hanging) -> Self {
+        Self::Event(hanging.into())
+    }
+}
+
 struct DestinationAttempt {
     parts: DestinationParts,
     tasks: Tasks<Signal>,
@@ -93,6 +103,8 @@ struct DestinationAttempt {
     failure: Option<Failure>,
     /// Why an administrator has stated the source's word in its place, if one has.
     stated_because: Option<String>,
+    /// What this end waits for, for whoever asks.
+    doubt: watch::Sender<Option<Failure>>,
     end: Option<End>,
 }
 
@@ -123,7 +135,11 @@ impl Silence {
 }
 
 impl DestinationAttempt {
-    fn new(parts: DestinationParts, reserved: watch::Sender<Option<Result<(), Failure>>>) -> Self {
+    fn new(
+        parts: DestinationParts,
+        reserved: watch::Sender<Option<Result<(), Failure>>>,
+        doubt: watch::Sender<Option<Failure>>,
+    ) -> Self {
         let (tasks, inbox) = Tasks::new();
         Self {
             parts,
@@ -138,6 +154,7 @@ impl DestinationAttempt {
             reserved,
             failure: None,
             stated_because: None,
+            doubt,
             end: None,
         }
     }
@@ -148,12 +165,16 @@ impl DestinationAttempt {
         let mut event = Event::Start;
         loop {
             let before = machine.phase();
+            let answers = matches!(event, Event::DeviceAnswers(_));
             let (next, effects) = machine.step(event);
             machine = next;
             if machine.phase() != before {
                 faults::halt(faults::End::Destination, machine.phase()).await;
             }
             self.failure = machine.failure().cloned();
+            if answers || machine.phase() != before {
+                self.doubt.send_replace(None);
+            }
             if effects.contains(&Effect::ConfirmReserved) {
                 silence.begin(self.parts.silence_timeout);
             }
@@ -212,7 +233,7 @@ impl DestinationAttempt {
                     Event::PeerSays(word) => self.stated_because.clone_from(&word.stated_because),
                     // The failure of a twin that did not even start has its last words already.
                     Event::Failed(failure) if failure.reason == Reason::TwinFailed && self.twin.is_some() => {
-                        failure.message.push_str(&self.parts.site.last_words());
+                        *failure = failure.clone().and(&self.parts.site.last_words());
                     }
                     _ => {}
                 }
@@ -310,6 +331,12 @@ impl DestinationAttempt {
             Effect::Resume => self.run_call(resume, Event::Resumed),
             Effect::SendStarted => self.answer(Message::Started(Started { at: now() })),
             Effect::SendFailed(failure) => self.answer(Message::Failed(Failed::from(&failure))),
+            Effect::Doubt(failure) => {
+                let migration = &self.parts.migration_id;
+                warn!(migration, %failure, "destination: the migration waits");
+                self.answer(Message::Doubt(transfer::Doubt::from(&failure)));
+                self.doubt.send_replace(Some(failure));
+            }
             Effect::Discard => tasks.run(self.discard()),
             Effect::Finish(end) => self.end = Some(end),
         }
@@ -340,16 +367,41 @@ impl DestinationAttempt {
         }
     }
 
+    /// Makes the VM known that runs here, again and again until that succeeds: before, nobody could find it,
+    /// and the attempt has not ended.
+    async fn keep(&mut self) {
+        let (mut pause, longest) = KEEP_AGAIN;
+        let mut told = false;
+        while let Err(why) = self.parts.site.keep().await {
+            if !std::mem::replace(&mut told, true) {
+                let migration = &self.parts.migration_id;
+                error!(migration, why, "the VM runs here, and could not be made known yet; trying again");
+            }
+            let mut rest = std::pin::pin!(sleep(pause));
+            pause = (pause * 2).min(longest);
+            loop {
+                tokio::select! {
+                    () = &mut rest => break,
+                    // Whatever comes now comes too late.
+                    Some(signal) = self.inbox.recv() => if let Signal::Release(_, reply) = signal {
+                        let _ = reply.send(Err(MayHaveRun));
+                    }
+                }
+            }
+        }
+        if told {
+            info!(migration = self.parts.migration_id, "the VM is known now");
+        }
+    }
+
     async fn finish(&mut self, end: End) -> Ending {
         let mut vmm = None;
         if let Some(twin) = self.twin.take() {
-            for device in twin.devices {
-                device.release().await;
-            }
+            EndDevice::close(twin.devices).await;
             vmm = Some(twin.vmm);
         }
         match &end {
-            End::Running => self.parts.site.keep().await,
+            End::Running => self.keep().await,
             End::Discarded(failure) => {
                 self.reserved.send_if_modified(|answer| {
                     let first = answer.is_none();

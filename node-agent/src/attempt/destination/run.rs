@@ -21,7 +21,7 @@ use tracing::info;
 use super::peer::{OpenBlob, describe_loss, receive_decisions};
 use super::{DestinationAttempt, Ending, Signal};
 use crate::attempt::entry::Process;
-use crate::attempt::ledger::Ledger;
+use crate::attempt::ledger::{EndRecord, Ledger};
 use crate::attempt::tasks::Signals;
 use crate::transfer::channel::Channel;
 use crate::transfer::incoming;
@@ -47,8 +47,11 @@ pub trait Site: Send + Sync {
     fn last_words(&self) -> String;
     /// Lets the devices take over the VM's network identity.
     fn activate_identity(&self) -> BoxFuture<'_, Result<(), Failure>>;
-    /// The VM runs here: makes it known.
-    fn keep(&self) -> BoxFuture<'_, ()>;
+    /// The VM runs here: makes it known. May be repeated.
+    ///
+    /// # Errors
+    /// Why it is not known yet, for a person.
+    fn keep(&self) -> BoxFuture<'_, Result<(), String>>;
     /// Nothing has run: ends the twin and clears everything away.
     fn discard(&self) -> BoxFuture<'_, ()>;
 }
@@ -96,6 +99,7 @@ pub struct DestinationRun {
     end: watch::Receiver<Option<End>>,
     free: watch::Receiver<bool>,
     ledger: Ledger,
+    doubt: watch::Receiver<Option<Failure>>,
 }
 
 impl DestinationRun {
@@ -105,7 +109,8 @@ impl DestinationRun {
         let (finish, end) = watch::channel(None);
         let (release, free) = watch::channel(false);
         let (site, ledger) = (Arc::clone(&parts.site), parts.ledger.clone());
-        let attempt = DestinationAttempt::new(parts, reserve);
+        let (report, doubt) = watch::channel(None);
+        let attempt = DestinationAttempt::new(parts, reserve, report);
         let signals = attempt.tasks.signals();
         tokio::spawn(async move {
             let Ending { end, vmm } = attempt.run().await;
@@ -121,7 +126,7 @@ impl DestinationRun {
             }
             release.send_replace(true);
         });
-        Self { signals, reserved, end, free, ledger }
+        Self { signals, reserved, end, free, ledger, doubt }
     }
 
     /// An attempt that ended under an earlier agent: only its journal is left.
@@ -133,12 +138,26 @@ impl DestinationRun {
         let (_, reserved) = watch::channel(Some(reserved));
         let (_, end) = watch::channel(Some(end));
         let (_, free) = watch::channel(true);
-        Self { signals: Signals::of_ended(), reserved, end, free, ledger }
+        let (_, doubt) = watch::channel(None);
+        Self { signals: Signals::of_ended(), reserved, end, free, ledger, doubt }
     }
 
-    /// Its word: what its journal says.
+    /// Its word: what its journal says, and what it waits for.
     pub fn journalled(&self) -> JournalState {
-        self.ledger.state()
+        let mut state = self.ledger.state();
+        if let Some(Failure { reason, message }) = &*self.doubt.borrow()
+            && !state.ended
+            && state.reason.is_empty()
+        {
+            state.reason = reason.as_str().to_owned();
+            state.message.clone_from(message);
+        }
+        state
+    }
+
+    /// Whether its end is durable: before that, the VM and its devices are not free.
+    pub fn end_record(&self) -> watch::Receiver<EndRecord> {
+        self.ledger.end()
     }
 
     /// What the source has journalled: it says so when it asks, or the operator relays it.

@@ -24,6 +24,9 @@ use crate::vfio::worker::DeviceHandle;
 /// How long the signals on the devices' interrupt lines may take. The VM runs already.
 const LINES: Duration = Duration::from_secs(1);
 
+/// How long a look at a device may take then.
+const LOOK: Duration = Duration::from_secs(1);
+
 impl DestinationAttempt {
     pub(super) fn start_twin(&self) -> impl Future<Output = Signal> + Send + use<> {
         let site = Arc::clone(&self.parts.site);
@@ -35,11 +38,15 @@ impl DestinationAttempt {
         }
     }
 
-    /// Waits for the end of the twin's process, and follows what the twin reports by itself.
+    /// Waits for the end of the twin's process, follows what the twin reports by itself, and watches for
+    /// devices that hang.
     pub(super) fn watch_twin(&mut self, twin: &Twin) {
         self.last_states = LastStates::running(&twin.devices);
         self.tasks.forward(twin.vmm.watch_devices().map(UnboundedReceiverStream::new), Signal::DeviceSeen);
         self.tasks.forward(twin.vmm.take_replies().map(ReceiverStream::new), Signal::Reply);
+        for device in EndDevice::all(Role::Destination, &twin.devices) {
+            self.tasks.detach(device.report_hangs(self.tasks.signals()));
+        }
         let vmm = Arc::clone(&twin.vmm);
         self.tasks.run_until_end(async move {
             vmm.exited().await;
@@ -95,9 +102,7 @@ impl DestinationAttempt {
         async move {
             stopped.await;
             let devices = twin.map(|twin| EndDevice::all(Role::Destination, &twin.devices));
-            for device in devices.unwrap_or_default() {
-                device.give_back().await;
-            }
+            EndDevice::give_back(devices.unwrap_or_default()).await;
             site.discard().await;
             Event::Discarded
         }
@@ -111,12 +116,18 @@ async fn look_after_resume(devices: &[EndDevice], signals: &Signals<Signal>) {
     if timeout(LINES, released).await.is_err() {
         warn!("the VM runs, but a device's INTx could not be signalled within {LINES:?}");
     }
-    for device in devices {
-        if let Ok(seen) = device.look().await {
-            if seen.state != MigrationState::Running {
-                warn!(device = device.handle.name(), state = %seen.state, "the VM runs, but a device of it does not");
+    let looks = join_all(devices.iter().map(|device| timeout(LOOK, device.look())));
+    for (look, device) in looks.await.into_iter().zip(devices) {
+        let device = device.handle.name();
+        match look {
+            Ok(Ok(seen)) => {
+                if seen.state != MigrationState::Running {
+                    warn!(device, state = %seen.state, "the VM runs, but a device of it does not");
+                }
+                signals.send(Signal::DeviceSeen(seen));
             }
-            signals.send(Signal::DeviceSeen(seen));
+            Ok(Err(_)) => {}
+            Err(_) => warn!(device, "the VM runs, but a device of it does not answer a look within {LOOK:?}"),
         }
     }
 }

@@ -7,17 +7,23 @@
 //! | version | what is different |
 //! |---|---|
 //! | 1 | numbers and arrays without names (`version_1.rs`) |
-//! | 2 | the fields of [`Entry`] |
+//! | 2 | the fields of [`Entry`]. `end.monitor` may be missing: earlier agents did not write it |
 //!
 //! A change of a field here needs a new version (`journal/format.rs`) and a reader for the one before it.
 
+mod room;
 mod version_1;
+
+pub use room::NoRoom;
+
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use slackwater_handover::policy::PeerToPeer;
 use slackwater_handover::{Failure, Reason, Record, Word};
 use slackwater_proto::node::{self, DevicePair, Finished, JournalState, MigrationFeatures};
 
+use crate::host::vm::{VmmEntry, VmmKind};
 use crate::journal::Content;
 use crate::vfio::borrow::ProcessIdentity;
 
@@ -69,6 +75,10 @@ pub enum EndEntry {
         /// When the phases that the timings need were reached: CLOCK_MONOTONIC of the boot in which they
         /// were, in nanoseconds.
         marks: Marks,
+        /// How the VMM is reached, whatever becomes of the VM's vm.json. None in the journals of agents that
+        /// did not write it.
+        #[serde(default)]
+        monitor: Option<Monitor>,
     },
     /// The VM lands here.
     Destination {
@@ -80,7 +90,30 @@ pub enum EndEntry {
         claim: Vec<u8>,
         /// For so long the source may be silent before LOADED.
         silence_timeout_ms: u64,
+        /// The number of the user that the twin runs as. An older agent
+        /// has started twins as its own.
+        #[serde(default)]
+        twin_user: Option<u32>,
     },
+}
+
+/// How the VMM of a VM is reached.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Monitor {
+    /// The VMM's protocol.
+    pub kind: VmmKind,
+    /// The absolute path of its socket.
+    pub socket: PathBuf,
+    /// QEMU's names of the VM's devices.
+    pub devices: Vec<String>,
+}
+
+impl Monitor {
+    /// As a `vm.json` has it.
+    pub fn vmm(&self) -> VmmEntry {
+        VmmEntry { kind: self.kind, socket: self.socket.clone(), devices: self.devices.clone() }
+    }
 }
 
 /// When the phases that matter were reached, in nanoseconds of CLOCK_MONOTONIC.
@@ -308,6 +341,12 @@ impl From<&ProcessIdentity> for Process {
     }
 }
 
+impl From<&Process> for ProcessIdentity {
+    fn from(process: &Process) -> Self {
+        Self { boot_id: process.boot_id.clone(), pid: process.pid, start_ticks: process.start_ticks }
+    }
+}
+
 impl Process {
     /// Whether it is this one.
     pub fn is(&self, identity: &ProcessIdentity) -> bool {
@@ -365,6 +404,7 @@ pub(crate) mod tests {
                 target_address: "10.0.0.2:7443".to_owned(),
                 cgroup: None,
                 marks: Marks::default(),
+                monitor: None,
             },
         }
     }
@@ -379,6 +419,23 @@ pub(crate) mod tests {
         let newer = String::from_utf8(written(&entry()).bytes).unwrap().replacen('{', r#"{"quorum": 3, "#, 1);
         let error = Entry::parse(&Content { version: 2, bytes: newer.into_bytes() }).unwrap_err().to_string();
         assert!(error.starts_with("it is not an entry of version 2: unknown field `quorum`"), "{error}");
+    }
+
+    #[test]
+    fn the_way_to_the_vmm_is_read_as_it_was_written_and_may_be_missing() {
+        let mut with = entry();
+        let EndEntry::Source { monitor, .. } = &mut with.end else { panic!("{with:?}") };
+        *monitor = Some(Monitor {
+            kind: VmmKind::Qemu,
+            socket: "/run/slackwater/vms/demo.counter/qmp.sock".into(),
+            devices: vec!["vf0".to_owned()],
+        });
+        assert_eq!(Entry::parse(&written(&with)).unwrap(), with);
+        let text = String::from_utf8(written(&with).bytes).unwrap();
+        let field = r#","monitor":{"kind":"qemu","socket":"/run/slackwater/vms/demo.counter/qmp.sock","devices":["vf0"]}"#;
+        let without = text.replace(field, "");
+        assert_ne!(without, text);
+        assert_eq!(Entry::parse(&Content { version: 2, bytes: without.into_bytes() }).unwrap(), entry());
     }
 
     #[test]

@@ -163,6 +163,7 @@ mod tests {
                 target_address: "10.0.0.2:7443".to_owned(),
                 cgroup: Some("demo.counter-3f".to_owned()),
                 marks: Marks { begun: Some(1), pre_copy: Some(2), pausing: None, guest_runs_again: Some(4) },
+                monitor: None,
             },
         };
         assert_eq!(parse(SOURCE), expected);
@@ -180,6 +181,7 @@ mod tests {
                 vm_json: "{}".to_owned(),
                 claim: vec![1, 2],
                 silence_timeout_ms: 9,
+                twin_user: None,
             },
             ..super::super::tests::entry()
         };

@@ -26,12 +26,12 @@ use slackwater_handover::source::{Effect, End, Event, Found, Source};
 use slackwater_handover::{Failure, Reason, Record};
 use slackwater_proto::convert;
 use slackwater_proto::node::{Finished, Phase as ReportedPhase, Progress};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tracing::info;
 
 use self::run::AbortRequest;
 use self::timers::{Due, Timers};
-use super::device::{DeviceOutcome, EndDevice, LastStates};
+use super::device::{DeviceOutcome, EndDevice, Hanging, LastStates};
 use super::entry::{EndEntry, Ended, Marks};
 use super::link::{BlobLink, Decisions, Link};
 use super::sending::DeviceSender;
@@ -67,6 +67,12 @@ impl From<DeviceOutcome> for Signal {
     }
 }
 
+impl From<Hanging> for Signal {
+    fn from(hanging: Hanging) -> Self {
+        Self::Event(hanging.into())
+    }
+}
+
 struct SourceAttempt {
     parts: SourceParts,
     tasks: Tasks<Signal>,
@@ -88,11 +94,13 @@ struct SourceAttempt {
     stated_because: Option<String>,
     /// The pause before the destination is asked the next time.
     ask_pause: Duration,
+    /// The VM stays here, and a device that hangs keeps it from running.
+    waits: watch::Sender<bool>,
     end: Option<End>,
 }
 
 impl SourceAttempt {
-    fn new(parts: SourceParts) -> Self {
+    fn new(parts: SourceParts, waits: watch::Sender<bool>) -> Self {
         let (tasks, inbox) = Tasks::new();
         Self {
             last_states: LastStates::running(&parts.devices),
@@ -109,6 +117,7 @@ impl SourceAttempt {
             failure: None,
             stated_because: None,
             ask_pause: Duration::ZERO,
+            waits,
             end: None,
         }
     }
@@ -131,6 +140,7 @@ impl SourceAttempt {
             for effect in effects {
                 self.perform(effect);
             }
+            self.waits.send_replace(machine.waits_for_a_device());
             if let Some(end) = self.end.take() {
                 self.finish(end).await;
                 return;

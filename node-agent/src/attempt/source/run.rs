@@ -14,7 +14,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::{Signal, SourceAttempt};
 use crate::attempt::entry::Marks;
 use crate::attempt::events::EventLog;
-use crate::attempt::ledger::Ledger;
+use crate::attempt::ledger::{EndRecord, Ledger};
 use crate::attempt::link::Peer;
 use crate::attempt::tasks::Signals;
 use crate::vfio::worker::DeviceHandle;
@@ -80,6 +80,7 @@ pub struct SourceRun {
     log: EventLog,
     ledger: Ledger,
     done: watch::Receiver<bool>,
+    waits: watch::Receiver<bool>,
 }
 
 impl SourceRun {
@@ -88,25 +89,32 @@ impl SourceRun {
         let (abort_requests, requested) = mpsc::channel(1);
         let (finished, done) = watch::channel(false);
         let (log, ledger) = (parts.log.clone(), parts.ledger.clone());
-        let attempt = SourceAttempt::new(parts);
+        let (report, waits) = watch::channel(false);
+        let attempt = SourceAttempt::new(parts, report);
         let signals = attempt.tasks.signals();
         tokio::spawn(async move {
             attempt.run(requested).await;
             finished.send_replace(true);
         });
-        Self { abort_requests, signals, log, ledger, done }
+        Self { abort_requests, signals, log, ledger, done, waits }
     }
 
     /// An attempt that ended under an earlier agent: only its log and its journal are left.
     pub fn over(log: EventLog, ledger: Ledger) -> Self {
         let (abort_requests, _) = mpsc::channel(1);
         let (_, done) = watch::channel(true);
-        Self { abort_requests, signals: Signals::of_ended(), log, ledger, done }
+        let (_, waits) = watch::channel(false);
+        Self { abort_requests, signals: Signals::of_ended(), log, ledger, done, waits }
     }
 
     /// Its word: what its journal says.
     pub fn journalled(&self) -> JournalState {
         self.ledger.state()
+    }
+
+    /// Whether its end is durable: before that, the VM and its devices are not free.
+    pub fn end_record(&self) -> watch::Receiver<EndRecord> {
+        self.ledger.end()
     }
 
     /// The operator relays what the destination has journalled.
@@ -119,13 +127,14 @@ impl SourceRun {
         &self.log
     }
 
-    /// Waits for the end: all that was held has been given back then.
+    /// Waits for the end: the VM runs where it is to run then, or nowhere.
     pub async fn ended(&self) {
         let _ = self.done.clone().wait_for(|done| *done).await;
     }
 
-    /// Gives the migration up and waits until the VM runs here again. An attempt that has ended is left as it
-    /// ended.
+    /// Gives the migration up and waits until the VM runs here again, or until it is certain that it stays
+    /// here and only a device that hangs keeps it from running: the events name that. An attempt that has
+    /// ended is left as it ended.
     ///
     /// # Errors
     /// If the point of no return has passed.
@@ -138,7 +147,11 @@ impl SourceRun {
             Ok(answer) => answer?,
             Err(_) => return self.ended_without_commit(),
         }
-        self.ended().await;
+        let mut waits = self.waits.clone();
+        tokio::select! {
+            () = self.ended() => {}
+            Ok(_) = waits.wait_for(|waits| *waits) => {}
+        }
         Ok(())
     }
 

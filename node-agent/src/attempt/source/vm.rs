@@ -5,11 +5,12 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::future::BoxFuture;
+use futures::future::{BoxFuture, join_all};
 use slackwater_handover::source::Event;
 use slackwater_handover::{Blob, Failure};
 use slackwater_proto::node::Estimate as ReportedEstimate;
 use tokio::sync::mpsc;
+use tokio::time::timeout;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tracing::warn;
 
@@ -20,14 +21,22 @@ use crate::attempt::tasks::StreamGuard;
 use crate::attempt::vmm_calls::source_failure;
 use crate::host::clock::Clock;
 use crate::journal::Role;
+use crate::vfio::worker::DeviceHandle;
 use crate::vmm::budget::{Copying, Estimate};
 use crate::vmm::{Vmm, VmmError};
+
+/// How long the way back waits for data descriptors to be closed.
+const CLOSING: Duration = Duration::from_secs(1);
+
+/// How long a VM that runs again may be kept from being reported by looks at its devices.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// How long a process whose socket has closed may take to end.
 const ENDING: Duration = Duration::from_secs(1);
 
 impl SourceAttempt {
-    /// Waits for the end of the VMM's process, and follows a VMM that drives its devices.
+    /// Waits for the end of the VMM's process, follows a VMM that drives its devices, and watches for devices
+    /// that hang.
     pub(super) fn watch_vm(&self) {
         let vmm = Arc::clone(&self.parts.vmm);
         self.tasks.run_until_end(async move {
@@ -36,6 +45,9 @@ impl SourceAttempt {
         });
         let seen = self.parts.vmm.watch_devices().map(UnboundedReceiverStream::new);
         self.tasks.forward(seen, Signal::DeviceSeen);
+        for device in EndDevice::all(Role::Source, &self.parts.devices) {
+            self.tasks.detach(device.report_hangs(self.tasks.signals()));
+        }
     }
 
     /// Begins a save, and sends what it gives until the streams are stopped. A save that is being begun is
@@ -105,17 +117,15 @@ impl SourceAttempt {
         let vmm = self.save_started.then(|| Arc::clone(&self.parts.vmm));
         async move {
             stopped.await;
-            for device in &devices {
-                if let Err(error) = device.close_data().await {
-                    warn!(%error, "a device's data descriptor could not be closed");
+            let aborted = async {
+                if let Some(vmm) = vmm
+                    && let Err(error) = vmm.abort_save().await
+                {
+                    // The rollback goes on: if the VMM cannot resume either, it says so then.
+                    warn!(%error, "the VMM did not abort its save");
                 }
-            }
-            if let Some(vmm) = vmm
-                && let Err(error) = vmm.abort_save().await
-            {
-                // The rollback goes on: if the VMM cannot resume either, it says so then.
-                warn!(%error, "the VMM did not abort its save");
-            }
+            };
+            tokio::join!(aborted, close_data(devices));
             Event::StreamsClosed
         }
     }
@@ -152,10 +162,13 @@ impl SourceAttempt {
         async move {
             match vmm.resume().await {
                 Ok(()) => {
-                    for device in devices {
-                        if let Ok(seen) = device.look().await {
-                            signals.send(Signal::DeviceRead(seen));
-                        }
+                    let looks = devices.iter().map(|device| timeout(LOOK, device.look()));
+                    for (look, device) in join_all(looks).await.into_iter().zip(&devices) {
+                        match look {
+                            Ok(Ok(seen)) => signals.send(Signal::DeviceRead(seen)),
+                            Ok(Err(_)) => continue,
+                            Err(_) => signals.send(device.no_look()),
+                        };
                     }
                     Event::Resumed
                 }
@@ -196,13 +209,24 @@ impl SourceAttempt {
         let devices = EndDevice::all(Role::Source, &std::mem::take(&mut self.parts.devices));
         let release = std::mem::replace(&mut self.parts.release, Box::new(|| Box::pin(async {})));
         async move {
-            for device in devices {
-                device.give_back().await;
-            }
+            EndDevice::give_back(devices).await;
             release().await;
             Event::Released
         }
     }
+}
+
+/// Closes the devices' data descriptors. A device that is in a call closes its own after that, and before
+/// whatever it is asked for then, so it is not waited for.
+async fn close_data(devices: Vec<DeviceHandle>) {
+    let closings = devices.into_iter().map(|device| {
+        tokio::spawn(async move {
+            if let Err(error) = device.close_data().await {
+                warn!(%error, "a device's data descriptor could not be closed");
+            }
+        })
+    });
+    let _ = timeout(CLOSING, join_all(closings)).await;
 }
 
 /// Sends a device's initial data.
@@ -235,5 +259,5 @@ fn nanoseconds(duration: Duration) -> u64 {
 
 /// Whether a process whose socket has closed is gone, or is about to be.
 async fn has_ended(vmm: &dyn Vmm) -> bool {
-    tokio::time::timeout(ENDING, vmm.exited()).await.is_ok()
+    timeout(ENDING, vmm.exited()).await.is_ok()
 }

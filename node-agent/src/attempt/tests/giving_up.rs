@@ -73,6 +73,7 @@ async fn an_unused_reservation_is_given_back() {
         twin: Arc::new(FakeVmm::incoming("twin", calls)),
         devices: Mutex::new(vec![DeviceHandle::serve(Box::new(device)).unwrap()]),
         done: Mutex::default(),
+        full: Mutex::default(),
     });
     let run = DestinationRun::start(DestinationParts {
         migration_id: "m".to_owned(),

@@ -3,6 +3,7 @@
 mod devices;
 mod driven;
 mod giving_up;
-mod rig;
+mod hangs;
+pub(crate) mod rig;
 mod vmm;
 mod whole;

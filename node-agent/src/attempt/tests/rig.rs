@@ -46,6 +46,8 @@ pub(super) struct FakeSite {
     pub(super) twin: Arc<FakeVmm>,
     pub(super) devices: Mutex<Vec<DeviceHandle>>,
     pub(super) done: Mutex<Vec<&'static str>>,
+    /// So many times, the VM cannot be made known.
+    pub(super) full: Mutex<u32>,
 }
 
 impl FakeSite {
@@ -70,8 +72,13 @@ impl Site for FakeSite {
         self.note("identity").map(Ok).boxed()
     }
 
-    fn keep(&self) -> BoxFuture<'_, ()> {
-        self.note("kept")
+    fn keep(&self) -> BoxFuture<'_, Result<(), String>> {
+        let mut full = self.full.lock();
+        if *full > 0 {
+            *full -= 1;
+            return futures::future::ready(Err("No space left on device".to_owned())).boxed();
+        }
+        self.note("kept").map(Ok).boxed()
     }
 
     fn discard(&self) -> BoxFuture<'_, ()> {
@@ -80,16 +87,16 @@ impl Site for FakeSite {
 }
 
 /// A CA and the certificates that it has issued.
-struct Authority(CertifiedIssuer<'static, KeyPair>);
+pub(crate) struct Authority(CertifiedIssuer<'static, KeyPair>);
 
 impl Authority {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         Self(CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap())
     }
 
-    fn agent(&self, node: &str) -> Arc<Credentials> {
+    pub(crate) fn agent(&self, node: &str) -> Arc<Credentials> {
         let role = identity::Role::Agent { node: node.to_owned() };
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new([node.to_owned()]).unwrap();
@@ -153,7 +160,15 @@ pub(super) async fn rig(change: impl Fn(FakeDevice) -> FakeDevice) -> Rig {
 
 /// The same, with a VMM that drives them by itself, as QEMU does.
 pub(super) async fn rig_driven(change: impl Fn(FakeDevice) -> FakeDevice) -> Rig {
-    rig_of(&[Features::ALL, Features::ALL], PeerToPeer::Required, "node-a", Driver::Vmm, change).await
+    rig_of(&[Features::ALL, Features::ALL], PeerToPeer::Required, "node-a", Driver::Vmm, LONG, change).await
+}
+
+/// With devices of which each call hangs that takes longer than this.
+pub(super) const IMPATIENT: Duration = Duration::from_millis(250);
+
+/// Devices that must answer soon.
+pub(super) async fn rig_impatient(driver: Driver, change: impl Fn(FakeDevice) -> FakeDevice) -> Rig {
+    rig_of(&[Features::ALL, Features::ALL], PeerToPeer::Required, "node-a", driver, IMPATIENT, change).await
 }
 
 pub(super) async fn rig_with(
@@ -162,7 +177,7 @@ pub(super) async fn rig_with(
     caller: &str,
     change: impl Fn(FakeDevice) -> FakeDevice,
 ) -> Rig {
-    rig_of(features, policy, caller, Driver::Agent, change).await
+    rig_of(features, policy, caller, Driver::Agent, LONG, change).await
 }
 
 async fn rig_of(
@@ -170,10 +185,11 @@ async fn rig_of(
     policy: PeerToPeer,
     caller: &str,
     driver: Driver,
+    hangs_after: Duration,
     change: impl Fn(FakeDevice) -> FakeDevice,
 ) -> Rig {
     let (log, calls, books) = (CallLog::new(), SharedLog::default(), Books::new());
-    let serve = |end: &str| -> (Vec<DeviceHandle>, Vec<FakeWatch>) {
+    let serve = |end: &str| -> (Vec<(DeviceHandle, Option<DeviceHandle>)>, Vec<FakeWatch>) {
         let devices = features.iter().enumerate().map(|(index, features)| {
             let device = FakeDevice::new(format!("{end} {index}")).with_features(*features).log(&log);
             let device = match end {
@@ -183,21 +199,29 @@ async fn rig_of(
             };
             let device = change(device.blob(format!("final {index}")));
             let watch = device.watch();
-            (DeviceHandle::serve(Box::new(device)).unwrap(), watch)
+            let of_vmm = (driver == Driver::Vmm)
+                .then(|| DeviceHandle::serve(Box::new(device.second_descriptor())).unwrap());
+            ((DeviceHandle::serve_impatiently(Box::new(device), hangs_after).unwrap(), of_vmm), watch)
         });
         devices.unzip()
     };
     let (source, source_devices) = serve("source");
     let (target, target_devices) = serve("target");
+    let (source, source_of_vmm): (Vec<_>, Vec<_>) = source.into_iter().unzip();
+    let (target, target_of_vmm): (Vec<_>, Vec<_>) = target.into_iter().unzip();
     let ram = RAM.map(|page| Bytes::from_static(page.as_bytes())).to_vec();
     let vm = Arc::new(FakeVmm::running("vm", calls.clone(), ram));
     let twin = Arc::new(FakeVmm::incoming("twin", calls.clone()));
     if driver == Driver::Vmm {
-        vm.drive(&source);
-        twin.drive(&target);
+        vm.drive(&source_of_vmm.into_iter().flatten().collect::<Vec<_>>());
+        twin.drive(&target_of_vmm.into_iter().flatten().collect::<Vec<_>>());
     }
-    let site =
-        Arc::new(FakeSite { twin: Arc::clone(&twin), devices: Mutex::new(target), done: Mutex::default() });
+    let site = Arc::new(FakeSite {
+        twin: Arc::clone(&twin),
+        devices: Mutex::new(target),
+        done: Mutex::default(),
+        full: Mutex::default(),
+    });
 
     let destination_site: Arc<dyn Site> = Arc::<FakeSite>::clone(&site);
     let destination = DestinationRun::start(DestinationParts {

@@ -1,13 +1,14 @@
 //! A migration without faults: all of the VM arrives, in the order that the devices need.
 
-use slackwater_handover::Record;
 use slackwater_handover::destination::End;
 use slackwater_handover::policy::PeerToPeer;
 use slackwater_handover::state::Features;
 use slackwater_handover::state::MigrationState::{PreCopyP2p, Running, RunningP2p, Stop, StopCopy};
+use slackwater_handover::{Failure, Reason, Record};
 use slackwater_proto::node::Outcome;
 
 use super::rig::{RAM, rig, rig_with};
+use crate::attempt::destination::MayHaveRun;
 use crate::journal::Role;
 use crate::vfio::fake::Call;
 use crate::vmm::RunState;
@@ -69,4 +70,21 @@ async fn devices_without_p2p_that_are_assumed_isolated_all_stop_before_any_is_ca
             assert!(stopped < captured, "{:#?}", rig.log.changes());
         }
     }
+}
+
+#[tokio::test]
+async fn a_vm_that_runs_is_made_known_until_that_succeeds_and_only_then_the_attempt_has_ended() {
+    let mut rig = rig(|device| device).await;
+    *rig.site.full.lock() = u32::MAX;
+    let run = rig.start().await;
+    run.ended().await;
+    assert_eq!(run.log().end().unwrap().outcome(), Outcome::Succeeded, "the source does not wait for that");
+    let released = rig.destination.release(Failure::new(Reason::Released, "")).await;
+    assert_eq!(released, Err(MayHaveRun), "and an answer does not, either");
+    assert_eq!(rig.destination.end(), None);
+    assert_eq!(rig.books.read(Role::Destination).ended, None, "an agent that starts now makes it known");
+    *rig.site.full.lock() = 3;
+    assert_eq!(rig.destination.ended().await, Some(End::Running));
+    assert_eq!(*rig.site.done.lock(), ["identity", "kept"]);
+    assert!(rig.books.read(Role::Destination).ended.is_some());
 }

@@ -12,7 +12,7 @@ use crate::attempt::destination::{DestinationParts, DestinationRun, Site};
 use crate::attempt::ledger::Ledger;
 use crate::journal::Role;
 use crate::service::reason::ServiceReason;
-use crate::service::registry::{Held, LocalEnd};
+use crate::service::registry::LocalEnd;
 use crate::service::request;
 
 impl Attempts {
@@ -22,8 +22,9 @@ impl Attempts {
         given: ReserveRequest,
     ) -> Result<DestinationRun, Refusal> {
         let request::Reservation { reference, vm, policy, silence_timeout } = request::reserve(&given)?;
-        // Before the lock, so that no other beginning waits for it.
+        // Before the lock, so that no other beginning waits for QEMU, or for a device.
         self.preflight.get_ready(&given).await;
+        let targets = reservation::targets(&self.node.inventory, &given.devices).await;
         let _one_at_a_time = self.beginning.lock().await;
         match self.find(&reference).await? {
             Some(LocalEnd::Destination(run, earlier)) if same_reservation(&earlier, &given) => {
@@ -38,7 +39,7 @@ impl Attempts {
                 let message = "this node is the source of this migration, and cannot be its destination, too";
                 return Err(precondition(ServiceReason::MigrationInProgress, message));
             }
-            Some(LocalEnd::Recovering | LocalEnd::Unreadable(_)) | None => {}
+            Some(LocalEnd::Recovering | LocalEnd::Unreadable(_) | LocalEnd::Conflicting(_)) | None => {}
         }
         let node = &self.node;
         if given.source_node == node.config.node {
@@ -54,19 +55,22 @@ impl Attempts {
         }
         let names = given.devices.iter().map(|pair| pair.target.as_str());
         for name in names.clone() {
-            if let Some(holder) = node.registry.holder_of_device(name) {
-                return Err(Held { what: format!("device {name}"), holder }.into());
+            if let Some(held) = node.registry.held_device(name) {
+                return Err(held.into());
             }
         }
-        let targets = reservation::targets(&node.inventory, &given.devices).await?;
+        let targets = targets?;
         stop_plan(&targets.features, policy).map_err(no_stop_plan)?;
-        let site = reservation::site(node, &reference, &vm, &given, &targets.devices)?;
+        let user = reservation::twin_user(node, &vm)?;
+        let number = user.number();
+        let site = reservation::site_to_start(node, &reference, &vm, &given, &targets.devices, user)?;
         let driver = site.driver();
         self.preflight.check(&given, &site.plan).await?;
         let key = entries::key(&reference.id, Role::Destination)?;
+        let written = entries::destination(&reference, &vm, &given, policy, number);
+        entries::check_room(&written)?;
         node.registry.take(&reference.id, &vm, names)?;
         let site: Arc<dyn Site> = Arc::new(site);
-        let written = entries::destination(&reference, &vm, &given, policy);
         let run = DestinationRun::start(DestinationParts {
             migration_id: reference.id.clone(),
             features: targets.features,

@@ -5,18 +5,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use slackwater_handover::state::MigrationState;
-use tracing::warn;
+use tracing::{info, warn};
 
 use super::resources::NodeResources;
 use crate::attempt::entry::Process;
 use crate::host::vm::VmmEntry;
-use crate::host::vms::KnownVm;
 use crate::service::borrowing::{self, BorrowDeviceError};
-use crate::vfio::borrow::VmmProcess;
+use crate::vfio::liveness::Liveness;
 use crate::vfio::worker::DeviceHandle;
 use crate::vmm::{self, Description, LocalVmm, VmmError};
 
-/// Between two tries to reach a VMM whose process lives, or its devices.
+/// Between two tries to reach a VMM whose process lives, or its devices, or to learn whether it lives.
 const RETRY_PAUSE: Duration = Duration::from_secs(1);
 
 /// A VMM that was found again.
@@ -30,16 +29,31 @@ pub(super) struct FoundVmm {
 }
 
 /// How a VMM is reached.
-pub(super) enum Route<'a> {
-    /// A VM's, over the inventory's connection: a monitor serves one client at a time.
-    Vm(&'a KnownVm),
-    /// A twin's, which the inventory does not know.
-    Twin(&'a VmmEntry, &'a Path),
+pub(super) struct Route {
+    /// Its protocol and devices.
+    pub(super) vmm: VmmEntry,
+    /// The absolute path of its socket.
+    pub(super) socket: PathBuf,
+    /// The VM's own folder.
+    pub(super) folder: PathBuf,
+    /// Whose connection is used.
+    pub(super) connection: Connection,
+}
+
+/// Whose connection to a VMM is used.
+pub(super) enum Connection {
+    /// The inventory's, for a VM: a monitor serves one client at a time.
+    Inventory,
+    /// One of its own, for a twin, which the inventory does not know.
+    Own,
 }
 
 /// Why a VMM that lives cannot be used yet.
 #[derive(Debug, thiserror::Error)]
 enum ReachError {
+    /// Where it listens is not known.
+    #[error("{0}")]
+    NoRoute(String),
     /// It does not answer.
     #[error(transparent)]
     Vmm(#[from] VmmError),
@@ -51,21 +65,12 @@ enum ReachError {
     Borrow(#[from] BorrowDeviceError),
 }
 
-impl Route<'_> {
-    fn socket(&self) -> &Path {
-        match self {
-            Self::Vm(vm) => &vm.socket,
-            Self::Twin(_, socket) => socket,
-        }
-    }
-
+impl Route {
     async fn reach(&self, node: &NodeResources) -> Result<(Arc<dyn LocalVmm>, Description), VmmError> {
-        match self {
-            Self::Vm(vm) => node.inventory.vmm(vm).await,
-            Self::Twin(entry, socket) => {
-                let vmm =
-                    vmm::connect(entry, socket, socket.parent().unwrap_or(socket), node.config.deadlines)
-                        .await?;
+        match self.connection {
+            Connection::Inventory => node.inventory.vmm_at(&self.vmm, &self.socket, &self.folder).await,
+            Connection::Own => {
+                let vmm = vmm::connect(&self.vmm, &self.socket, &self.folder, node.config.deadlines).await?;
                 let description = vmm.describe().await?;
                 Ok((vmm, description))
             }
@@ -73,46 +78,124 @@ impl Route<'_> {
     }
 }
 
-/// The VMM that was journalled, with its devices as they are read back; None if its process has exited. As
-/// long as the process lives, this waits for its answer.
+/// The VMM that was journalled, with its devices as they are read back; None if its process has ended for
+/// certain. As long as the process lives, or that is not known, this waits, and the node's answers about the
+/// migration say for what. `route` is asked before each try; its error says why there is none.
 pub(super) async fn find(
-    route: &Route<'_>,
+    route: impl Fn() -> Result<Route, String>,
     node: &NodeResources,
-    journalled: Option<&Process>,
+    migration_id: &str,
+    journalled: &Process,
 ) -> Option<FoundVmm> {
-    let journalled = journalled?;
-    let mut warned = false;
+    let identity = journalled.into();
+    let reach = || {
+        let (route, node, journalled) =
+            (route().map_err(ReachError::NoRoute), node.clone(), journalled.clone());
+        async move { borrow(&route?, &node, &journalled).await }
+    };
+    let waits = |why: &str| {
+        warn!(migration = migration_id, why, "the VM is held; trying again");
+        node.registry.waits(migration_id, why.to_owned());
+    };
+    settle(journalled.pid, RETRY_PAUSE, || Liveness::of(&identity), reach, waits).await
+}
+
+/// Tries until the process is reached or gone. `waits` hears each new reason why neither is so.
+async fn settle<T, E: std::fmt::Display, F: Future<Output = Result<T, E>>>(
+    pid: u32,
+    pause: Duration,
+    look: impl Fn() -> Liveness,
+    reach: impl Fn() -> F,
+    waits: impl Fn(&str),
+) -> Option<T> {
+    let mut last = None;
     loop {
-        let lives = VmmProcess::open(journalled.pid).is_ok_and(|process| journalled.is(process.identity()));
-        if !lives {
-            return None;
-        }
-        match borrow(route, node, journalled).await {
-            Ok(found) => return Some(found),
-            Err(error) => {
-                if !std::mem::replace(&mut warned, true) {
-                    warn!(pid = journalled.pid, why = %error, "the VMM lives, and cannot be used yet; trying again");
+        let why = match look() {
+            Liveness::Gone => return None,
+            Liveness::NotKnown(why) => format!("whether the VMM's process {pid} lives is not known: {why}"),
+            Liveness::Alive => match reach().await {
+                Ok(found) => {
+                    if last.is_some() {
+                        info!(pid, "the VMM can be used again");
+                    }
+                    return Some(found);
                 }
-                tokio::time::sleep(RETRY_PAUSE).await;
-            }
+                Err(error) => format!("the VMM's process {pid} lives, and cannot be used yet: {error}"),
+            },
+        };
+        if last.as_ref() != Some(&why) {
+            waits(&why);
+            last = Some(why);
         }
+        tokio::time::sleep(pause).await;
     }
 }
 
-async fn borrow(
-    route: &Route<'_>,
-    node: &NodeResources,
-    journalled: &Process,
-) -> Result<FoundVmm, ReachError> {
+async fn borrow(route: &Route, node: &NodeResources, journalled: &Process) -> Result<FoundVmm, ReachError> {
     let (vmm, description) = route.reach(node).await?;
     if !journalled.is(vmm.process().identity()) {
-        let socket = route.socket().to_owned();
+        let socket = Path::to_owned(&route.socket);
         return Err(ReachError::OtherProcess { socket, pid: vmm.pid(), journalled: journalled.pid });
     }
-    let devices = borrowing::devices(vmm.as_ref(), &description)?;
+    let devices = borrowing::devices(&vmm, &description, node.inventory.borrowed()).await?;
     let mut states = Vec::with_capacity(devices.len());
     for device in &devices {
         states.push(device.state().await.ok());
     }
     Ok(FoundVmm { vmm, devices, states })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::{Cell, RefCell};
+
+    use super::*;
+
+    /// What [`settle`] makes of these looks, one after the other, and what it has said meanwhile.
+    async fn settled(
+        looks: &[Liveness],
+        reach: impl Fn() -> Result<(), &'static str>,
+    ) -> (bool, Vec<String>) {
+        let (next, said) = (Cell::new(0), RefCell::new(Vec::new()));
+        let look = || looks[next.replace(next.get() + 1).min(looks.len() - 1)].clone();
+        let found = settle(
+            9,
+            Duration::from_millis(1),
+            look,
+            || std::future::ready(reach()),
+            |why| said.borrow_mut().push(why.to_owned()),
+        )
+        .await;
+        (found.is_some(), said.into_inner())
+    }
+
+    fn not_known() -> Liveness {
+        Liveness::NotKnown("opening process 9: Too many open files (EMFILE)".to_owned())
+    }
+
+    #[tokio::test]
+    async fn what_is_not_known_is_waited_for_and_said_once_and_never_counts_as_gone() {
+        let looks = [not_known(), not_known(), Liveness::Alive];
+        let (found, said) = settled(&looks, || Ok(())).await;
+        assert!(found);
+        assert_eq!(
+            said,
+            [
+                "whether the VMM's process 9 lives is not known: opening process 9: Too many open files (EMFILE)"
+            ]
+        );
+        let (found, said) = settled(&[not_known(), Liveness::Gone], || Ok(())).await;
+        assert_eq!((found, said.len()), (false, 1));
+    }
+
+    #[tokio::test]
+    async fn a_vmm_that_lives_and_is_not_reached_is_tried_again_until_it_is_or_its_process_ends() {
+        let tries = Cell::new(0);
+        let third = || if tries.replace(tries.get() + 1) == 2 { Ok(()) } else { Err("nothing listens") };
+        let (found, said) = settled(&[Liveness::Alive], third).await;
+        assert_eq!((found, tries.get()), (true, 3));
+        assert_eq!(said, ["the VMM's process 9 lives, and cannot be used yet: nothing listens"]);
+        let (found, _) = settled(&[Liveness::Alive, Liveness::Gone], || Err("nothing listens")).await;
+        assert!(!found);
+    }
 }

@@ -1,10 +1,8 @@
 //! What taking up has in common at both ends: going on with the journal, and how it can fail.
 
-use std::error::Error;
 use std::sync::Arc;
 
 use slackwater_handover::{Failure, Reason};
-use slackwater_proto::refusal::Refusal;
 use tokio::task::JoinError;
 
 use super::resources::NodeResources;
@@ -20,11 +18,11 @@ pub(super) enum TakeUpError {
     #[error(transparent)]
     Task(#[from] JoinError),
     /// The journal.
-    #[error("the journal cannot be written any more: {0}")]
+    #[error("the journal cannot be written any more: {}", .0.with_causes())]
     Reopen(JournalError),
-    /// The node's devices.
-    #[error(transparent)]
-    ListDevices(Box<dyn Error + Send + Sync>),
+    /// The journal of an attempt that holds a VM does not name the VM's process.
+    #[error("the journal does not name the process of the VM's VMM, so whether that lives is not known")]
+    NoProcess,
     /// The reservation's vm.json.
     #[error("vm_json in the journal {key}: {source}")]
     VmJson {
@@ -36,9 +34,17 @@ pub(super) enum TakeUpError {
     /// Where its VMM listens.
     #[error(transparent)]
     Socket(VmJsonError),
-    /// The twin's command.
-    #[error(transparent)]
-    Site(#[from] Refusal),
+}
+
+impl TakeUpError {
+    /// Another try may succeed, without another start of the agent.
+    pub(super) fn may_pass(&self) -> bool {
+        match self {
+            Self::Task(_) => true,
+            Self::Reopen(error) => error.may_pass(),
+            Self::NoProcess | Self::VmJson { .. } | Self::Socket(_) => false,
+        }
+    }
 }
 
 /// Why an attempt is given up that the journal names no other reason for.

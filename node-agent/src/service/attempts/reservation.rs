@@ -1,8 +1,10 @@
 //! What a reservation needs of this node, checked before anything is touched.
 
 use std::error::Error;
+use std::path::PathBuf;
 use std::sync::Arc;
 
+use slackwater_handover::Reason;
 use slackwater_handover::state::Features;
 use slackwater_proto::node::{DevicePair, MigrationRef, ReserveRequest, VmRef};
 use slackwater_proto::refusal::Refusal;
@@ -14,9 +16,13 @@ use crate::faults;
 use crate::host::devices::Device;
 use crate::host::identity::IdentityOf;
 use crate::host::placeholders::twin_arguments;
+use crate::host::twin_users::TwinUser;
+use crate::host::vm::{VmJson, VmmEntry, VmmKind};
 use crate::host::{vm, vms};
-use crate::service::inventory::Inventory;
+use crate::service::inventory::{FeaturesError, Inventory, NotFreeError};
 use crate::service::reason::ServiceReason;
+use crate::vmm::confinement::Confined;
+use crate::vmm::qemu::preflight::confined::QEMU_SANDBOX;
 use crate::vmm::twin::{TwinPlan, launcher};
 
 /// The target devices of a reservation, in the VM's order.
@@ -51,10 +57,18 @@ pub(super) async fn targets(inventory: &Inventory, pairs: &[DevicePair]) -> Resu
             let message = format!("devices[{index}].target: {error}");
             Refusal::precondition(ServiceReason::NoMatchingDevices, message)
         };
-        let device = inventory.free_device(&pair.target).await.map_err(|error| refused(&error))?;
+        let device = inventory.free_device(&pair.target).await.map_err(|error| match error {
+            NotFreeError::Hangs(why) => {
+                Refusal::precondition(Reason::DeviceHangs, format!("devices[{index}].target: {why}"))
+            }
+            error => refused(&error),
+        })?;
         let features = inventory.features(&device, true).await.map_err(|error| {
             let message = format!("devices[{index}].target: device {}: {error}", device.name);
-            Refusal::precondition(ServiceReason::NoMatchingDevices, message)
+            match *error {
+                FeaturesError::NoAnswer(_) => Refusal::precondition(Reason::DeviceHangs, message),
+                _ => Refusal::precondition(ServiceReason::NoMatchingDevices, message),
+            }
         })?;
         fits(&device, features, pair).map_err(|misfit| refused(&misfit))?;
         targets.devices.push(device);
@@ -77,13 +91,53 @@ fn fits<'a>(device: &'a Device, features: Features, pair: &'a DevicePair) -> Res
     Ok(())
 }
 
-/// The place for a VM: its twin's command, directory and cgroup.
+/// The user that the twin of a VM gets.
+pub(super) fn twin_user(node: &NodeResources, vm: &VmRef) -> Result<TwinUser, Refusal> {
+    let name = format!("{}/{}", vm.namespace, vm.name);
+    let folder = vms::directory_of(&node.config.run_dir, &vm.namespace, &vm.name);
+    let taken = node.twin_users.take(&name, &folder);
+    taken.map_err(|error| Refusal::precondition(ServiceReason::TwinNotConfined, error.to_string()))
+}
+
+/// As [`site`], for a twin that is to be started: it is confined.
+pub(super) fn site_to_start(
+    node: &NodeResources,
+    reference: &MigrationRef,
+    named: &VmRef,
+    request: &ReserveRequest,
+    devices: &[Device],
+    user: TwinUser,
+) -> Result<NodeSite, Refusal> {
+    let number = user.number();
+    let mut site = site(node, reference, named, request, devices, Some(user))?;
+    let plan = &mut site.plan;
+    if plan.vmm.kind == VmmKind::Qemu {
+        plan.arguments.extend(QEMU_SANDBOX.map(str::to_owned));
+    }
+    let sandbox = node.config.confinement.sandbox(Confined {
+        user: number,
+        directory: &plan.directory,
+        program: &plan.program,
+        kind: plan.vmm.kind,
+        arguments: &plan.arguments,
+        descriptors: &plan.descriptors,
+        devices,
+    });
+    let failed = |error| {
+        Refusal::precondition(ServiceReason::TwinNotConfined, format!("the twin cannot be confined: {error}"))
+    };
+    plan.sandbox = Some(sandbox.map_err(failed)?);
+    Ok(site)
+}
+
+/// The place for a VM: its twin's command, directory, cgroup and user.
 pub(super) fn site(
     node: &NodeResources,
     reference: &MigrationRef,
     named: &VmRef,
     request: &ReserveRequest,
     devices: &[Device],
+    user: Option<TwinUser>,
 ) -> Result<NodeSite, Refusal> {
     let config = &node.config;
     let invalid = |error: vm::VmJsonError| {
@@ -103,31 +157,89 @@ pub(super) fn site(
     let socket = json.twin_socket_in(&directory).map_err(invalid)?;
     let command = twin_arguments(&json, &socket, devices).map_err(invalid)?;
     let plan = TwinPlan {
-        launcher: launcher(),
-        cgroup_root: config.cgroup_root.clone(),
-        cgroup_name: format!("{}-{}", json.directory_name(), reference.id),
-        directory,
-        vmm: json.vmm.clone(),
-        program: json.twin.program.clone(),
         arguments: command.arguments,
         descriptors: command.descriptors,
+        device_names: devices.iter().map(|device| device.name.clone()).collect(),
+        ..plan_without_command(node, reference, named, &json.vmm, json.twin.program.clone(), socket)
+    };
+    Ok(site_of(node, reference, request, devices, plan, user))
+}
+
+/// The place of a reservation that an earlier agent has made. The twin has been started, or never will be:
+/// only its directory and its cgroup are needed, and they follow from the journal. So neither the devices nor
+/// the program have to be there, or allowed, any more. Without `json`, the twin cannot be asked anything.
+pub(super) fn site_of_journal(
+    node: &NodeResources,
+    reference: &MigrationRef,
+    named: &VmRef,
+    request: &ReserveRequest,
+    devices: &[Device],
+    json: Option<&VmJson>,
+    user: Option<TwinUser>,
+) -> Result<NodeSite, vm::VmJsonError> {
+    let directory = vms::directory_of(&node.config.run_dir, &named.namespace, &named.name);
+    let unknown = VmmEntry { kind: VmmKind::Contract, socket: "vmm.sock".into(), devices: Vec::new() };
+    let (vmm, program, socket) = match json {
+        Some(json) => (&json.vmm, json.twin.program.clone(), json.twin_socket_in(&directory)?),
+        None => (&unknown, PathBuf::new(), directory.join(&unknown.socket)),
+    };
+    let plan = plan_without_command(node, reference, named, vmm, program, socket);
+    Ok(site_of(node, reference, request, devices, plan, user))
+}
+
+fn plan_without_command(
+    node: &NodeResources,
+    reference: &MigrationRef,
+    named: &VmRef,
+    vmm: &VmmEntry,
+    program: PathBuf,
+    socket: PathBuf,
+) -> TwinPlan {
+    let config = &node.config;
+    TwinPlan {
+        launcher: launcher(),
+        cgroup_root: config.cgroup_root.clone(),
+        cgroup_name: format!("{}.{}-{}", named.namespace, named.name, reference.id),
+        directory: vms::directory_of(&config.run_dir, &named.namespace, &named.name),
+        vmm: vmm.clone(),
+        program,
+        arguments: Vec::new(),
+        descriptors: Vec::new(),
+        device_names: Vec::new(),
+        sandbox: None,
         socket,
         start_limit: config.twin_start_limit,
         deadlines: config.deadlines,
-    };
+    }
+}
+
+fn site_of(
+    node: &NodeResources,
+    reference: &MigrationRef,
+    request: &ReserveRequest,
+    devices: &[Device],
+    plan: TwinPlan,
+    user: Option<TwinUser>,
+) -> NodeSite {
     let of = IdentityOf {
         migration_id: reference.id.clone(),
         devices: devices.to_vec(),
         claim: request.claim.to_vec(),
     };
     let identity = Arc::clone(&node.vf_identity);
-    Ok(NodeSite { plan, vm_json: request.vm_json.clone(), identity, of, twin: Mutex::new(None) })
+    NodeSite {
+        plan,
+        vm_json: request.vm_json.clone(),
+        identity,
+        of,
+        twin: Mutex::new(None),
+        _user: user,
+        borrowed: Arc::clone(node.inventory.borrowed()),
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::path::PathBuf;
-
     use super::*;
 
     fn device(driver: &str, model: &str) -> Device {

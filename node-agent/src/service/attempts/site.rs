@@ -12,8 +12,9 @@ use tracing::{error, warn};
 
 use crate::attempt::destination::{Site, Twin as StartedTwin};
 use crate::host::identity::{IdentityOf, VfIdentity};
+use crate::host::twin_users::TwinUser;
 use crate::host::vms;
-use crate::service::borrowing;
+use crate::service::borrowing::{self, Borrowed};
 use crate::vfio::error::DeviceError;
 use crate::vfio::worker::DeviceHandle;
 use crate::vmm::Vmm;
@@ -26,6 +27,10 @@ pub(super) struct NodeSite {
     pub(super) identity: Arc<dyn VfIdentity>,
     pub(super) of: IdentityOf,
     pub(super) twin: Mutex<Option<Twin>>,
+    /// The twin's, for as long as nothing of the twin shows that it is taken.
+    pub(super) _user: Option<TwinUser>,
+    /// The devices that were borrowed from VMMs.
+    pub(super) borrowed: Arc<Borrowed>,
 }
 
 impl NodeSite {
@@ -57,10 +62,15 @@ impl NodeSite {
             );
             return Err(failed(Reason::TwinFailed, message));
         }
-        let devices = borrowing::devices(vmm.as_ref(), &description)
-            .map_err(|error| failed(Reason::DeviceFailed, error.to_string()))?;
+        let devices = borrowing::devices(&vmm, &description, &self.borrowed).await.map_err(|error| {
+            let Failure { reason, message } = error.into();
+            failed(reason, message)
+        })?;
         for device in &devices {
-            running(device).await.map_err(|error| failed(Reason::DeviceFailed, error.to_string()))?;
+            match device.watch().unless_it_hangs(running(device)).await {
+                Ok(result) => result.map_err(|error| failed(Reason::DeviceFailed, error.to_string()))?,
+                Err(hang) => return Err(failed(Reason::DeviceHangs, hang.to_string())),
+            }
         }
         let process = Some(vmm.process().identity().into());
         let vmm: Arc<dyn Vmm> = vmm;
@@ -96,14 +106,18 @@ impl Site for NodeSite {
         .boxed()
     }
 
-    fn keep(&self) -> BoxFuture<'_, ()> {
+    fn keep(&self) -> BoxFuture<'_, Result<(), String>> {
         async {
             // From here on the twin does not depend on the agent.
             self.twin.lock().await.take();
-            if let Err(error) = vms::publish(&self.plan.directory, &self.vm_json) {
-                let migration = &self.of.migration_id;
-                error!(migration, %error, "the VM runs here, but its vm.json could not be written");
-            }
+            let directory = self.plan.directory.clone();
+            let vm_json = self.vm_json.clone();
+            let published = tokio::task::spawn_blocking(move || {
+                vms::publish(&directory, &vm_json).map_err(|error| {
+                    format!("{} cannot be written: {error}", directory.join("vm.json").display())
+                })
+            });
+            published.await.unwrap_or_else(|error| Err(error.to_string()))
         }
         .boxed()
     }

@@ -3,9 +3,11 @@
 //! A VMM is the one that was journalled if boot id, process number and start time are the same. Then its
 //! devices are borrowed and read back, and the pure machine decides what follows. A journal that cannot be
 //! read, or is of another migration, is logged and held: a call about that migration is refused with the name
-//! of the file, and nothing is guessed.
+//! of the file, and nothing is guessed. The same goes for open journals that are about one VM or device
+//! (`conflict`).
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use slackwater_handover::Record;
 use slackwater_handover::destination::End as DestinationEnd;
@@ -13,7 +15,7 @@ use tracing::{error, info, warn};
 
 use super::reopen::restarted;
 use super::resources::NodeResources;
-use super::{entries, take_up_destination, take_up_source};
+use super::{conflict, entries, take_up_destination, take_up_source};
 use crate::attempt::destination::DestinationRun;
 use crate::attempt::entry::{EndEntry, Ended, Entry, ParseEntryError};
 use crate::attempt::events::EventLog;
@@ -21,13 +23,14 @@ use crate::attempt::ledger::Ledger;
 use crate::attempt::source::SourceRun;
 use crate::host::clock::Clock;
 use crate::journal::{Content, Found, Journal, JournalError, Key, Role};
-use crate::service::registry::{LocalEnd, MAX_REMEMBERED_MIGRATIONS};
+use crate::service::reason::ServiceReason;
+use crate::service::registry::{Hold, LocalEnd, MAX_REMEMBERED_MIGRATIONS};
 
 /// Why a journal cannot be used.
 #[derive(Debug, thiserror::Error)]
 enum UnusableJournal {
     /// The file.
-    #[error("the journal of this migration cannot be read: {0}")]
+    #[error("the journal of this migration cannot be read: {}", .0.with_causes())]
     Read(#[from] JournalError),
     /// Its content.
     #[error("the journal {key} cannot be used: {source}")]
@@ -39,6 +42,15 @@ enum UnusableJournal {
     )]
     OtherMigration { key: String, found: Box<Entry> },
 }
+
+impl UnusableJournal {
+    fn may_pass(&self) -> bool {
+        matches!(self, Self::Read(error) if error.may_pass())
+    }
+}
+
+/// Between two tries to take up what may be taken up later.
+const RETRY_PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 
 /// What the journal holds.
 struct JournalContent {
@@ -55,13 +67,32 @@ pub(super) async fn take_up_all(node: &NodeResources) -> Result<(), JournalError
         Err(error) => std::panic::resume_unwind(error.into_panic()),
     };
     node.registry.restore_epoch(epoch);
+    let mut usable = Vec::with_capacity(found.len());
     for (key, content) in found {
         match parse(&key, content) {
-            Ok(entry) => take_up(node, key, entry),
+            Ok(entry) => usable.push((key, entry)),
             Err(error) => {
                 let migration = key.id();
                 error!(migration, why = %error, "a journal cannot be used; what it is about is left as it is");
                 node.registry.hold_unreadable(key.id(), error.to_string());
+                if error.may_pass() {
+                    tokio::spawn(read_again(node.clone(), key));
+                }
+            }
+        }
+    }
+    let conflicts = conflict::find(&usable, |key| node.journal.file(key));
+    for (key, entry) in usable {
+        match conflicts.get(&key) {
+            None => take_up(node, key, entry),
+            Some(why) => {
+                error!(migration = entry.migration_id, why, "what these journals are about is left as it is");
+                node.registry.hold_what_is_free(
+                    &entry.migration_id,
+                    &entries::vm_of(&entry),
+                    devices_of(&entry),
+                );
+                node.registry.hold_conflicting(&entry.migration_id, why.clone());
             }
         }
     }
@@ -99,7 +130,7 @@ fn role_of(entry: &Entry) -> Role {
     }
 }
 
-fn take_up(node: &NodeResources, key: Key, entry: Entry) {
+pub(super) fn take_up(node: &NodeResources, key: Key, entry: Entry) {
     let reference = entries::reference_of(&entry);
     if let Some(ended) = &entry.ended {
         let ledger = Ledger::ended(&entry);
@@ -115,27 +146,91 @@ fn take_up(node: &NodeResources, key: Key, entry: Entry) {
     info!(migration = entry.migration_id, record = ?entry.record, "taking up what an earlier agent began");
     hold(node, &entry);
     node.registry.join(&reference, LocalEnd::Recovering);
+    if key.role() == Role::Source {
+        node.registry.has_its_vm_here(&reference.id);
+    }
     let node = node.clone();
     tokio::spawn(async move {
         let id = entry.migration_id.clone();
-        let taken_up = match key.role() {
-            Role::Source => take_up_source::take_up(&node, key, entry).await,
-            Role::Destination => take_up_destination::take_up(&node, key, entry).await,
-        };
-        if let Err(error) = taken_up {
-            error!(migration = id, why = %error, "a migration cannot be taken up; what it is about is left as it is");
-            node.registry.hold_unreadable(&id, error.to_string());
+        let (mut pause, longest) = RETRY_PAUSES;
+        let mut told = false;
+        loop {
+            let (key, entry) = (key.clone(), entry.clone());
+            let taken_up = match key.role() {
+                Role::Source => take_up_source::take_up(&node, key, entry).await,
+                Role::Destination => take_up_destination::take_up(&node, key, entry).await,
+            };
+            match taken_up {
+                Ok(()) => return node.registry.explained(&id),
+                Err(error) if error.may_pass() => {
+                    if !std::mem::replace(&mut told, true) {
+                        warn!(migration = id, why = %error, "a migration cannot be taken up yet; trying again");
+                    }
+                    let why = error.to_string();
+                    node.registry.explain(&id, Hold { reason: ServiceReason::JournalUnreadable, why });
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(longest);
+                }
+                Err(error) => {
+                    error!(migration = id, why = %error, "a migration cannot be taken up; what it is about is left as it is");
+                    return node.registry.hold_unreadable(&id, error.to_string());
+                }
+            }
         }
     });
 }
 
+/// Reads a journal again that the disk did not give, until it does.
+async fn read_again(node: NodeResources, key: Key) {
+    let (mut pause, longest) = RETRY_PAUSES;
+    loop {
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(longest);
+        let (journal, of) = (Arc::clone(&node.journal), key.clone());
+        let Ok(content) = tokio::task::spawn_blocking(move || journal.read_one(&of)).await else { continue };
+        match parse(&key, content) {
+            Ok(entry) => {
+                info!(migration = key.id(), "a journal can be read again");
+                return take_up_late(&node, key, entry);
+            }
+            Err(error) if error.may_pass() => {}
+            Err(error) => return node.registry.hold_unreadable(key.id(), error.to_string()),
+        }
+    }
+}
+
+/// Takes up a journal that was read after the others. What it is about was not held meanwhile.
+fn take_up_late(node: &NodeResources, key: Key, entry: Entry) {
+    let holder = entry
+        .ended
+        .is_none()
+        .then(|| node.registry.holder_of_any(&entries::vm_of(&entry), devices_of(&entry)));
+    match holder.flatten() {
+        None => {
+            node.registry.explained(key.id());
+            take_up(node, key, entry);
+        }
+        Some(held) => {
+            let file = node.journal.file(&key);
+            let why = format!(
+                "the journal {} could not be read when the agent started, and meanwhile {held}: nothing is done for \
+                 it. If the VM has left it behind, stop the agent, move the file away, and start it again",
+                file.display()
+            );
+            error!(migration = key.id(), why, "what this journal is about is left as it is");
+            node.registry.hold_conflicting(key.id(), why);
+        }
+    }
+}
+
+/// The devices of this node that an entry is about.
+fn devices_of(entry: &Entry) -> Vec<&str> {
+    entries::local_devices(entry).collect()
+}
+
 /// The VM and the devices are not free before the attempt has ended.
 fn hold(node: &NodeResources, entry: &Entry) {
-    let names = entry.devices.iter().map(|pair| match entry.end {
-        EndEntry::Source { .. } => pair.source.as_str(),
-        EndEntry::Destination { .. } => pair.target.as_str(),
-    });
-    let names: Vec<&str> = names.collect();
+    let names = devices_of(entry);
     if let Err(held) = node.registry.take(&entry.migration_id, &entries::vm_of(entry), names) {
         warn!(migration = entry.migration_id, %held, "two unfinished journals are about the same");
     }

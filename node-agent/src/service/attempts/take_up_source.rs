@@ -4,12 +4,14 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use slackwater_handover::Failure;
 use slackwater_handover::policy::{StopPlan, stop_plan};
+use slackwater_proto::node::VmRef;
 use slackwater_proto::transfer::Attempt;
 use tracing::warn;
 
 use super::entries;
-use super::journalled_vmm::{self, FoundVmm, Route};
+use super::journalled_vmm::{self, Connection, FoundVmm, Route};
 use super::release::VmRemains;
 use super::reopen::{TakeUpError, reopen, restarted};
 use super::resources::NodeResources;
@@ -31,18 +33,27 @@ const NO_LIMIT: Duration = Duration::from_secs(24 * 3600);
 
 /// Finds the VM, and goes on. Does nothing for the journal of a destination.
 pub(super) async fn take_up(node: &NodeResources, key: Key, entry: Entry) -> Result<(), TakeUpError> {
-    let EndEntry::Source { target_node, target_address, cgroup, marks } = &entry.end else { return Ok(()) };
-    let ledger = reopen(node, &key, &entry).await?;
-    let known = node.inventory.vm(&entries::vm_of(&entry)).and_then(|vm| vm.vm.ok());
-    let found = match &known {
-        Some(known) => journalled_vmm::find(&Route::Vm(known), node, entry.vmm.as_ref()).await,
-        None => None,
+    let EndEntry::Source { target_node, target_address, cgroup, marks, monitor } = &entry.end else {
+        return Ok(());
     };
+    let ledger = reopen(node, &key, &entry).await?;
+    let process = entry.vmm.as_ref().ok_or(TakeUpError::NoProcess)?;
+    let vm = entries::vm_of(&entry);
     let directory = vms::directory_of(&node.config.run_dir, &entry.namespace, &entry.name);
+    let route = || match monitor {
+        Some(monitor) => Ok(Route {
+            vmm: monitor.vmm(),
+            socket: monitor.socket.clone(),
+            folder: directory.clone(),
+            connection: Connection::Inventory,
+        }),
+        None => by_vm_json(node, &vm),
+    };
+    let found = journalled_vmm::find(route, node, &entry.migration_id, process).await;
     let remains = VmRemains {
         cgroup: cgroup.as_ref().and_then(|name| Cgroup::with_name(&node.config.cgroup_root, name).ok()),
-        socket: known.map(|known| known.socket).unwrap_or_else(|| directory.join("vmm.sock")),
-        directory,
+        socket: route().map_or_else(|_| directory.join("vmm.sock"), |route| route.socket),
+        directory: directory.clone(),
     };
     let peer = Peer {
         credentials: Arc::clone(&node.credentials),
@@ -54,7 +65,7 @@ pub(super) async fn take_up(node: &NodeResources, key: Key, entry: Entry) -> Res
     let recovered = |found, vmm_gone| Recovered {
         record: entry.record,
         found,
-        failure: entry.failure().unwrap_or_else(restarted),
+        failure: why(node, &vm, &entry),
         vmm_gone,
         marks: if same_boot { *marks } else { Marks::default() },
     };
@@ -97,7 +108,43 @@ pub(super) async fn take_up(node: &NodeResources, key: Key, entry: Entry) -> Res
     Ok(())
 }
 
+/// The way to the VMM that the VM's vm.json names: for a journal of an agent that did not write it down.
+fn by_vm_json(node: &NodeResources, vm: &VmRef) -> Result<Route, String> {
+    let missing = |why: &dyn std::fmt::Display| {
+        format!("the journal does not say where it listens, and the VM's vm.json cannot be used: {why}")
+    };
+    let entry = node.inventory.vm(vm).ok_or_else(|| missing(&"it is missing"))?;
+    let known = entry.vm.map_err(|why| missing(&why))?;
+    Ok(Route {
+        vmm: known.json.vmm,
+        socket: known.socket,
+        folder: known.directory,
+        connection: Connection::Inventory,
+    })
+}
+
+/// Why the attempt is given up, if it is. The vm.json is its owner's file: an agent neither needs it for the
+/// way back nor writes it again, but without it the VM runs unseen.
+fn why(node: &NodeResources, vm: &VmRef, entry: &Entry) -> Failure {
+    let mut failure = entry.failure().unwrap_or_else(restarted);
+    let missing = match node.inventory.vm(vm).map(|found| found.vm) {
+        Some(Ok(_)) => return failure,
+        Some(Err(why)) => format!("cannot be used ({why})"),
+        None => "is missing".to_owned(),
+    };
+    let told =
+        format!("; the VM's vm.json {missing}: until its owner restores it, the VM cannot be migrated");
+    if !failure.message.contains(&told) {
+        failure.message.push_str(&told);
+    }
+    failure
+}
+
 /// Times of CLOCK_MONOTONIC from another boot mean nothing.
 fn is_of_this_boot(process: &Process) -> bool {
     boot_id(Path::new("/proc")).is_ok_and(|now| now == process.boot_id)
 }
+
+#[cfg(test)]
+#[path = "take_up_tests.rs"]
+mod tests;

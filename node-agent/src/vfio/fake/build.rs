@@ -35,6 +35,7 @@ impl FakeDevice {
                 asked: [0; 8],
             })),
             alive: watch::Sender::new(()),
+            states_read: 0,
         }
     }
 
@@ -141,6 +142,40 @@ impl FakeDevice {
     #[must_use]
     pub fn hang_at(mut self, to: MigrationState, gate: &Gate) -> Self {
         self.script.hang_at.push((to, gate.clone()));
+        self
+    }
+
+    /// Hangs at the gate when its state is read for the `nth` time, from 1: a change reads it twice.
+    #[must_use]
+    pub fn hang_in_state(mut self, nth: usize, gate: &Gate) -> Self {
+        self.script.hang_in_state = Some((nth, gate.clone()));
+        self
+    }
+
+    /// The same device by another descriptor, as a VMM that drives it has it: only reads of its state do not
+    /// hang.
+    #[must_use]
+    pub fn second_descriptor(&self) -> Self {
+        let script = Script { hang_in_state: None, ..self.script.clone() };
+        Self {
+            name: self.name.clone(),
+            log: self.log.clone(),
+            script,
+            pre_copy: self.pre_copy.clone(),
+            blob: self.blob.clone(),
+            inner: Arc::clone(&self.inner),
+            alive: self.alive.clone(),
+            features: self.features,
+            piece_bytes: self.piece_bytes,
+            expects_bytes: self.expects_bytes,
+            states_read: 0,
+        }
+    }
+
+    /// Hangs at the gate when it is reset.
+    #[must_use]
+    pub fn hang_in_reset(mut self, gate: &Gate) -> Self {
+        self.script.hang_in_reset = Some(gate.clone());
         self
     }
 

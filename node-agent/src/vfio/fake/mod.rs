@@ -45,6 +45,7 @@ pub struct FakeDevice {
     blob: Bytes,
     inner: Arc<Mutex<Inner>>,
     alive: watch::Sender<()>,
+    states_read: usize,
 }
 
 /// What the device is at the moment.
@@ -223,6 +224,12 @@ impl Device for FakeDevice {
 
     fn state(&mut self) -> Result<MigrationState, DeviceError> {
         self.record(Call::ReadState);
+        self.states_read += 1;
+        if let Some((nth, gate)) = &self.script.hang_in_state
+            && *nth == self.states_read
+        {
+            gate.pass();
+        }
         if let Some(errno) = self.script.refuse_state {
             return Err(DeviceError::ReadState { device: self.name.clone(), errno: OsError(errno) });
         }
@@ -306,6 +313,9 @@ impl Device for FakeDevice {
     }
 
     fn reset(&mut self) -> Result<(), DeviceError> {
+        if let Some(gate) = &self.script.hang_in_reset {
+            gate.pass();
+        }
         if let Some(errno) = self.script.refuse_reset {
             return Err(DeviceError::Reset { device: self.name.clone(), errno: OsError(errno) });
         }

@@ -27,6 +27,8 @@ pub(super) struct Script {
     pub(super) refuse_reset: Option<Errno>,
     pub(super) refuse_state: Option<Errno>,
     pub(super) hang_at: Vec<(MigrationState, Gate)>,
+    pub(super) hang_in_state: Option<(usize, Gate)>,
+    pub(super) hang_in_reset: Option<Gate>,
     pub(super) hang_in_read: Option<Gate>,
     pub(super) hang_in_write: Option<Gate>,
     pub(super) panic_at: Option<MigrationState>,
