@@ -232,7 +232,7 @@ impl Fleet {
     /// # Errors
     /// [`CallError`]
     pub async fn acknowledge_end(&self, node: &str, request: AcknowledgeEndRequest) -> Result<(), CallError> {
-        let client = NodeAgentClient::new(self.index.connected(node)?);
+        let client = node_client(self.index.connected(node)?);
         let limit = self.limits.resolve;
         let call = |request| {
             let mut client = client.clone();

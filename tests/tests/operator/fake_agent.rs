@@ -12,7 +12,7 @@ use futures::{Stream, StreamExt};
 use slackwater_lab::Pki;
 use slackwater_proto::limits::node_server;
 use slackwater_proto::node::migration_event::What;
-use slackwater_proto::node::node_agent_server::{NodeAgent, NodeAgentServer};
+use slackwater_proto::node::node_agent_server::NodeAgent;
 use slackwater_proto::node::{
     AbortRequest, AbortResponse, AcknowledgeEndRequest, AcknowledgeEndResponse, DescribeRequest,
     DescribeResponse, DeviceDescription, DeviceStateChange, Doubt, Estimate, Finished, JournalRecord,
@@ -291,6 +291,7 @@ impl FakeAgent {
                 }),
                 device_bytes: vec![60, 61],
                 vmm_bytes: 64 << 20,
+                dropped_events: 0,
             }),
         );
     }
