@@ -61,9 +61,11 @@ pub(crate) mod agent {
     pub(crate) const TARGET_SLOW: &str = "TargetSlow";
     /// The source's agent cannot write its journal.
     pub(crate) const JOURNAL_FAILED: &str = "JournalFailed";
+    /// A migration has ended at an agent, and that is not durable there yet.
+    pub(crate) const END_NOT_RECORDED: &str = "EndNotRecorded";
     /// Why a migration that does not go on holds its VM: its end is not durable yet, or its journal cannot be
     /// used, or is not the only one.
-    pub(crate) const HOLDS: [&str; 3] = ["EndNotRecorded", "JournalsConflict", "JournalUnreadable"];
+    pub(crate) const HOLDS: [&str; 3] = [END_NOT_RECORDED, "JournalsConflict", "JournalUnreadable"];
 }
 
 /// The longest reason that the API server takes in a condition.

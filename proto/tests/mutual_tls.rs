@@ -118,6 +118,13 @@ impl NodeAgent for Stub {
         Err(Status::unimplemented(""))
     }
 
+    async fn acknowledge_end(
+        &self,
+        _: Request<AcknowledgeEndRequest>,
+    ) -> Result<Response<AcknowledgeEndResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
     async fn resolve(&self, _: Request<ResolveRequest>) -> Result<Response<ResolveResponse>, Status> {
         Err(Status::unimplemented(""))
     }

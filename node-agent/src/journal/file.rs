@@ -31,7 +31,7 @@ use rustix::io::Errno;
 #[cfg(test)]
 use super::disk_faults::DiskFaults;
 use super::disk_faults::Step;
-use super::format::{HEADER_BYTES, NEWEST_VERSION, Refusal, decode, encode};
+use super::format::{ACKNOWLEDGED, HEADER_BYTES, NEWEST_VERSION, Refusal, decode, encode};
 use super::{EARLIER_SPACE_BYTES, JournalError};
 
 /// Suffix of the other copy.
@@ -236,6 +236,7 @@ impl Copies {
     /// Replaces the content for the last time, and frees the space that is no longer needed. May be repeated.
     pub(super) fn finish(&mut self, content: &[u8]) -> Result<(), JournalError> {
         let mut bytes = record(&self.directory, &self.name, self.space, self.version, content)?;
+        bytes.extend(std::iter::repeat_n(0, ACKNOWLEDGED.len()));
         if is_size_of_open(bytes.len(), self.space) {
             bytes.push(0);
         }
@@ -321,6 +322,25 @@ pub(super) struct Stored {
     pub(super) content: Vec<u8>,
     /// Nothing will be written any more.
     pub(super) finished: bool,
+    /// The operator knows how it ended.
+    pub(super) acknowledged: bool,
+}
+
+/// Marks a finished file, in the room that it has for that: what it holds stays as it is. May be repeated.
+pub(super) fn acknowledge(directory: &Directory, name: &str, space: usize) -> Result<(), JournalError> {
+    let stored = read(directory, name, space)?;
+    let file = directory.file(name);
+    if !stored.finished {
+        return Err(JournalError::Unfinished { file });
+    }
+    let opened = OpenOptions::new().write(true).custom_flags(no_follow()).open(&file);
+    let handle = opened.map_err(|source| JournalError::Open { file: file.clone(), source })?;
+    let behind = (HEADER_BYTES + stored.content.len()) as u64;
+    let written =
+        directory.before(Step::Write(name)).and_then(|()| handle.write_all_at(ACKNOWLEDGED, behind));
+    written.map_err(|source| cannot_write(&file, space, source))?;
+    let synced = directory.before(Step::SyncFile(name)).and_then(|()| handle.sync_all());
+    synced.map_err(|source| cannot_sync(&file, space, source))
 }
 
 /// The content of a file.
@@ -335,7 +355,12 @@ pub(super) fn read(directory: &Directory, name: &str, space: usize) -> Result<St
         .map_err(|source| JournalError::Read { file: file.clone(), source })?;
     let finished = !is_size_of_open(bytes.len(), space);
     match decode(&bytes) {
-        Ok(decoded) => Ok(Stored { version: decoded.version, content: decoded.content.to_vec(), finished }),
+        Ok(decoded) => {
+            let behind = bytes.get(HEADER_BYTES + decoded.content.len()..).unwrap_or_default();
+            let acknowledged = finished && behind.starts_with(ACKNOWLEDGED);
+            let (version, content) = (decoded.version, decoded.content.to_vec());
+            Ok(Stored { version, content, finished, acknowledged })
+        }
         Err(Refusal::NotAJournal) => Err(JournalError::NotAJournal { file }),
         Err(Refusal::NewerVersion(found)) if finished => {
             Err(JournalError::NewerVersion { file, found, known: NEWEST_VERSION })
@@ -350,7 +375,7 @@ pub(super) fn read(directory: &Directory, name: &str, space: usize) -> Result<St
     }
 }
 
-/// The bytes of a record, if they fit. One byte less than the space is taken, so that a full file is never a
+/// The bytes of a record, if they fit. Some less than the space are taken, so that a full file is never a
 /// finished one.
 fn record(
     directory: &Directory,
@@ -359,18 +384,17 @@ fn record(
     version: u32,
     content: &[u8],
 ) -> Result<Vec<u8>, JournalError> {
-    encode(version, content).filter(|bytes| bytes.len() < space).ok_or_else(|| {
-        JournalError::ContentTooLarge {
-            file: directory.file(name),
-            has_bytes: content.len() as u64,
-            limit_bytes: content_limit(space) as u64,
-        }
+    let fits = content.len() <= content_limit(space);
+    encode(version, content).filter(|_| fits).ok_or_else(|| JournalError::ContentTooLarge {
+        file: directory.file(name),
+        has_bytes: content.len() as u64,
+        limit_bytes: content_limit(space) as u64,
     })
 }
 
 /// Bytes of content that fit into a copy of this size.
 pub(super) const fn content_limit(space: usize) -> usize {
-    space - HEADER_BYTES - 1
+    space - HEADER_BYTES - ACKNOWLEDGED.len() - 2
 }
 
 /// A file of this size, all of it written and synced, beginning with these bytes. The directory is not synced

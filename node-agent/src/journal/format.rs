@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Numbers are little endian. The CRC-32 (IEEE 802.3) covers the four bytes of the length and the content. A
-//! finished journal ends with its content, or one byte after it.
+//! finished journal ends soon after its content, with room for the mark that its end has been acknowledged.
 //!
 //! The version says how the content is to be read; the header is the same in all versions. An agent reads
 //! every version up to [`NEWEST_VERSION`]. A change of the content of a journal raises that version, and
@@ -23,6 +23,9 @@ pub(super) const EPOCH_VERSION: u32 = 1;
 
 /// Bytes before the content.
 pub(super) const HEADER_BYTES: usize = 20;
+
+/// After the content of a finished journal: the operator has acknowledged how it ended. Until then, zeroes.
+pub(super) const ACKNOWLEDGED: &[u8] = b"ACKNOWLEDGED";
 
 /// Why bytes are not a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -245,8 +245,8 @@ impl Journal {
     }
 
     /// Removes the oldest finished journals (by the time of their last write) until `keep` of them are left,
-    /// and returns the removed. Only those count that [`JournalFile::finish`] has closed and whose content
-    /// `is_finished` confirms; an unreadable journal is never removed.
+    /// and returns the removed. Only those count that [`JournalFile::finish`] has closed, whose content
+    /// `is_finished` confirms and whose end has been acknowledged; an unreadable journal is never removed.
     pub fn prune(
         &self,
         keep: usize,
@@ -255,7 +255,8 @@ impl Journal {
         let mut finished: Vec<(SystemTime, Key)> = Vec::new();
         for key in self.keys()? {
             let name = key.file_name();
-            if let Ok(Stored { version, content: bytes, finished: true }) = self.read(&name)
+            if let Ok(Stored { version, content: bytes, finished: true, acknowledged: true }) =
+                self.read(&name)
                 && is_finished(&key, &Content { version, bytes })
             {
                 let file = self.directory.file(&name);
@@ -273,6 +274,28 @@ impl Journal {
             self.directory.sync()?;
         }
         Ok(removed)
+    }
+
+    /// Notes in a finished journal that the operator knows how it ended, durably. [`JournalError::Unfinished`] if
+    /// it is not finished. Without a journal there is nothing to note.
+    pub fn acknowledge(&self, key: &Key) -> Result<(), JournalError> {
+        match file::acknowledge(&self.directory, &key.file_name(), SPACE_BYTES) {
+            Err(JournalError::Open { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Whether the end of a journal has been acknowledged.
+    pub fn is_acknowledged(&self, key: &Key) -> Result<bool, JournalError> {
+        self.read(&key.file_name()).map(|stored| stored.acknowledged)
+    }
+
+    /// Removes a finished journal whose end has been acknowledged. Any other one stays.
+    pub fn remove_acknowledged(&self, key: &Key) -> Result<(), JournalError> {
+        if matches!(self.read(&key.file_name()), Ok(Stored { finished: true, acknowledged: true, .. })) {
+            self.directory.remove(&key.file_name())?;
+        }
+        Ok(())
     }
 
     /// The highest operator epoch that [`Journal::set_epoch`] has kept; 0 if it never has.

@@ -418,6 +418,7 @@ fn only_the_oldest_finished_journals_are_removed() {
     let start = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000);
     for (age, id) in ["e", "d", "c", "b", "a"].into_iter().enumerate() {
         journal.create(&key(id), b"1").unwrap().finish(b"ended").unwrap();
+        journal.acknowledge(&key(id)).unwrap();
         let written = start + std::time::Duration::from_secs(age as u64);
         File::options()
             .write(true)
@@ -427,10 +428,41 @@ fn only_the_oldest_finished_journals_are_removed() {
             .unwrap();
     }
     drop(journal.create(&key("open"), b"ended").unwrap());
+    // The operator does not know of this one.
+    journal.create(&key("new"), b"1").unwrap().finish(b"ended").unwrap();
+    File::options().write(true).open(path(&dir, "new.source")).unwrap().set_modified(start).unwrap();
     // `d` is not finished by what it says.
     let removed = journal.prune(2, |key, content| key.id() != "d" && content.bytes == b"ended").unwrap();
     assert_eq!(removed, [key("e"), key("c")]);
-    assert_eq!(names(&dir), ["a.source", "b.source", "d.source", "open.source", "open.source.spare"]);
+    let left = ["a.source", "b.source", "d.source", "new.source", "open.source", "open.source.spare"];
+    assert_eq!(names(&dir), left);
+}
+
+#[test]
+fn an_acknowledged_end_is_read_as_before_and_an_open_journal_cannot_be_acknowledged() {
+    let (dir, journal) = state();
+    assert!(journal.acknowledge(&key("m")).is_ok(), "nothing to note");
+    let mut file = journal.create(&key("m"), b"saving").unwrap();
+    assert!(matches!(journal.acknowledge(&key("m")), Err(JournalError::Unfinished { .. })));
+    file.finish(b"ended").unwrap();
+    assert!(!journal.is_acknowledged(&key("m")).unwrap());
+    journal.remove_acknowledged(&key("m")).unwrap();
+    let before = fs::metadata(path(&dir, "m.source")).unwrap().len();
+    for _ in 0..2 {
+        journal.acknowledge(&key("m")).unwrap();
+        assert!(journal.is_acknowledged(&key("m")).unwrap());
+        assert_eq!(found(&journal, &key("m")).unwrap(), b"ended");
+    }
+    assert_eq!(fs::metadata(path(&dir, "m.source")).unwrap().len(), before, "it takes no space");
+    drop((file, journal));
+    let journal = Journal::open(dir.path()).unwrap();
+    assert!(journal.is_acknowledged(&key("m")).unwrap());
+    // Another attempt begins anew.
+    journal.create(&key("m"), b"2").unwrap().finish(b"2, ended").unwrap();
+    assert!(!journal.is_acknowledged(&key("m")).unwrap());
+    journal.acknowledge(&key("m")).unwrap();
+    journal.remove_acknowledged(&key("m")).unwrap();
+    assert!(names(&dir).is_empty());
 }
 
 #[test]

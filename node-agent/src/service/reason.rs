@@ -52,6 +52,8 @@ pub(super) enum ServiceReason {
     JournalsConflict,
     /// A migration of the VM has ended, and that is not durable yet.
     EndNotRecorded,
+    /// Too many migrations have ended here without the operator's acknowledgement.
+    EndsNotAcknowledged,
     /// The agent was restarted, and has not found the VM again yet.
     Recovering,
     /// The point of no return has passed.

@@ -11,10 +11,14 @@ use super::reason::ServiceReason;
 
 use crate::attempt::destination::DestinationRun;
 use crate::attempt::source::SourceRun;
+use crate::journal::{Key, Role};
 
-/// At most this many ended migrations are remembered, here and in the journal, so that a late question gets
-/// its answer.
+/// At most this many migrations whose end has been acknowledged are remembered, here and in the journal: only
+/// a very late question is about them.
 pub(super) const MAX_REMEMBERED_MIGRATIONS: usize = 1000;
+
+/// At most this many others: their ends may still be asked for. Beyond that, no migration begins.
+pub(super) const MAX_UNACKNOWLEDGED: usize = 4096;
 
 /// A call that is out of date: it is refused before anything is done for it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -93,11 +97,25 @@ pub enum LocalEnd {
     Conflicting(String),
 }
 
+impl LocalEnd {
+    /// The name of its journal, if it has one that can be used.
+    fn key(&self, id: &str) -> Option<Key> {
+        let role = match self {
+            Self::Source(_) => Role::Source,
+            Self::Destination(..) => Role::Destination,
+            Self::Recovering | Self::Unreadable(_) | Self::Conflicting(_) => return None,
+        };
+        Key::new(id, role).ok()
+    }
+}
+
 #[derive(Debug)]
 struct Migration {
     attempt: u32,
     part: LocalEnd,
     order: u64,
+    /// The operator knows how it ended.
+    acknowledged: bool,
 }
 
 #[derive(Debug, Default)]
@@ -211,25 +229,35 @@ impl Registry {
 
     /// This node takes part.
     pub fn join(&self, reference: &MigrationRef, part: LocalEnd) {
+        self.put(&reference.id, reference.attempt, part);
+    }
+
+    fn put(&self, id: &str, attempt: u32, part: LocalEnd) {
         let mut state = self.state.lock();
         state.counted += 1;
-        let order = state.counted;
-        let migration = Migration { attempt: reference.attempt, part, order };
-        state.waits.remove(&reference.id);
-        state.migrations.insert(reference.id.clone(), migration);
-        while state.migrations.len() > MAX_REMEMBERED_MIGRATIONS {
-            let busy: Vec<String> = state.vms.values().chain(state.devices.values()).cloned().collect();
-            let oldest = state
-                .migrations
-                .iter()
-                .filter(|(id, _)| !busy.contains(id))
-                .min_by_key(|(_, migration)| migration.order)
-                .map(|(id, _)| id.clone());
-            match oldest {
-                Some(id) => state.migrations.remove(&id),
-                None => break,
-            };
+        state.waits.remove(id);
+        let migration = Migration { attempt, part, order: state.counted, acknowledged: false };
+        state.migrations.insert(id.to_owned(), migration);
+    }
+
+    /// The operator knows how an attempt ended. Returns the oldest of such migrations, which are not remembered
+    /// any more.
+    pub(super) fn acknowledge(&self, id: &str, attempt: u32) -> Vec<Key> {
+        let mut state = self.state.lock();
+        if let Some(migration) = state.migrations.get_mut(id).filter(|known| known.attempt == attempt) {
+            migration.acknowledged = true;
         }
+        let busy: HashSet<&String> = state.vms.values().chain(state.devices.values()).collect();
+        let over = state.migrations.iter().filter(|(id, known)| known.acknowledged && !busy.contains(id));
+        let mut over: Vec<(u64, String)> = over.map(|(id, known)| (known.order, id.clone())).collect();
+        over.sort_unstable();
+        over.truncate(over.len().saturating_sub(MAX_REMEMBERED_MIGRATIONS));
+        over.into_iter().filter_map(|(_, id)| state.migrations.remove(&id)?.part.key(&id)).collect()
+    }
+
+    /// The migrations that are under way here, or whose end nobody has acknowledged.
+    pub(super) fn unacknowledged(&self) -> usize {
+        self.state.lock().migrations.values().filter(|migration| !migration.acknowledged).count()
     }
 
     /// The journal of a migration cannot be used: a call about any attempt of it is refused with `why`.
@@ -245,12 +273,8 @@ impl Registry {
     }
 
     fn put_aside(&self, id: &str, part: LocalEnd) {
-        let mut state = self.state.lock();
-        state.counted += 1;
-        let order = state.counted;
-        let attempt = state.migrations.get(id).map_or(0, |migration| migration.attempt);
-        state.waits.remove(id);
-        state.migrations.insert(id.to_owned(), Migration { attempt, part, order });
+        let attempt = self.state.lock().migrations.get(id).map_or(0, |migration| migration.attempt);
+        self.put(id, attempt, part);
     }
 
     /// Why a migration that does not go on holds what it does.
@@ -391,6 +415,9 @@ impl Registry {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::attempt::entry::tests::entry;
+    use crate::attempt::events::EventLog;
+    use crate::attempt::ledger::Ledger;
 
     fn reference(attempt: u32, operator_epoch: u64) -> MigrationRef {
         MigrationRef { id: "m".to_owned(), attempt, operator_epoch }
@@ -408,6 +435,37 @@ mod tests {
         let stale = registry.fence(&reference(1, 4)).unwrap_err();
         assert_eq!(stale, Stale::Epoch { given: 4, known: 5 });
         assert_eq!(Refusal::from(stale).detail, Some(Detail::KnownEpoch(5)));
+    }
+
+    fn ended(id: &str) -> (MigrationRef, LocalEnd) {
+        let ledger = Ledger::ended(&entry());
+        let part = LocalEnd::Source(SourceRun::over(EventLog::new("node-a"), ledger));
+        (MigrationRef { id: id.to_owned(), attempt: 1, operator_epoch: 0 }, part)
+    }
+
+    #[test]
+    fn only_the_oldest_acknowledged_ends_are_forgotten_and_the_others_are_counted() {
+        let registry = Registry::default();
+        let count = MAX_REMEMBERED_MIGRATIONS + 10;
+        for number in 0..count {
+            let (reference, part) = ended(&number.to_string());
+            registry.join(&reference, part);
+        }
+        registry.hold_unreadable("damaged", "the file".to_owned());
+        assert_eq!(registry.unacknowledged(), count + 1, "nothing is forgotten by itself");
+        let forgotten: Vec<String> = (1..count)
+            .flat_map(|number| registry.acknowledge(&number.to_string(), 1))
+            .map(|key| key.to_string())
+            .collect();
+        let expected: Vec<String> = (1..10).map(|number| format!("{number}.source")).collect();
+        assert_eq!(forgotten, expected);
+        assert!(registry.part("1", 1).is_none());
+        for kept in ["0", "10", &(count - 1).to_string(), "damaged"] {
+            assert!(registry.part(kept, 1).is_some(), "{kept}");
+        }
+        assert_eq!(registry.unacknowledged(), 2);
+        assert_eq!(registry.acknowledge("0", 2), [], "another attempt");
+        assert_eq!(registry.unacknowledged(), 2);
     }
 
     #[test]

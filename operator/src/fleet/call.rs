@@ -6,8 +6,8 @@ use futures::{Stream, StreamExt};
 use slackwater_handover::Reason;
 use slackwater_proto::node::node_agent_client::NodeAgentClient;
 use slackwater_proto::node::{
-    AbortRequest, JournalState, MigrateRequest, MigrationEvent, MigrationRef, ReleaseRequest, ReserveRequest,
-    ResolveRequest,
+    AbortRequest, AcknowledgeEndRequest, JournalState, MigrateRequest, MigrationEvent, MigrationRef,
+    ReleaseRequest, ReserveRequest, ResolveRequest,
 };
 use slackwater_proto::refusal::{Detail, Refusal};
 use slackwater_proto::tonic::{Code, Status};
@@ -146,7 +146,7 @@ macro_rules! fenced {
         }
     )+};
 }
-fenced!(ReserveRequest, MigrateRequest, AbortRequest, ReleaseRequest, ResolveRequest);
+fenced!(ReserveRequest, MigrateRequest, AbortRequest, ReleaseRequest, ResolveRequest, AcknowledgeEndRequest);
 
 impl Fleet {
     /// Asks the target to reserve.
@@ -224,6 +224,27 @@ impl Fleet {
         };
         let answer = self.fenced(node, request, call).await?;
         Ok(answer.into_inner().own.unwrap_or_default())
+    }
+
+    /// Tells either end that it is known how the migration ended. An older agent has no such call, and forgets
+    /// by itself.
+    ///
+    /// # Errors
+    /// [`CallError`]
+    pub async fn acknowledge_end(&self, node: &str, request: AcknowledgeEndRequest) -> Result<(), CallError> {
+        let client = NodeAgentClient::new(self.index.connected(node)?);
+        let limit = self.limits.resolve;
+        let call = |request| {
+            let mut client = client.clone();
+            let acknowledged = async move {
+                match client.acknowledge_end(request).await {
+                    Err(status) if status.code() == Code::Unimplemented => Ok(()),
+                    answer => answer.map(drop),
+                }
+            };
+            within("AcknowledgeEnd", limit, acknowledged)
+        };
+        self.fenced(node, request, call).await
     }
 
     /// Makes a call with this leadership's epoch. If the agent has seen a higher one that is believed, raises

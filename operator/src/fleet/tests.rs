@@ -106,6 +106,14 @@ impl NodeAgent for Fake {
         Ok(Response::new(ReleaseResponse {}))
     }
 
+    // An older agent has no such call.
+    async fn acknowledge_end(
+        &self,
+        _: Request<AcknowledgeEndRequest>,
+    ) -> Result<Response<AcknowledgeEndResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
     async fn resolve(&self, request: Request<ResolveRequest>) -> Result<Response<ResolveResponse>, Status> {
         self.maybe_hang("Resolve").await;
         let epoch = request.into_inner().migration.unwrap_or_default().operator_epoch;
@@ -304,4 +312,11 @@ async fn an_operator_whose_lease_has_run_out_asks_nothing_of_an_agent() {
     source.valid_until.send_replace(tokio::time::Instant::now());
     let error = fleet.resolve("node-a", ResolveRequest::default()).await.unwrap_err();
     assert!(matches!(error, CallError::NotLeading), "{error}");
+}
+
+#[tokio::test]
+async fn an_agent_without_the_call_counts_as_having_heard_that_the_end_is_known() {
+    let fleet = follow(Fake::default(), epoch()).await;
+    let migration = Some(MigrationRef { id: "m".into(), attempt: 1, operator_epoch: 0 });
+    fleet.acknowledge_end("node-a", AcknowledgeEndRequest { migration }).await.unwrap();
 }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use kube::ResourceExt;
-use slackwater_api::VMMigration;
+use slackwater_api::{Reservation, VMMigration};
 use tokio::task::JoinSet;
 
 use super::context::Context;
@@ -65,7 +65,10 @@ fn needs_attention(migration: &VMMigration) -> bool {
     }
     let stamp = Stamp { generation: None, now: jiff::Timestamp::UNIX_EPOCH };
     let mut draft = Draft::new(migration, stamp);
+    // An earlier operator has not told the agents that it knows the end.
+    let not_acknowledged = has_finalizer(migration) && draft.status.reservation != Some(Reservation::Kept);
     next(&draft.status, draft.wish) != Step::Done
+        || not_acknowledged
         || draft.note_spec(&migration.spec)
         || draft.unjudged_resolve(&migration.spec).is_some()
 }

@@ -45,6 +45,9 @@ pub(super) async fn drive(context: Context, object: Arc<VMMigration>) {
     if !holds_claim(status) || run.tracked.is_deleting() {
         claims.release(&run.tracked.uid);
     }
+    if !kept {
+        run.acknowledge().await;
+    }
     // Without anything left at the agents the object may go, whether or not an operator is there to see it.
     if !kept || run.tracked.is_deleting() {
         run.tracked.write_finalizer(false).await;

@@ -10,7 +10,7 @@
 //! | [`context`] | what all migrations share |
 //! | [`controller`] | which objects need attention |
 //! | `drive` | one migration: takes its steps, one after the other |
-//! | `prepare`, `follow`, `release` | the steps |
+//! | `prepare`, `follow`, `release`, `acknowledge` | the steps |
 //! | `run` | what every step needs: the object, its attempt, and settling it with both ends |
 //! | `tracked` | the object: what the watch says, and writing its status |
 //! | `attempt`, `inquiry` | what is known about the current attempt |
@@ -24,6 +24,7 @@
 //! ```
 
 mod abort;
+mod acknowledge;
 mod attempt;
 pub mod claims;
 pub mod context;

@@ -145,6 +145,11 @@ impl Accepted {
         proto::ResolveRequest { migration: Some(self.migration()), peer }
     }
 
+    /// For either end.
+    pub fn acknowledge_end(&self) -> proto::AcknowledgeEndRequest {
+        proto::AcknowledgeEndRequest { migration: Some(self.migration()) }
+    }
+
     /// For the target.
     pub fn release(&self, reason: proto::ReleaseReason) -> proto::ReleaseRequest {
         proto::ReleaseRequest { migration: Some(self.migration()), reason: reason.into() }

@@ -13,11 +13,11 @@ use slackwater_lab::Pki;
 use slackwater_proto::node::migration_event::What;
 use slackwater_proto::node::node_agent_server::{NodeAgent, NodeAgentServer};
 use slackwater_proto::node::{
-    AbortRequest, AbortResponse, DescribeRequest, DescribeResponse, DeviceDescription, DeviceStateChange,
-    Doubt, Estimate, Finished, JournalRecord, JournalState, MigrateRequest, MigrateResponse, MigrationEvent,
-    MigrationFeatures, MigrationRef, NodeDescription, Outcome, Phase, ReleaseRequest, ReleaseResponse,
-    ReserveRequest, ReserveResponse, ResolveRequest, ResolveResponse, Timings, VmDescription, VmRef, VmState,
-    WatchRequest, WatchResponse,
+    AbortRequest, AbortResponse, AcknowledgeEndRequest, AcknowledgeEndResponse, DescribeRequest,
+    DescribeResponse, DeviceDescription, DeviceStateChange, Doubt, Estimate, Finished, JournalRecord,
+    JournalState, MigrateRequest, MigrateResponse, MigrationEvent, MigrationFeatures, MigrationRef,
+    NodeDescription, Outcome, Phase, ReleaseRequest, ReleaseResponse, ReserveRequest, ReserveResponse,
+    ResolveRequest, ResolveResponse, Timings, VmDescription, VmRef, VmState, WatchRequest, WatchResponse,
 };
 use slackwater_proto::server::serve;
 use slackwater_proto::tls::Credentials;
@@ -63,6 +63,8 @@ struct State {
     /// A change of this number breaks every open stream of events.
     breaks: watch::Sender<u32>,
     script: Mutex<Script>,
+    /// The attempts of which the operator has said that it knows the end.
+    acknowledged: watch::Sender<Vec<(String, u32)>>,
     /// Its wall clock, in events.
     ticks: AtomicI64,
 }
@@ -127,6 +129,7 @@ impl FakeAgent {
             events: watch::Sender::default(),
             breaks: watch::Sender::default(),
             script: Mutex::default(),
+            acknowledged: watch::Sender::default(),
             ticks: AtomicI64::new(1),
         });
         let (certificate, key) = pki.agent(node).unwrap().write(folder, node).unwrap();
@@ -200,6 +203,15 @@ impl FakeAgent {
         found.unwrap_or_else(|_| {
             panic!("{} got no call to {what}; its calls are {:#?}", self.node, self.calls())
         })
+    }
+
+    /// Waits until the operator has said that it knows how an attempt ended.
+    pub(crate) async fn until_acknowledged(&self, id: &str, attempt: u32) {
+        let mut acknowledged = self.state.acknowledged.subscribe();
+        let end = (id.to_owned(), attempt);
+        let heard = acknowledged.wait_for(|ends| ends.contains(&end));
+        let in_time = tokio::time::timeout(Duration::from_secs(30), heard).await.is_ok();
+        assert!(in_time, "{} has not heard that the end of {end:?} is known", self.node);
     }
 
     /// Sets the journal's record.
@@ -425,6 +437,17 @@ impl NodeAgent for Service {
         self.0.fence(request.migration.as_ref())?;
         self.0.record(Call::Release(request));
         self.0.answer(|script| &script.release).map(|()| Response::new(ReleaseResponse {}))
+    }
+
+    async fn acknowledge_end(
+        &self,
+        request: Request<AcknowledgeEndRequest>,
+    ) -> Result<Response<AcknowledgeEndResponse>, Status> {
+        let request = request.into_inner();
+        self.0.fence(request.migration.as_ref())?;
+        let acknowledged = request.migration.unwrap_or_default();
+        self.0.acknowledged.send_modify(|ends| ends.push((acknowledged.id, acknowledged.attempt)));
+        Ok(Response::new(AcknowledgeEndResponse {}))
     }
 
     async fn resolve(&self, request: Request<ResolveRequest>) -> Result<Response<ResolveResponse>, Status> {

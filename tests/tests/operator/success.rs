@@ -117,6 +117,10 @@ async fn an_applied_migration_is_planned_prepared_committed_and_shown_with_its_t
         .await;
     assert!(b.calls().iter().all(|call| !matches!(call, Call::Release(_))), "{:?}", b.calls());
 
+    // Both may forget it now.
+    for agent in [a, b] {
+        agent.until_acknowledged(&reference.id, 1).await;
+    }
     // Without a finalizer the object can be deleted, also without an operator.
     world
         .until("move-counter", "lose its finalizer", |m| {

@@ -1,4 +1,4 @@
-//! The protocol, broken in eleven ways. Each is made outside the two machines, in what performs their effects
+//! The protocol, broken in several ways. Each is made outside the two machines, in what performs their effects
 //! or brings them their events, so that the machines of the product have no switch for it.
 
 use slackwater_handover::state::MigrationState;

@@ -15,6 +15,7 @@
 //! | `take_up`, `take_up_source`, `take_up_destination`, `reopen` | what an earlier agent began |
 //! | `conflict` | open journals that are about the same |
 //! | `journalled_vmm` | finding the VMM that the journal names |
+//! | `taken` | what a beginning holds until it has come through, and whose turn it is |
 //! | `entries` | a request as a journal's entry, and back |
 //! | `reservation`, `site` | the target devices and the twin |
 //! | `release` | what is left over of a VM that runs elsewhere |
@@ -32,6 +33,7 @@ mod site;
 mod take_up;
 mod take_up_destination;
 mod take_up_source;
+mod taken;
 
 use std::sync::Arc;
 
@@ -45,7 +47,10 @@ use tokio::sync::Mutex;
 use super::preflight::Preflight;
 use super::reason::ServiceReason;
 use super::registry::LocalEnd;
-use crate::journal::JournalError;
+use crate::attempt::ledger::EndRecord;
+use crate::journal::{JournalError, Role};
+
+use self::taken::Turns;
 
 pub use resources::NodeResources;
 
@@ -55,13 +60,15 @@ pub struct Attempts {
     preflight: Preflight,
     /// Held while an attempt begins: what one has checked must not change before it has taken it.
     beginning: Mutex<()>,
+    /// A migration away from here is begun once, however often it is asked for meanwhile.
+    turns: Turns,
 }
 
 impl Attempts {
     /// None yet.
     pub fn new(node: NodeResources) -> Self {
         let preflight = Preflight::new(&node.config);
-        Self { node, preflight, beginning: Mutex::new(()) }
+        Self { node, preflight, beginning: Mutex::new(()), turns: Turns::default() }
     }
 
     /// Takes up what earlier agents have left in the journal. To be called before any call is served.
@@ -77,6 +84,25 @@ impl Attempts {
     pub(super) async fn find(&self, reference: &MigrationRef) -> Result<Option<LocalEnd>, Refusal> {
         self.fence(reference).await?;
         self.node.registry.usable_part(&reference.id, reference.attempt)
+    }
+
+    /// The operator knows how an attempt ended.
+    pub(super) async fn acknowledge(&self, reference: &MigrationRef) -> Result<(), Refusal> {
+        let (role, end) = match self.find(reference).await? {
+            Some(LocalEnd::Source(run)) => (Role::Source, run.end_record()),
+            Some(LocalEnd::Destination(run, _)) => (Role::Destination, run.end_record()),
+            Some(LocalEnd::Recovering | LocalEnd::Unreadable(_) | LocalEnd::Conflicting(_)) | None => {
+                return Ok(());
+            }
+        };
+        if *end.borrow() != EndRecord::Durable {
+            let message = "the attempt has not ended here, or that is not durable yet; try again";
+            return Err(precondition(ServiceReason::EndNotRecorded, message));
+        }
+        self.node.acknowledge(reference, role).await.map_err(|error| {
+            let message = format!("the acknowledgement could not be recorded: {}", error.with_causes());
+            Refusal::unavailable(Reason::JournalFailed, message)
+        })
     }
 
     /// Refuses a call that is out of date. A newer operator's epoch is durable before anything is done for

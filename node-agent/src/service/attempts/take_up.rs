@@ -93,13 +93,16 @@ pub(super) async fn take_up_all(node: &NodeResources) -> Result<(), JournalError
                     devices_of(&entry),
                 );
                 node.registry.hold_conflicting(&entry.migration_id, why.clone());
+                if key.role() == Role::Source {
+                    node.registry.has_its_vm_here(&entry.migration_id);
+                }
             }
         }
     }
     Ok(())
 }
 
-/// Reads the journal, without the oldest of the ended ones.
+/// Reads the journal, without the oldest of those whose end has been acknowledged.
 fn read(journal: &Journal) -> Result<JournalContent, JournalError> {
     let has_ended =
         |_: &Key, content: &Content| Entry::parse(content).is_ok_and(|entry| entry.ended.is_some());
@@ -141,6 +144,9 @@ pub(super) fn take_up(node: &NodeResources, key: Key, entry: Entry) {
             }
         };
         node.registry.join(&reference, part);
+        if node.journal.is_acknowledged(&key).unwrap_or(false) {
+            node.registry.acknowledge(&reference.id, reference.attempt);
+        }
         return;
     }
     info!(migration = entry.migration_id, record = ?entry.record, "taking up what an earlier agent began");

@@ -52,6 +52,8 @@ pub(super) async fn take_up(node: &NodeResources, key: Key, entry: Entry) -> Res
     };
     let found = match &entry.vmm {
         _ if json.is_none() => None,
+        // It only has to be made known, whatever it does now.
+        _ if entry.record == Record::Running => None,
         // Whatever its twin says: its process ends with its cgroup.
         Some(process) if given_back => {
             let found = journalled_vmm::find(route, node, &entry.migration_id, process);
@@ -111,3 +113,7 @@ async fn devices_still_here(entry: &Entry) -> Result<Vec<Device>, TakeUpError> {
     };
     Ok(entry.devices.iter().filter_map(target).collect())
 }
+
+#[cfg(test)]
+#[path = "take_up_destination_tests.rs"]
+mod tests;

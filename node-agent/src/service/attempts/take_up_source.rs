@@ -147,4 +147,4 @@ fn is_of_this_boot(process: &Process) -> bool {
 
 #[cfg(test)]
 #[path = "take_up_tests.rs"]
-mod tests;
+pub(super) mod tests;

@@ -26,17 +26,17 @@ use crate::vmm::contract::Deadlines;
 use crate::vmm::stub::Stub;
 
 /// No test takes longer.
-const LONG: Duration = Duration::from_secs(20);
+pub(in super::super) const LONG: Duration = Duration::from_secs(20);
 
 /// A node with one VM, `demo.counter`.
-struct Node {
+pub(in super::super) struct Node {
     _folder: TempDir,
-    directory: PathBuf,
-    resources: NodeResources,
+    pub(in super::super) directory: PathBuf,
+    pub(in super::super) resources: NodeResources,
 }
 
 /// Makes a node whose vm.json is as `prepare` leaves it, before its agent starts.
-fn node(prepare: impl FnOnce(&Path)) -> Node {
+pub(in super::super) fn node(prepare: impl FnOnce(&Path)) -> Node {
     let folder = tempfile::tempdir().unwrap();
     let run_dir = folder.path().join("run");
     let directory = run_dir.join("vms/demo.counter");
@@ -76,7 +76,7 @@ impl Node {
     }
 
     /// An attempt at SAVING, and this process as the VM's.
-    fn entry(&self, monitor: Option<&Path>) -> Entry {
+    pub(in super::super) fn entry(&self, monitor: Option<&Path>) -> Entry {
         let this = VmmProcess::open(std::process::id()).unwrap();
         let monitor = monitor.map(|socket| Monitor {
             kind: VmmKind::Contract,
@@ -116,7 +116,7 @@ impl Node {
     }
 }
 
-fn vm_json(socket: &str) -> String {
+pub(in super::super) fn vm_json(socket: &str) -> String {
     format!(
         r#"{{"name": "counter", "namespace": "demo", "vmm": {{"kind": "contract", "socket": "{socket}"}},
             "twin": {{"program": "/bin/vmm", "args": ["{{socket}}"]}}}}"#
