@@ -112,7 +112,9 @@ fn bounded(what: What) -> What {
 /// At most `limit` bytes, between characters.
 fn cut(mut text: String, limit: usize) -> String {
     if text.len() > limit {
-        text.truncate(text.floor_char_boundary(limit - "...".len()));
+        let room = limit.saturating_sub("...".len());
+        let end = (0..=room).rev().find(|index| text.is_char_boundary(*index)).unwrap_or_default();
+        text.truncate(end);
         text.push_str("...");
         // The capacity would stay.
         text.shrink_to_fit();
