@@ -10,10 +10,13 @@ use tokio::net::TcpStream;
 
 use super::*;
 
+/// What a hand-over answers.
+type Answers = mpsc::Sender<Result<HandoverResponse, Status>>;
+
 /// A destination whose hand-overs say Ready and stay open.
 #[derive(Default, Clone)]
 pub(crate) struct Destination {
-    pub(crate) open: Arc<Mutex<Vec<mpsc::Sender<Result<HandoverResponse, Status>>>>>,
+    pub(crate) open: Arc<Mutex<Vec<Answers>>>,
 }
 
 #[slackwater_proto::tonic::async_trait]
