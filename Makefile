@@ -56,6 +56,12 @@ fault-matrix: rust ## inject every fault at every phase, about an hour; writes t
 	"$(bins)/slackwater-fault-matrix" $(if $(VMM),--vmm $(VMM)) \
 	  --out "$(root)/tests/fault-matrix$(if $(VMM),-$(VMM)).md" $(MATRIX)
 
+.PHONY: test-attacks
+test-attacks: rust ## try a twin's arguments as attacks on a lab of two nodes (those without a lab are in `make test`)
+	"$(install)" host-packages node-kernel kubernetes kubectl-helm
+	$(cargo) build --locked $(programs) $(faults)
+	$(cargo) test --locked --workspace --test migration $(faults) -- --ignored --nocapture attack
+
 .PHONY: random-walk
 random-walk: rust ## run 1,000 migrations with randomly drawn faults (STEPS=50 SEED=7)
 	"$(install)" host-packages node-kernel kubernetes kubectl-helm

@@ -8,11 +8,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use clap::{Parser, Subcommand, value_parser};
+use clap::{Parser, Subcommand, ValueEnum, value_parser};
 use slackwater_node_agent::host::identity::NoIdentity;
+use slackwater_node_agent::host::twin_users::{DEFAULT_RANGE, TwinUsers, UserRange};
 use slackwater_node_agent::host::vms::VmWatch;
 use slackwater_node_agent::journal::{Journal, forget_epoch};
 use slackwater_node_agent::process::exec::{TWIN_EXEC, TwinExec};
+use slackwater_node_agent::process::sandbox::check::check;
+use slackwater_node_agent::process::sandbox::{Sandbox, Shown};
 use slackwater_node_agent::service::NodeConfig;
 use slackwater_node_agent::service::attempts::{Attempts, NodeResources};
 use slackwater_node_agent::service::inventory::Inventory;
@@ -21,7 +24,9 @@ use slackwater_node_agent::service::registry::Registry;
 use slackwater_node_agent::service::transfer::TransferService;
 use slackwater_node_agent::transfer::channel::MAX_CHANNELS;
 use slackwater_node_agent::vmm::budget::DEFAULT_BANDWIDTH;
+use slackwater_node_agent::vmm::confinement::{Confinement, twin_path};
 use slackwater_node_agent::vmm::contract::Deadlines;
+use slackwater_node_agent::vmm::twin::launcher;
 use slackwater_proto::identity::Role;
 use slackwater_proto::limits::transfer_server;
 use slackwater_proto::node::node_agent_server::NodeAgentServer;
@@ -83,6 +88,20 @@ struct Serve {
     /// A program that may be started as a twin. Can be repeated.
     #[arg(long = "twin-program", required = true)]
     twin_programs: Vec<PathBuf>,
+    /// A folder or file that twins see, and may write to as far as their users may: disks, firmware. With
+    /// `:ro` behind it, for reading only. What is mounted below it is not shown with it. Can be repeated.
+    #[arg(long = "twin-path", value_name = "PATH[:ro]")]
+    twin_paths: Vec<String>,
+    /// The users that twins run as, one for each. Nothing else on the node may use them.
+    #[arg(long, value_name = "FIRST-LAST", default_value = DEFAULT_RANGE)]
+    twin_uid_range: UserRange,
+    /// Which network twins have: one of their own, with nothing in it, or the node's.
+    #[arg(long, value_enum, default_value_t = TwinNetwork::None)]
+    twin_network: TwinNetwork,
+    /// Bytes of memory that a twin may lock, for DMA, if its RAM is not known: that of a VMM that serves the
+    /// contract. By default the node's RAM. A QEMU may lock the RAM of its arguments, and 1 GiB.
+    #[arg(long, value_name = "BYTES")]
+    twin_locked_memory: Option<u64>,
     /// Where cgroup v2 is mounted.
     #[arg(long, default_value = "/sys/fs/cgroup")]
     cgroup_root: PathBuf,
@@ -104,12 +123,21 @@ struct Serve {
     drain_seconds: u64,
 }
 
+/// The network of twins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum TwinNetwork {
+    /// One of its own for each, with nothing in it.
+    None,
+    /// The node's, with all its addresses and all abstract sockets.
+    Host,
+}
+
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let result = match arguments.command {
         Command::Serve(serve) => run(serve),
         Command::ForgetEpoch { state_dir } => forget(&state_dir),
-        Command::TwinExec(twin) => Err(twin.run().into()),
+        Command::TwinExec(twin) => twin.run().map_err(Into::into),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -128,6 +156,33 @@ fn without_links(directory: &Path) -> anyhow::Result<PathBuf> {
         .with_context(|| format!("cannot make the directory {}", directory.display()))
 }
 
+/// What twins see besides their programs and folders: nothing of the agent's own.
+fn twin_paths(serve: &Serve, run_dir: &Path) -> anyhow::Result<Vec<Shown>> {
+    let state = without_links(&serve.state_dir)?;
+    let key = std::fs::canonicalize(&serve.tls_key)?;
+    let kept = [run_dir, &state, &key];
+    Ok(serve.twin_paths.iter().map(|text| twin_path(text, &kept)).collect::<Result<_, _>>()?)
+}
+
+/// An agent that could start no twin in a sandbox says so before it serves.
+async fn require_sandbox(run_dir: &Path, users: UserRange) -> anyhow::Result<()> {
+    let directory = without_links(&run_dir.join("empty"))?;
+    let sandbox = Sandbox {
+        user: users.first(),
+        directory,
+        shown: Vec::new(),
+        links: Vec::new(),
+        devices: Vec::new(),
+        host_network: false,
+        locked_memory_bytes: u64::MAX,
+    };
+    let checked = check(&launcher(), &sandbox, &[]).await;
+    checked.map(drop).context(
+        "twins cannot be started in a sandbox: the agent must run as root, with all capabilities and without a \
+         seccomp filter against mount(2), unshare(2) and mknod(2)",
+    )
+}
+
 fn forget(state_dir: &Path) -> anyhow::Result<()> {
     match forget_epoch(state_dir)? {
         Some(epoch) => println!("the operator epoch {epoch} is forgotten; start the agent again"),
@@ -143,11 +198,18 @@ async fn run(serve: Serve) -> anyhow::Result<()> {
     let agent = Role::Agent { node: serve.node_name.clone() };
     let credentials = Credentials::read_for(&agent, &serve.tls_cert, &serve.tls_key, &serve.tls_ca)?;
     let credentials = Arc::new(credentials);
+    let run_dir = without_links(&serve.run_dir)?;
+    require_sandbox(&run_dir, serve.twin_uid_range).await?;
     let config = NodeConfig {
-        node: serve.node_name,
-        run_dir: without_links(&serve.run_dir)?,
-        cgroup_root: serve.cgroup_root,
-        twin_programs: serve.twin_programs,
+        node: serve.node_name.clone(),
+        confinement: Confinement {
+            shown: twin_paths(&serve, &run_dir)?,
+            host_network: serve.twin_network == TwinNetwork::Host,
+            locked_memory_bytes: serve.twin_locked_memory,
+        },
+        run_dir,
+        cgroup_root: serve.cgroup_root.clone(),
+        twin_programs: serve.twin_programs.clone(),
         twin_start_limit: Duration::from_secs(serve.twin_start_seconds),
         deadlines: Deadlines::default(),
         migration_bandwidth_bytes_per_second: serve.migration_bandwidth,
@@ -163,6 +225,7 @@ async fn run(serve: Serve) -> anyhow::Result<()> {
         inventory: Arc::clone(&inventory),
         registry: Arc::clone(&registry),
         journal,
+        twin_users: TwinUsers::new(serve.twin_uid_range),
         vf_identity: Arc::new(NoIdentity),
     });
     attempts.take_up_all().await?;

@@ -1,11 +1,15 @@
 //! Conditions as Kubernetes wants them: the time of a condition is that of its last change of status.
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use strum::IntoStaticStr;
 
+use crate::notice::Notice;
+
 /// Longer messages are cut: a status must stay readable, and an agent's message is input.
 const MESSAGE_LIMIT_BYTES: usize = 4096;
+/// How long a condition has to have been otherwise before its next change is reported by an event.
+const REPORT_AGAIN_SECONDS: i64 = 60;
 
 /// When something became known, and about which generation of the spec.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,7 +69,7 @@ pub fn set(conditions: &mut Vec<Condition>, type_: &str, finding: &Finding, stam
         type_: type_.to_owned(),
         status: status.to_owned(),
         reason: finding.reason.clone(),
-        message: cut(&finding.message, MESSAGE_LIMIT_BYTES),
+        message: cut(&plain(&finding.message), MESSAGE_LIMIT_BYTES),
         observed_generation: stamp.generation,
         last_transition_time: time,
     };
@@ -91,6 +95,35 @@ pub fn has_reason(conditions: &[Condition], type_: &str, reason: &str) -> bool {
     find(conditions, type_).is_some_and(|condition| condition.reason == reason)
 }
 
+/// What to report as an event when a condition has come to a status with this reason. `None`: it has not, or
+/// it had that status until just now: what comes and goes is not reported each time.
+pub fn turned(
+    before: &[Condition],
+    after: &[Condition],
+    type_: &str,
+    status: Status,
+    reason: &'static str,
+    now: Timestamp,
+) -> Option<Notice> {
+    let is_so = |condition: &&Condition| condition.status == status.as_str() && condition.reason == reason;
+    let condition = find(after, type_).filter(is_so)?;
+    let recently = find(before, type_).is_some_and(|before| {
+        let since = now.duration_since(before.last_transition_time.0);
+        is_so(&before) || since < SignedDuration::from_secs(REPORT_AGAIN_SECONDS)
+    });
+    (!recently).then(|| Notice { warning: true, reason, note: condition.message.clone() })
+}
+
+/// A character that moves a terminal's cursor, or hides what is written.
+pub fn is_hidden(c: char) -> bool {
+    c.is_control() || matches!(c, '\u{200e}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
+/// A text in which others have a part, without such characters. Lines and tabs stay.
+pub fn plain(text: &str) -> String {
+    text.chars().map(|c| if is_hidden(c) && !matches!(c, '\n' | '\t') { '?' } else { c }).collect()
+}
+
 /// Cuts a text to at most `limit` bytes, between characters, and shows that it did.
 pub fn cut(text: &str, limit: usize) -> String {
     if text.len() <= limit {
@@ -109,6 +142,35 @@ mod tests {
 
     fn at(second: i64) -> Stamp {
         Stamp { generation: Some(second), now: Timestamp::from_second(second).unwrap() }
+    }
+
+    #[test]
+    fn a_message_moves_no_cursor() {
+        let mut conditions = Vec::new();
+        let finding = Finding::new(Status::True, "R", "a\u{1b}[2J\r\u{202e}\nlast lines:\tb");
+        set(&mut conditions, "Ready", &finding, at(1));
+        assert_eq!(conditions[0].message, "a?[2J??\nlast lines:\tb");
+    }
+
+    #[test]
+    fn a_condition_that_comes_and_goes_is_reported_once_in_a_while() {
+        let mut conditions = Vec::new();
+        let mut reported = |status, second| {
+            let before = conditions.clone();
+            set(&mut conditions, "Contested", &Finding::new(status, "R", "m"), at(second));
+            turned(&before, &conditions, "Contested", Status::True, "R", at(second).now).is_some()
+        };
+        let series = [
+            (Status::True, 10, true),
+            (Status::True, 20, false),
+            (Status::False, 30, false),
+            (Status::True, 31, false),
+            (Status::False, 32, false),
+            (Status::True, 92, true),
+        ];
+        for (status, second, wanted) in series {
+            assert_eq!(reported(status, second), wanted, "{second}");
+        }
     }
 
     #[test]

@@ -8,6 +8,7 @@
 //! | [`migration`] | one VMMigration, from its plan to its end |
 //! | [`publish`] | MigrationNodes and AssignedVMs, written from what the agents report |
 //! | [`cluster`] | the Kubernetes API |
+//! | [`homes`] | which node is known to have which VM |
 //! | [`crds`] | the YAML of the CRDs |
 
 #![forbid(unsafe_code)]
@@ -18,6 +19,7 @@ pub mod conditions;
 pub mod crds;
 pub mod epoch;
 pub mod fleet;
+pub mod homes;
 pub mod inventory;
 pub mod leadership;
 mod lifecycle;

@@ -11,6 +11,7 @@ use tokio_util::task::TaskTracker;
 use crate::cluster::{Cluster, observe};
 use crate::epoch::Epoch;
 use crate::fleet::Fleet;
+use crate::homes::Homes;
 use crate::leadership::{Keeper, LeadershipLost, Terms};
 use crate::migration::claims::Claims;
 use crate::migration::context::Context;
@@ -55,16 +56,26 @@ async fn act(client: Client, credentials: Credentials, epoch: Epoch, checks: Che
     let fleet = Fleet::new(credentials, epoch, tasks.clone());
     let claims = Arc::new(Claims::default());
 
+    let homes = Arc::new(Homes::default());
     let context = Context {
         cluster: cluster.clone(),
-        migrations: observed_migrations,
+        migrations: observed_migrations.clone(),
         fleet: Arc::clone(&fleet),
         claims: Arc::clone(&claims),
+        homes: Arc::clone(&homes),
         checks,
     };
+    let sources = vms::Sources {
+        vms: observed_vms,
+        nodes: observed_nodes.clone(),
+        migrations: observed_migrations,
+        fleet: Arc::clone(&fleet),
+        claims,
+        homes: Arc::clone(&homes),
+    };
     tokio::select! {
-        () = nodes::run(cluster.clone(), observed_nodes.clone(), Arc::clone(&fleet)) => "MigrationNode",
-        () = vms::run(cluster, observed_vms, observed_nodes, fleet, claims) => "AssignedVM",
+        () = nodes::run(cluster.clone(), observed_nodes, fleet, homes) => "MigrationNode",
+        () = vms::run(cluster, sources) => "AssignedVM",
         () = controller::run(context) => "VMMigration",
     }
 }

@@ -39,6 +39,13 @@ pub(crate) const AGENT_SILENT: &str = "AgentSilent";
 /// MigrationNode, Ready, and VMMigration, Prepared and Succeeded: the agent has seen an operator epoch that is
 /// not believed.
 pub(crate) const EPOCH_TOO_HIGH: &str = "EpochTooHigh";
+/// MigrationNode, ReportAccepted: it reports a VM that is known to be on another node.
+pub(crate) const VM_NAME_TAKEN: &str = "VMNameTaken";
+/// MigrationNode, ReportAccepted: it reports names that nothing can have, or more than is taken in.
+pub(crate) const REPORT_CUT: &str = "ReportCut";
+/// AssignedVM, Contested: another node reports a VM of this name.
+pub(crate) const REPORTED_ELSEWHERE: &str = "ReportedElsewhere";
+
 /// AssignedVM, Ready: the node where the VM was last does not answer.
 pub(crate) const NODE_NOT_READY: &str = "NodeNotReady";
 /// AssignedVM, Ready: the node where the VM was last does not have it any more.

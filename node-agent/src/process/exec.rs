@@ -1,20 +1,24 @@
 //! The step between the agent and a twin: the agent's own program, called as
-//! `twin-exec --cgroup DIR [--descriptor NUMBER=PATH]... -- PROGRAM ARGUMENT...`.
+//! `twin-exec --cgroup DIR --sandbox JSON [--descriptor NUMBER=PATH]... -- PROGRAM ARGUMENT...`.
 //!
 //! It leaves the agent's session and control group, closes its files to other users, opens the descriptors
-//! that the program gets, and becomes the program. Between fork and exec of one's own process only
+//! that the program gets, enters the sandbox, and becomes the program. It keeps no other descriptor and no
+//! variable of the agent's environment. Between fork and exec of one's own process only
 //! async-signal-safe code may run, which takes `unsafe`; a program of its own has no such limit. The agent
 //! itself has none of these descriptors: a forgotten one would keep a device bound.
 
 use std::ffi::OsString;
 use std::fmt;
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
 use std::str::FromStr;
+
+use super::sandbox::{Sandbox, SandboxError, check};
+use crate::vfio::sys::close_on_exec;
 
 /// The name of the subcommand.
 pub const TWIN_EXEC: &str = "twin-exec";
@@ -24,13 +28,23 @@ pub const TWIN_EXEC: &str = "twin-exec";
 pub struct TwinExec {
     /// Directory of the control group to enter
     #[arg(long)]
-    pub cgroup: PathBuf,
+    pub cgroup: Option<PathBuf>,
+    /// What the program may reach: a Sandbox, as JSON. Without it, everything that the agent's user may
+    #[arg(long, value_parser = sandbox_of_json)]
+    pub sandbox: Option<Sandbox>,
+    /// Say what of the files after PROGRAM can be read there, and end
+    #[arg(long, requires = "sandbox")]
+    pub check: bool,
     /// File that the program gets open, for reading and writing
     #[arg(long = "descriptor", value_name = "NUMBER=PATH")]
     pub descriptors: Vec<Descriptor>,
     /// Program to become, and its arguments
     #[arg(last = true, required = true, num_args = 1..)]
     pub command: Vec<OsString>,
+}
+
+fn sandbox_of_json(text: &str) -> Result<Sandbox, serde_json::Error> {
+    serde_json::from_str(text)
 }
 
 /// A file that a program gets open. On the command line `NUMBER=PATH`.
@@ -103,6 +117,15 @@ pub enum TwinExecError {
         /// Why.
         source: io::Error,
     },
+    /// A descriptor of the agent's.
+    #[error("cannot close the agent's descriptors")]
+    CloseOthers(#[source] io::Error),
+    /// The sandbox.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
+    /// The answer of a check.
+    #[error("cannot write the answer")]
+    Answer(#[source] io::Error),
     /// The command line names no program.
     #[error("no program is named")]
     NoProgram,
@@ -116,28 +139,56 @@ pub enum TwinExecError {
     },
 }
 
+/// A path with programs for a program that looks for one; what it finds there, its sandbox decides.
+const PROGRAMS: &str = "/usr/bin:/bin";
+
 impl TwinExec {
-    /// Becomes the program. Returns only if it cannot.
-    pub fn run(self) -> TwinExecError {
-        if let Err(errno) = rustix::process::setsid() {
-            return TwinExecError::BeginSession(errno.into());
+    /// Becomes the program. Returns if it cannot, or after a check.
+    ///
+    /// # Errors
+    /// [`TwinExecError`]
+    pub fn run(self) -> Result<(), TwinExecError> {
+        rustix::process::setsid().map_err(|errno| TwinExecError::BeginSession(errno.into()))?;
+        if let Some(path) = self.cgroup {
+            // 0 is the writing process.
+            std::fs::write(path.join("cgroup.procs"), "0")
+                .map_err(|source| TwinExecError::EnterCgroup { path, source })?;
         }
-        // 0 is the writing process.
-        if let Err(source) = std::fs::write(self.cgroup.join("cgroup.procs"), "0") {
-            return TwinExecError::EnterCgroup { path: self.cgroup, source };
-        }
-        // The files that the VMM creates, above all its socket, are for this user alone.
-        rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
         let mut open = Vec::with_capacity(self.descriptors.len());
         for descriptor in self.descriptors {
             match descriptor.open() {
                 Ok(file) => open.push(file),
-                Err(source) => return TwinExecError::Open { descriptor, source },
+                Err(source) => return Err(TwinExecError::Open { descriptor, source }),
             }
         }
+        close_others(&open).map_err(TwinExecError::CloseOthers)?;
         let mut command = self.command.into_iter();
-        let Some(program) = command.next() else { return TwinExecError::NoProgram };
-        let source = Command::new(&program).args(command).exec();
-        TwinExecError::Execute { program, source }
+        let program = command.next().ok_or(TwinExecError::NoProgram)?;
+        let mut executed = Command::new(&program);
+        if let Some(sandbox) = &self.sandbox {
+            sandbox.enter()?;
+            let folder = &sandbox.directory;
+            executed.env_clear().env("PATH", PROGRAMS).env("HOME", folder).env("TMPDIR", folder);
+        }
+        if self.check {
+            let answer = check::answer(command.as_slice());
+            return io::stdout().write_all(answer.as_bytes()).map_err(TwinExecError::Answer);
+        }
+        // The files that the VMM creates, above all its socket, are for its user alone.
+        rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
+        let source = executed.args(command).exec();
+        Err(TwinExecError::Execute { program, source })
     }
+}
+
+/// Lets the program have its output and these, and no descriptor that the agent itself was started with.
+fn close_others(kept: &[OwnedFd]) -> io::Result<()> {
+    let mut others = Vec::new();
+    for entry in std::fs::read_dir("/proc/self/fd")? {
+        let number = entry?.file_name().to_str().and_then(|name| name.parse::<i32>().ok());
+        others.extend(
+            number.filter(|number| *number > 2 && !kept.iter().any(|open| open.as_raw_fd() == *number)),
+        );
+    }
+    others.into_iter().try_for_each(close_on_exec)
 }

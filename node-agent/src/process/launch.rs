@@ -13,6 +13,7 @@ use tokio::process::{Child, Command};
 use super::cgroup::Cgroup;
 use super::exec::Descriptor;
 use super::folder::Folder;
+use super::sandbox::Sandbox;
 
 /// How much of its log is quoted when it fails to start.
 const QUOTED_LOG_LINES: usize = 8;
@@ -32,6 +33,9 @@ pub(crate) struct Launch<'a> {
     pub(crate) directory: &'a Path,
     /// Receives the output of the program.
     pub(crate) log: File,
+    /// What the program may reach; None if it is one that the administrator alone has chosen, with arguments
+    /// of the agent's.
+    pub(crate) sandbox: Option<&'a Sandbox>,
     /// Files that the program gets open.
     pub(crate) descriptors: &'a [Descriptor],
     /// Absolute; the caller has checked that it is allowed.
@@ -53,10 +57,13 @@ impl Launch<'_> {
         let program = launcher.next().cloned().unwrap_or_default();
         let failed = |source| LaunchError { program: program.display().to_string(), source };
         let output = self.log.try_clone().map_err(failed)?;
+        let sandbox = self.sandbox.map(serde_json::to_string).transpose();
+        let sandbox = sandbox.map_err(|error| failed(error.into()))?;
         Command::new(&program)
             .args(launcher)
             .arg("--cgroup")
             .arg(self.cgroup.path())
+            .args(sandbox.map(|json| format!("--sandbox={json}")))
             .args(self.descriptors.iter().map(|descriptor| format!("--descriptor={descriptor}")))
             .arg("--")
             .arg(self.program)

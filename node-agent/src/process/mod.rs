@@ -5,6 +5,7 @@
 //! |---|---|
 //! | [`launch`] | how to start a VMM's program, and what to quote of its log |
 //! | [`exec`] | the step between the agent and the program: session, cgroup, umask, open descriptors |
+//! | [`sandbox`] | what the kernel lets the program reach |
 //! | [`cgroup`] | a control group for each twin |
 //! | [`file_events`] | when a file or a directory changes |
 //! | [`folder`] | how to use a folder that another user may write to |
@@ -16,3 +17,4 @@ pub mod exec;
 pub(crate) mod file_events;
 pub(crate) mod folder;
 pub(crate) mod launch;
+pub mod sandbox;

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::vmm::confinement::Confinement;
 use crate::vmm::contract::Deadlines;
 
 /// The agent's configuration.
@@ -16,6 +17,8 @@ pub struct NodeConfig {
     pub cgroup_root: PathBuf,
     /// The programs that may be started as a twin.
     pub twin_programs: Vec<PathBuf>,
+    /// What twins may reach.
+    pub confinement: Confinement,
     /// Within this time a twin must answer.
     pub twin_start_limit: Duration,
     /// How long the calls to a VMM may take.

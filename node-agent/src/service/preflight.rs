@@ -13,9 +13,16 @@ use tokio::sync::Mutex;
 use tracing::{info, warn};
 
 use super::config::NodeConfig;
+use super::reason::ServiceReason;
 use crate::host::vm::{self, VmmKind};
+use crate::process::folder::Folder;
+use crate::process::sandbox::Sandbox;
+use crate::process::sandbox::check::{Reach, check};
+use crate::vmm::qemu::preflight::confined::QEMU_SANDBOX;
 use crate::vmm::qemu::preflight::probe::Prober;
-use crate::vmm::qemu::preflight::{Accelerator, Facts, Kind, Offer, Verdict, compare, files};
+use crate::vmm::qemu::preflight::{
+    Accelerator, Facts, Finding, Kind, Offer, Verdict, compare, confined, files,
+};
 use crate::vmm::twin::{TwinPlan, launcher};
 
 /// Within this time a program must have said what it can do.
@@ -79,6 +86,8 @@ impl Answers {
 pub(super) struct Preflight {
     twin_programs: Vec<PathBuf>,
     prober: Prober,
+    /// An empty folder.
+    no_folder: PathBuf,
     /// Held while a program is asked: one at a time.
     answers: Arc<Mutex<Answers>>,
 }
@@ -93,7 +102,8 @@ impl Preflight {
             run_dir: config.run_dir.clone(),
             limit: PROBE_LIMIT,
         };
-        Self { twin_programs: config.twin_programs.clone(), prober, answers: Arc::default() }
+        let no_folder = config.run_dir.join("empty");
+        Self { twin_programs: config.twin_programs.clone(), prober, no_folder, answers: Arc::default() }
     }
 
     /// Ends a QEMU that an agent has left over that was killed while it asked.
@@ -125,6 +135,8 @@ impl Preflight {
             // What was known may be out of date: a module may have been loaded since, or microcode.
             verdict = self.judge(given, plan, FRESH).await;
         }
+        verdict.findings.extend(self.confined(plan).await?);
+        verdict.findings.sort_by_key(|finding| finding.kind);
         for what in &verdict.not_compared {
             warn!(vm = plan.cgroup_name, "not compared before the twin is started: {what}");
         }
@@ -132,6 +144,34 @@ impl Preflight {
             Some((kind, message)) => Err(Refusal::precondition(Reason::Other(kind.as_str().into()), message)),
             None => Ok(()),
         }
+    }
+
+    /// What the twin asks for and cannot have in its sandbox.
+    async fn confined(&self, plan: &TwinPlan) -> Result<Vec<Finding>, Refusal> {
+        let Some(sandbox) = &plan.sandbox else { return Ok(Vec::new()) };
+        let devices: Vec<String> = plan.device_names.clone();
+        let given = plan.arguments.len().saturating_sub(QEMU_SANDBOX.len());
+        let given = plan.arguments.get(..given).unwrap_or_default();
+        let mut findings = confined::findings(given, sandbox, &devices);
+        let files = files::outside(&files::in_arguments(given), &plan.directory);
+        if files.is_empty() {
+            return Ok(findings);
+        }
+        let failed = |error: &dyn std::fmt::Display| {
+            let message = format!("what the twin would see cannot be found out: {error}");
+            Refusal::precondition(ServiceReason::TwinNotConfined, message)
+        };
+        // The twin's own folder is not there yet.
+        Folder::make(&self.no_folder, None).map_err(|error| failed(&error))?;
+        let empty = Sandbox { directory: self.no_folder.clone(), ..sandbox.clone() };
+        let paths: Vec<PathBuf> = files.iter().map(|(_, path)| path.clone()).collect();
+        let reached = check(&plan.launcher, &empty, &paths).await.map_err(|error| failed(&error))?;
+        for ((index, path), reach) in files.into_iter().zip(reached) {
+            if reach != Reach::Readable {
+                findings.push(confined::unreachable(index, &path, sandbox, reach == Reach::Denied));
+            }
+        }
+        Ok(findings)
     }
 
     async fn judge(&self, given: &ReserveRequest, plan: &TwinPlan, oldest: Duration) -> Verdict {

@@ -38,6 +38,8 @@ pub(super) enum ServiceReason {
     MigrationInProgress,
     /// The program of the twin may not be started on this node.
     TwinNotAllowed,
+    /// No sandbox can be made for the twin on this node.
+    TwinNotConfined,
     /// A field of the request is wrong.
     InvalidRequest,
     /// A newer attempt of the migration has been seen.

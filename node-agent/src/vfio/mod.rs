@@ -21,6 +21,6 @@ pub mod liveness;
 pub mod os_error;
 pub mod probe;
 mod stream;
-mod sys;
+pub(crate) mod sys;
 mod uapi;
 pub mod worker;

@@ -1,4 +1,5 @@
-//! The ioctls of VFIO migration v2, and the only unsafe code of the agent. Each ioctl is a safe function over
+//! The ioctls of VFIO migration v2, and the only unsafe code of the agent: one more call is [`close_on_exec`].
+//! Each ioctl is a safe function over
 //! a borrowed descriptor that returns what the kernel answered, and decides nothing.
 //!
 //! Source: include/uapi/linux/vfio.h of the kernel. On a character device each one but [`bind_iommufd`] gives
@@ -8,7 +9,7 @@
 
 use std::io;
 use std::mem::size_of;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use rustix::io::Errno;
 use rustix::ioctl::{NoArg, Opcode, Updater, ioctl, opcode};
@@ -23,6 +24,19 @@ use vfio_bindings::bindings::vfio::{
 };
 
 use super::device::PrecopyInfo;
+
+/// Closes a descriptor of this process when it executes another program. It need not be open.
+///
+/// # Errors
+/// What the kernel answered.
+pub(crate) fn close_on_exec(number: RawFd) -> io::Result<()> {
+    // SAFETY: it is used for this one call, which touches no memory and changes a flag of the number alone.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(number) };
+    match rustix::io::fcntl_setfd(borrowed, rustix::io::FdFlags::CLOEXEC) {
+        Ok(()) | Err(Errno::BADF) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}
 
 /// An ioctl of VFIO: `_IO(VFIO_TYPE, VFIO_BASE + offset)`.
 const fn vfio(offset: u8) -> Opcode {

@@ -27,6 +27,7 @@ use crate::host::vm::{VmmEntry, VmmKind};
 use crate::vfio::borrow::VmmProcess;
 
 pub mod budget;
+pub mod confinement;
 pub mod contract;
 #[cfg(any(test, feature = "faults"))]
 pub mod fake;

@@ -28,6 +28,7 @@ use crate::process::exec::{Descriptor, TWIN_EXEC};
 use crate::process::file_events::FileEvents;
 use crate::process::folder::Folder;
 use crate::process::launch::{Launch, LaunchError, NOT_LISTENING_YET, end_of};
+use crate::process::sandbox::Sandbox;
 
 /// The twin's output, in its directory.
 pub const LOG_FILE: &str = "twin.log";
@@ -49,8 +50,13 @@ pub struct TwinPlan {
     pub program: PathBuf,
     /// Its arguments, with all placeholders filled in.
     pub arguments: Vec<String>,
+    /// The names of its VFIO devices.
+    pub device_names: Vec<String>,
     /// The files that it gets open.
     pub descriptors: Vec<Descriptor>,
+    /// What it may reach; its directory belongs to the user of it. None of a plan that is not to be started:
+    /// that of a journal from before there was one.
+    pub sandbox: Option<Sandbox>,
     /// The socket that the twin will serve.
     pub socket: PathBuf,
     /// How long it may take to answer Describe.
@@ -94,6 +100,9 @@ pub enum TwinError {
     /// No cgroup.
     #[error("no cgroup for the twin: {}", error_chain(.0))]
     Cgroup(CgroupError),
+    /// A plan without a sandbox.
+    #[error("no twin is started without a sandbox")]
+    NoSandbox,
     /// The launcher could not be started.
     #[error("cannot start {program}: {source}")]
     Start {
@@ -265,6 +274,10 @@ fn retire(directory: &Path, socket: &Path) -> Result<(), TwinError> {
 /// # Errors
 /// [`TwinError`]. What was created by then is removed; a failure of that is logged.
 pub async fn start(plan: TwinPlan) -> Result<Twin, TwinError> {
+    // The twins of tests show how they are started and ended, which not every machine lets a sandbox do.
+    if plan.sandbox.is_none() && !cfg!(test) {
+        return Err(TwinError::NoSandbox);
+    }
     require_no_vm(&plan.directory)?;
     let cgroup = Cgroup::make(&plan.cgroup_root, &plan.cgroup_name).map_err(TwinError::Cgroup)?;
     let footprint = Footprint { cgroup, directory: plan.directory.clone(), socket: plan.socket.clone() };
@@ -285,9 +298,10 @@ pub async fn start(plan: TwinPlan) -> Result<Twin, TwinError> {
 fn prepare(plan: &TwinPlan) -> Result<Folder, TwinError> {
     let directory = &plan.directory;
     retire(directory, &plan.socket)?;
-    let made = Folder::make(directory, None).and_then(|folder| {
+    let user = plan.sandbox.as_ref().map(|sandbox| sandbox.user);
+    let made = Folder::make(directory, user).and_then(|folder| {
         if let Some(socket) = folder.relative(&plan.socket) {
-            folder.make_parents(socket, None)?;
+            folder.make_parents(socket, user)?;
         }
         Ok(folder)
     });
@@ -305,6 +319,7 @@ async fn start_in(plan: &TwinPlan, folder: &Folder, footprint: Footprint) -> Res
         cgroup: &footprint.cgroup,
         directory: &footprint.directory,
         log,
+        sandbox: plan.sandbox.as_ref(),
         descriptors: &plan.descriptors,
         program: &plan.program,
         arguments: &plan.arguments,

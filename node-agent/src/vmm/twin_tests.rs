@@ -34,7 +34,7 @@ async fn act() {
         ("--cgroup", _) => {
             let mut command = arguments.clone();
             command[0] = TWIN_EXEC.to_owned();
-            let error = Arguments::parse_from(command).twin.run();
+            let error = Arguments::parse_from(command).twin.run().unwrap_err();
             eprintln!("{error}: {}", std::error::Error::source(&error).unwrap());
             std::process::exit(127);
         }
@@ -89,6 +89,8 @@ fn plan(run: &Path, cgroup_root: PathBuf, cgroup_name: &str, part: &[&str]) -> T
         program: this,
         arguments: arguments.collect(),
         descriptors: Vec::new(),
+        device_names: Vec::new(),
+        sandbox: None,
         socket,
         start_limit: Duration::from_secs(20),
         deadlines: Deadlines::default(),

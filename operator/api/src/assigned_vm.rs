@@ -1,6 +1,6 @@
 //! `AssignedVM`: a VM with assigned devices, as the agents report it.
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -47,6 +47,9 @@ pub struct AssignedVMStatus {
     /// The node on which the VM is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub node_name: Option<String>,
+    /// Since when the operator has known it there. A report of the VM by another node is set aside.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node_since: Option<Time>,
     /// What the VM does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub state: Option<VmState>,
@@ -65,7 +68,7 @@ pub struct AssignedVMStatus {
     /// The migration that holds the VM now.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub migration: Option<MigrationReference>,
-    /// Ready, Migratable.
+    /// Ready, Migratable, Contested.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     pub conditions: Vec<Condition>,

@@ -64,4 +64,8 @@ pub mod condition {
     pub const READY: &str = "Ready";
     /// AssignedVM: nothing that is known prevents a migration.
     pub const MIGRATABLE: &str = "Migratable";
+    /// AssignedVM: another node reports a VM of this name, and that report is set aside.
+    pub const CONTESTED: &str = "Contested";
+    /// MigrationNode: everything that the agent reports is used.
+    pub const REPORT_ACCEPTED: &str = "ReportAccepted";
 }

@@ -208,6 +208,9 @@ pub struct DeviceMigration {
     /// Every state in which the device was read back, at either end. Filled in when the migration has ended.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub states: Vec<DeviceStep>,
+    /// How many more states were reported than are shown.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub states_left_out: Option<i32>,
 }
 
 /// A device was read back in another state.

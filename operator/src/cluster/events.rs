@@ -9,7 +9,7 @@ use kube::{Api, Resource};
 
 use super::Cluster;
 use super::apply::MANAGER;
-use crate::conditions::cut;
+use crate::conditions::{cut, plain};
 use crate::notice::Notice;
 
 /// What the API server takes as a note, as a name before the suffix, and as a reporter.
@@ -43,7 +43,7 @@ fn event(about: ObjectReference, namespace: &str, action: &str, notice: &Notice,
         },
         type_: Some(if notice.warning { "Warning" } else { "Normal" }.to_owned()),
         reason: Some(notice.reason.to_owned()),
-        note: Some(cut(&notice.note, NOTE_LIMIT_BYTES)),
+        note: Some(cut(&plain(&notice.note), NOTE_LIMIT_BYTES)),
         action: Some(action.to_owned()),
         event_time: Some(MicroTime(now)),
         regarding: Some(about),

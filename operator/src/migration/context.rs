@@ -2,11 +2,14 @@
 
 use std::sync::Arc;
 
+use jiff::Timestamp;
 use slackwater_api::VMMigration;
 
 use super::claims::Claims;
 use crate::cluster::{Cluster, Observed};
 use crate::fleet::Fleet;
+use crate::homes::{Homes, moves};
+use crate::inventory::Inventory;
 use crate::plan::Checks;
 
 /// The API server, the agents, and what other migrations have been promised.
@@ -20,6 +23,18 @@ pub struct Context {
     pub fleet: Arc<Fleet>,
     /// The VMs and devices that accepted migrations have.
     pub claims: Arc<Claims>,
+    /// Which node is known to have which VM.
+    pub homes: Arc<Homes>,
     /// The planner's checks.
     pub checks: Checks,
+}
+
+impl Context {
+    /// What the agents report, as far as it counts.
+    pub fn inventory(&self) -> Inventory {
+        let migrations = self.migrations.all();
+        let moves = moves(migrations.iter().map(Arc::as_ref));
+        let settled = self.fleet.undecided().is_some_and(|undecided| undecided.is_empty());
+        self.homes.look(&self.fleet.inventory(), &moves, settled, Timestamp::now()).inventory
+    }
 }

@@ -10,6 +10,7 @@ use futures::{FutureExt, StreamExt};
 use slackwater_handover::resolver::Settlement;
 use slackwater_proto::node::migration_event::What;
 use slackwater_proto::node::{MigrationEvent, Outcome, Phase};
+use tokio::time::Instant;
 
 use super::abort::{AbortAnswer, abort, abort_once};
 use super::inquiry::{Round, run_round};
@@ -25,6 +26,9 @@ const LAST_EVENT_TIMEOUT: Duration = Duration::from_secs(10);
 const REFUSED_ABORT_PAUSE: Duration = Duration::from_secs(5);
 /// At most this many events are taken in before the status is written.
 const BATCH: usize = 256;
+/// The pause after events that have changed the status: an agent must not have the API server written to
+/// without a pause.
+const BATCH_PAUSE: Duration = Duration::from_millis(200);
 /// How often the source is joined again after its journal says that the migration is settled. After that,
 /// what its journal says is all there is.
 const JOINS_AFTER_THE_END: u32 = 3;
@@ -70,6 +74,8 @@ struct SideTasks {
     round: Option<BoxFuture<'static, Round>>,
     /// Waiting for the last event of a migration that was given up.
     last_event: Option<BoxFuture<'static, ()>>,
+    /// No events are taken in before: what was taken in last has led to a write.
+    next_batch: Option<Instant>,
 }
 
 /// What happens next while a stream is followed.
@@ -243,9 +249,12 @@ impl Run {
             self.start_side_tasks(accepted, &mut side_tasks).await;
             match self.wait(&mut batches, &mut side_tasks).await {
                 Wakeup::Events(Some(batch)) => {
+                    let before = self.tracked.draft().status.clone();
                     if let Some(end) = self.take_in(batch).await {
                         return end;
                     }
+                    let changed = self.tracked.draft().status != before;
+                    side_tasks.next_batch = changed.then(|| Instant::now() + BATCH_PAUSE);
                 }
                 Wakeup::Events(None) => {
                     let message = "the stream of events ended before the migration did".to_owned();
@@ -295,7 +304,7 @@ impl Run {
     /// Waits for what happens next. Nothing is lost of what is under way.
     async fn wait(&mut self, batches: &mut ReadyChunks<Events>, side_tasks: &mut SideTasks) -> Wakeup {
         tokio::select! {
-            batch = batches.next() => Wakeup::Events(batch),
+            batch = next_batch(batches, side_tasks.next_batch) => Wakeup::Events(batch),
             () = self.tracked.changed() => Wakeup::ObjectChanged,
             answer = finished(&mut side_tasks.abort) => Wakeup::AbortAnswered(answer),
             round = finished(&mut side_tasks.round) => Wakeup::RoundEnded(round),
@@ -325,6 +334,7 @@ impl Run {
     async fn take_in(&mut self, batch: Batch) -> Option<Followed> {
         let mut worth_writing = false;
         for item in batch {
+            let status = &self.tracked.draft().status;
             let event = match item {
                 Ok(event) => event,
                 Err(error) if error.is_refusal() && self.attempt.trace.is_silent() => {
@@ -332,6 +342,11 @@ impl Run {
                 }
                 Err(error) => return Some(Followed::Broken(error)),
             };
+            // Nothing happens elsewhere: a migration has two ends.
+            let (source, target) = (&status.source_node, &status.target_node);
+            if ![source, target].into_iter().flatten().any(|end| *end == event.node) {
+                continue;
+            }
             let (node, unix_ns, what) = (event.node.clone(), event.unix_ns, event.what.clone());
             if !self.attempt.trace.push(event) {
                 continue;
@@ -383,6 +398,13 @@ impl Run {
         draft.clear_doubt();
         draft.reach(phase, &self.attempt.trace) || doubtful
     }
+}
+
+async fn next_batch(batches: &mut ReadyChunks<Events>, not_before: Option<Instant>) -> Option<Batch> {
+    if let Some(time) = not_before {
+        tokio::time::sleep_until(time).await;
+    }
+    batches.next().await
 }
 
 /// The result of what is under way; never, if nothing is. Afterwards nothing is.

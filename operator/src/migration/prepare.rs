@@ -40,7 +40,7 @@ impl Run {
         let again = self.tracked.draft().status.attempt.is_some();
         let accepted = self.tracked.draft().status.observed_spec.clone().filter(|_| again);
         let spec = accepted.unwrap_or_else(|| self.tracked.spec().clone());
-        let inventory = self.context.fleet.inventory();
+        let inventory = self.context.inventory();
         let checks = self.context.checks;
         let planned = read_spec(&self.tracked.namespace(), &spec).and_then(|request| {
             let name = self.tracked.object_name();
@@ -80,6 +80,7 @@ impl Run {
     /// meanwhile.
     async fn agents_have_been_asked(&mut self) -> bool {
         let mut changes = self.context.fleet.changes();
+        self.context.homes.restored().await;
         loop {
             let message = match self.context.fleet.undecided() {
                 Some(nodes) if nodes.is_empty() => return true,

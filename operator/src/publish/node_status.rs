@@ -1,16 +1,27 @@
 //! The status of a MigrationNode.
 
+use std::collections::BTreeMap;
+
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
-use slackwater_api::condition::READY;
+use slackwater_api::condition::{READY, REPORT_ACCEPTED};
 use slackwater_api::{MigrationNodeStatus, NodeDevice};
 
 use super::count;
 use crate::conditions::{self, Finding, Stamp, Status};
-use crate::inventory::{Device, DeviceFeatures, Link, Node};
-use crate::reason::EPOCH_TOO_HIGH;
+use crate::inventory::{Device, DeviceFeatures, Link, Node, VmKey};
+use crate::reason::{EPOCH_TOO_HIGH, REPORT_CUT, VM_NAME_TAKEN};
+
+/// How many names a message lists before it only counts them.
+const LISTED: usize = 5;
 
 /// What the status should be. The last report of a node that does not answer stays.
-pub(super) fn node_status(node: &Node, previous: &[Condition], stamp: Stamp) -> MigrationNodeStatus {
+/// `set_aside`: VMs that it reports, with the nodes that are known to have them.
+pub(super) fn node_status(
+    node: &Node,
+    set_aside: Option<&BTreeMap<VmKey, String>>,
+    previous: &[Condition],
+    stamp: Stamp,
+) -> MigrationNodeStatus {
     let mut status = MigrationNodeStatus {
         observed_generation: stamp.generation,
         conditions: previous.to_vec(),
@@ -26,7 +37,42 @@ pub(super) fn node_status(node: &Node, previous: &[Condition], stamp: Stamp) -> 
         status.devices = report.devices.iter().map(|(name, device)| node_device(name, device)).collect();
     }
     conditions::set(&mut status.conditions, READY, &ready(node), stamp);
+    if let Some(report) = &node.report {
+        let accepted = report_accepted(&report.ignored, set_aside);
+        conditions::set(&mut status.conditions, REPORT_ACCEPTED, &accepted, stamp);
+    }
     status
+}
+
+/// Whether all that the agent reports is used.
+fn report_accepted(ignored: &[String], set_aside: Option<&BTreeMap<VmKey, String>>) -> Finding {
+    let taken = set_aside.into_iter().flatten();
+    let taken: Vec<String> = taken.map(|(vm, home)| format!("{vm} (known on {home})")).collect();
+    let reason = match (taken.is_empty(), ignored.is_empty()) {
+        (true, true) => return Finding::new(Status::True, "AllUsed", "All that the agent reports is used."),
+        (false, _) => VM_NAME_TAKEN,
+        (true, false) => REPORT_CUT,
+    };
+    let mut sentences = Vec::new();
+    if !taken.is_empty() {
+        sentences.push(format!(
+            "Reports of VMs that are known to be on another node are set aside: {}. End the copy that is not the VM",
+            some_of(&taken, ", ")
+        ));
+    }
+    if !ignored.is_empty() {
+        sentences.push(some_of(ignored, "; "));
+    }
+    Finding::new(Status::False, reason, format!("{}.", sentences.join(". ")))
+}
+
+/// The first of many, and how many more there are.
+fn some_of(items: &[String], separator: &str) -> String {
+    let mut shown: Vec<String> = items.iter().take(LISTED).cloned().collect();
+    if items.len() > LISTED {
+        shown.push(format!("{} more", items.len() - LISTED));
+    }
+    shown.join(separator)
 }
 
 fn ready(node: &Node) -> Finding {
@@ -47,11 +93,7 @@ fn ready(node: &Node) -> Finding {
             Finding::new(Status::False, EPOCH_TOO_HIGH, message)
         }
         Link::Ready => {
-            let ignored: Vec<_> = node.report.iter().flat_map(|report| report.ignored.clone()).collect();
-            let mut message = format!("The agent at {} answers.", node.address);
-            if !ignored.is_empty() {
-                message.push_str(&format!(" {}.", ignored.join("; ")));
-            }
+            let message = format!("The agent at {} answers.", node.address);
             Finding::new(Status::True, "AgentAnswers", message)
         }
     }
@@ -78,8 +120,6 @@ fn node_device(name: &str, device: &Device) -> NodeDevice {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use jiff::Timestamp;
 
     use super::*;
@@ -103,7 +143,7 @@ mod tests {
 
     #[test]
     fn a_node_that_answers_is_ready_and_its_devices_are_counted() {
-        let status = node_status(&node(Link::Ready), &[], STAMP);
+        let status = node_status(&node(Link::Ready), None, &[], STAMP);
         assert_eq!((status.device_count, status.free_device_count), (Some(2), Some(1)));
         assert_eq!(status.agent_version.as_deref(), Some("0.1.0"));
         assert!(conditions::is(&status.conditions, READY, Status::True));
@@ -113,7 +153,7 @@ mod tests {
     #[test]
     fn an_agent_that_is_set_aside_is_not_ready_with_both_epochs_and_the_remedy() {
         let claim = Some(EpochClaim { known: 5000, own: 1, limit: 65 });
-        let status = node_status(&Node { epoch_claim: claim, ..node(Link::Ready) }, &[], STAMP);
+        let status = node_status(&Node { epoch_claim: claim, ..node(Link::Ready) }, None, &[], STAMP);
         let ready = conditions::find(&status.conditions, READY).unwrap();
         assert_eq!((ready.status.as_str(), ready.reason.as_str()), ("False", "EpochTooHigh"));
         for words in ["epoch 5000", "has 1", "acceptEpochUpTo of this MigrationNode to 5000", "forget-epoch"]
@@ -123,9 +163,35 @@ mod tests {
     }
 
     #[test]
+    fn a_report_that_is_set_aside_or_cut_is_named_with_the_node_that_has_the_vm() {
+        let find = |ignored: &[&str], taken: usize| {
+            let name = |n| VmKey { namespace: "demo".into(), name: format!("vm-{n}") };
+            let taken: BTreeMap<_, _> = (0..taken).map(|n| (name(n), "node-a".to_owned())).collect();
+            let mut node = node(Link::Ready);
+            node.report.as_mut().unwrap().ignored = ignored.iter().map(|text| (*text).to_owned()).collect();
+            let status = node_status(&node, Some(&taken), &[], STAMP);
+            let found = conditions::find(&status.conditions, REPORT_ACCEPTED).unwrap().clone();
+            (found.status, found.reason, found.message)
+        };
+        let is = |(status, reason, _): &(String, String, String)| (status.clone(), reason.clone());
+        assert_eq!(is(&find(&[], 0)), ("True".into(), "AllUsed".into()));
+        let cut = find(&["two VMs are left out"], 0);
+        assert_eq!(is(&cut), ("False".into(), "ReportCut".into()));
+        assert_eq!(cut.2, "two VMs are left out.");
+        let taken = find(&["x"], 7);
+        assert_eq!(is(&taken), ("False".into(), "VMNameTaken".into()));
+        assert!(
+            taken.2.contains("demo/vm-0 (known on node-a), ") && taken.2.contains("2 more"),
+            "{}",
+            taken.2
+        );
+    }
+
+    #[test]
     fn a_silent_node_is_not_ready_with_a_message_and_keeps_its_last_report() {
         let status = node_status(
             &node(Link::Down { reason: "AgentUnreachable", error: "connection refused".into() }),
+            None,
             &[],
             STAMP,
         );

@@ -6,18 +6,23 @@ use std::sync::Arc;
 use jiff::Timestamp;
 use kube::ResourceExt;
 use slackwater_api::MigrationNode;
+use slackwater_api::condition::REPORT_ACCEPTED;
 
 use super::node_status::node_status;
 use crate::cluster::{Cluster, Observed, WriteError};
-use crate::conditions::Stamp;
+use crate::conditions::{self, Stamp, Status};
 use crate::fleet::{Address, Fleet};
+use crate::homes::Homes;
+use crate::inventory::VmKey;
+use crate::reason::VM_NAME_TAKEN;
 
 /// Follows the agents that the MigrationNodes name, and shows what they report. Ends when the watch does.
 ///
 /// Administrators write MigrationNodes by hand for now. Agents that are found by their EndpointSlice would
 /// join the map that `follow` takes.
-pub async fn run(cluster: Cluster, mut nodes: Observed<MigrationNode>, fleet: Arc<Fleet>) {
+pub async fn run(cluster: Cluster, mut nodes: Observed<MigrationNode>, fleet: Arc<Fleet>, homes: Arc<Homes>) {
     let mut changes = fleet.changes();
+    let mut set_aside = homes.set_aside();
     if !nodes.ready().await {
         return;
     }
@@ -26,8 +31,9 @@ pub async fn run(cluster: Cluster, mut nodes: Observed<MigrationNode>, fleet: Ar
         fleet
             .follow(&objects.iter().map(|node| (node.name_any(), address(node))).collect::<BTreeMap<_, _>>());
         let mut again = false;
+        let names = Arc::clone(&set_aside.borrow_and_update());
         for node in &objects {
-            if let Err(error) = show(&cluster, node, &fleet).await {
+            if let Err(error) = show(&cluster, node, &fleet, names.get(&node.name_any())).await {
                 tracing::warn!(node = node.name_any(), %error, "the status of a MigrationNode could not be written");
                 again = true;
             }
@@ -35,6 +41,8 @@ pub async fn run(cluster: Cluster, mut nodes: Observed<MigrationNode>, fleet: Ar
         tokio::select! {
             alive = nodes.changed() => if !alive { return },
             () = changes.next() => {}
+            // The sender lives as long as `homes`.
+            Ok(()) = set_aside.changed() => {}
             () = tokio::time::sleep(super::RETRY_PAUSE), if again => {}
         }
     }
@@ -46,17 +54,33 @@ fn address(node: &MigrationNode) -> Address {
     Address { peers: node.spec.peer_address.clone().unwrap_or_else(|| own.clone()), own, accepted_epoch }
 }
 
-async fn show(cluster: &Cluster, node: &MigrationNode, fleet: &Fleet) -> Result<(), WriteError> {
+async fn show(
+    cluster: &Cluster,
+    node: &MigrationNode,
+    fleet: &Fleet,
+    set_aside: Option<&BTreeMap<VmKey, String>>,
+) -> Result<(), WriteError> {
     let inventory = fleet.inventory();
     let Some(known) = inventory.get(&node.name_any()) else { return Ok(()) };
     let previous = node.status.clone().unwrap_or_default();
     let stamp = Stamp { generation: node.metadata.generation, now: Timestamp::now() };
-    let status = node_status(known, &previous.conditions, stamp);
+    let status = node_status(known, set_aside, &previous.conditions, stamp);
     if status == previous {
         return Ok(());
     }
     match cluster.write_node_status(node, &status).await {
-        Err(WriteError::Gone) => Ok(()),
-        result => result,
+        Err(WriteError::Gone) => return Ok(()),
+        result => result?,
     }
+    if let Some(notice) = conditions::turned(
+        &previous.conditions,
+        &status.conditions,
+        REPORT_ACCEPTED,
+        Status::False,
+        VM_NAME_TAKEN,
+        stamp.now,
+    ) {
+        cluster.report(node, "ShowNode", &notice).await;
+    }
+    Ok(())
 }

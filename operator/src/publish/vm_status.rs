@@ -1,18 +1,30 @@
 //! The status of an AssignedVM: where the VM is, and whether it can be migrated, before a user tries.
 
-use slackwater_api::condition::{MIGRATABLE, READY};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use slackwater_api::condition::{CONTESTED, MIGRATABLE, READY};
 use slackwater_api::{AssignedVMStatus, MigrationReference, PeerToPeer, VmDevice, VmState};
 
 use super::count;
 use crate::conditions::{self, Finding, Stamp, Status};
+use crate::homes::judge::Home;
 use crate::inventory::{self, Inventory, Node, Vm, VmKey, VmReport, Whereabouts, whereabouts};
 use crate::plan::{OtherMigration, Refusal, check_movable};
-use crate::reason;
+use crate::reason::{self, REPORTED_ELSEWHERE};
 
-/// What the status should be.
+/// What is known of a VM beside the reports that count.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Known<'a> {
+    /// The node that has it.
+    pub(super) home: Option<&'a Home>,
+    /// Other nodes that report it, and are set aside for that.
+    pub(super) set_aside: &'a [String],
+}
+
+/// What the status should be. `inventory` has the reports that count.
 pub(super) fn vm_status(
     key: &VmKey,
     inventory: &Inventory,
+    known: Known<'_>,
     migrations: &[OtherMigration],
     previous: &AssignedVMStatus,
     stamp: Stamp,
@@ -23,6 +35,7 @@ pub(super) fn vm_status(
         Whereabouts::Several(_) | Whereabouts::Nowhere => previous.clone(),
     };
     status.conditions.clone_from(&previous.conditions);
+    status.node_since = known.home.map(|home| Time(home.since));
     status.migration = migration_of(key, inventory, migrations);
 
     let ready = ready(key, inventory, previous);
@@ -33,7 +46,32 @@ pub(super) fn vm_status(
     };
     conditions::set(&mut status.conditions, READY, &ready, stamp);
     conditions::set(&mut status.conditions, MIGRATABLE, &migratable, stamp);
+    let was_contested = conditions::find(&previous.conditions, CONTESTED).is_some();
+    if let Some(contested) = contested(key, known, was_contested) {
+        conditions::set(&mut status.conditions, CONTESTED, &contested, stamp);
+    }
     status
+}
+
+/// Whether another node reports the VM, too. `None`: that is not worth a condition.
+fn contested(key: &VmKey, known: Known<'_>, before: bool) -> Option<Finding> {
+    let Some(home) = known.home.filter(|_| !known.set_aside.is_empty()) else {
+        let finding = || Finding::new(Status::False, "ReportedOnce", "No other node reports the VM.");
+        return before.then(finding);
+    };
+    let node = &home.node;
+    let message = format!(
+        "VM {key} is known on {node}. {} reports a VM of this name, too, and that report is set aside. End the copy \
+         that is not the VM. If the VM has moved without a VMMigration, it is taken over when the agent of {node} is \
+         connected and does not report it any more, or when MigrationNode {node} is deleted.",
+        listed(known.set_aside)
+    );
+    Some(Finding::new(Status::True, REPORTED_ELSEWHERE, message))
+}
+
+fn listed(nodes: &[String]) -> String {
+    let shown = nodes.iter().take(5).cloned().collect::<Vec<_>>().join(", ");
+    if nodes.len() > 5 { format!("{shown} and {} more", nodes.len() - 5) } else { shown }
 }
 
 fn ready(key: &VmKey, inventory: &Inventory, previous: &AssignedVMStatus) -> Finding {
@@ -127,6 +165,7 @@ fn describe(VmReport { name, node, vm }: VmReport<'_>) -> AssignedVMStatus {
     };
     AssignedVMStatus {
         node_name: Some(name.to_owned()),
+        node_since: None,
         state: Some(match vm.state {
             inventory::VmState::Unknown => VmState::Unknown,
             inventory::VmState::Running => VmState::Running,
@@ -183,7 +222,7 @@ mod tests {
     }
 
     fn fresh(inventory: &Inventory) -> AssignedVMStatus {
-        vm_status(&key(), inventory, &[], &AssignedVMStatus::default(), STAMP)
+        vm_status(&key(), inventory, Known::default(), &[], &AssignedVMStatus::default(), STAMP)
     }
 
     #[test]
@@ -213,10 +252,27 @@ mod tests {
     fn a_vm_that_two_nodes_report_is_neither_ready_nor_migratable_and_stays_where_it_was_seen() {
         let before = fresh(&at(vec![("node-a", node(Some(vm())))]));
         let inventory = at(vec![("node-a", node(Some(vm()))), ("node-b", node(Some(vm())))]);
-        let status = vm_status(&key(), &inventory, &[], &before, STAMP);
+        let status = vm_status(&key(), &inventory, Known::default(), &[], &before, STAMP);
         assert_eq!(seen(&status, READY), ("False".into(), "VMReportedTwice".into()));
         assert_eq!(seen(&status, MIGRATABLE), ("False".into(), "VMReportedTwice".into()));
         assert_eq!(status.node_name.as_deref(), Some("node-a"));
+    }
+
+    #[test]
+    fn a_vm_that_another_node_reports_too_says_so_with_both_nodes_and_stays_usable() {
+        let inventory = at(vec![("node-a", node(Some(vm()))), ("node-b", node(None))]);
+        let home = Home { node: "node-a".into(), since: Timestamp::UNIX_EPOCH, missing_since: None };
+        let set_aside = ["node-b".to_owned()];
+        let known = Known { home: Some(&home), set_aside: &set_aside };
+        let status = vm_status(&key(), &inventory, known, &[], &AssignedVMStatus::default(), STAMP);
+        assert_eq!(seen(&status, CONTESTED), ("True".into(), "ReportedElsewhere".into()));
+        let message = &conditions::find(&status.conditions, CONTESTED).unwrap().message;
+        assert!(message.starts_with("VM demo/counter is known on node-a. node-b reports a VM"), "{message}");
+        assert_eq!(seen(&status, MIGRATABLE).0, "True");
+        assert_eq!(status.node_since, Some(Time(Timestamp::UNIX_EPOCH)));
+        let known = Known { home: Some(&home), set_aside: &[] };
+        let status = vm_status(&key(), &inventory, known, &[], &status, STAMP);
+        assert_eq!(seen(&status, CONTESTED), ("False".into(), "ReportedOnce".into()));
     }
 
     #[test]
@@ -224,13 +280,14 @@ mod tests {
         let before = fresh(&at(vec![("node-a", node(Some(vm())))]));
         let mut silent = node(Some(vm()));
         silent.link = Link::Down { reason: "AgentUnreachable", error: "timeout".into() };
-        let status = vm_status(&key(), &at(vec![("node-a", silent)]), &[], &before, STAMP);
+        let status = vm_status(&key(), &at(vec![("node-a", silent)]), Known::default(), &[], &before, STAMP);
         assert_eq!(seen(&status, READY), ("Unknown".into(), "NodeNotReady".into()));
         assert_eq!(seen(&status, MIGRATABLE).0, "Unknown");
 
-        let status = vm_status(&key(), &at(vec![("node-a", node(None))]), &[], &before, STAMP);
+        let status =
+            vm_status(&key(), &at(vec![("node-a", node(None))]), Known::default(), &[], &before, STAMP);
         assert_eq!(seen(&status, READY), ("False".into(), reason::NOT_REPORTED.into()));
-        let status = vm_status(&key(), &at(vec![]), &[], &before, STAMP);
+        let status = vm_status(&key(), &at(vec![]), Known::default(), &[], &before, STAMP);
         assert_eq!(seen(&status, READY), ("Unknown".into(), "NodeGone".into()));
     }
 
@@ -244,7 +301,8 @@ mod tests {
             target_devices: vec![],
         };
         let inventory = at(vec![("node-a", node(Some(vm())))]);
-        let status = vm_status(&key(), &inventory, &[other], &AssignedVMStatus::default(), STAMP);
+        let status =
+            vm_status(&key(), &inventory, Known::default(), &[other], &AssignedVMStatus::default(), STAMP);
         assert_eq!(
             status.migration,
             Some(MigrationReference { name: Some("move".into()), id: "u-1".into() })

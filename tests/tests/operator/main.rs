@@ -17,6 +17,7 @@ mod fake_agent;
 mod hanging;
 mod joining;
 mod leading;
+mod names;
 mod refusals;
 mod reports;
 mod success;

@@ -1,9 +1,9 @@
 //! An impossible migration is refused before any call to an agent.
 
-use slackwater_api::{PeerToPeer, Target};
+use slackwater_api::Target;
 use slackwater_proto::node::Outcome;
 
-use crate::fake_agent::{Call, device, vm};
+use crate::fake_agent::{Call, device};
 use crate::world::{NAMESPACE, World, condition, is, message};
 
 #[tokio::test]
@@ -59,14 +59,6 @@ async fn an_impossible_spec_is_refused_with_a_reason_and_no_agent_is_called() {
     world.vm("counter", "report before a migration that it lacks P2P", not_migratable).await;
     world.migrate("no-p2p", |_| {}).await;
     refused("no-p2p", "False/PeerToPeerUnsupported", "a1 (mtty), a2 (mtty)").await;
-
-    world.b.describe(|node| node.vms = vec![vm(NAMESPACE, "counter", &[])]);
-    let twice = |vm: &slackwater_api::AssignedVM| {
-        condition(&vm.status.as_ref()?.conditions, "Ready", "False/VMReportedTwice")
-    };
-    world.vm("counter", "show that it is reported twice", twice).await;
-    world.migrate("two-of-them", |spec| spec.peer_to_peer = PeerToPeer::AssumeIsolated).await;
-    refused("two-of-them", "False/VMReportedTwice", "node-a, node-b").await;
 
     assert_eq!((world.a.calls(), world.b.calls()), (vec![], vec![]));
     world.assert_nothing_was_forbidden();

@@ -90,6 +90,10 @@ pub enum EndEntry {
         claim: Vec<u8>,
         /// For so long the source may be silent before LOADED.
         silence_timeout_ms: u64,
+        /// The number of the user that the twin runs as. An older agent
+        /// has started twins as its own.
+        #[serde(default)]
+        twin_user: Option<u32>,
     },
 }
 

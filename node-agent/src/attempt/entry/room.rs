@@ -98,6 +98,7 @@ mod tests {
                 vm_json: "\"".repeat(VM_JSON_LIMIT_BYTES),
                 claim: vec![255; 4096],
                 silence_timeout_ms: u64::MAX,
+                twin_user: Some(u32::MAX),
             },
             ..entry()
         }

@@ -181,6 +181,7 @@ mod tests {
                 vm_json: "{}".to_owned(),
                 claim: vec![1, 2],
                 silence_timeout_ms: 9,
+                twin_user: None,
             },
             ..super::super::tests::entry()
         };

@@ -61,11 +61,13 @@ impl Attempts {
         }
         let targets = reservation::targets(&node.inventory, &given.devices).await?;
         stop_plan(&targets.features, policy).map_err(no_stop_plan)?;
-        let site = reservation::site(node, &reference, &vm, &given, &targets.devices)?;
+        let user = reservation::twin_user(node, &vm)?;
+        let number = user.number();
+        let site = reservation::site_to_start(node, &reference, &vm, &given, &targets.devices, user)?;
         let driver = site.driver();
         self.preflight.check(&given, &site.plan).await?;
         let key = entries::key(&reference.id, Role::Destination)?;
-        let written = entries::destination(&reference, &vm, &given, policy);
+        let written = entries::destination(&reference, &vm, &given, policy, number);
         entries::check_room(&written)?;
         node.registry.take(&reference.id, &vm, names)?;
         let site: Arc<dyn Site> = Arc::new(site);

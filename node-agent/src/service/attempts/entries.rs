@@ -71,12 +71,14 @@ pub(super) fn destination(
     vm: &VmRef,
     given: &ReserveRequest,
     policy: PeerToPeer,
+    twin_user: u32,
 ) -> Entry {
     let end = EndEntry::Destination {
         source_node: given.source_node.clone(),
         vm_json: given.vm_json.clone(),
         claim: given.claim.to_vec(),
         silence_timeout_ms: given.silence_timeout_ms,
+        twin_user: Some(twin_user),
     };
     entry(reference, vm, policy, &given.devices, Record::Reserved, end)
 }
@@ -98,6 +100,14 @@ pub(super) fn vm_of(entry: &Entry) -> VmRef {
     VmRef { namespace: entry.namespace.clone(), name: entry.name.clone() }
 }
 
+/// The user that a destination's twin runs as; None for one that an older agent has started.
+pub(super) fn twin_user_of(entry: &Entry) -> Option<u32> {
+    match entry.end {
+        EndEntry::Destination { twin_user, .. } => twin_user,
+        EndEntry::Source { .. } => None,
+    }
+}
+
 /// The devices of this node that an entry is about.
 pub(super) fn local_devices(entry: &Entry) -> impl Iterator<Item = &str> {
     entry.devices.iter().map(|pair| match entry.end {
@@ -108,7 +118,7 @@ pub(super) fn local_devices(entry: &Entry) -> impl Iterator<Item = &str> {
 
 /// The reservation of a destination's entry; None for a source's.
 pub(super) fn reservation_of(entry: &Entry) -> Option<ReserveRequest> {
-    let EndEntry::Destination { source_node, vm_json, claim, silence_timeout_ms } = &entry.end else {
+    let EndEntry::Destination { source_node, vm_json, claim, silence_timeout_ms, .. } = &entry.end else {
         return None;
     };
     let policy =
@@ -156,8 +166,12 @@ mod tests {
             claim: vec![1, 2].into(),
             qemu: None,
         };
-        let entry = destination(&reference, &vm, &asked, PeerToPeer::AssumeIsolated);
-        let text = serde_json::to_vec(&entry).unwrap();
-        assert_eq!(reservation_of(&serde_json::from_slice(&text).unwrap()), Some(asked));
+        let entry = destination(&reference, &vm, &asked, PeerToPeer::AssumeIsolated, 7);
+        let text = serde_json::to_string(&entry).unwrap();
+        let read = serde_json::from_str(&text).unwrap();
+        assert_eq!(reservation_of(&read), Some(asked));
+        assert_eq!(twin_user_of(&read), Some(7));
+        let older = serde_json::from_str(&text.replace(r#","twin_user":7"#, "")).unwrap();
+        assert_eq!(twin_user_of(&older), None, "of an agent that has started its twins as root");
     }
 }

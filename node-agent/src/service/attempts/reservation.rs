@@ -15,10 +15,13 @@ use crate::faults;
 use crate::host::devices::Device;
 use crate::host::identity::IdentityOf;
 use crate::host::placeholders::twin_arguments;
+use crate::host::twin_users::TwinUser;
 use crate::host::vm::{VmJson, VmmEntry, VmmKind};
 use crate::host::{vm, vms};
 use crate::service::inventory::Inventory;
 use crate::service::reason::ServiceReason;
+use crate::vmm::confinement::Confined;
+use crate::vmm::qemu::preflight::confined::QEMU_SANDBOX;
 use crate::vmm::twin::{TwinPlan, launcher};
 
 /// The target devices of a reservation, in the VM's order.
@@ -79,13 +82,53 @@ fn fits<'a>(device: &'a Device, features: Features, pair: &'a DevicePair) -> Res
     Ok(())
 }
 
-/// The place for a VM: its twin's command, directory and cgroup.
+/// The user that the twin of a VM gets.
+pub(super) fn twin_user(node: &NodeResources, vm: &VmRef) -> Result<TwinUser, Refusal> {
+    let name = format!("{}/{}", vm.namespace, vm.name);
+    let folder = vms::directory_of(&node.config.run_dir, &vm.namespace, &vm.name);
+    let taken = node.twin_users.take(&name, &folder);
+    taken.map_err(|error| Refusal::precondition(ServiceReason::TwinNotConfined, error.to_string()))
+}
+
+/// As [`site`], for a twin that is to be started: it is confined.
+pub(super) fn site_to_start(
+    node: &NodeResources,
+    reference: &MigrationRef,
+    named: &VmRef,
+    request: &ReserveRequest,
+    devices: &[Device],
+    user: TwinUser,
+) -> Result<NodeSite, Refusal> {
+    let number = user.number();
+    let mut site = site(node, reference, named, request, devices, Some(user))?;
+    let plan = &mut site.plan;
+    if plan.vmm.kind == VmmKind::Qemu {
+        plan.arguments.extend(QEMU_SANDBOX.map(str::to_owned));
+    }
+    let sandbox = node.config.confinement.sandbox(Confined {
+        user: number,
+        directory: &plan.directory,
+        program: &plan.program,
+        kind: plan.vmm.kind,
+        arguments: &plan.arguments,
+        descriptors: &plan.descriptors,
+        devices,
+    });
+    let failed = |error| {
+        Refusal::precondition(ServiceReason::TwinNotConfined, format!("the twin cannot be confined: {error}"))
+    };
+    plan.sandbox = Some(sandbox.map_err(failed)?);
+    Ok(site)
+}
+
+/// The place for a VM: its twin's command, directory, cgroup and user.
 pub(super) fn site(
     node: &NodeResources,
     reference: &MigrationRef,
     named: &VmRef,
     request: &ReserveRequest,
     devices: &[Device],
+    user: Option<TwinUser>,
 ) -> Result<NodeSite, Refusal> {
     let config = &node.config;
     let invalid = |error: vm::VmJsonError| {
@@ -107,9 +150,10 @@ pub(super) fn site(
     let plan = TwinPlan {
         arguments: command.arguments,
         descriptors: command.descriptors,
+        device_names: devices.iter().map(|device| device.name.clone()).collect(),
         ..plan_without_command(node, reference, named, &json.vmm, json.twin.program.clone(), socket)
     };
-    Ok(site_of(node, reference, request, devices, plan))
+    Ok(site_of(node, reference, request, devices, plan, user))
 }
 
 /// The place of a reservation that an earlier agent has made. The twin has been started, or never will be:
@@ -122,6 +166,7 @@ pub(super) fn site_of_journal(
     request: &ReserveRequest,
     devices: &[Device],
     json: Option<&VmJson>,
+    user: Option<TwinUser>,
 ) -> Result<NodeSite, vm::VmJsonError> {
     let directory = vms::directory_of(&node.config.run_dir, &named.namespace, &named.name);
     let unknown = VmmEntry { kind: VmmKind::Contract, socket: "vmm.sock".into(), devices: Vec::new() };
@@ -130,7 +175,7 @@ pub(super) fn site_of_journal(
         None => (&unknown, PathBuf::new(), directory.join(&unknown.socket)),
     };
     let plan = plan_without_command(node, reference, named, vmm, program, socket);
-    Ok(site_of(node, reference, request, devices, plan))
+    Ok(site_of(node, reference, request, devices, plan, user))
 }
 
 fn plan_without_command(
@@ -151,6 +196,8 @@ fn plan_without_command(
         program,
         arguments: Vec::new(),
         descriptors: Vec::new(),
+        device_names: Vec::new(),
+        sandbox: None,
         socket,
         start_limit: config.twin_start_limit,
         deadlines: config.deadlines,
@@ -163,6 +210,7 @@ fn site_of(
     request: &ReserveRequest,
     devices: &[Device],
     plan: TwinPlan,
+    user: Option<TwinUser>,
 ) -> NodeSite {
     let of = IdentityOf {
         migration_id: reference.id.clone(),
@@ -170,7 +218,7 @@ fn site_of(
         claim: request.claim.to_vec(),
     };
     let identity = Arc::clone(&node.vf_identity);
-    NodeSite { plan, vm_json: request.vm_json.clone(), identity, of, twin: Mutex::new(None) }
+    NodeSite { plan, vm_json: request.vm_json.clone(), identity, of, twin: Mutex::new(None), _user: user }
 }
 
 #[cfg(test)]

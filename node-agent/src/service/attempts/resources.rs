@@ -12,6 +12,7 @@ use crate::attempt::destination::DestinationRun;
 use crate::attempt::ledger::EndRecord;
 use crate::attempt::source::SourceRun;
 use crate::host::identity::VfIdentity;
+use crate::host::twin_users::TwinUsers;
 use crate::journal::{Journal, JournalError, Key, Role};
 use crate::service::config::NodeConfig;
 use crate::service::inventory::Inventory;
@@ -31,6 +32,8 @@ pub struct NodeResources {
     pub registry: Arc<Registry>,
     /// What outlives the agent.
     pub journal: Arc<Journal>,
+    /// The users that twins run as.
+    pub twin_users: TwinUsers,
     /// The network identities of the devices.
     pub vf_identity: Arc<dyn VfIdentity>,
 }

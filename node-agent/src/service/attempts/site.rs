@@ -12,6 +12,7 @@ use tracing::{error, warn};
 
 use crate::attempt::destination::{Site, Twin as StartedTwin};
 use crate::host::identity::{IdentityOf, VfIdentity};
+use crate::host::twin_users::TwinUser;
 use crate::host::vms;
 use crate::service::borrowing;
 use crate::vfio::error::DeviceError;
@@ -26,6 +27,8 @@ pub(super) struct NodeSite {
     pub(super) identity: Arc<dyn VfIdentity>,
     pub(super) of: IdentityOf,
     pub(super) twin: Mutex<Option<Twin>>,
+    /// The twin's, for as long as nothing of the twin shows that it is taken.
+    pub(super) _user: Option<TwinUser>,
 }
 
 impl NodeSite {

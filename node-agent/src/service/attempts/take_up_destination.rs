@@ -37,7 +37,8 @@ pub(super) async fn take_up(node: &NodeResources, key: Key, entry: Entry) -> Res
     let devices = devices_still_here(&entry).await?;
     let reference = entries::reference_of(&entry);
     let vm = entries::vm_of(&entry);
-    let site = reservation::site_of_journal(node, &reference, &vm, &request, &devices, json.as_ref());
+    let user = entries::twin_user_of(&entry).map(|number| node.twin_users.take_again(number));
+    let site = reservation::site_of_journal(node, &reference, &vm, &request, &devices, json.as_ref(), user);
     let site = site.map_err(TakeUpError::Socket)?;
     let ledger = reopen(node, &key, &entry).await?;
     let driver = site.driver();

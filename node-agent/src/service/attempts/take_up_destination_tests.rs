@@ -27,6 +27,7 @@ fn entry(node: &Node, record: Record, vm_json: &str) -> Entry {
         vm_json: vm_json.to_owned(),
         claim: Vec::new(),
         silence_timeout_ms: 60_000,
+        twin_user: None,
     };
     Entry { record, devices: vec![pair], end, vmm: None, ..node.entry(None) }
 }
@@ -53,7 +54,7 @@ async fn end(node: &Node, entry: Entry) -> End {
         run.end_record().wait_for(|end| *end == EndRecord::Durable).await.unwrap();
         end
     };
-    tokio::time::timeout(LONG, ended).await.expect("it should not take that long")
+    timeout(LONG, ended).await.expect("it should not take that long")
 }
 
 #[tokio::test]
@@ -124,7 +125,7 @@ async fn what_an_attempt_held_is_free_when_its_end_is_durable_and_not_before() {
         async move { resources.give_back(&reference, Role::Source, end).await }
     });
     recorded.send_replace(EndRecord::Failing("no space for 3f.source".to_owned()));
-    tokio::time::timeout(LONG, async {
+    timeout(LONG, async {
         while resources.registry.explanation("3f").is_none() {
             changes.changed().await.unwrap();
         }
@@ -135,7 +136,7 @@ async fn what_an_attempt_held_is_free_when_its_end_is_durable_and_not_before() {
     assert_eq!(held.to_string(), "VM demo/counter is held by migration 3f: no space for 3f.source");
     assert!(resources.registry.held_device("d").is_some());
     recorded.send_replace(EndRecord::Durable);
-    tokio::time::timeout(LONG, freed).await.unwrap().unwrap();
+    timeout(LONG, freed).await.unwrap().unwrap();
     resources.registry.take("4a", &vm, ["d"]).unwrap();
     assert_eq!(resources.registry.explanation("3f"), None);
 }

@@ -13,6 +13,7 @@ use super::*;
 use crate::attempt::entry::Monitor;
 use crate::attempt::tests::rig::Authority;
 use crate::host::identity::NoIdentity;
+use crate::host::twin_users::{DEFAULT_RANGE, TwinUsers};
 use crate::host::vm::VmmKind;
 use crate::host::vms::VmWatch;
 use crate::journal::{Journal, Role};
@@ -20,6 +21,7 @@ use crate::service::config::NodeConfig;
 use crate::service::inventory::Inventory;
 use crate::service::registry::{LocalEnd, Registry};
 use crate::vfio::borrow::VmmProcess;
+use crate::vmm::confinement::Confinement;
 use crate::vmm::contract::Deadlines;
 use crate::vmm::stub::Stub;
 
@@ -45,6 +47,7 @@ pub(in super::super) fn node(prepare: impl FnOnce(&Path)) -> Node {
         run_dir: run_dir.clone(),
         cgroup_root: folder.path().join("cgroup"),
         twin_programs: Vec::new(),
+        confinement: Confinement::default(),
         twin_start_limit: LONG,
         deadlines: Deadlines::default(),
         migration_bandwidth_bytes_per_second: 1 << 30,
@@ -58,6 +61,7 @@ pub(in super::super) fn node(prepare: impl FnOnce(&Path)) -> Node {
         credentials: Authority::new().agent("node-a"),
         registry,
         journal: Arc::new(Journal::open(&folder.path().join("state")).unwrap()),
+        twin_users: TwinUsers::new(DEFAULT_RANGE.parse().unwrap()),
         vf_identity: Arc::new(NoIdentity),
     };
     Node { _folder: folder, directory, resources }

@@ -20,6 +20,9 @@
 //! With `return-path` the source's QEMU is `completed` only when the twin's has reported that it has loaded
 //! everything.
 
+#[cfg(test)]
+#[path = "attack_tests.rs"]
+mod attacks;
 mod capabilities;
 mod carry;
 mod convergence;

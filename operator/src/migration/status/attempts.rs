@@ -9,7 +9,7 @@ use slackwater_api::{EndedAttempt, MigrationPhase, VMMigrationSpec, format_durat
 
 use super::Draft;
 use crate::backoff::Pauses;
-use crate::conditions::{Status, cut};
+use crate::conditions::{Status, cut, plain};
 use crate::migration::step::Wish;
 use crate::plan::Refusal;
 use crate::reason;
@@ -31,7 +31,7 @@ impl Draft {
     pub(super) fn note_attempt(&mut self, reason: &str, message: &str) {
         let Some(attempt) = self.status.attempt else { return };
         self.status.attempts.retain(|ended| ended.attempt != attempt);
-        let message = cut(message, MESSAGE_LIMIT_BYTES);
+        let message = cut(&plain(message), MESSAGE_LIMIT_BYTES);
         self.status.attempts.push(EndedAttempt { attempt, reason: reason.to_owned(), message });
     }
 

@@ -172,8 +172,12 @@ impl Draft {
 
     fn show_figures(&mut self, trace: &Trace, finished: &Finished) {
         let (source, target) = (self.source(), self.target());
+        let devices = self.status.devices.len();
         for (index, device) in self.status.devices.iter_mut().enumerate() {
-            device.states = trace.steps(device, &source, &target);
+            let steps = trace.steps(device, &source, &target, devices);
+            device.states = steps.shown;
+            let left_out = Some(steps.left_out).filter(|left_out| *left_out > 0);
+            device.states_left_out = left_out.map(|left_out| i32::try_from(left_out).unwrap_or(i32::MAX));
             device.bytes = finished.device_bytes.get(index).map(|bytes| saturated(*bytes));
         }
         if let Some(timings) = measured(finished) {

@@ -147,5 +147,6 @@ fn device(pair: &Pair) -> DeviceMigration {
         features: pair.features.clone(),
         bytes: None,
         states: Vec::new(),
+        states_left_out: None,
     }
 }

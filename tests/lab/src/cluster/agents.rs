@@ -8,6 +8,7 @@ use kube::{Api, ResourceExt};
 use slackwater_api::VMMigration;
 use slackwater_proto::node::{DescribeRequest, JournalState, MigrationRef, NodeDescription, ResolveRequest};
 
+use super::qemu::{GUEST_OUTPUT, make_output_folder};
 use super::{Cluster, QEMU_PROGRAM, SYSTEM, TIMEOUT, VMM_PROGRAM};
 use crate::pki::Issued;
 
@@ -39,8 +40,9 @@ impl Cluster {
             node.put(&format!("{TLS}/{file}"), 0o600, content.as_bytes()).await?;
         }
         node.shell(&format!(
-            "mkdir -p {STATE_DISK} && mount -t tmpfs -o size={STATE_DISK_SIZE} state {STATE_DISK} && \
-             mkdir -m 700 {STATE_DIR}"
+            "{} && mkdir -p {STATE_DISK} && mount -t tmpfs -o size={STATE_DISK_SIZE} state {STATE_DISK} && \
+             mkdir -m 700 {STATE_DIR}",
+            make_output_folder()
         ))
         .await?;
         self.restart_agent(name).await
@@ -63,7 +65,8 @@ impl Cluster {
         let arguments = format!(
             "/bin/{AGENT} serve --node-name {name} --listen 0.0.0.0:7443 --run-dir /run/slackwater \
              --state-dir {STATE_DIR} --tls-cert {TLS}/tls.crt --tls-key {TLS}/tls.key --tls-ca {TLS}/ca.crt \
-             --twin-program {VMM_PROGRAM} --twin-program {QEMU_PROGRAM}"
+             --twin-program {VMM_PROGRAM} --twin-program {QEMU_PROGRAM} \
+             --twin-path {GUEST_OUTPUT} --twin-network host"
         );
         let arguments: Vec<&str> = arguments.split_whitespace().chain(more.iter().copied()).collect();
         node.spawn(AGENT, &arguments, &[("SLACKWATER_FAULTS_FILE", FAULTS), ("RUST_BACKTRACE", "1")]).await?;

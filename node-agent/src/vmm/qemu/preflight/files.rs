@@ -130,12 +130,23 @@ pub fn missing(files: &[NamedFile], folder: &Path) -> Vec<Finding> {
     files.iter().filter_map(|file| finding(file, folder)).collect()
 }
 
-fn finding(file: &NamedFile, folder: &Path) -> Option<Finding> {
+/// The files that are there, with the numbers of their arguments, but for those in the twin's folder: its own
+/// user reads them if it may.
+pub fn outside(files: &[NamedFile], folder: &Path) -> Vec<(usize, PathBuf)> {
+    let there = files.iter().map(|file| (file.index, path_of(file, folder)));
+    there.filter(|(_, path)| !path.starts_with(folder) && path.exists()).collect()
+}
+
+fn path_of(file: &NamedFile, folder: &Path) -> PathBuf {
     let path = folder.join(&file.path);
-    let path = match file.usage {
+    match file.usage {
         Use::Memory if !path.exists() => path.parent().map(Path::to_owned).unwrap_or(path),
         _ => path,
-    };
+    }
+}
+
+fn finding(file: &NamedFile, folder: &Path) -> Option<Finding> {
+    let path = path_of(file, folder);
     let why = match accessat(CWD, &path, Access::READ_OK, AtFlags::EACCESS) {
         Ok(()) => return None,
         Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => "is not there".to_owned(),

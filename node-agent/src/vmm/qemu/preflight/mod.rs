@@ -11,6 +11,7 @@
 //! docs/system/i386/cpu-models-x86.rst for CPUs. The decision is pure; `facts.rs` and `probe.rs` query.
 
 mod compare;
+pub mod confined;
 pub mod facts;
 mod features;
 pub mod files;
@@ -93,6 +94,8 @@ pub enum Kind {
     /// The guest has seen CPU features that it would not have there.
     #[strum(serialize = "CPUFeaturesMissing")]
     CpuFeaturesMissing,
+    /// An argument of the twin that cannot work in its sandbox.
+    ArgumentRefused,
     /// A file that the twin's arguments name.
     FileMissing,
 }

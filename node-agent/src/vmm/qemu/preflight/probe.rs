@@ -140,6 +140,7 @@ impl Prober {
             cgroup: &cgroup,
             directory: &folder,
             log,
+            sandbox: None,
             descriptors: &[],
             program,
             arguments: &arguments(&socket, accelerator),

@@ -20,6 +20,15 @@ use crate::node::Node;
 /// QEMU, in a node.
 pub const QEMU_PROGRAM: &str = "/bin/qemu-system-x86_64";
 
+/// The folder in a node for what VMs write besides their state: every twin, each with a user of its own, may
+/// write there.
+pub(super) const GUEST_OUTPUT: &str = "/run/slackwater-lab";
+
+/// Makes the folder in a node: a command for its shell.
+pub(super) fn make_output_folder() -> String {
+    format!("mkdir -p {GUEST_OUTPUT} && chmod 777 {GUEST_OUTPUT}")
+}
+
 /// How the guest's code is executed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Accelerator {
@@ -217,13 +226,13 @@ impl QemuVm {
     /// The QMP socket that the lab uses.
     #[must_use]
     pub fn monitor(&self) -> String {
-        if self.second_monitor { format!("/run/slackwater-lab/{}.qmp", self.name) } else { self.socket() }
+        if self.second_monitor { format!("{GUEST_OUTPUT}/{}.qmp", self.name) } else { self.socket() }
     }
 
     /// The file in a node to which its QEMU appends the guest's output.
     #[must_use]
     pub fn debug_file(&self) -> String {
-        format!("/run/slackwater-lab/{}.debug", self.name)
+        format!("{GUEST_OUTPUT}/{}.debug", self.name)
     }
 
     fn device_names(&self) -> Vec<String> {

@@ -3,7 +3,7 @@
 use anyhow::ensure;
 use serde_json::{Value, json};
 
-use super::{QEMU_PROGRAM, QemuVm};
+use super::{QEMU_PROGRAM, QemuVm, make_output_folder};
 use crate::error::LabError;
 use crate::node::Node;
 
@@ -59,7 +59,11 @@ impl QemuVm {
     }
 
     async fn spawn(&self, node: &Node, more: &[&str]) -> anyhow::Result<()> {
-        node.shell(&format!("mkdir -p -m 700 {} /run/slackwater-lab", self.directory())).await?;
+        // A twin that comes back appends to the same file, as another user.
+        let (directory, output) = (self.directory(), self.debug_file());
+        let make = make_output_folder();
+        node.shell(&format!("mkdir -p -m 700 {directory} && {make} && touch {output} && chmod 666 {output}"))
+            .await?;
         let arguments = self.arguments(&self.place_in(node)?);
         // Only this user may use the socket.
         let mut list = vec!["sh", "-c", "umask 077; exec \"$0\" \"$@\"", QEMU_PROGRAM];
@@ -73,7 +77,7 @@ impl QemuVm {
     /// # Errors
     /// When the node cannot be reached.
     pub(in crate::cluster) async fn make_output_folder(&self, node: &Node) -> anyhow::Result<()> {
-        node.shell("mkdir -p -m 700 /run/slackwater-lab").await?;
+        node.shell(&make_output_folder()).await?;
         Ok(())
     }
 

@@ -1,0 +1,278 @@
+use std::collections::BTreeMap;
+
+use super::judge::GRACE;
+use super::*;
+use crate::inventory::{Link, Node, NodeReport, Vm, VmState};
+
+const SINCE: i64 = 1_000;
+const NOW: i64 = 2_000;
+
+fn second(second: i64) -> Timestamp {
+    Timestamp::from_second(second).unwrap()
+}
+
+fn key() -> VmKey {
+    VmKey { namespace: "demo".into(), name: "counter".into() }
+}
+
+fn known(node: &str) -> Option<Home> {
+    Some(Home { node: node.into(), since: second(SINCE), missing_since: None })
+}
+
+/// What a node says of the VM.
+#[derive(Clone, Copy)]
+enum Says {
+    Runs,
+    Paused,
+    /// Paused, and held by this migration.
+    Held(&'static str),
+    /// Running, and held by this migration.
+    Moving(&'static str),
+    Nothing,
+    /// Its agent does not answer; before, it said that the VM ran.
+    Silent,
+    /// Its agent does not answer; before, it said that it held the VM paused for this migration.
+    SilentHeld(&'static str),
+    /// Its agent does not answer, and never did.
+    Unknown,
+}
+
+fn node(says: Says) -> Node {
+    let vm = |state, id: &str| Some(Vm { state, migration_id: id.into(), ..Vm::default() });
+    let vm = match says {
+        Says::Runs | Says::Silent => vm(VmState::Running, ""),
+        Says::Paused => vm(VmState::Paused, ""),
+        Says::Held(id) | Says::SilentHeld(id) => vm(VmState::Paused, id),
+        Says::Moving(id) => vm(VmState::Running, id),
+        Says::Nothing | Says::Unknown => None,
+    };
+    let link = match says {
+        Says::Silent | Says::SilentHeld(_) | Says::Unknown => {
+            Link::Down { reason: "AgentUnreachable", error: "x".into() }
+        }
+        _ => Link::Ready,
+    };
+    let report = NodeReport { vms: vm.into_iter().map(|vm| (key(), vm)).collect(), ..NodeReport::default() };
+    Node { link, report: (!matches!(says, Says::Unknown)).then_some(report), ..Node::default() }
+}
+
+fn inventory(nodes: &[(&str, Says)]) -> Inventory {
+    nodes.iter().map(|(name, says)| ((*name).to_owned(), node(*says))).collect()
+}
+
+/// A migration m from a to b.
+fn moving(succeeded: Option<i64>) -> Vec<Move> {
+    vec![Move {
+        id: "m".into(),
+        vm: key(),
+        source: "a".into(),
+        target: "b".into(),
+        succeeded: succeeded.map(second),
+    }]
+}
+
+fn home(known: Option<Home>, nodes: &[(&str, Says)], moves: &[Move]) -> (Option<String>, Vec<String>) {
+    let judged = judge(&key(), known.as_ref(), &inventory(nodes), moves, true, second(NOW));
+    (judged.home.map(|home| home.node), judged.set_aside)
+}
+
+/// What it shows, who was known, who says what, our migrations, who is known then, who is set aside.
+type Row<'a> = (&'a str, Option<&'a str>, &'a [(&'a str, Says)], &'a [Move], Option<&'a str>, &'a [&'a str]);
+
+#[test]
+fn the_known_node_keeps_a_vm_against_a_newcomer_until_it_passes_on() {
+    use Says::{Held, Moving, Nothing, Paused, Runs, Silent, SilentHeld, Unknown};
+    let under_way = moving(None);
+    let other_vm = vec![Move { vm: VmKey { name: "other".into(), ..key() }, ..moving(None).remove(0) }];
+    let table: &[Row<'_>] = &[
+        // Not known yet.
+        ("nobody reports it", None, &[("a", Nothing)], &[], None, &[]),
+        ("the first is known from then on", None, &[("a", Runs)], &[], Some("a"), &[]),
+        ("two at once have the same right", None, &[("a", Runs), ("b", Runs)], &[], None, &[]),
+        ("a copy that is kept stopped has none", None, &[("a", Held("x")), ("b", Runs)], &[], Some("b"), &[]),
+        // Known.
+        ("a newcomer is set aside", Some("a"), &[("a", Runs), ("b", Runs)], &[], Some("a"), &["b"]),
+        ("so are two", Some("b"), &[("a", Runs), ("b", Runs), ("c", Paused)], &[], Some("b"), &["a", "c"]),
+        ("and one against a paused VM", Some("a"), &[("a", Paused), ("b", Runs)], &[], Some("a"), &["b"]),
+        ("a silent agent keeps its VM", Some("a"), &[("a", Silent), ("b", Runs)], &[], Some("a"), &["b"]),
+        ("even before it has answered", Some("a"), &[("a", Unknown), ("b", Runs)], &[], Some("a"), &["b"]),
+        (
+            "one that does not report it, for a while",
+            Some("a"),
+            &[("a", Nothing), ("b", Runs)],
+            &[],
+            Some("a"),
+            &["b"],
+        ),
+        ("a deleted node has nothing", Some("a"), &[("b", Runs)], &[], Some("b"), &[]),
+        ("nor can it choose between two", Some("a"), &[("b", Runs), ("c", Runs)], &[], None, &[]),
+        // Moved by us.
+        (
+            "the target does not have it early",
+            Some("a"),
+            &[("a", Runs), ("b", Runs)],
+            &under_way,
+            Some("a"),
+            &[],
+        ),
+        (
+            "nor while the source runs it",
+            Some("a"),
+            &[("a", Moving("m")), ("b", Runs)],
+            &under_way,
+            Some("a"),
+            &[],
+        ),
+        ("nor for any pause", Some("a"), &[("a", Paused), ("b", Runs)], &under_way, Some("a"), &[]),
+        (
+            "nor for another migration",
+            Some("a"),
+            &[("a", Held("x")), ("b", Runs)],
+            &under_way,
+            Some("a"),
+            &[],
+        ),
+        ("nor before it runs", Some("a"), &[("a", Held("m")), ("b", Paused)], &under_way, Some("a"), &[]),
+        (
+            "it has it when the source says so",
+            Some("a"),
+            &[("a", Held("m")), ("b", Runs)],
+            &under_way,
+            Some("b"),
+            &[],
+        ),
+        ("or said so last", Some("a"), &[("a", SilentHeld("m")), ("b", Runs)], &under_way, Some("b"), &[]),
+        ("or has it no more", Some("a"), &[("a", Nothing), ("b", Moving("m"))], &under_way, Some("b"), &[]),
+        ("not because it is silent", Some("a"), &[("a", Silent), ("b", Runs)], &under_way, Some("a"), &[]),
+        ("a third gains nothing", Some("a"), &[("a", Held("m")), ("c", Runs)], &under_way, Some("a"), &["c"]),
+        (
+            "nor by the move of another VM",
+            Some("a"),
+            &[("a", Held("m")), ("b", Runs)],
+            &other_vm,
+            Some("a"),
+            &["b"],
+        ),
+        (
+            "success moves it from a silent node",
+            Some("a"),
+            &[("a", Silent), ("b", Runs)],
+            &moving(Some(NOW)),
+            Some("b"),
+            &["a"],
+        ),
+        (
+            "in the same second, too",
+            Some("a"),
+            &[("a", Silent), ("b", Runs)],
+            &moving(Some(SINCE)),
+            Some("b"),
+            &["a"],
+        ),
+        (
+            "not where it is not",
+            Some("a"),
+            &[("a", Runs), ("b", Nothing)],
+            &moving(Some(NOW)),
+            Some("a"),
+            &[],
+        ),
+        (
+            "nor an old one again",
+            Some("a"),
+            &[("a", Runs), ("b", Runs)],
+            &moving(Some(SINCE - 1)),
+            Some("a"),
+            &["b"],
+        ),
+        ("nor back", Some("b"), &[("a", Held("m")), ("b", Runs)], &moving(Some(NOW)), Some("b"), &[]),
+        (
+            "a source that still runs it says too much",
+            Some("b"),
+            &[("a", Runs), ("b", Runs)],
+            &moving(Some(NOW)),
+            Some("b"),
+            &["a"],
+        ),
+    ];
+    for (what, was, nodes, moves, is, aside) in table {
+        let seen = home(was.and_then(known), nodes, moves);
+        let aside: Vec<String> = aside.iter().map(|name| (*name).to_owned()).collect();
+        assert_eq!(seen, (is.map(str::to_owned), aside), "{what}");
+    }
+}
+
+#[test]
+fn a_vm_passes_on_when_its_connected_agent_has_not_reported_it_for_the_whole_grace() {
+    let homes = Homes::default();
+    let grace = i64::try_from(GRACE.as_secs()).unwrap();
+    let look = |at: i64, a: Says, b: Says| {
+        let view = homes.look(&inventory(&[("a", a), ("b", b)]), &[], true, second(at));
+        view.homes.get(&key()).map(|home| home.node.clone()).unwrap_or_default()
+    };
+    assert_eq!(look(0, Says::Runs, Says::Nothing), "a");
+    assert_eq!(look(10, Says::Nothing, Says::Runs), "a");
+    assert_eq!(look(10 + grace - 1, Says::Nothing, Says::Runs), "a");
+    // Its agent is restarted: that is no answer, and the time begins again.
+    assert_eq!(look(10 + grace, Says::Silent, Says::Runs), "a");
+    assert_eq!(look(100, Says::Unknown, Says::Runs), "a");
+    assert_eq!(look(101, Says::Nothing, Says::Runs), "a");
+    assert_eq!(look(101 + grace, Says::Nothing, Says::Runs), "b");
+    // And now the other one is the newcomer.
+    assert_eq!(look(200, Says::Runs, Says::Runs), "b");
+}
+
+#[test]
+fn the_next_operator_knows_from_the_assignedvms_and_nothing_of_a_report_that_is_set_aside_is_seen() {
+    let homes = Homes::default();
+    let mut object = AssignedVM::new("counter", Default::default());
+    object.metadata.namespace = Some("demo".into());
+    object.status =
+        Some(slackwater_api::AssignedVMStatus { node_name: Some("b".into()), ..Default::default() });
+    homes.restore([&object].into_iter(), second(NOW));
+    let view = homes.look(
+        &inventory(&[("a", Says::Held("x")), ("b", Says::Runs), ("c", Says::Runs)]),
+        &[],
+        true,
+        second(NOW),
+    );
+    let who = |node: &str| view.inventory[node].report.as_ref().unwrap().vms.contains_key(&key());
+    assert_eq!((who("a"), who("b"), who("c")), (false, true, false));
+    assert_eq!(view.set_aside, BTreeMap::from([(key(), vec!["c".to_owned()])]));
+    let mut seen = homes.set_aside();
+    homes.publish(&view);
+    assert!(seen.has_changed().unwrap());
+    assert_eq!(seen.borrow_and_update()["c"], BTreeMap::from([(key(), "b".to_owned())]));
+    homes.publish(&view);
+    assert!(!seen.has_changed().unwrap());
+    homes.forget(&key());
+    let view = homes.look(&inventory(&[("c", Says::Runs)]), &[], true, second(NOW));
+    assert_eq!(view.homes[&key()].node, "c");
+}
+
+#[test]
+fn an_operator_that_starts_after_a_success_knows_that_the_vm_has_moved() {
+    let homes = Homes::default();
+    let since = k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(second(SINCE));
+    let mut object = AssignedVM::new("counter", Default::default());
+    object.metadata.namespace = Some("demo".into());
+    object.status = Some(slackwater_api::AssignedVMStatus {
+        node_name: Some("a".into()),
+        node_since: Some(since),
+        ..Default::default()
+    });
+    homes.restore([&object].into_iter(), second(NOW));
+    let nodes = inventory(&[("a", Says::Silent), ("b", Says::Runs)]);
+    let view = homes.look(&nodes, &moving(Some(SINCE + 60)), true, second(NOW));
+    assert_eq!(view.homes[&key()].node, "b");
+}
+
+#[test]
+fn before_every_agent_has_reported_nobody_gets_a_new_name_and_the_known_keep_theirs() {
+    let homes = Homes::default();
+    let nodes = inventory(&[("a", Says::Runs)]);
+    assert!(homes.look(&nodes, &[], false, second(NOW)).homes.is_empty());
+    assert_eq!(homes.look(&nodes, &[], true, second(NOW)).homes[&key()].node, "a");
+    let nodes = inventory(&[("a", Says::Runs), ("b", Says::Runs)]);
+    assert_eq!(homes.look(&nodes, &[], false, second(NOW)).homes[&key()].node, "a");
+}
