@@ -1,22 +1,132 @@
 //! What both ends ask of a VMM, and how a call that failed is described.
 
+use std::future::Future;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
 use futures::future::BoxFuture;
+use slackwater_handover::policy::Driver;
 use slackwater_handover::{Failure, Reason};
+use tokio::time::{Instant, timeout};
+use tracing::{info, warn};
 
 use crate::vmm::{RunState, Vmm, VmmError};
 
 /// A call to a VMM that yields nothing but success or failure.
 pub(super) type VmmCall = for<'a> fn(&'a dyn Vmm) -> BoxFuture<'a, Result<(), VmmError>>;
 
-/// Lets the vCPUs run, unless they do already. After a pause that failed, or in an agent that has started
-/// again, it is not known whether they run, and a VMM refuses to resume a VM that runs.
-pub(super) fn resume(vmm: &dyn Vmm) -> BoxFuture<'_, Result<(), VmmError>> {
-    Box::pin(async move {
-        match vmm.run_state().await? {
-            RunState::Running => Ok(()),
-            RunState::Paused | RunState::Incoming => vmm.resume().await,
+/// How a VMM is asked again that gives no answer.
+#[derive(Clone, Copy)]
+struct Patience {
+    /// The pause before each try.
+    pause: Duration,
+    /// Without an answer for so long, it is reported.
+    late_after: Duration,
+}
+
+const PATIENCE: Patience =
+    Patience { pause: Duration::from_millis(500), late_after: Duration::from_secs(10) };
+
+/// Lets the vCPUs of a twin run. Past STARTING only a VMM that refuses, or a process that has ended, is an
+/// end. `late` is told once, if the VMM gives no answer for long.
+pub(super) async fn resume(vmm: &dyn Vmm, late: impl FnOnce(Failure) + Send) -> Result<(), VmmError> {
+    until_answered(vmm, "resume", PATIENCE, late, move || run(vmm)).await
+}
+
+/// Lets a VM run on where it was. A save whose end the VMM has not confirmed (`save_open`) comes first: while
+/// it saves, it resumes nothing. `late` is told once, if the VMM gives no answer for long.
+pub(super) async fn take_back(
+    vmm: &dyn Vmm,
+    save_open: &AtomicBool,
+    late: impl FnOnce(Failure) + Send,
+) -> Result<(), VmmError> {
+    let once = move || async move {
+        if save_open.load(Ordering::Relaxed) {
+            abort_save(vmm, save_open)
+                .await
+                .or_else(|error| if is_answer(&error) { Ok(()) } else { Err(error) })?;
         }
-    })
+        run(vmm).await
+    };
+    until_answered(vmm, "resume", PATIENCE, late, once).await
+}
+
+/// Ends a save. `save_open` is cleared when the VMM has confirmed that, or has refused: then there is none.
+pub(super) async fn abort_save(vmm: &dyn Vmm, save_open: &AtomicBool) -> Result<(), VmmError> {
+    let ended = vmm.abort_save().await;
+    if ended.as_ref().err().is_none_or(is_answer) {
+        save_open.store(false, Ordering::Relaxed);
+    }
+    ended
+}
+
+/// Lets the vCPUs run, unless they do already. After a pause that failed, in an agent that has started again,
+/// or after a connection that broke, it is not known whether they run, and a VMM refuses to resume a VM that
+/// runs. One that drives its devices looks itself.
+async fn run(vmm: &dyn Vmm) -> Result<(), VmmError> {
+    match vmm.driver() {
+        Driver::Agent if vmm.run_state().await? == RunState::Running => Ok(()),
+        Driver::Agent | Driver::Vmm => vmm.resume().await,
+    }
+}
+
+/// Repeats what may be repeated until the VMM has answered, or its process has ended: a connection that
+/// breaks, or an answer that does not come, says nothing about the VM. Each try has its own deadline; there is
+/// none for all of them.
+async fn until_answered<F>(
+    vmm: &dyn Vmm,
+    call: &'static str,
+    patience: Patience,
+    late: impl FnOnce(Failure) + Send,
+    once: impl Fn() -> F + Send,
+) -> Result<(), VmmError>
+where
+    F: Future<Output = Result<(), VmmError>> + Send,
+{
+    let (began, mut late, mut last) = (Instant::now(), Some(late), None);
+    loop {
+        let error = match once().await {
+            Err(error) if !is_answer(&error) => error.to_string(),
+            answer => {
+                if last.is_some() {
+                    info!(pid = vmm.pid(), call, "the VMM answers again");
+                }
+                return answer;
+            }
+        };
+        if last.as_ref() != Some(&error) {
+            warn!(
+                pid = vmm.pid(),
+                call, error, "no answer; the VMM is asked again as long as its process lives"
+            );
+        }
+        if timeout(patience.pause, vmm.exited()).await.is_ok() {
+            return Err(VmmError::Lost { call, message: format!("its process has ended, after: {error}") });
+        }
+        if began.elapsed() >= patience.late_after
+            && let Some(late) = late.take()
+        {
+            late(Failure::new(
+                Reason::VmmFailed,
+                format!(
+                    "the VMM's process {} lives and does not answer {call}: {error}. It is asked again until it \
+                     answers or its process ends",
+                    vmm.pid()
+                ),
+            ));
+        }
+        last = Some(error);
+    }
+}
+
+/// Whether the VMM has said something. Otherwise it is not known whether it has carried the call out.
+fn is_answer(error: &VmmError) -> bool {
+    match error {
+        VmmError::Refused { .. } | VmmError::Answer { .. } | VmmError::BudgetExceeded(_) => true,
+        VmmError::Connect(_) | VmmError::Trust { .. } | VmmError::Lost { .. } | VmmError::Deadline { .. } => {
+            false
+        }
+    }
 }
 
 /// Asks the twin for a sign of life. A process that is being killed gives none, even if its end has not been
@@ -42,4 +152,35 @@ pub(super) fn twin_failure(error: &VmmError) -> Failure {
         _ => Reason::VmmFailed,
     };
     Failure::new(reason, format!("at the destination, {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vmm::fake::{Cut, FakeVmm, SharedLog};
+
+    #[tokio::test]
+    async fn a_vmm_that_is_silent_for_long_is_reported_once_and_still_asked() {
+        let vm = FakeVmm::running("vm", SharedLog::default(), Vec::new());
+        vm.pause().await.unwrap();
+        vm.cut("resume", &[Cut::Silent; 20]);
+        let patience = Patience { pause: Duration::from_millis(2), late_after: Duration::from_millis(10) };
+        let mut told = Vec::new();
+        let late = |failure: Failure| told.push(failure);
+        let vmm: &dyn Vmm = &vm;
+        until_answered(vmm, "resume", patience, late, move || run(vmm)).await.unwrap();
+        assert_eq!(vm.run_state(), RunState::Running);
+        let [told] = told.as_slice() else { panic!("{told:?}") };
+        assert_eq!(told.reason, Reason::VmmFailed);
+        assert!(told.message.contains("lives and does not answer resume"), "{told}");
+    }
+
+    #[tokio::test]
+    async fn a_refusal_is_an_answer() {
+        let vm = FakeVmm::running("vm", SharedLog::default(), Vec::new());
+        vm.pause().await.unwrap();
+        vm.fail("resume");
+        let error = resume(&vm, |_| {}).await.unwrap_err();
+        assert!(matches!(error, VmmError::Refused { .. }), "{error}");
+    }
 }

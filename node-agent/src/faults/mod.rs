@@ -9,6 +9,7 @@
 //! |---|---|---|
 //! | `halt` | when either end of a hand-over enters a phase | the hand-over halts in that phase |
 //! | `serve_device` | when a device is borrowed for a migration | calls to the device fail or hang |
+//! | `hang_in_probe` | when a free device is asked what it advertises | the question hangs |
 //! | `BlobFaults` | when a blob is sent | the blob is damaged, or stalls |
 //! | `ignores_device_model` | when a target is compared with its source | another model is accepted |
 
@@ -18,9 +19,9 @@ mod off;
 mod on;
 
 #[cfg(not(feature = "faults"))]
-pub(crate) use self::off::{BlobFaults, halt, ignores_device_model, serve_device};
+pub(crate) use self::off::{BlobFaults, halt, hang_in_probe, ignores_device_model, serve_device};
 #[cfg(feature = "faults")]
-pub(crate) use self::on::{BlobFaults, halt, ignores_device_model, serve_device};
+pub(crate) use self::on::{BlobFaults, halt, hang_in_probe, ignores_device_model, serve_device};
 
 /// The end of a hand-over that halts.
 #[derive(Clone, Copy, Debug)]

@@ -12,6 +12,9 @@ use crate::vfio::device::Device;
 pub(crate) async fn halt(_end: End, _phase: impl Debug) {}
 
 #[inline(always)]
+pub(crate) fn hang_in_probe(_device: &str) {}
+
+#[inline(always)]
 pub(crate) fn ignores_device_model() -> bool {
     false
 }

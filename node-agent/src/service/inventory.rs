@@ -4,23 +4,25 @@ use std::collections::HashMap;
 use std::error::Error;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures::future::join_all;
+use parking_lot::Mutex;
 use slackwater_handover::state::Features;
 use slackwater_proto::node::{DeviceDescription, NodeDescription, VmDescription, VmRef, VmState};
-use tokio::sync::{Mutex, watch};
-use tokio::task::JoinError;
+use tokio::sync::watch;
 use tracing::warn;
 
+use super::asking::{ANSWER_LIMIT, Asking, NoAnswer};
 use super::blockers::DeviceFeatures;
-use super::borrowing::BorrowDeviceError;
+use super::borrowing::{BorrowDeviceError, Borrowed};
 use super::config::NodeConfig;
 use super::reason::ServiceReason;
 use super::registry::Registry;
 use super::vmms::{Answer, Vmms};
 use super::{blockers, borrowing, preflight, watching};
+use crate::faults;
 use crate::host::devices::{Device, vfio_devices};
 use crate::host::holders::Holders;
 use crate::host::node::{Kernel, kernel};
@@ -33,15 +35,27 @@ use crate::vmm::{Description, LocalVmm, RunState, VmmDevice, VmmError};
 /// A device and its driver: with another driver it is another device.
 type FeatureKey = (String, String);
 
+/// Asks the driver of a free device what it advertises. It may never return.
+type Probe = dyn Fn(&Device) -> Result<Features, ProbeError> + Send + Sync;
+
+fn probe(device: &Device) -> Result<Features, ProbeError> {
+    faults::hang_in_probe(&device.name);
+    probe::features(&device.cdev)
+}
+
 /// The node, looked at on demand.
 pub struct Inventory {
     config: NodeConfig,
     registry: Arc<Registry>,
     vms: VmWatch,
     vmms: Arc<Vmms>,
-    /// Held while a free device is probed: a reservation waits for it, and the twin then finds the device
-    /// closed.
-    features: Mutex<HashMap<FeatureKey, Features>>,
+    features: Arc<Mutex<HashMap<FeatureKey, Features>>>,
+    /// What devices advertise. A reservation waits for the answer, so the twin then finds the device closed.
+    asking: Asking<Result<Features, Arc<FeaturesError>>>,
+    probe: Arc<Probe>,
+    looking: Asking<Result<Look, LookError>>,
+    looks: AtomicU64,
+    borrowed: Arc<Borrowed>,
     /// A VMM did not answer, and will be asked again soon.
     asking_again: AtomicBool,
 }
@@ -50,10 +64,21 @@ pub struct Inventory {
 /// client for a moment.
 const ASK_AGAIN: Duration = Duration::from_secs(2);
 
+/// Looks at the node that may wait for the kernel at once.
+const LOOKS: usize = 8;
+
 /// Why the node cannot be described.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 #[error("cannot look at the node: {0}")]
-pub struct LookError(Box<dyn Error + Send + Sync>);
+pub struct LookError(Arc<dyn Error + Send + Sync>);
+
+/// The node as sysfs and procfs show it.
+#[derive(Clone)]
+struct Look {
+    devices: Vec<Device>,
+    holders: Holders,
+    kernel: Kernel,
+}
 
 /// Why a device is not free.
 #[derive(Debug, thiserror::Error)]
@@ -77,6 +102,9 @@ pub(super) enum NotFreeError {
         /// Who uses it, for a person.
         holder: String,
     },
+    /// A call to it does not return.
+    #[error("{0}")]
+    Hangs(String),
 }
 
 /// Why the features of a device are not known.
@@ -88,9 +116,9 @@ pub(super) enum FeaturesError {
     /// The kernel does not say.
     #[error(transparent)]
     Probe(#[from] ProbeError),
-    /// The task that asked the kernel ended early.
+    /// The kernel does not answer.
     #[error(transparent)]
-    Task(#[from] JoinError),
+    NoAnswer(#[from] NoAnswer),
     /// It could not be borrowed from its VMM.
     #[error(transparent)]
     Borrow(#[from] BorrowDeviceError),
@@ -100,14 +128,32 @@ impl Inventory {
     /// A node whose VMs are watched.
     pub fn new(config: NodeConfig, registry: Arc<Registry>, vms: VmWatch) -> Self {
         let vmms = Arc::new(Vmms::new(config.deadlines));
-        Self { config, registry, vms, vmms, features: Mutex::default(), asking_again: AtomicBool::new(false) }
+        Self {
+            config,
+            registry,
+            vms,
+            vmms,
+            features: Arc::default(),
+            asking: Asking::new(),
+            probe: Arc::new(probe),
+            looking: Asking::with(LOOKS, ANSWER_LIMIT),
+            looks: AtomicU64::new(0),
+            borrowed: Arc::default(),
+            asking_again: AtomicBool::new(false),
+        }
     }
 
     /// Returns when something may have changed since the last look; the first time at once.
     pub fn changes(&self) -> Changes {
         let mut vms = self.vms.list();
         vms.mark_changed();
-        Changes { vms, registry: self.registry.changes(), vmms: self.vmms.changes() }
+        let late = self.asking.late_answers();
+        Changes { vms, registry: self.registry.changes(), vmms: self.vmms.changes(), late }
+    }
+
+    /// The devices that are borrowed from VMMs now.
+    pub(super) fn borrowed(&self) -> &Arc<Borrowed> {
+        &self.borrowed
     }
 
     /// The node as of now.
@@ -115,7 +161,7 @@ impl Inventory {
     /// # Errors
     /// If sysfs or procfs cannot be read.
     pub async fn describe(self: &Arc<Self>) -> Result<NodeDescription, LookError> {
-        let (devices, holders, kernel) = self.look().await?;
+        let Look { devices, holders, kernel } = self.look().await?;
         let entries = self.vms.list().borrow().clone();
         let mut vms = Vec::with_capacity(entries.len());
         let mut used = HashMap::new();
@@ -136,8 +182,8 @@ impl Inventory {
                 vms.push(VmDescription { migration_id: migration, ..unreachable(Some(name), why) });
             }
         }
-        let mut described = Vec::with_capacity(devices.len());
-        for device in &devices {
+        // At the same time: one that hangs takes as long as it may.
+        let described = join_all(devices.iter().map(|device| {
             let reserved = self.registry.holder_of_device(&device.name);
             let holder = match (reserved, used.get(&device.name), holders.of(device).first()) {
                 (Some(migration), None, _) => format!("reserved by migration {migration}"),
@@ -145,8 +191,9 @@ impl Inventory {
                 (None, None, Some(process)) => process.to_string(),
                 (None, None, None) => String::new(),
             };
-            described.push(self.describe_device(device, holder).await);
-        }
+            self.describe_device(device, holder)
+        }))
+        .await;
         Ok(NodeDescription {
             node: self.config.node.clone(),
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -159,17 +206,19 @@ impl Inventory {
         })
     }
 
-    async fn look(&self) -> Result<(Vec<Device>, Holders, Kernel), LookError> {
-        let looked = tokio::task::spawn_blocking(|| {
-            let inventory = vfio_devices(Path::new("/sys")).map_err(|error| LookError(error.into()))?;
+    async fn look(&self) -> Result<Look, LookError> {
+        // Each look is one of its own: what an older one finds is not the node as of now.
+        let about = format!("look {} at the node", self.looks.fetch_add(1, Ordering::Relaxed));
+        let looked = self.looking.ask(&about, "reading sysfs and procfs", || {
+            let inventory = vfio_devices(Path::new("/sys")).map_err(|error| LookError(Arc::new(error)))?;
             for unusable in &inventory.unusable {
                 warn!(unusable, "a VFIO device cannot be used");
             }
             let proc = Path::new("/proc");
-            let kernel = kernel(proc).map_err(|error| LookError(error.into()))?;
-            Ok((inventory.devices, Holders::look(proc), kernel))
+            let kernel = kernel(proc).map_err(|error| LookError(Arc::new(error)))?;
+            Ok(Look { devices: inventory.devices, holders: Holders::look(proc), kernel })
         });
-        looked.await.map_err(|error| LookError(error.into()))?
+        looked.await.map_err(|error| LookError(Arc::new(error)))?
     }
 
     /// The device of this name, if it is there and free.
@@ -177,23 +226,38 @@ impl Inventory {
     /// # Errors
     /// [`NotFreeError`]
     pub(super) async fn free_device(&self, name: &str) -> Result<Device, NotFreeError> {
-        let (devices, holders, _) = self.look().await?;
+        let Look { devices, holders, .. } = self.look().await?;
         let Some(device) = devices.iter().find(|device| device.name == name) else {
             let existing = devices.into_iter().map(|device| device.name).collect();
             return Err(NotFreeError::NoSuchDevice { device: name.to_owned(), existing });
         };
+        if let Some(why) = self.hangs(name) {
+            return Err(NotFreeError::Hangs(why));
+        }
         match holders.of(device).first() {
             Some(holder) => Err(NotFreeError::InUse { device: name.to_owned(), holder: holder.to_string() }),
             None => Ok(device.clone()),
         }
     }
 
+    /// The call to a device that does not return, whether the agent has borrowed it or has asked what it
+    /// advertises. It is not free before that has ended.
+    fn hangs(&self, device: &str) -> Option<String> {
+        let asked = || self.asking.hangs(&about(device)).map(|hang| hang.to_string());
+        self.borrowed.hangs(device).map(|hang| hang.to_string()).or_else(asked)
+    }
+
     async fn describe_device(&self, device: &Device, holder: String) -> DeviceDescription {
-        let free = holder.is_empty();
-        let (features, features_unknown_reason) = match self.features(device, free).await {
+        let (features, features_unknown_reason) = match self.features(device, holder.is_empty()).await {
             Ok(features) => (Some(features.into()), String::new()),
             Err(error) => (None, error.to_string()),
         };
+        let holder = match self.hangs(&device.name) {
+            Some(why) if holder.is_empty() => format!("a call of the agent: {why}"),
+            Some(why) => format!("{holder}; {why}"),
+            None => holder,
+        };
+        let free = holder.is_empty();
         DeviceDescription {
             name: device.name.clone(),
             cdev: device.cdev.display().to_string(),
@@ -211,37 +275,50 @@ impl Inventory {
     ///
     /// # Errors
     /// [`FeaturesError`]
-    pub(super) async fn features(&self, device: &Device, free: bool) -> Result<Features, FeaturesError> {
-        let mut known = self.features.lock().await;
+    pub(super) async fn features(&self, device: &Device, free: bool) -> Result<Features, Arc<FeaturesError>> {
         let key = (device.name.clone(), device.driver.clone());
-        if let Some(features) = known.get(&key) {
-            return Ok(*features);
+        if let Some(features) = self.known_features(&key) {
+            return Ok(features);
         }
         if !free || self.registry.holder_of_device(&device.name).is_some() {
-            return Err(FeaturesError::InUse);
+            return Err(Arc::new(FeaturesError::InUse));
         }
-        let cdev = device.cdev.clone();
-        let features = tokio::task::spawn_blocking(move || probe::features(&cdev)).await??;
-        known.insert(key, features);
-        Ok(features)
+        let (probe, device, known) = (Arc::clone(&self.probe), device.clone(), Arc::clone(&self.features));
+        let about = about(&device.name);
+        let answer = self.asking.ask(&about, "opening it", move || {
+            let features = probe(&device).map_err(|error| Arc::new(error.into()))?;
+            known.lock().insert(key, features);
+            Ok(features)
+        });
+        answer.await.map_err(|error| Arc::new(error.into()))?
+    }
+
+    fn known_features(&self, key: &FeatureKey) -> Option<Features> {
+        self.features.lock().get(key).copied()
     }
 
     /// Features of a VM's device, by way of its VMM.
     async fn features_in_use(
         &self,
-        vmm: &dyn LocalVmm,
+        vmm: &Arc<dyn LocalVmm>,
         used: &VmmDevice,
         devices: &[Device],
-    ) -> Result<Features, FeaturesError> {
+    ) -> Result<Features, Arc<FeaturesError>> {
         let driver = devices.iter().find(|device| device.name == used.name).map(|device| &device.driver);
         let key = (used.name.clone(), driver.cloned().unwrap_or_default());
-        let mut known = self.features.lock().await;
-        if let Some(features) = known.get(&key) {
-            return Ok(*features);
+        if let Some(features) = self.known_features(&key) {
+            return Ok(features);
         }
-        let features = borrowing::device(vmm, used)?.features();
-        known.insert(key, features);
-        Ok(features)
+        let (vmm, of_vmm, known) = (Arc::clone(vmm), used.clone(), Arc::clone(&self.features));
+        let about = about(&used.name);
+        let answer = self.asking.ask(&about, "taking it out of its VMM's process", move || {
+            let borrowed =
+                borrowing::device(vmm.as_ref(), &of_vmm).map_err(|error| Arc::new(error.into()))?;
+            let features = borrowed.features();
+            known.lock().insert(key, features);
+            Ok(features)
+        });
+        answer.await.map_err(|error| Arc::new(error.into()))?
     }
 
     async fn describe_vm(self: &Arc<Self>, entry: &VmEntry, devices: &[Device]) -> VmDescription {
@@ -254,7 +331,7 @@ impl Inventory {
             Ok((vmm, description)) => {
                 let mut features = Vec::with_capacity(description.devices.len());
                 for device in &description.devices {
-                    let known = self.features_in_use(vmm.as_ref(), device, devices).await;
+                    let known = self.features_in_use(&vmm, device, devices).await;
                     features.push(DeviceFeatures {
                         device: device.name.clone(),
                         features: known.map_err(|error| error.to_string()),
@@ -349,6 +426,10 @@ impl Inventory {
     }
 }
 
+fn about(device: &str) -> String {
+    format!("device {device}")
+}
+
 fn unreachable(vm: Option<VmRef>, why: String) -> VmDescription {
     VmDescription {
         vm,
@@ -371,6 +452,7 @@ pub struct Changes {
     vms: watch::Receiver<Vec<VmEntry>>,
     registry: watch::Receiver<u64>,
     vmms: watch::Receiver<u64>,
+    late: watch::Receiver<u64>,
 }
 
 impl Changes {
@@ -380,6 +462,11 @@ impl Changes {
             changed = self.vms.changed() => changed.is_ok(),
             changed = self.registry.changed() => changed.is_ok(),
             changed = self.vmms.changed() => changed.is_ok(),
+            changed = self.late.changed() => changed.is_ok(),
         }
     }
 }
+
+#[cfg(test)]
+#[path = "inventory_tests.rs"]
+mod tests;

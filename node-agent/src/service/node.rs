@@ -9,9 +9,9 @@ use slackwater_proto::identity;
 use slackwater_proto::node::node_agent_server::NodeAgent;
 use slackwater_proto::node::{
     AbortRequest, AbortResponse, AcknowledgeEndRequest, AcknowledgeEndResponse, DescribeRequest,
-    DescribeResponse, JournalState, MigrateRequest, MigrateResponse, ReleaseReason, ReleaseRequest,
-    ReleaseResponse, ReserveRequest, ReserveResponse, ResolveRequest, ResolveResponse, WatchRequest,
-    WatchResponse,
+    DescribeResponse, JournalState, MigrateRequest, MigrateResponse, MigrationRef, ReleaseReason,
+    ReleaseRequest, ReleaseResponse, ReserveRequest, ReserveResponse, ResolveRequest, ResolveResponse,
+    WatchRequest, WatchResponse,
 };
 use slackwater_proto::refusal::Refusal;
 use slackwater_proto::tonic::{Code, Request, Response, Status, async_trait};
@@ -21,17 +21,24 @@ use super::inventory::{Inventory, LookError};
 use super::reason::ServiceReason;
 use super::registry::LocalEnd;
 use super::request;
+use super::whole::to_its_end;
 
 /// The service.
 pub struct NodeService {
     inventory: Arc<Inventory>,
-    attempts: Attempts,
+    attempts: Arc<Attempts>,
 }
 
 impl NodeService {
     /// Serves this node.
     pub fn new(inventory: Arc<Inventory>, attempts: Attempts) -> Self {
-        Self { inventory, attempts }
+        Self { inventory, attempts: Arc::new(attempts) }
+    }
+
+    /// This node's part in the attempt that a call is about: see [`Attempts::find`].
+    async fn find(&self, reference: MigrationRef) -> Result<Option<LocalEnd>, Refusal> {
+        let attempts = Arc::clone(&self.attempts);
+        to_its_end(async move { attempts.find(&reference).await }).await
     }
 }
 
@@ -74,14 +81,16 @@ impl NodeAgent for NodeService {
 
     async fn reserve(&self, call: Request<ReserveRequest>) -> Result<Response<ReserveResponse>, Status> {
         identity::require_operator(&call)?;
-        let run = self.attempts.begin_destination(call.into_inner()).await?;
+        let (attempts, given) = (Arc::clone(&self.attempts), call.into_inner());
+        let run = to_its_end(async move { attempts.begin_destination(given).await }).await?;
         run.reserved().await.map_err(Refusal::from)?;
         Ok(Response::new(ReserveResponse {}))
     }
 
     async fn migrate(&self, call: Request<MigrateRequest>) -> Result<Response<Self::MigrateStream>, Status> {
         identity::require_operator(&call)?;
-        let run = self.attempts.begin_source(call.into_inner()).await?;
+        let (attempts, given) = (Arc::clone(&self.attempts), call.into_inner());
+        let run = to_its_end(async move { attempts.begin_source(given).await }).await?;
         let stream = run.log().follow().map(|event| Ok(MigrateResponse { event: Some(event) }));
         Ok(Response::new(Box::pin(stream)))
     }
@@ -90,7 +99,7 @@ impl NodeAgent for NodeService {
         identity::require_operator(&call)?;
         let given = call.into_inner();
         let reference = request::migration(given.migration.as_ref()).map_err(Refusal::from)?;
-        if let Some(LocalEnd::Source(run)) = self.attempts.find(&reference).await? {
+        if let Some(LocalEnd::Source(run)) = self.find(reference).await? {
             run.abort(given.why).await.map_err(committed)?;
         }
         Ok(Response::new(AbortResponse {}))
@@ -111,7 +120,7 @@ impl NodeAgent for NodeService {
                 return Err(Refusal::invalid_argument(ServiceReason::InvalidRequest, message).into());
             }
         };
-        if let Some(LocalEnd::Destination(run, _)) = self.attempts.find(&reference).await? {
+        if let Some(LocalEnd::Destination(run, _)) = self.find(reference).await? {
             run.release(Failure::new(Reason::Released, message)).await.map_err(committed)?;
         }
         Ok(Response::new(ReleaseResponse {}))
@@ -132,7 +141,7 @@ impl NodeAgent for NodeService {
         let given = call.into_inner();
         let reference = request::migration(given.migration.as_ref()).map_err(Refusal::from)?;
         let peer = given.peer.map(|peer| request::word("peer", &peer)).transpose().map_err(Refusal::from)?;
-        let own = match self.attempts.find(&reference).await? {
+        let own = match self.find(reference).await? {
             Some(LocalEnd::Source(run)) => {
                 if let Some(peer) = peer {
                     run.peer_says(peer);

@@ -18,6 +18,7 @@ use slackwater_proto::transfer::{
 
 use super::reason::ServiceReason;
 use super::registry::{LocalEnd, Registry};
+use super::whole::to_its_end;
 use crate::attempt::destination::DestinationRun;
 use crate::transfer::channel::Channel;
 
@@ -90,7 +91,8 @@ impl Transfer for TransferService {
             None => return Err(invalid("header.blob is absent: a device's index, or vmm")),
         };
         let run = self.reservation(&caller, header.attempt)?;
-        run.receive(blob, channel, stream).await?;
+        // A blob that is given up half-way is one that did not arrive, and the machine has to hear of that.
+        to_its_end(async move { run.receive(blob, channel, stream).await }).await?;
         Ok(Response::new(SendBlobResponse {}))
     }
 

@@ -146,7 +146,7 @@ impl Confinement {
     fn locked_memory(&self, kind: VmmKind, arguments: &[String]) -> u64 {
         let all = || {
             let info = rustix::system::sysinfo();
-            u64::from(info.totalram).saturating_mul(u64::from(info.mem_unit.max(1)))
+            info.totalram.saturating_mul(u64::from(info.mem_unit.max(1)))
         };
         match kind {
             VmmKind::Qemu => ram_bytes(arguments).saturating_add(MARGIN_BYTES),

@@ -2,7 +2,7 @@
 //!
 //! The socket has mode 0600. Which sockets and processes the agent trusts: [`server`](super::server).
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -18,7 +18,9 @@ use slackwater_proto::vmm::{
     FinishLoadRequest, FinishSaveRequest, PauseRequest, QuitRequest, ResumeRequest, RunState as WireRunState,
     StartLoadRequest, StartSaveRequest,
 };
+use tokio::sync::Mutex;
 use tokio::time::timeout;
+use tracing::info;
 
 use super::budget::Budget;
 use super::server::{PRIVATE, Server, trust};
@@ -61,28 +63,49 @@ impl Default for Deadlines {
 /// A VMM that serves the contract.
 #[derive(Debug)]
 pub struct ContractVmm {
-    client: VmmClient<Channel>,
+    socket: PathBuf,
+    /// None after it has broken.
+    client: Mutex<Option<VmmClient<Channel>>>,
     server: Server,
     deadlines: Deadlines,
 }
 
 impl ContractVmm {
-    /// Connects to the VMM on this socket and holds its process. The connection is the only one: when it
-    /// ends, so does this.
+    /// Connects to the VMM on this socket and holds its process. A call that breaks off with its connection
+    /// is not repeated: whether the VMM has carried it out is not known. The next call opens a new
+    /// connection, once, and only to the same process.
     ///
     /// # Errors
     /// [`VmmError::Trust`] if the socket or its server may not be trusted, [`VmmError::Connect`] if no
     /// process serves it, [`VmmError::Deadline`] if no process accepts the connection.
     pub async fn connect(socket: &Path, deadlines: Deadlines) -> Result<Self, VmmError> {
-        let found = trust(socket, PRIVATE)?;
-        let limit = deadlines.describe;
-        let stream = timeout(limit, open_unix(&found.path()))
-            .await
-            .map_err(|_| VmmError::Deadline { call: "connect", limit })?
-            .map_err(|error| VmmError::Connect(named(error, socket)))?;
-        let server = Server::of(stream.peer_cred(), socket, found.user)?;
-        let client = vmm_client(over_unix(stream));
-        Ok(Self { client, server, deadlines })
+        let (client, server) = open(socket, deadlines).await?;
+        Ok(Self { socket: socket.to_owned(), client: Mutex::new(Some(client)), server, deadlines })
+    }
+
+    /// The connection, or a new one if it has broken.
+    async fn client(&self) -> Result<VmmClient<Channel>, VmmError> {
+        let mut slot = self.client.lock().await;
+        if let Some(client) = &*slot {
+            return Ok(client.clone());
+        }
+        let (client, server) = open(&self.socket, self.deadlines).await?;
+        let (now, then) = (server.process().identity(), self.server.process().identity());
+        if now != then {
+            let reason = format!("process {} serves it now, and not process {} any more", now.pid, then.pid);
+            return Err(VmmError::Connect(ConnectError::Socket { path: self.socket.clone(), reason }));
+        }
+        info!(pid = self.pid(), "connected to the VMM again");
+        Ok(slot.insert(client).clone())
+    }
+
+    /// What has gone wrong; a connection that has broken is not used again.
+    async fn failed(&self, call: &'static str, status: &Status) -> VmmError {
+        let error = from_status(call, status);
+        if matches!(error, VmmError::Lost { .. }) {
+            *self.client.lock().await = None;
+        }
+        error
     }
 
     async fn call<T>(
@@ -93,10 +116,22 @@ impl ContractVmm {
     ) -> Result<T, VmmError> {
         match timeout(limit, answer).await {
             Ok(Ok(response)) => Ok(response.into_inner()),
-            Ok(Err(status)) => Err(from_status(call, &status)),
+            Ok(Err(status)) => Err(self.failed(call, &status).await),
             Err(_) => Err(VmmError::Deadline { call, limit }),
         }
     }
+}
+
+/// A connection to the VMM on this socket, and its process.
+async fn open(socket: &Path, deadlines: Deadlines) -> Result<(VmmClient<Channel>, Server), VmmError> {
+    let found = trust(socket, PRIVATE)?;
+    let limit = deadlines.describe;
+    let stream = timeout(limit, open_unix(&found.path()))
+        .await
+        .map_err(|_| VmmError::Deadline { call: "connect", limit })?
+        .map_err(|error| VmmError::Connect(named(error, socket)))?;
+    let server = Server::of(stream.peer_cred(), socket, found.user)?;
+    Ok((vmm_client(over_unix(stream)), server))
 }
 
 /// The error with the name that the socket has for a person.
@@ -182,13 +217,13 @@ impl Stream for LoadRequests {
 #[async_trait]
 impl Vmm for ContractVmm {
     async fn describe(&self) -> Result<Description, VmmError> {
-        let mut client = self.client.clone();
+        let mut client = self.client().await?;
         let answer = self.call("describe", self.deadlines.describe, client.describe(DescribeRequest {}));
         parse(answer.await?)
     }
 
     async fn start_save(&self, live: bool, _budget: Budget) -> Result<SaveStreams, VmmError> {
-        let mut client = self.client.clone();
+        let mut client = self.client().await?;
         let answer = client.start_save(StartSaveRequest { live });
         let stream = self.call("start_save", self.deadlines.save, answer).await?;
         let pieces = stream.filter_map(async |piece| match piece {
@@ -200,41 +235,43 @@ impl Vmm for ContractVmm {
     }
 
     async fn pause(&self) -> Result<(), VmmError> {
-        let mut client = self.client.clone();
+        let mut client = self.client().await?;
         self.call("pause", self.deadlines.run_state, client.pause(PauseRequest {})).await.map(drop)
     }
 
     async fn finish_save(&self) -> Result<(), VmmError> {
-        let mut client = self.client.clone();
+        let mut client = self.client().await?;
         let answer = client.finish_save(FinishSaveRequest {});
         self.call("finish_save", self.deadlines.finish_save, answer).await.map(drop)
     }
 
     async fn abort_save(&self) -> Result<(), VmmError> {
-        let mut client = self.client.clone();
+        let mut client = self.client().await?;
         self.call("abort_save", self.deadlines.save, client.abort_save(AbortSaveRequest {})).await.map(drop)
     }
 
     async fn start_load(&self, state: Vec<LoadStream>) -> Result<(), VmmError> {
         let state = only("start_load", state)?;
-        let mut client = self.client.clone();
-        let answer = client.start_load(LoadRequests(state)).await;
-        answer.map(drop).map_err(|status| from_status("start_load", &status))
+        let mut client = self.client().await?;
+        match client.start_load(LoadRequests(state)).await {
+            Ok(_) => Ok(()),
+            Err(status) => Err(self.failed("start_load", &status).await),
+        }
     }
 
     async fn finish_load(&self) -> Result<(), VmmError> {
-        let mut client = self.client.clone();
+        let mut client = self.client().await?;
         let answer = client.finish_load(FinishLoadRequest {});
         self.call("finish_load", self.deadlines.finish_load, answer).await.map(drop)
     }
 
     async fn resume(&self) -> Result<(), VmmError> {
-        let mut client = self.client.clone();
+        let mut client = self.client().await?;
         self.call("resume", self.deadlines.run_state, client.resume(ResumeRequest {})).await.map(drop)
     }
 
     async fn quit(&self) -> Result<(), VmmError> {
-        let mut client = self.client.clone();
+        let mut client = self.client().await?;
         match self.call("quit", self.deadlines.quit, client.quit(QuitRequest {})).await {
             // It may have ended before it could answer.
             Err(VmmError::Lost { .. }) => timeout(self.deadlines.quit, self.exited())

@@ -79,6 +79,37 @@ async fn every_call_reaches_the_vmm_and_its_refusals_come_back_with_its_message(
 }
 
 #[tokio::test]
+async fn a_connection_that_breaks_is_opened_again_by_the_next_call_while_its_process_lives() {
+    let served = serve(Stub::incoming());
+    let between = served.socket.with_file_name("between.sock");
+    let listener = tokio::net::UnixListener::bind(&between).unwrap();
+    fs::set_permissions(&between, Permissions::from_mode(0o600)).unwrap();
+    let cut = std::sync::Arc::new(tokio::sync::Notify::new());
+    let (socket, cuts) = (served.socket.clone(), std::sync::Arc::clone(&cut));
+    tokio::spawn(async move {
+        while let Ok((mut from, _)) = listener.accept().await {
+            let mut to = tokio::net::UnixStream::connect(&socket).await.unwrap();
+            let cuts = std::sync::Arc::clone(&cuts);
+            tokio::spawn(async move {
+                tokio::select! {
+                    _ = tokio::io::copy_bidirectional(&mut from, &mut to) => {}
+                    () = cuts.notified() => {}
+                }
+            });
+        }
+    });
+    let vmm = ContractVmm::connect(&between, Deadlines::default()).await.unwrap();
+    for _ in 0..3 {
+        vmm.describe().await.unwrap();
+        cut.notify_waiters();
+        // Whether this one is carried out is not known, so it is not repeated.
+        let broken = vmm.resume().await;
+        assert!(matches!(broken, Err(VmmError::Lost { call: "resume", .. })), "{broken:?}");
+        vmm.resume().await.unwrap();
+    }
+}
+
+#[tokio::test]
 async fn a_call_that_is_not_answered_ends_at_its_deadline() {
     let served = serve(Stub::incoming());
     let deadlines = Deadlines { run_state: Duration::from_millis(50), ..Deadlines::default() };

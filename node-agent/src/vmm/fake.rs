@@ -1,8 +1,9 @@
 //! A VMM for tests: it enforces the contract's order, records every call in a log that others may share, and
 //! fails on demand.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use futures::{StreamExt, stream};
@@ -41,6 +42,17 @@ pub struct FakeVmm {
     exit: watch::Sender<bool>,
 }
 
+/// How a call gets no answer, although the process lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cut {
+    /// The connection breaks, and the VMM has not carried the call out.
+    Before,
+    /// The connection breaks, and the VMM has carried the call out.
+    After,
+    /// The deadline passes, and the VMM has not carried the call out.
+    Silent,
+}
+
 struct Inner {
     run_state: RunState,
     devices: Vec<VmmDevice>,
@@ -50,6 +62,8 @@ struct Inner {
     loaded: Option<Bytes>,
     failures: HashSet<&'static str>,
     hangs: HashMap<&'static str, Arc<Notify>>,
+    /// Calls that will get no answer.
+    cuts: HashMap<&'static str, VecDeque<Cut>>,
     /// Devices that it drives itself, as QEMU does.
     driven: Vec<DeviceHandle>,
 }
@@ -74,6 +88,7 @@ impl FakeVmm {
             loaded: None,
             failures: HashSet::new(),
             hangs: HashMap::new(),
+            cuts: HashMap::new(),
             driven: Vec::new(),
         };
         Self { name: name.to_owned(), log, inner: Mutex::new(inner), exit: watch::Sender::new(false) }
@@ -121,6 +136,24 @@ impl FakeVmm {
         release
     }
 
+    /// Leaves the next calls of this name without an answer, one after the other.
+    pub fn cut(&self, call: &'static str, cuts: &[Cut]) {
+        self.inner.lock().cuts.entry(call).or_default().extend(cuts);
+    }
+
+    /// The error of a call that gets no answer: before it is carried out, or after.
+    fn unanswered(&self, call: &'static str, carried_out: bool) -> Result<(), VmmError> {
+        let mut inner = self.inner.lock();
+        let Some(cuts) = inner.cuts.get_mut(call) else { return Ok(()) };
+        match cuts.pop_front_if(|cut| (*cut == Cut::After) == carried_out) {
+            None => Ok(()),
+            Some(Cut::Silent) => Err(VmmError::Deadline { call, limit: Duration::from_secs(10) }),
+            Some(Cut::Before | Cut::After) => {
+                Err(VmmError::Lost { call, message: "the connection broke".to_owned() })
+            }
+        }
+    }
+
     /// Ends its process: every later call is lost, and so is a save under way.
     pub fn kill(&self) {
         self.inner.lock().saving = None;
@@ -154,7 +187,7 @@ impl FakeVmm {
         if self.inner.lock().failures.contains(call) {
             return Err(refusal(call, Code::Internal, "the test says so"));
         }
-        Ok(())
+        self.unanswered(call, false)
     }
 
     /// Refuses a call out of order.
@@ -241,7 +274,7 @@ impl Vmm for FakeVmm {
                 self.inner.lock().run_state = RunState::Running;
             }
         }
-        Ok(())
+        self.unanswered("abort_save", true)
     }
 
     /// One stream after the other.
@@ -284,9 +317,12 @@ impl Vmm for FakeVmm {
             return Ok(());
         }
         self.require("resume", RunState::Paused)?;
+        if self.inner.lock().saving.is_some() {
+            return Err(refusal("resume", Code::FailedPrecondition, "a save is under way"));
+        }
         self.lead(MigrationState::Running).await;
         self.inner.lock().run_state = RunState::Running;
-        Ok(())
+        self.unanswered("resume", true)
     }
 
     async fn quit(&self) -> Result<(), VmmError> {

@@ -200,7 +200,8 @@ pub trait Vmm: Send + Sync {
     async fn finish_load(&self) -> Result<(), VmmError>;
 
     /// Lets the vCPUs run. The devices are RUNNING before it is called, unless the VMM drives them: it starts
-    /// them then, and leaves a VM that runs already as it is.
+    /// them then, and leaves a VM that runs already as it is. An error other than a refusal says nothing about
+    /// the VM: as long as the process lives, the next call connects again.
     async fn resume(&self) -> Result<(), VmmError>;
 
     /// Asks the VMM to exit: it answers first.

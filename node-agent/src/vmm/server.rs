@@ -6,7 +6,6 @@
 //! write, only the agent's own user counts. A process of that user must serve it: the one that SO_PEERCRED
 //! names, which called listen(2).
 
-use std::future::pending;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -15,7 +14,7 @@ use std::time::Duration;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use slackwater_proto::channel::ConnectError;
 use tokio::net::unix::UCred;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tracing::warn;
 
 use super::VmmError;
@@ -24,6 +23,9 @@ use crate::vfio::borrow::VmmProcess;
 
 /// The mode of a socket that only its owner can use, as the contract requires.
 pub const PRIVATE: u32 = 0o600;
+
+/// Between two tries to watch for the end of a process.
+const WATCH_AGAIN: Duration = Duration::from_secs(1);
 
 /// Finds a socket that no other user could have made. It may have these permissions at most.
 ///
@@ -91,9 +93,13 @@ impl Server {
 
     /// Returns when the process has ended.
     pub async fn exited(&self) {
-        if let Err(error) = self.process.exited().await {
-            warn!(pid = self.pid(), %error, "the end of the VMM's process will not be noticed");
-            pending::<()>().await;
+        let mut warned = false;
+        // An error is no end.
+        while let Err(error) = self.process.exited().await {
+            if !std::mem::replace(&mut warned, true) {
+                warn!(pid = self.pid(), %error, "the VMM's process cannot be watched; trying again");
+            }
+            sleep(WATCH_AGAIN).await;
         }
     }
 

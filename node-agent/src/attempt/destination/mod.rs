@@ -21,7 +21,6 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use slackwater_handover::destination::{Destination, Effect, End, Event, Found, Phase};
-use slackwater_handover::policy::Driver;
 use slackwater_handover::{Blob, Failure, Reason, Record};
 use slackwater_proto::tonic::Status;
 use slackwater_proto::transfer::handover_response::Message;
@@ -37,7 +36,7 @@ use super::device::{DeviceOutcome, EndDevice, Hanging, LastStates};
 use super::entry::Ended;
 use super::receiving::VmmLoad;
 use super::tasks::Tasks;
-use super::vmm_calls::{confirm, resume};
+use super::vmm_calls::confirm;
 use crate::faults;
 use crate::host::clock::Clock;
 use crate::transfer::channel::Channel;
@@ -60,6 +59,8 @@ enum Signal {
     Step(DeviceStep),
     /// A device that its VMM drives: reported by the VMM, or read.
     DeviceSeen(DeviceSeen),
+    /// The twin is to resume the VM, and gives no answer for long.
+    TwinSilent(Failure),
     /// What the twin says to the VMM at the source.
     Reply(Bytes),
     OpenBlob(Blob, Channel, oneshot::Sender<Result<OpenBlob, Status>>),
@@ -263,6 +264,10 @@ impl DestinationAttempt {
                 self.trace(seen);
                 None
             }
+            Signal::TwinSilent(failure) => {
+                self.wait_for(failure);
+                None
+            }
             Signal::Reply(data) => {
                 self.answer(Message::VmmReply(VmmReply { data }));
                 None
@@ -327,19 +332,21 @@ impl DestinationAttempt {
                     }
                 });
             }
-            Effect::Resume if self.parts.driver == Driver::Vmm => self.resume_and_look(),
-            Effect::Resume => self.run_call(resume, Event::Resumed),
+            Effect::Resume => self.resume(),
             Effect::SendStarted => self.answer(Message::Started(Started { at: now() })),
             Effect::SendFailed(failure) => self.answer(Message::Failed(Failed::from(&failure))),
-            Effect::Doubt(failure) => {
-                let migration = &self.parts.migration_id;
-                warn!(migration, %failure, "destination: the migration waits");
-                self.answer(Message::Doubt(transfer::Doubt::from(&failure)));
-                self.doubt.send_replace(Some(failure));
-            }
+            Effect::Doubt(failure) => self.wait_for(failure),
             Effect::Discard => tasks.run(self.discard()),
             Effect::Finish(end) => self.end = Some(end),
         }
+    }
+
+    /// Tells whoever asks, and the source, what the migration waits for here.
+    fn wait_for(&mut self, failure: Failure) {
+        let migration = &self.parts.migration_id;
+        warn!(migration, %failure, "destination: the migration waits");
+        self.answer(Message::Doubt(transfer::Doubt::from(&failure)));
+        self.doubt.send_replace(Some(failure));
     }
 
     fn record(&self, record: Record, again: bool) {

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use futures::future::join_all;
 use slackwater_handover::destination::Event;
+use slackwater_handover::policy::Driver;
 use slackwater_handover::state::MigrationState;
 use slackwater_handover::{Failure, Reason};
 use tokio::time::timeout;
@@ -16,7 +17,7 @@ use tracing::{debug, warn};
 use super::{DestinationAttempt, Signal, Twin};
 use crate::attempt::device::{DeviceFailure, DeviceOutcome, EndDevice, LastStates};
 use crate::attempt::tasks::Signals;
-use crate::attempt::vmm_calls::{VmmCall, twin_failure};
+use crate::attempt::vmm_calls::{VmmCall, resume, twin_failure};
 use crate::journal::Role;
 use crate::vfio::error::DeviceError;
 use crate::vfio::worker::DeviceHandle;
@@ -77,14 +78,20 @@ impl DestinationAttempt {
         });
     }
 
-    /// Resumes a VM whose VMM drives its devices: it wakes them before the vCPUs, so their states are read
+    /// Resumes the VM. A VMM that drives its devices wakes them before the vCPUs, so their states are read
     /// after that, for the trace.
-    pub(super) fn resume_and_look(&self) {
+    pub(super) fn resume(&self) {
         let Some(twin) = &self.twin else { return };
         let (vmm, signals) = (Arc::clone(&twin.vmm), self.tasks.signals());
-        let devices = EndDevice::all(Role::Destination, &twin.devices);
+        let devices = match self.parts.driver {
+            Driver::Agent => Vec::new(),
+            Driver::Vmm => EndDevice::all(Role::Destination, &twin.devices),
+        };
         self.tasks.run(async move {
-            match vmm.resume().await {
+            let late = |failure| {
+                signals.send(Signal::TwinSilent(failure));
+            };
+            match resume(vmm.as_ref(), late).await {
                 Ok(()) => {
                     look_after_resume(&devices, &signals).await;
                     Event::Resumed

@@ -19,9 +19,9 @@ mod vm;
 pub use run::{PastTheCommit, Recovered, SourceParts, SourceRun};
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use slackwater_handover::policy::Driver;
 use slackwater_handover::source::{Effect, End, Event, Found, Source};
 use slackwater_handover::{Failure, Reason, Record};
 use slackwater_proto::convert;
@@ -36,7 +36,6 @@ use super::entry::{EndEntry, Ended, Marks};
 use super::link::{BlobLink, Decisions, Link};
 use super::sending::DeviceSender;
 use super::tasks::Tasks;
-use super::vmm_calls::resume;
 use crate::faults;
 use crate::host::clock::Clock;
 use crate::transfer::flow::Flow;
@@ -51,6 +50,8 @@ enum Signal {
     DeviceSeen(DeviceSeen),
     /// Such a device has been read.
     DeviceRead(DeviceSeen),
+    /// The VMM is to resume its VM, and gives no answer for long.
+    VmmSilent(Failure),
     /// All of a device's initial data has been sent; the sender waits for the final data.
     PreCopied(usize, Box<DeviceSender>),
 }
@@ -86,6 +87,8 @@ struct SourceAttempt {
     vmm_links: Vec<BlobLink>,
     last_states: LastStates,
     save_started: bool,
+    /// The VMM has not confirmed that its save has ended.
+    save_open: Arc<AtomicBool>,
     reported_bytes: u64,
     marks: Marks,
     /// Why the machine gives up, if it does: it goes into the journal.
@@ -94,7 +97,7 @@ struct SourceAttempt {
     stated_because: Option<String>,
     /// The pause before the destination is asked the next time.
     ask_pause: Duration,
-    /// The VM stays here, and a device that hangs keeps it from running.
+    /// The VM stays here, and a device that hangs, or a VMM that does not answer, keeps it from running.
     waits: watch::Sender<bool>,
     end: Option<End>,
 }
@@ -112,6 +115,7 @@ impl SourceAttempt {
             flows: Vec::new(),
             vmm_links: Vec::new(),
             save_started: false,
+            save_open: Arc::default(),
             reported_bytes: 0,
             marks: Marks::default(),
             failure: None,
@@ -223,6 +227,11 @@ impl SourceAttempt {
                 self.trace(seen);
                 return None;
             }
+            Signal::VmmSilent(failure) => {
+                self.doubt(&failure);
+                self.waits.send_replace(true);
+                return None;
+            }
             Signal::DeviceRead(seen) => {
                 self.trace(seen);
                 Event::DeviceReached(seen.index, seen.state)
@@ -277,8 +286,7 @@ impl SourceAttempt {
             }
             Effect::CloseStreams => tasks.run(self.close_streams()),
             Effect::Reset(index) => self.run_on(index, EndDevice::reset),
-            Effect::Resume if self.parts.vmm.driver() == Driver::Vmm => tasks.run(self.resume_and_look()),
-            Effect::Resume => tasks.run(self.call(resume, Event::Resumed, Event::ResumeFailed)),
+            Effect::Resume => tasks.run(self.take_back()),
             Effect::Release => tasks.run(self.release()),
             Effect::Finish(end) => self.end = Some(end),
         }

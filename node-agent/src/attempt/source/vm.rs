@@ -3,9 +3,11 @@
 
 use std::future::Future;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use futures::future::{BoxFuture, join_all};
+use slackwater_handover::policy::Driver;
 use slackwater_handover::source::Event;
 use slackwater_handover::{Blob, Failure};
 use slackwater_proto::node::Estimate as ReportedEstimate;
@@ -18,7 +20,7 @@ use super::{Signal, SourceAttempt};
 use crate::attempt::device::EndDevice;
 use crate::attempt::sending::{DeviceSender, send_vmm_state};
 use crate::attempt::tasks::StreamGuard;
-use crate::attempt::vmm_calls::source_failure;
+use crate::attempt::vmm_calls::{abort_save, source_failure, take_back};
 use crate::host::clock::Clock;
 use crate::journal::Role;
 use crate::vfio::worker::DeviceHandle;
@@ -115,13 +117,16 @@ impl SourceAttempt {
         self.vmm_links.clear();
         let devices = self.parts.devices.clone();
         let vmm = self.save_started.then(|| Arc::clone(&self.parts.vmm));
+        let save_open = Arc::clone(&self.save_open);
+        save_open.store(self.save_started, Ordering::Relaxed);
         async move {
             stopped.await;
             let aborted = async {
                 if let Some(vmm) = vmm
-                    && let Err(error) = vmm.abort_save().await
+                    && let Err(error) = abort_save(vmm.as_ref(), &save_open).await
                 {
-                    // The rollback goes on: if the VMM cannot resume either, it says so then.
+                    // The rollback goes on: the devices do not wait for it. The VMM is asked again before it is
+                    // to resume its VM.
                     warn!(%error, "the VMM did not abort its save");
                 }
             };
@@ -154,13 +159,20 @@ impl SourceAttempt {
         }
     }
 
-    /// Resumes a VM whose VMM drives its devices: it wakes them before the vCPUs, so their states are read
-    /// after that.
-    pub(super) fn resume_and_look(&self) -> impl Future<Output = Event> + Send + use<> {
+    /// Lets the VM run on here. A VMM that drives its devices wakes them before the vCPUs, so their states are
+    /// read after that.
+    pub(super) fn take_back(&self) -> impl Future<Output = Event> + Send + use<> {
         let (vmm, signals) = (Arc::clone(&self.parts.vmm), self.tasks.signals());
-        let devices = EndDevice::all(Role::Source, &self.parts.devices);
+        let devices = match vmm.driver() {
+            Driver::Agent => Vec::new(),
+            Driver::Vmm => EndDevice::all(Role::Source, &self.parts.devices),
+        };
+        let save_open = Arc::clone(&self.save_open);
         async move {
-            match vmm.resume().await {
+            let late = |failure| {
+                signals.send(Signal::VmmSilent(failure));
+            };
+            match take_back(vmm.as_ref(), &save_open, late).await {
                 Ok(()) => {
                     let looks = devices.iter().map(|device| timeout(LOOK, device.look()));
                     for (look, device) in join_all(looks).await.into_iter().zip(&devices) {
@@ -172,7 +184,12 @@ impl SourceAttempt {
                     }
                     Event::Resumed
                 }
-                Err(error) => Event::ResumeFailed(source_failure(&error)),
+                Err(error) => {
+                    if matches!(error, VmmError::Lost { .. }) && has_ended(vmm.as_ref()).await {
+                        signals.send(Event::VmmExited);
+                    }
+                    Event::ResumeFailed(source_failure(&error))
+                }
             }
         }
     }

@@ -4,6 +4,7 @@ mod devices;
 mod driven;
 mod giving_up;
 mod hangs;
+mod monitor;
 pub(crate) mod rig;
 mod vmm;
 mod whole;

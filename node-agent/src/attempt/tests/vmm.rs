@@ -7,8 +7,10 @@ use slackwater_handover::Record;
 use slackwater_handover::destination::End;
 use slackwater_proto::node::Outcome;
 
-use super::rig::rig;
+use super::rig::{Rig, rig, rig_driven};
 use crate::journal::Role;
+use crate::vmm::RunState;
+use crate::vmm::fake::Cut;
 
 #[tokio::test]
 async fn a_twin_that_dies_before_the_commit_rolls_the_migration_back_with_the_end_of_its_log() {
@@ -55,6 +57,79 @@ async fn a_vm_whose_vmm_dies_is_lost_and_the_end_says_so() {
     let finished = run.log().end().unwrap();
     assert_eq!((finished.outcome(), finished.reason.as_str()), (Outcome::Lost, "VMMExited"));
     assert!(matches!(rig.destination.ended().await, Some(End::Discarded(_))));
+}
+
+#[tokio::test]
+async fn a_twin_that_gives_no_answer_when_it_is_resumed_is_asked_again_and_its_vm_runs() {
+    for cuts in [&[Cut::Before][..], &[Cut::After], &[Cut::Silent, Cut::Before, Cut::After]] {
+        for driven in [false, true] {
+            let mut rig = if driven { rig_driven(|device| device).await } else { rig(|device| device).await };
+            rig.twin.cut("resume", cuts);
+            let finished = rig.migrate().await;
+            assert_eq!(finished.outcome(), Outcome::Succeeded, "{cuts:?} {driven}: {finished:?}");
+            assert_eq!(rig.twin.run_state(), RunState::Running, "{cuts:?} {driven}");
+            assert_eq!(rig.books.read(Role::Destination).record, Record::Running, "{cuts:?} {driven}");
+        }
+    }
+}
+
+/// Returns when a call has been made twice.
+async fn asked_again(rig: &Rig, call: &str) {
+    let twice = async {
+        let mut lines = tokio::time::interval(Duration::from_millis(5));
+        while rig.calls.lines().iter().filter(|line| *line == call).count() < 2 {
+            lines.tick().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), twice).await.expect("it should be asked again");
+}
+
+#[tokio::test]
+async fn a_twin_that_dies_before_it_has_answered_is_the_end() {
+    let mut rig = rig(|device| device).await;
+    let always = [Cut::Before; 100];
+    rig.twin.cut("resume", &always);
+    let twin = Arc::clone(&rig.twin);
+    let run = rig.start().await;
+    asked_again(&rig, "twin resume").await;
+    twin.kill();
+    run.ended().await;
+    assert_eq!(run.log().end().unwrap().outcome(), Outcome::Lost);
+    assert!(matches!(rig.destination.ended().await, Some(End::Stuck(_))));
+}
+
+#[tokio::test]
+async fn a_vmm_that_gives_no_answer_during_the_rollback_is_asked_again_and_its_vm_runs() {
+    for cuts in [&[Cut::Before][..], &[Cut::After], &[Cut::Silent, Cut::Before, Cut::After]] {
+        for driven in [false, true] {
+            for call in ["abort_save", "resume"] {
+                let what = format!("{cuts:?} {driven} {call}");
+                let mut rig =
+                    if driven { rig_driven(|device| device).await } else { rig(|device| device).await };
+                // The VM is stopped by then, and its save is under way.
+                rig.vm.fail("finish_save");
+                rig.vm.cut(call, cuts);
+                let finished = rig.migrate().await;
+                assert_eq!(finished.outcome(), Outcome::RolledBack, "{what}: {finished:?}");
+                assert_eq!(finished.message, "the VMM refused finish_save: the test says so", "{what}");
+                rig.assert_rolled_back().await;
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_vmm_that_dies_before_it_has_answered_during_the_rollback_is_lost_with_its_vm() {
+    let mut rig = rig(|device| device).await;
+    rig.twin.fail("finish_load");
+    rig.vm.cut("resume", &[Cut::Before; 100]);
+    let vm = Arc::clone(&rig.vm);
+    let run = rig.start().await;
+    asked_again(&rig, "vm resume").await;
+    vm.kill();
+    run.ended().await;
+    let finished = run.log().end().unwrap();
+    assert_eq!((finished.outcome(), finished.reason.as_str()), (Outcome::Lost, "VMMExited"));
 }
 
 #[tokio::test]

@@ -4,8 +4,10 @@
 //! |---|---|
 //! | `device.error=<STATE>[@<device>]` | the request fails with EIO: the device stays in its state |
 //! | `device.hang=<STATE>:<seconds>[@<device>]` | the request takes longer, or until the fault is cleared |
+//! | `device.hang=<STATE>:forever[@<device>]` | the request does not return until the fault is cleared |
 //!
-//! In place of STATE: `read` (of final data, in STOP_COPY), `write`, `reset`. Without `@<device>` it applies
+//! In place of STATE: `read` (of final data, in STOP_COPY), `write`, `reset`, `state` (reads of the state,
+//! except in RUNNING and RUNNING_P2P), and `probe` (of a free device; it can only hang). Without `@<device>` it applies
 //! to every device of the node.
 
 use std::time::Duration;
@@ -22,6 +24,9 @@ use crate::vfio::os_error::OsError;
 /// The current value of a fault, by its name.
 type Faults = Box<dyn Fn(&str) -> Option<String> + Send>;
 
+/// In place of the seconds that a call takes longer.
+const FOREVER: &str = "forever";
+
 /// A device with faults.
 pub(crate) struct FaultyDevice {
     device: Box<dyn Device>,
@@ -36,27 +41,44 @@ impl FaultyDevice {
     /// The value of a fault if it is set for this call to this device, and the part of it between the call
     /// and the device.
     fn fault_for(&self, fault: &str, call: &str) -> Option<(String, String)> {
-        let value = (self.faults)(fault)?;
-        let (what, device) = value.split_once('@').map_or((value.as_str(), None), |(w, d)| (w, Some(d)));
-        if device.is_some_and(|device| device != self.device.name()) {
-            return None;
-        }
-        let (state, rest) = what.split_once(':').unwrap_or((what, ""));
-        let rest = (state == call).then(|| rest.to_owned())?;
-        Some((value, rest))
+        applies((self.faults)(fault)?, self.device.name(), call)
     }
 
     /// Hangs before a call, or fails it, as the faults say.
     fn apply_faults(&self, call: &str) -> Result<(), OsError> {
         if let Some((value, seconds)) = self.fault_for(DEVICE_HANG, call) {
-            warn!(device = self.name(), "a fault: the device hangs at {call}, {seconds} s at most");
-            super::hang(DEVICE_HANG, &value, Duration::from_secs(seconds.parse().unwrap_or(0)));
+            hang(self.name(), call, &value, &seconds);
         }
         if self.fault_for(DEVICE_ERROR, call).is_some() {
             warn!(device = self.name(), "a fault: the device refuses {call}");
             return Err(OsError(Errno::IO));
         }
         Ok(())
+    }
+}
+
+/// A fault with this value, and the part of it between the call and the device, if it is set for this call to
+/// this device.
+fn applies(value: String, name: &str, call: &str) -> Option<(String, String)> {
+    let (what, device) = value.split_once('@').map_or((value.as_str(), None), |(w, d)| (w, Some(d)));
+    if device.is_some_and(|device| device != name) {
+        return None;
+    }
+    let (state, rest) = what.split_once(':').unwrap_or((what, ""));
+    let rest = (state == call).then(|| rest.to_owned())?;
+    Some((value, rest))
+}
+
+fn hang(device: &str, call: &str, value: &str, seconds: &str) {
+    warn!(device, "a fault: the device hangs at {call}, for {seconds} (seconds)");
+    let limit = (seconds != FOREVER).then(|| Duration::from_secs(seconds.parse().unwrap_or(0)));
+    super::hang(DEVICE_HANG, value, limit);
+}
+
+pub(super) fn hang_in_probe(device: &str) {
+    let set = super::value(DEVICE_HANG).and_then(|value| applies(value, device, "probe"));
+    if let Some((value, seconds)) = set {
+        hang(device, "probe", &value, &seconds);
     }
 }
 
@@ -70,7 +92,13 @@ impl Device for FaultyDevice {
     }
 
     fn state(&mut self) -> Result<MigrationState, DeviceError> {
-        self.device.state()
+        let state = self.device.state()?;
+        if !matches!(state, MigrationState::Running | MigrationState::RunningP2p)
+            && let Some((value, seconds)) = self.fault_for(DEVICE_HANG, "state")
+        {
+            hang(self.name(), "state", &value, &seconds);
+        }
+        Ok(state)
     }
 
     fn request(&mut self, to: MigrationState) -> Result<(), OsError> {

@@ -7,7 +7,7 @@
 //! |---|---|
 //! | `halt.source=<phase>`, `halt.destination=<phase>` | the hand-over halts when it enters that phase |
 //! | `device.error=<STATE>[@<device>]` | a change to that state fails: [`device`] |
-//! | `device.hang=<STATE>:<seconds>[@<device>]` | a change to that state takes that much longer: [`device`] |
+//! | `device.hang=<STATE>:<seconds>[@<device>]` | a change to that state takes that much longer, or `forever`: [`device`] |
 //! | `blob.<index>`, `blob.vmm` | a blob is damaged on the way, or stalls: [`blob`] |
 //! | `ignore-device-model=yes` | a device of another model may be reserved |
 
@@ -53,6 +53,11 @@ pub(crate) async fn halt(end: End, phase: impl Debug) {
     info!(role, "goes on from {here}");
 }
 
+/// Blocks while `device.hang=probe:<seconds>[@<device>]` is set for this device.
+pub(crate) fn hang_in_probe(device: &str) {
+    device::hang_in_probe(device);
+}
+
 /// Whether a device of another model may be reserved.
 pub(crate) fn ignores_device_model() -> bool {
     value(names::IGNORE_DEVICE_MODEL).is_some()
@@ -63,10 +68,10 @@ pub(crate) fn serve_device(device: impl Device + 'static) -> FaultyDevice {
     FaultyDevice::new(device)
 }
 
-/// Blocks for `limit`, or until the fault `name` no longer has this value.
-fn hang(name: &str, expected: &str, limit: Duration) {
+/// Blocks for `limit`, or until the fault `name` no longer has this value. `None`: until then.
+fn hang(name: &str, expected: &str, limit: Option<Duration>) {
     let began = Instant::now();
-    while began.elapsed() < limit && value(name).as_deref() == Some(expected) {
+    while limit.is_none_or(|limit| began.elapsed() < limit) && value(name).as_deref() == Some(expected) {
         std::thread::sleep(REREAD_AFTER);
     }
 }

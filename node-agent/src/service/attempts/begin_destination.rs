@@ -22,8 +22,9 @@ impl Attempts {
         given: ReserveRequest,
     ) -> Result<DestinationRun, Refusal> {
         let request::Reservation { reference, vm, policy, silence_timeout } = request::reserve(&given)?;
-        // Before the lock, so that no other beginning waits for it.
+        // Before the lock, so that no other beginning waits for QEMU, or for a device.
         self.preflight.get_ready(&given).await;
+        let targets = reservation::targets(&self.node.inventory, &given.devices).await;
         let _one_at_a_time = self.beginning.lock().await;
         match self.find(&reference).await? {
             Some(LocalEnd::Destination(run, earlier)) if same_reservation(&earlier, &given) => {
@@ -59,7 +60,7 @@ impl Attempts {
                 return Err(held.into());
             }
         }
-        let targets = reservation::targets(&node.inventory, &given.devices).await?;
+        let targets = targets?;
         stop_plan(&targets.features, policy).map_err(no_stop_plan)?;
         let user = reservation::twin_user(node, &vm)?;
         let number = user.number();

@@ -2,15 +2,16 @@
 
 use std::sync::Arc;
 
+use slackwater_handover::Failure;
 use slackwater_handover::policy::{Driver, NoStopPlan, StopPlan, stop_plan};
 use slackwater_handover::state::{Features, MigrationState};
-use slackwater_handover::{Failure, Reason};
 use slackwater_proto::node::{DevicePair, MigrateRequest};
 use slackwater_proto::refusal::Refusal;
 use slackwater_proto::transfer::Attempt;
 use tracing::info;
 
 use super::release::VmRemains;
+use super::taken::Taken;
 use super::{Attempts, entries, no_stop_plan, precondition};
 use crate::attempt::entry::Monitor;
 use crate::attempt::events::EventLog;
@@ -19,12 +20,13 @@ use crate::attempt::link::Peer;
 use crate::attempt::source::{SourceParts, SourceRun};
 use crate::journal::Role;
 use crate::process::cgroup::{Cgroup, error_chain};
+use crate::service::borrowing::{self, BorrowDeviceError};
 use crate::service::reason::ServiceReason;
 use crate::service::registry::LocalEnd;
-use crate::service::{borrowing, request};
+use crate::service::request;
 use crate::vfio::worker::DeviceHandle;
 use crate::vmm::budget::Budget;
-use crate::vmm::{Description, LocalVmm, RunState, Vmm};
+use crate::vmm::{Description, RunState, Vmm};
 
 /// The devices of a VM that can be migrated.
 struct SourceDevices {
@@ -38,7 +40,8 @@ impl Attempts {
     pub(in crate::service) async fn begin_source(&self, given: MigrateRequest) -> Result<SourceRun, Refusal> {
         let request::Migration { reference, vm, policy, pre_commit_timeout, downtime, on_exceeded } =
             request::migrate(&given)?;
-        let _one_at_a_time = self.beginning.lock().await;
+        let _of_this_migration = self.turns.of(&reference.id).lock_owned().await;
+        let one_at_a_time = self.beginning.lock().await;
         match self.find(&reference).await? {
             Some(LocalEnd::Source(run)) => return Ok(run),
             Some(LocalEnd::Destination(..)) => {
@@ -85,9 +88,13 @@ impl Attempts {
         entries::check_room(&written)?;
         let names = given.devices.iter().map(|pair| pair.source.as_str());
         node.registry.take(&reference.id, &vm, names)?;
-        let prepared = prepare(vmm.as_ref(), &description, |features| stop_plan(features, policy)).await;
+        // No other beginning waits for these devices.
+        drop(one_at_a_time);
+        let taken = Taken::new(Arc::clone(&node.registry), &reference.id);
+        let handles = borrowing::devices(&vmm, &description, node.inventory.borrowed());
         let SourceDevices { handles, features, plan } =
-            prepared.inspect_err(|_| node.registry.give_back(&reference.id))?;
+            prepare(handles, |features| stop_plan(features, policy)).await?;
+        taken.keep();
         let remains = VmRemains { cgroup, directory: entry.directory.clone(), socket: known.socket.clone() };
         let release = remains.release(Arc::clone(&vmm), node, &reference.id);
         let vmm: Arc<dyn Vmm> = vmm;
@@ -124,11 +131,10 @@ impl Attempts {
 
 /// Borrows the VM's devices, which must all be in RUNNING, and plans how to stop them.
 async fn prepare(
-    vmm: &dyn LocalVmm,
-    description: &Description,
+    devices: impl Future<Output = Result<Vec<DeviceHandle>, BorrowDeviceError>>,
     plan: impl FnOnce(&[Features]) -> Result<StopPlan, NoStopPlan>,
 ) -> Result<SourceDevices, Refusal> {
-    let handles = borrowing::devices(vmm, description).map_err(Failure::from)?;
+    let handles = devices.await.map_err(Failure::from)?;
     all_running(&handles).await?;
     let features: Vec<_> = handles.iter().map(DeviceHandle::features).collect();
     let plan = plan(&features).map_err(no_stop_plan)?;
@@ -152,8 +158,10 @@ fn same_devices(description: &Description, pairs: &[DevicePair]) -> Result<(), R
 
 /// A device that is not in RUNNING has been left there by another program.
 async fn all_running(devices: &[DeviceHandle]) -> Result<(), Refusal> {
-    for device in devices {
-        let state = device.state().await.map_err(|error| precondition(Reason::DeviceFailed, error))?;
+    let states = borrowing::states(devices)
+        .await
+        .map_err(|Failure { reason, message }| precondition(reason, message))?;
+    for (device, state) in devices.iter().zip(states) {
         if state != MigrationState::Running {
             let message =
                 format!("device {} is in {state}; a VM is migrated only from RUNNING", device.name());
@@ -161,4 +169,54 @@ async fn all_running(devices: &[DeviceHandle]) -> Result<(), Refusal> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use slackwater_handover::policy::PeerToPeer;
+    use slackwater_proto::node::VmRef;
+
+    use super::*;
+    use crate::service::registry::Registry;
+    use crate::vfio::fake::{FakeDevice, Gate};
+
+    fn vm() -> VmRef {
+        VmRef { namespace: "demo".to_owned(), name: "one".to_owned() }
+    }
+
+    fn plan(features: &[Features]) -> Result<StopPlan, NoStopPlan> {
+        stop_plan(features, PeerToPeer::Required)
+    }
+
+    #[tokio::test]
+    async fn a_caller_that_goes_away_while_the_devices_are_looked_at_leaves_nothing_held() {
+        let (registry, gate) = (Arc::new(Registry::default()), Gate::new());
+        registry.take("m", &vm(), ["a"]).unwrap();
+        let device = FakeDevice::new("a").hang_in_state(1, &gate);
+        let watch = device.watch();
+        let handles = vec![DeviceHandle::serve(Box::new(device)).unwrap()];
+        let taken = Taken::new(Arc::clone(&registry), "m");
+        let beginning = tokio::spawn(async move {
+            let prepared = prepare(async { Ok(handles) }, plan).await.map(drop);
+            taken.keep();
+            prepared
+        });
+        gate.reached().await;
+        beginning.abort();
+        assert!(beginning.await.unwrap_err().is_cancelled());
+        assert_eq!(registry.holder_of_vm("demo", "one"), None);
+        assert_eq!(registry.holder_of_device("a"), None);
+        gate.open();
+        watch.dropped().await;
+    }
+
+    #[tokio::test]
+    async fn a_migration_whose_device_hangs_is_refused_by_name_in_time() {
+        let gate = Gate::new();
+        let device = FakeDevice::new("a").hang_in_state(1, &gate);
+        let handles = vec![DeviceHandle::serve(Box::new(device)).unwrap()];
+        let refused = prepare(async { Ok(handles) }, plan).await.map(drop).unwrap_err();
+        assert!(refused.message.contains("device a hangs"), "{refused:?}");
+        gate.open();
+    }
 }

@@ -137,7 +137,7 @@ async fn borrow(route: &Route, node: &NodeResources, journalled: &Process) -> Re
         let socket = Path::to_owned(&route.socket);
         return Err(ReachError::OtherProcess { socket, pid: vmm.pid(), journalled: journalled.pid });
     }
-    let devices = borrowing::devices(vmm.as_ref(), &description)?;
+    let devices = borrowing::devices(&vmm, &description, node.inventory.borrowed()).await?;
     let mut states = Vec::with_capacity(devices.len());
     for device in &devices {
         states.push(device.state().await.ok());

@@ -15,6 +15,7 @@
 //! | `take_up`, `take_up_source`, `take_up_destination`, `reopen` | what an earlier agent began |
 //! | `conflict` | open journals that are about the same |
 //! | `journalled_vmm` | finding the VMM that the journal names |
+//! | `taken` | what a beginning holds until it has come through, and whose turn it is |
 //! | `entries` | a request as a journal's entry, and back |
 //! | `reservation`, `site` | the target devices and the twin |
 //! | `release` | what is left over of a VM that runs elsewhere |
@@ -32,6 +33,7 @@ mod site;
 mod take_up;
 mod take_up_destination;
 mod take_up_source;
+mod taken;
 
 use std::sync::Arc;
 
@@ -48,6 +50,8 @@ use super::registry::LocalEnd;
 use crate::attempt::ledger::EndRecord;
 use crate::journal::{JournalError, Role};
 
+use self::taken::Turns;
+
 pub use resources::NodeResources;
 
 /// The attempts of this node.
@@ -56,13 +60,15 @@ pub struct Attempts {
     preflight: Preflight,
     /// Held while an attempt begins: what one has checked must not change before it has taken it.
     beginning: Mutex<()>,
+    /// A migration away from here is begun once, however often it is asked for meanwhile.
+    turns: Turns,
 }
 
 impl Attempts {
     /// None yet.
     pub fn new(node: NodeResources) -> Self {
         let preflight = Preflight::new(&node.config);
-        Self { node, preflight, beginning: Mutex::new(()) }
+        Self { node, preflight, beginning: Mutex::new(()), turns: Turns::default() }
     }
 
     /// Takes up what earlier agents have left in the journal. To be called before any call is served.

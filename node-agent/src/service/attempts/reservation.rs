@@ -4,6 +4,7 @@ use std::error::Error;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use slackwater_handover::Reason;
 use slackwater_handover::state::Features;
 use slackwater_proto::node::{DevicePair, MigrationRef, ReserveRequest, VmRef};
 use slackwater_proto::refusal::Refusal;
@@ -18,7 +19,7 @@ use crate::host::placeholders::twin_arguments;
 use crate::host::twin_users::TwinUser;
 use crate::host::vm::{VmJson, VmmEntry, VmmKind};
 use crate::host::{vm, vms};
-use crate::service::inventory::Inventory;
+use crate::service::inventory::{FeaturesError, Inventory, NotFreeError};
 use crate::service::reason::ServiceReason;
 use crate::vmm::confinement::Confined;
 use crate::vmm::qemu::preflight::confined::QEMU_SANDBOX;
@@ -56,10 +57,18 @@ pub(super) async fn targets(inventory: &Inventory, pairs: &[DevicePair]) -> Resu
             let message = format!("devices[{index}].target: {error}");
             Refusal::precondition(ServiceReason::NoMatchingDevices, message)
         };
-        let device = inventory.free_device(&pair.target).await.map_err(|error| refused(&error))?;
+        let device = inventory.free_device(&pair.target).await.map_err(|error| match error {
+            NotFreeError::Hangs(why) => {
+                Refusal::precondition(Reason::DeviceHangs, format!("devices[{index}].target: {why}"))
+            }
+            error => refused(&error),
+        })?;
         let features = inventory.features(&device, true).await.map_err(|error| {
             let message = format!("devices[{index}].target: device {}: {error}", device.name);
-            Refusal::precondition(ServiceReason::NoMatchingDevices, message)
+            match *error {
+                FeaturesError::NoAnswer(_) => Refusal::precondition(Reason::DeviceHangs, message),
+                _ => Refusal::precondition(ServiceReason::NoMatchingDevices, message),
+            }
         })?;
         fits(&device, features, pair).map_err(|misfit| refused(&misfit))?;
         targets.devices.push(device);
@@ -218,7 +227,15 @@ fn site_of(
         claim: request.claim.to_vec(),
     };
     let identity = Arc::clone(&node.vf_identity);
-    NodeSite { plan, vm_json: request.vm_json.clone(), identity, of, twin: Mutex::new(None), _user: user }
+    NodeSite {
+        plan,
+        vm_json: request.vm_json.clone(),
+        identity,
+        of,
+        twin: Mutex::new(None),
+        _user: user,
+        borrowed: Arc::clone(node.inventory.borrowed()),
+    }
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use crate::attempt::destination::{Site, Twin as StartedTwin};
 use crate::host::identity::{IdentityOf, VfIdentity};
 use crate::host::twin_users::TwinUser;
 use crate::host::vms;
-use crate::service::borrowing;
+use crate::service::borrowing::{self, Borrowed};
 use crate::vfio::error::DeviceError;
 use crate::vfio::worker::DeviceHandle;
 use crate::vmm::Vmm;
@@ -29,6 +29,8 @@ pub(super) struct NodeSite {
     pub(super) twin: Mutex<Option<Twin>>,
     /// The twin's, for as long as nothing of the twin shows that it is taken.
     pub(super) _user: Option<TwinUser>,
+    /// The devices that were borrowed from VMMs.
+    pub(super) borrowed: Arc<Borrowed>,
 }
 
 impl NodeSite {
@@ -60,10 +62,15 @@ impl NodeSite {
             );
             return Err(failed(Reason::TwinFailed, message));
         }
-        let devices = borrowing::devices(vmm.as_ref(), &description)
-            .map_err(|error| failed(Reason::DeviceFailed, error.to_string()))?;
+        let devices = borrowing::devices(&vmm, &description, &self.borrowed).await.map_err(|error| {
+            let Failure { reason, message } = error.into();
+            failed(reason, message)
+        })?;
         for device in &devices {
-            running(device).await.map_err(|error| failed(Reason::DeviceFailed, error.to_string()))?;
+            match device.watch().unless_it_hangs(running(device)).await {
+                Ok(result) => result.map_err(|error| failed(Reason::DeviceFailed, error.to_string()))?,
+                Err(hang) => return Err(failed(Reason::DeviceHangs, hang.to_string())),
+            }
         }
         let process = Some(vmm.process().identity().into());
         let vmm: Arc<dyn Vmm> = vmm;

@@ -37,7 +37,7 @@ impl Gate {
     }
 
     /// Blocks the thread until the gate is open.
-    pub(super) fn pass(&self) {
+    pub(crate) fn pass(&self) {
         self.0.reached.send_replace(true);
         self.0.opened.wait_while(&mut self.0.open.lock(), |open| !*open);
     }

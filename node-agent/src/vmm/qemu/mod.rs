@@ -36,6 +36,7 @@ mod throughput;
 
 use std::path::Path;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -90,6 +91,8 @@ pub struct QemuVmm {
     from_qemu: (mpsc::Sender<Bytes>, Mutex<Option<mpsc::Receiver<Bytes>>>),
     /// What a destination must be able to do.
     facts: OnceLock<Facts>,
+    /// QEMU was told to `cont`, and has not refused.
+    told_to_run: AtomicBool,
 }
 
 impl QemuVmm {
@@ -123,6 +126,7 @@ impl QemuVmm {
             to_qemu: Mutex::default(),
             from_qemu: (sender, Mutex::new(Some(replies))),
             facts: OnceLock::new(),
+            told_to_run: AtomicBool::new(false),
         })
     }
 
@@ -160,9 +164,13 @@ impl QemuVmm {
         Ok(info.map_err(|error| from_qmp(call, error))?.blocked_reasons.unwrap_or_default())
     }
 
-    async fn ram_bytes(&self) -> u64 {
-        let summary = self.qmp.raw("query-memory-size-summary", serde_json::json!({})).await.ok();
-        summary.and_then(|summary| summary.get("base-memory")?.as_u64()).unwrap_or(0)
+    /// 0 for a QEMU that does not know the question.
+    async fn ram_bytes(&self, call: &'static str) -> Result<u64, VmmError> {
+        match self.qmp.raw("query-memory-size-summary", serde_json::json!({})).await {
+            Ok(summary) => Ok(summary.get("base-memory").and_then(serde_json::Value::as_u64).unwrap_or(0)),
+            Err(QmpError::Refused { .. }) => Ok(0),
+            Err(error) => Err(from_qmp(call, error)),
+        }
     }
 
     /// Why a load broke off: QEMU's own message, if it has one.
@@ -181,7 +189,7 @@ impl Vmm for QemuVmm {
         Ok(Description {
             run_state: self.run_state().await?,
             devices: devices::of(&self.qmp, self.server.pid(), &self.ids).await?,
-            ram_bytes: self.ram_bytes().await,
+            ram_bytes: self.ram_bytes("describe").await?,
             dirty_tracking: DirtyTracking::None,
             vmm: format!("QEMU {}", self.qmp.version()),
             blocked: self.blocked_reasons("describe").await?,
@@ -307,16 +315,25 @@ impl Vmm for QemuVmm {
         loop {
             match self.status(call).await? {
                 QemuState::Running => return Ok(()),
+                // The answer to `cont` was lost: it runs, or has run.
+                state if self.told_to_run.load(Ordering::Relaxed) && has_run(&state) => return Ok(()),
                 // QEMU reports a failed or cancelled migration before it has taken the VM back.
                 QemuState::FinishMigrate if Instant::now() < until => tokio::time::sleep(POLL_EVERY).await,
+                // It would refuse.
+                QemuState::FinishMigrate => return Err(VmmError::Deadline { call, limit: SETTLE_LIMIT }),
                 _ => break,
             }
         }
+        self.told_to_run.store(true, Ordering::Relaxed);
         match self.qmp.execute_within(Cont, self.deadlines.run_state).await {
             Ok(_) => {}
             // QEMU still executes it, once it has its disks or its locks.
             Err(QmpError::Deadline { .. }) => warn!(pid = self.server.pid(), "QEMU takes long to `cont`"),
-            Err(error) => return Err(from_qmp(call, error)),
+            Err(error) => {
+                let error = from_qmp(call, error);
+                self.told_to_run.store(matches!(error, VmmError::Lost { .. }), Ordering::Relaxed);
+                return Err(error);
+            }
         }
         let until = Instant::now() + CONT_LIMIT;
         loop {
@@ -326,8 +343,8 @@ impl Vmm for QemuVmm {
                     tokio::time::sleep(POLL_EVERY).await;
                 }
                 Ok(other) => {
-                    let message = format!("QEMU took `cont`, but is {other}");
-                    return Err(VmmError::Refused { call, code: Code::Aborted, message });
+                    warn!(pid = self.server.pid(), state = %other, "QEMU took `cont`, and does not run the VM");
+                    return Err(VmmError::Deadline { call, limit: CONT_LIMIT });
                 }
                 Err(error) => return Err(error),
             }

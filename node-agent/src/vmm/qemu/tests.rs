@@ -87,6 +87,47 @@ async fn a_qemu_that_refuses_cont_is_not_mistaken_for_one_that_runs() {
 }
 
 #[tokio::test]
+async fn a_guest_that_has_failed_since_a_cont_whose_answer_was_lost_is_not_run_again() {
+    for state in ["guest-panicked", "io-error", "shutdown", "running"] {
+        let server = Server::new();
+        let vm = lost_at_cont(&server).await;
+        let again = async {
+            let mut talk = server.negotiate().await;
+            answers(&mut talk, vec![status(state)]).await;
+            talk
+        };
+        let (resumed, _talk) = soon(async { tokio::join!(vm.resume(), again) }).await;
+        resumed.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_vm_that_is_still_paused_after_a_cont_whose_answer_was_lost_is_told_again() {
+    let server = Server::new();
+    let vm = lost_at_cont(&server).await;
+    let again = async {
+        let mut talk = server.negotiate().await;
+        answers(&mut talk, vec![status("prelaunch"), ("cont", json!({})), status("running")]).await;
+        talk
+    };
+    let (resumed, _talk) = soon(async { tokio::join!(vm.resume(), again) }).await;
+    resumed.unwrap();
+}
+
+/// A VM whose monitor has broken when it was told to `cont`.
+async fn lost_at_cont(server: &Server) -> QemuVmm {
+    let (vm, mut talk) = vm(server, Deadlines::default()).await;
+    let breaks = async {
+        answers(&mut talk, vec![status("prelaunch")]).await;
+        talk.expect("cont").await;
+        drop(talk);
+    };
+    let (lost, ()) = soon(async { tokio::join!(vm.resume(), breaks) }).await;
+    assert!(matches!(lost, Err(VmmError::Lost { .. })), "{lost:?}");
+    vm
+}
+
+#[tokio::test]
 async fn a_save_has_ended_when_qemu_reports_completed_and_not_when_it_takes_the_vm_back() {
     for (end, saved) in [("completed", true), ("cancelled", false), ("failed", false)] {
         let server = Server::new();
