@@ -98,6 +98,14 @@ pub(super) enum NotFreeError {
         /// The names of those that there are.
         existing: Vec<String>,
     },
+    /// It may have a user.
+    #[error("whether device {device} is free is not known: {why}")]
+    NotKnown {
+        /// Its name.
+        device: String,
+        /// What could not be read.
+        why: String,
+    },
     /// It has a user.
     #[error("device {device} is in use by {holder}")]
     InUse {
@@ -205,7 +213,9 @@ impl Inventory {
                 (Some(migration), None, _) => format!("reserved by migration {migration}"),
                 (_, Some(vm), _) => vm.clone(),
                 (None, None, Some(process)) => process.to_string(),
-                (None, None, None) => String::new(),
+                (None, None, None) => {
+                    holders.not_known().map(|why| format!("not known: {why}")).unwrap_or_default()
+                }
             };
             self.describe_device(device, holder)
         }))
@@ -233,7 +243,8 @@ impl Inventory {
             }
             let proc = Path::new("/proc");
             let kernel = kernel(proc).map_err(|error| LookError(Arc::new(error)))?;
-            Ok(Look { devices: inventory.devices, holders: Holders::look(proc), kernel })
+            let holders = Holders::look(proc).map_err(|error| LookError(Arc::new(error)))?;
+            Ok(Look { devices: inventory.devices, holders, kernel })
         });
         looked.await.map_err(|error| LookError(Arc::new(error)))?
     }
@@ -253,7 +264,10 @@ impl Inventory {
         }
         match holders.of(device).first() {
             Some(holder) => Err(NotFreeError::InUse { device: name.to_owned(), holder: holder.to_string() }),
-            None => Ok(device.clone()),
+            None => match holders.not_known() {
+                Some(why) => Err(NotFreeError::NotKnown { device: name.to_owned(), why }),
+                None => Ok(device.clone()),
+            },
         }
     }
 

@@ -317,6 +317,7 @@ async fn an_operator_whose_lease_has_run_out_asks_nothing_of_an_agent() {
 #[tokio::test]
 async fn an_agent_without_the_call_counts_as_having_heard_that_the_end_is_known() {
     let fleet = follow(Fake::default(), epoch()).await;
+    until(&fleet, |link| *link == Link::Ready).await;
     let migration = Some(MigrationRef { id: "m".into(), attempt: 1, operator_epoch: 0 });
     fleet.acknowledge_end("node-a", AcknowledgeEndRequest { migration }).await.unwrap();
 }

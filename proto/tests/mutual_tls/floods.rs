@@ -10,7 +10,7 @@ use tokio::net::TcpStream;
 
 use super::*;
 
-/// To a source.
+/// What a hand-over answers.
 type Answers = mpsc::Sender<Result<HandoverResponse, Status>>;
 
 /// A destination whose hand-overs say Ready and stay open.
