@@ -152,7 +152,7 @@ async fn follow(fake: Fake, epoch: Epoch) -> Arc<Fleet> {
     let own = listener.local_addr().unwrap().to_string();
     tokio::spawn(async move {
         let routes = Routes::new(NodeAgentServer::new(fake));
-        serve(listener, &agent, routes, pending(), Duration::ZERO).await.unwrap();
+        serve(listener, &agent, routes, pending(), Duration::ZERO).await;
     });
     let fleet = Fleet::with_limits(operator, epoch, TaskTracker::new(), short());
     fleet.follow(&BTreeMap::from([(
@@ -317,6 +317,7 @@ async fn an_operator_whose_lease_has_run_out_asks_nothing_of_an_agent() {
 #[tokio::test]
 async fn an_agent_without_the_call_counts_as_having_heard_that_the_end_is_known() {
     let fleet = follow(Fake::default(), epoch()).await;
+    until(&fleet, |link| *link == Link::Ready).await;
     let migration = Some(MigrationRef { id: "m".into(), attempt: 1, operator_epoch: 0 });
     fleet.acknowledge_end("node-a", AcknowledgeEndRequest { migration }).await.unwrap();
 }
