@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::{Parser, Subcommand, ValueEnum, value_parser};
 use slackwater_node_agent::host::identity::NoIdentity;
+use slackwater_node_agent::host::twin_logs;
 use slackwater_node_agent::host::twin_users::{DEFAULT_RANGE, TwinUsers, UserRange};
 use slackwater_node_agent::host::vms::VmWatch;
 use slackwater_node_agent::journal::{Journal, forget_epoch};
@@ -26,10 +27,10 @@ use slackwater_node_agent::transfer::channel::MAX_CHANNELS;
 use slackwater_node_agent::vmm::budget::DEFAULT_BANDWIDTH;
 use slackwater_node_agent::vmm::confinement::{Confinement, twin_path};
 use slackwater_node_agent::vmm::contract::Deadlines;
+use slackwater_node_agent::vmm::twin::LOG_FILE;
 use slackwater_node_agent::vmm::twin::launcher;
 use slackwater_proto::identity::Role;
-use slackwater_proto::limits::transfer_server;
-use slackwater_proto::node::node_agent_server::NodeAgentServer;
+use slackwater_proto::limits::{node_server, transfer_server};
 use slackwater_proto::server;
 use slackwater_proto::tls::Credentials;
 use slackwater_proto::tonic::service::Routes;
@@ -218,7 +219,11 @@ async fn run(serve: Serve) -> anyhow::Result<()> {
     let journal = Arc::new(Journal::open(&serve.state_dir)?);
     let registry = Arc::new(Registry::default());
     let vms = VmWatch::start(&config.run_dir)?;
-    let inventory = Arc::new(Inventory::new(config.clone(), Arc::clone(&registry), vms));
+    tokio::spawn(twin_logs::keep_short(config.run_dir.join("vms"), LOG_FILE));
+    let following = Arc::clone(&credentials);
+    tokio::spawn(async move { following.follow_files().await });
+    let inventory = Inventory::new(config.clone(), Arc::clone(&registry), vms).showing(credentials.status());
+    let inventory = Arc::new(inventory);
     let attempts = Attempts::new(NodeResources {
         config: config.clone(),
         credentials: Arc::clone(&credentials),
@@ -230,8 +235,7 @@ async fn run(serve: Serve) -> anyhow::Result<()> {
     });
     attempts.take_up_all().await?;
     let node = NodeService::new(inventory, attempts);
-    let routes =
-        Routes::new(NodeAgentServer::new(node)).add_service(transfer_server(TransferService::new(registry)));
+    let routes = Routes::new(node_server(node)).add_service(transfer_server(TransferService::new(registry)));
     let listener = TcpListener::bind(&serve.listen)
         .await
         .with_context(|| format!("cannot listen on {}", serve.listen))?;
@@ -241,6 +245,6 @@ async fn run(serve: Serve) -> anyhow::Result<()> {
         terminated.recv().await;
         info!("SIGTERM: draining");
     };
-    server::serve(listener, &credentials, routes, shutdown, Duration::from_secs(serve.drain_seconds)).await?;
+    server::serve(listener, &credentials, routes, shutdown, Duration::from_secs(serve.drain_seconds)).await;
     Ok(())
 }

@@ -86,6 +86,8 @@ async fn run_operator(run: Run) -> anyhow::Result<()> {
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
 
     let credentials = Credentials::read_for(&Role::Operator, &run.tls_cert, &run.tls_key, &run.tls_ca)?;
+    let following = credentials.clone();
+    tokio::spawn(async move { following.follow_files().await });
     let config = kube::Config::infer().await.context("there is no configuration of an API server")?;
     let terms = Terms {
         namespace: run.lease_namespace.unwrap_or_else(|| config.default_namespace.clone()),

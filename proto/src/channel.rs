@@ -10,11 +10,12 @@ use std::error::Error;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
 use parking_lot::Mutex;
 use tokio::net::{TcpStream, UnixStream};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tokio_rustls::rustls::pki_types::ServerName;
@@ -28,10 +29,12 @@ use tower::service_fn;
 
 use crate::identity::is_node_name;
 use crate::limits::{
-    CONNECT_TIMEOUT, CONNECTION_WINDOW_BYTES, KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT, STREAM_WINDOW_BYTES,
+    CONNECT_TIMEOUT, CONNECTION_WINDOW_BYTES, EXPIRED_GRACE, HAND_OVER_GRACE, HEALTH_LIMIT_BYTES,
+    KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT, STREAM_WINDOW_BYTES,
 };
 use crate::tls::Credentials;
 use crate::tls_reason::{self, Refusal};
+use crate::validity::Validity;
 use crate::watched_io::{Ended, Ending, WatchedIo};
 
 /// Why a connection did not come up.
@@ -133,7 +136,9 @@ fn names(presented: &[String]) -> String {
 /// Whom to call, where, and with what.
 #[derive(Clone)]
 struct Target {
-    tls: TlsConnector,
+    credentials: Credentials,
+    /// How long the connection may go on after a certificate has run out.
+    grace: Duration,
     name: ServerName<'static>,
     node: String,
     address: String,
@@ -145,9 +150,35 @@ struct Target {
 /// Only the agent of that node is accepted: its certificate must carry the node's name as a DNS name, and
 /// as its one role by URI ([`crate::identity`]).
 ///
+/// Each connection is made with the credentials that are in force then, and ends when one of the two
+/// certificates runs out: calls that are under way then are lost, and the channel connects again.
+///
 /// # Errors
 /// See [`ConnectError`]; each of TCP, TLS and the answer has [`CONNECT_TIMEOUT`].
 pub async fn connect(credentials: &Credentials, address: &str, node: &str) -> Result<Channel, ConnectError> {
+    // The server ends it first, if it can, and tells.
+    connect_for(credentials, address, node, EXPIRED_GRACE + EXPIRED_GRACE).await
+}
+
+/// As [`connect`], for a hand-over: it is not cut when a certificate runs out, but has
+/// [`HAND_OVER_GRACE`].
+///
+/// # Errors
+/// As [`connect`].
+pub async fn connect_for_hand_over(
+    credentials: &Credentials,
+    address: &str,
+    node: &str,
+) -> Result<Channel, ConnectError> {
+    connect_for(credentials, address, node, HAND_OVER_GRACE).await
+}
+
+async fn connect_for(
+    credentials: &Credentials,
+    address: &str,
+    node: &str,
+    grace: Duration,
+) -> Result<Channel, ConnectError> {
     let bad_address = || ConnectError::Address { address: address.to_owned() };
     let authority: Authority = address.parse().map_err(|_| bad_address())?;
     if authority.port_u16().is_none() || authority.host().is_empty() || address.contains('@') {
@@ -158,9 +189,9 @@ pub async fn connect(credentials: &Credentials, address: &str, node: &str) -> Re
         return Err(bad_name());
     }
     let configure = |reason: String| ConnectError::Configure { reason };
-    let tls = credentials.client(node).map_err(|error| configure(error.to_string()))?;
     let target = Target {
-        tls: TlsConnector::from(Arc::new(tls)),
+        credentials: credentials.clone(),
+        grace,
         name: ServerName::try_from(node.to_owned()).map_err(|_| bad_name())?,
         node: node.to_owned(),
         address: address.to_owned(),
@@ -169,7 +200,7 @@ pub async fn connect(credentials: &Credentials, address: &str, node: &str) -> Re
     // Dialled here, where the error still has its type; tonic gets the connection ready-made, and dials again
     // only if it is lost.
     let ending = Ending::default();
-    let first = Arc::new(Mutex::new(Some(WatchedIo::new(target.dial().await?, ending.clone()))));
+    let first = Arc::new(Mutex::new(Some(target.dial(ending.clone()).await?)));
     let uri = |scheme: &str| {
         format!("{scheme}://{authority}").parse::<Uri>().map_err(|error| configure(error.to_string()))
     };
@@ -182,14 +213,14 @@ pub async fn connect(credentials: &Credentials, address: &str, node: &str) -> Re
         async move {
             match ready {
                 Some(io) => Ok(TokioIo::new(io)),
-                None => target.dial().await.map(|io| TokioIo::new(WatchedIo::new(io, Ending::default()))),
+                None => target.dial(Ending::default()).await.map(TokioIo::new),
             }
         }
     });
     let channel =
         endpoint.connect_with_connector(connector).await.map_err(|error| target.no_answer(chain(&error)))?;
 
-    let mut health = HealthClient::new(channel.clone());
+    let mut health = HealthClient::new(channel.clone()).max_decoding_message_size(HEALTH_LIMIT_BYTES);
     match timeout(CONNECT_TIMEOUT, health.check(HealthCheckRequest::default())).await {
         Ok(Ok(_)) => Ok(channel),
         // It speaks gRPC and has let us in; that it has no health service is none of our business.
@@ -204,7 +235,11 @@ pub async fn connect(credentials: &Credentials, address: &str, node: &str) -> Re
 }
 
 impl Target {
-    async fn dial(&self) -> Result<TlsStream<TcpStream>, ConnectError> {
+    async fn dial(&self, ending: Ending) -> Result<WatchedIo<TlsStream<TcpStream>>, ConnectError> {
+        let made_with = self.credentials.current();
+        let tls = made_with
+            .client(&self.node)
+            .map_err(|error| ConnectError::Configure { reason: error.to_string() })?;
         let unreachable = |reason: String| ConnectError::Unreachable {
             node: self.node.clone(),
             address: self.address.clone(),
@@ -215,8 +250,19 @@ impl Target {
             .map_err(|_| unreachable(format!("no answer within {} s", CONNECT_TIMEOUT.as_secs())))?
             .and_then(|tcp| tcp.set_nodelay(true).map(|()| tcp))
             .map_err(|error| unreachable(error.to_string()))?;
-        match timeout(CONNECT_TIMEOUT, self.tls.connect(self.name.clone(), tcp)).await {
-            Ok(Ok(tls)) if tls.get_ref().1.alpn_protocol() == Some(b"h2") => Ok(tls),
+        match timeout(CONNECT_TIMEOUT, TlsConnector::from(Arc::new(tls)).connect(self.name.clone(), tcp))
+            .await
+        {
+            Ok(Ok(tls)) if tls.get_ref().1.alpn_protocol() == Some(b"h2") => {
+                let shown = tls.get_ref().1.peer_certificates().unwrap_or_default();
+                let not_after = Validity::of_chain(shown).map_or(i64::MAX, |validity| validity.not_after);
+                let (credentials, grace) = (self.credentials.clone(), self.grace);
+                let outlived = async move {
+                    credentials.outlived(&made_with, not_after).await;
+                    sleep(grace).await;
+                };
+                Ok(WatchedIo::new(tls, ending, outlived))
+            }
             Ok(Ok(_)) => Err(self.no_answer("it does not speak HTTP/2".to_owned())),
             Ok(Err(error)) => Err(match tls_reason::find(&error) {
                 Some(tls) => self.tls_error(tls_reason::refusal(tls)),
@@ -318,7 +364,7 @@ pub fn is_lost(status: &Status) -> bool {
 }
 
 /// An error and all its causes in one line, each said once.
-fn chain(error: &(dyn Error + 'static)) -> String {
+pub(crate) fn chain(error: &(dyn Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
     while let Some(cause) = next {

@@ -6,6 +6,7 @@ use slackwater_handover::state::Features;
 use slackwater_handover::{Failure, Reason, Record, Word, source};
 
 use crate::node::{self, Finished, JournalRecord, JournalState, MigrationFeatures, Outcome};
+use crate::refusal::bounded;
 use crate::transfer::{self, Failed};
 
 /// A record that only a newer agent knows. It says nothing, which is not the same as having no journal.
@@ -79,10 +80,10 @@ impl TryFrom<&JournalState> for Word {
 }
 
 /// A failure as another process names it. A name that Kubernetes would not take as a reason becomes
-/// [`Reason::TargetFailed`].
+/// [`Reason::TargetFailed`]. The message is cut as that of a refusal is.
 #[must_use]
 pub fn failure(reason: &str, message: &str) -> Failure {
-    Failure::new(Reason::parse(reason).unwrap_or(Reason::TargetFailed), message)
+    Failure::new(Reason::parse(reason).unwrap_or(Reason::TargetFailed), bounded(message.to_owned()))
 }
 
 impl From<Features> for MigrationFeatures {
@@ -228,6 +229,7 @@ mod tests {
     fn a_newer_agents_reason_keeps_its_name_and_nonsense_does_not_pass() {
         assert_eq!(failure("QuorumLost", "gone").reason.as_str(), "QuorumLost");
         assert_eq!(failure("not a reason", "gone").reason, Reason::TargetFailed);
+        assert_eq!(failure("QuorumLost", &"x".repeat(1 << 20)).message.len(), 4096);
     }
 
     #[test]

@@ -7,22 +7,29 @@
 //! | [`refusal`] | a refused call on the wire and back: its reason, its message and its detail |
 //! | [`identity`] | the role that a certificate names, and who may call what |
 //! | [`tls`] | a certificate, its key and the CA, read from files |
+//! | [`reload`], [`validity`] | certificates that are renewed, and how long one is valid |
 //! | [`channel`] | connecting to an agent over TCP, or to a VMM over a Unix socket |
 //! | [`server`] | serving over TCP with mutual TLS, or over a Unix socket |
 //! | [`limits`] | message sizes, windows and keep-alive, the same at both ends |
 
 #![forbid(unsafe_code)]
 
+pub use prost;
 pub use tonic;
 
+mod accept;
+mod admission;
 pub mod channel;
+mod connection;
 pub mod convert;
 pub mod identity;
 pub mod limits;
 pub mod refusal;
+pub mod reload;
 pub mod server;
 pub mod tls;
 mod tls_reason;
+pub mod validity;
 mod verifier;
 mod watched_io;
 

@@ -145,7 +145,7 @@ fn text<'a>(metadata: &'a MetadataMap, key: &str) -> Option<&'a str> {
 }
 
 /// As much of a message as may travel.
-fn bounded(mut message: String) -> String {
+pub(crate) fn bounded(mut message: String) -> String {
     const ELLIPSIS: &str = "...";
     if message.len() > MESSAGE_LIMIT_BYTES {
         let room = MESSAGE_LIMIT_BYTES - ELLIPSIS.len();

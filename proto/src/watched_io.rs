@@ -9,6 +9,8 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
+use futures::FutureExt;
+use futures::future::BoxFuture;
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
@@ -50,16 +52,16 @@ impl Ending {
 }
 
 /// `IO`, watched.
-#[derive(Debug)]
 pub(crate) struct WatchedIo<IO> {
     io: IO,
     ending: Ending,
+    outlived: BoxFuture<'static, ()>,
 }
 
 impl<IO> WatchedIo<IO> {
-    /// Watches `io` and reports its first error to `ending`.
-    pub(crate) fn new(io: IO, ending: Ending) -> Self {
-        Self { io, ending }
+    /// Watches `io` and reports its first error to `ending`. It breaks when `outlived` is ready.
+    pub(crate) fn new(io: IO, ending: Ending, outlived: impl Future<Output = ()> + Send + 'static) -> Self {
+        Self { io, ending, outlived: outlived.boxed() }
     }
 }
 
@@ -69,6 +71,12 @@ impl<IO: AsyncRead + Unpin> AsyncRead for WatchedIo<IO> {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        // HTTP/2 always has a read under way.
+        if self.outlived.poll_unpin(cx).is_ready() {
+            self.outlived = std::future::ready(()).boxed();
+            let why = "a certificate of this connection has run out, or its CA is not trusted any more";
+            return self.ending.watch(Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, why))));
+        }
         let poll = Pin::new(&mut self.io).poll_read(cx, buf);
         self.ending.watch(poll)
     }
@@ -99,5 +107,28 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for WatchedIo<IO> {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::sync::oneshot;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_connection_that_has_outlived_its_certificate_breaks_while_it_is_read() {
+        let (here, mut there) = tokio::io::duplex(64);
+        let (expire, expired) = oneshot::channel::<()>();
+        let ending = Ending::default();
+        let mut io = WatchedIo::new(here, ending.clone(), async { expired.await.unwrap_or_default() });
+        there.write_all(b"a").await.unwrap();
+        assert_eq!(io.read_u8().await.unwrap(), b'a');
+        let reading = tokio::spawn(async move { io.read_u8().await.unwrap_err() });
+        tokio::task::yield_now().await;
+        expire.send(()).unwrap();
+        assert_eq!(reading.await.unwrap().kind(), io::ErrorKind::TimedOut);
+        assert!(matches!(ending.get(), Some(Ended::Transport(why)) if why.contains("has run out")));
     }
 }

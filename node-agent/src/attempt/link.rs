@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use slackwater_handover::{Blob, Failure, Reason, Word, blobs};
-use slackwater_proto::channel::{connect, words};
+use slackwater_proto::channel::{connect, connect_for_hand_over, words};
 use slackwater_proto::convert;
 use slackwater_proto::limits::transfer_client;
 use slackwater_proto::node::JournalState;
@@ -83,7 +83,7 @@ impl Peer {
     pub(super) async fn connect(&self, devices: usize, channels: u8) -> Result<Link, Failure> {
         let unreachable = |why: String| Failure::new(Reason::TargetUnreachable, why);
         let channel = || async {
-            connect(&self.credentials, &self.address, &self.node)
+            connect_for_hand_over(&self.credentials, &self.address, &self.node)
                 .await
                 .map_err(|error| unreachable(error.to_string()))
         };

@@ -69,8 +69,8 @@ pub fn vfio_devices(sys: &Path) -> Result<Inventory, ListDevicesError> {
         let entry = entry.map_err(list_error)?;
         match read(&entry.path()) {
             Ok(device) => inventory.devices.push(device),
-            // It has been unplugged since the directory was read.
-            Err(_) if !entry.path().exists() => {}
+            // It has been unplugged since the directory was read, for certain.
+            Err(_) if matches!(entry.path().try_exists(), Ok(false)) => {}
             Err(reason) => {
                 inventory.unusable.push(format!("{}: {reason}", entry.file_name().display()));
             }
@@ -92,6 +92,8 @@ enum UnusableError {
     Read { path: PathBuf, source: io::Error },
     #[error("{} has no name", path.display())]
     NoName { path: PathBuf },
+    #[error("{}: `{group}` is not the number of an IOMMU group", path.display())]
+    NotAGroup { path: PathBuf, group: String },
     #[error("{}: `{text}` is not a PCI id", path.display())]
     NotAPciId { path: PathBuf, text: String },
 }
@@ -99,7 +101,8 @@ enum UnusableError {
 /// Reads one entry of the class.
 fn read(entry: &Path) -> Result<Device, UnusableError> {
     let number = last(entry)?;
-    if !entry.join("dev").exists() {
+    let dev = entry.join("dev");
+    if !dev.try_exists().map_err(|source| cannot_read(&dev, source))? {
         return Err(UnusableError::NoCdev);
     }
     let device = entry.join("device");
@@ -115,10 +118,23 @@ fn read(entry: &Path) -> Result<Device, UnusableError> {
         sysfs: Path::new("/sys/bus").join(bus).join("devices").join(&name),
         name,
         cdev: Path::new("/dev/vfio/devices").join(number),
-        group: link(&device.join("iommu_group")).ok().and_then(|group| group.parse().ok()),
+        group: group(&device.join("iommu_group"))?,
         driver,
         model,
     })
+}
+
+/// The device's group. None only if it has none: whoever has an unknown group open would not be seen.
+fn group(path: &Path) -> Result<Option<u32>, UnusableError> {
+    match link(path) {
+        Ok(group) => {
+            let number =
+                group.parse().map_err(|_| UnusableError::NotAGroup { path: path.to_owned(), group })?;
+            Ok(Some(number))
+        }
+        Err(UnusableError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// The last component of a link's target.
@@ -239,6 +255,23 @@ mod tests {
         assert!(unbound.starts_with("vfio1: no driver is bound to it"), "{unbound}");
         assert!(bad_id.ends_with("`15b3` is not a PCI id"), "{bad_id}");
         assert_eq!(no_cdev, "vfio3: it has no character device: the kernel lacks CONFIG_VFIO_DEVICE_CDEV");
+    }
+
+    #[test]
+    fn a_device_whose_group_or_entry_cannot_be_read_is_not_mistaken_for_one_without() {
+        let sysfs = Sysfs::new();
+        let no_link = sysfs.pci("0000:3b:00.2", Some("mlx5_vfio_pci"), "vfio0");
+        fs::write(no_link.join("iommu_group"), "7").unwrap();
+        let no_number = sysfs.pci("0000:3b:00.3", Some("mlx5_vfio_pci"), "vfio1");
+        symlink("../../../../kernel/iommu_groups/seven", no_number.join("iommu_group")).unwrap();
+        // A link to itself: ELOOP, and not ENOENT.
+        symlink("vfio2", sysfs.root().join("class/vfio-dev/vfio2")).unwrap();
+        let found = vfio_devices(sysfs.root()).unwrap();
+        assert_eq!(found.devices, []);
+        let [no_link, no_number, looped] = found.unusable.as_slice() else { panic!("{:?}", found.unusable) };
+        assert!(no_link.starts_with("vfio0: ") && no_link.contains("iommu_group: "), "{no_link}");
+        assert!(no_number.ends_with("`seven` is not the number of an IOMMU group"), "{no_number}");
+        assert!(looped.starts_with("vfio2: "), "{looped}");
     }
 
     #[test]

@@ -2,12 +2,14 @@
 //!
 //! A descriptor is recognized by the end of its link in `/proc/<pid>/fd`: `vfio/devices/vfio0`, or `vfio/12`
 //! for a whole group. The beginning is ignored: a process in a container may have its /dev elsewhere.
-//! Processes that the agent may not read are skipped, so the answer is complete only for an agent with
-//! CAP_SYS_PTRACE.
+//! A process that has ended is skipped. One that the agent may not read may hold any device: what nobody else
+//! is seen to hold is then not known to be free. An agent with CAP_SYS_PTRACE may read all of them.
 
 use std::collections::BTreeMap;
-use std::path::Path;
-use std::{fmt, fs};
+use std::path::{Path, PathBuf};
+use std::{fmt, fs, io};
+
+use rustix::io::Errno;
 
 use super::devices::Device;
 
@@ -28,7 +30,20 @@ impl fmt::Display for Holder {
 
 /// Which processes hold which devices, at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Holders(BTreeMap<Held, Vec<Holder>>);
+pub struct Holders {
+    held: BTreeMap<Held, Vec<Holder>>,
+    /// Why the descriptors of a process could not be read.
+    unread: Vec<String>,
+}
+
+/// The processes cannot be listed.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot list the processes in {}", path.display())]
+pub struct ListProcessesError {
+    /// The procfs.
+    pub path: PathBuf,
+    source: io::Error,
+}
 
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Held {
@@ -40,19 +55,38 @@ enum Held {
 
 impl Holders {
     /// Reads all processes of the procfs at `proc`. One that ends meanwhile is skipped.
-    pub fn look(proc: &Path) -> Self {
-        let mut held: BTreeMap<Held, Vec<Holder>> = BTreeMap::new();
-        for process in fs::read_dir(proc).into_iter().flatten().flatten() {
+    ///
+    /// # Errors
+    /// If they cannot be listed.
+    pub fn look(proc: &Path) -> Result<Self, ListProcessesError> {
+        let list_error = |source| ListProcessesError { path: proc.to_owned(), source };
+        let mut holders = Self::default();
+        for process in fs::read_dir(proc).map_err(list_error)? {
+            let process = process.map_err(list_error)?;
             let Some(pid) = process.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
-            let descriptors = fs::read_dir(process.path().join("fd")).into_iter().flatten().flatten();
-            let opened =
-                descriptors.filter_map(|descriptor| held_by(&fs::read_link(descriptor.path()).ok()?));
-            for what in opened {
-                let command = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
-                held.entry(what).or_default().push(Holder { pid, command: command.trim_end().to_owned() });
+            match opened(&process.path().join("fd")) {
+                Ok(opened) => {
+                    for what in opened {
+                        let command = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
+                        let holder = Holder { pid, command: command.trim_end().to_owned() };
+                        holders.held.entry(what).or_default().push(holder);
+                    }
+                }
+                Err(error) if has_gone(&error) => {}
+                Err(error) => holders.unread.push(format!("what process {pid} has open: {error}")),
             }
         }
-        Self(held)
+        Ok(holders)
+    }
+
+    /// Why it is not known whether a device is free that no process is seen to hold; None if it is known.
+    pub fn not_known(&self) -> Option<String> {
+        let first = self.unread.first()?;
+        let more = match self.unread.len() - 1 {
+            0 => String::new(),
+            more => format!(", and of {more} others"),
+        };
+        Some(format!("the agent cannot read {first}{more}"))
     }
 
     /// The processes that hold the device, or its whole group, in the order of their ids.
@@ -60,11 +94,30 @@ impl Holders {
         let cdev = device.cdev.file_name().and_then(|name| name.to_str());
         let keys = [cdev.map(|name| Held::Cdev(name.to_owned())), device.group.map(Held::Group)];
         let mut holders: Vec<_> =
-            keys.iter().flatten().filter_map(|held| self.0.get(held)).flatten().collect();
+            keys.iter().flatten().filter_map(|held| self.held.get(held)).flatten().collect();
         holders.sort();
         holders.dedup();
         holders
     }
+}
+
+/// What a process has open of VFIO, by its folder of descriptors.
+fn opened(descriptors: &Path) -> io::Result<Vec<Held>> {
+    let mut opened = Vec::new();
+    for descriptor in fs::read_dir(descriptors)? {
+        match fs::read_link(descriptor?.path()) {
+            Ok(link) => opened.extend(held_by(&link)),
+            // It has been closed.
+            Err(error) if has_gone(&error) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(opened)
+}
+
+/// ENOENT, and ESRCH of a process that ends while it is read.
+fn has_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(Errno::SRCH.raw_os_error())
 }
 
 /// The VFIO device or group that an open file is, if it is one.
@@ -80,7 +133,6 @@ fn held_by(link: &Path) -> Option<Held> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::symlink;
-    use std::path::PathBuf;
 
     use super::*;
 
@@ -124,7 +176,7 @@ mod tests {
         process(proc.path(), 6, "editor", &["/home/a/vfio/devices/notes", "/dev/vfio/12.txt"]);
         fs::create_dir(proc.path().join("self")).unwrap();
 
-        let holders = Holders::look(proc.path());
+        let holders = Holders::look(proc.path()).unwrap();
         let of = |cdev: &str, group| {
             holders.of(&device(cdev, group)).iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
         };
@@ -138,9 +190,35 @@ mod tests {
     }
 
     #[test]
+    fn a_process_that_cannot_be_read_may_hold_any_device() {
+        let proc = tempfile::tempdir().unwrap();
+        process(proc.path(), 9, "qemu", &["/dev/vfio/devices/vfio0"]);
+        let known = Holders::look(proc.path()).unwrap();
+        assert_eq!(known.not_known(), None);
+        // No folder of descriptors: it has ended.
+        fs::create_dir(proc.path().join("10")).unwrap();
+        assert_eq!(Holders::look(proc.path()).unwrap(), known);
+        fs::create_dir(proc.path().join("11")).unwrap();
+        fs::write(proc.path().join("11/fd"), "").unwrap();
+        process(proc.path(), 12, "odd", &[]);
+        fs::write(proc.path().join("12/fd/3"), "not a link").unwrap();
+        let holders = Holders::look(proc.path()).unwrap();
+        assert_eq!(holders.of(&device("/dev/vfio/devices/vfio0", None)).len(), 1, "what is seen counts");
+        let why = holders.not_known().unwrap();
+        assert!(why.starts_with("the agent cannot read what process 1"), "{why}");
+        assert!(why.ends_with(", and of 1 others"), "{why}");
+    }
+
+    #[test]
+    fn processes_that_cannot_be_listed_are_an_error_and_not_none() {
+        let error = Holders::look(Path::new("/nowhere")).unwrap_err();
+        assert_eq!(error.to_string(), "cannot list the processes in /nowhere");
+    }
+
+    #[test]
     fn the_real_procfs_can_be_read() {
         assert_eq!(
-            Holders::look(Path::new("/proc")).of(&device("/dev/vfio/devices/vfio4095", None)),
+            Holders::look(Path::new("/proc")).unwrap().of(&device("/dev/vfio/devices/vfio4095", None)),
             Vec::<&Holder>::new()
         );
     }

@@ -7,6 +7,7 @@ pub mod holders;
 pub mod identity;
 pub mod node;
 pub mod placeholders;
+pub mod twin_logs;
 pub mod twin_users;
 pub mod vm;
 pub mod vms;

@@ -3,12 +3,17 @@
 //! A directory without a `vm.json` is not a VM: a twin has one until it runs. A broken `vm.json` is listed
 //! with its error. A writer completes the file first and then moves it into place, as [`publish`] does; else
 //! the list may show it broken for a moment.
+//!
+//! A VM leaves the list only when its directory or its `vm.json` is certainly not there. What cannot be read
+//! stays in it with the reason, and is read again soon.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
+use std::time::Duration;
 
 use notify::{Event, RecommendedWatcher, RecursiveMode, Watcher};
 use rustix::process::geteuid;
@@ -41,6 +46,12 @@ pub enum UnusableVm {
     #[error("cannot read vm.json: {reason}")]
     Read {
         /// What the kernel said, or what it is instead of a file.
+        reason: String,
+    },
+    /// The directory of all VMs cannot be listed.
+    #[error("whether its directory is still there is not known: {reason}")]
+    Unlisted {
+        /// What the kernel said.
         reason: String,
     },
     /// Its content is not valid.
@@ -76,6 +87,14 @@ pub enum WatchVmsError {
     /// The directory of the VMs cannot be made.
     #[error("cannot make the directory {path}")]
     MakeDirectory {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// It cannot be listed, so which VMs there are is not known.
+    #[error("cannot list the directory {path}")]
+    List {
         /// The directory.
         path: PathBuf,
         /// Why.
@@ -173,10 +192,16 @@ impl VmWatch {
         })
         .map_err(watch_error)?;
         watcher.watch(&vms, RecursiveMode::NonRecursive).map_err(watch_error)?;
-        let (sender, list) = watch::channel(list(&vms, |directory| watch_directory(&mut watcher, directory)));
+        let mut watcher = Watching { watcher, unwatched: BTreeSet::new() };
+        let found = list(&vms, |directory| watcher.watch(directory));
+        if let Some(source) = found.error {
+            return Err(WatchVmsError::List { path: vms, source });
+        }
+        let again = watcher.must_look_again(&found.vms);
+        let (sender, list) = watch::channel(found.vms);
         thread::Builder::new()
             .name("vm-watch".to_owned())
-            .spawn(move || keep_listing(&vms, watcher, &woken, &sender))
+            .spawn(move || keep_listing(&vms, watcher, again, &woken, &sender))
             .map_err(WatchVmsError::StartThread)?;
         Ok(Self { list, wake })
     }
@@ -194,18 +219,36 @@ impl Drop for VmWatch {
     }
 }
 
+/// How soon what could not be read is read again: no event reports that it can be.
+const LOOK_AGAIN: Duration = Duration::from_secs(2);
+
+/// `again`: the first listing is to be repeated soon.
 fn keep_listing(
     vms: &Path,
-    mut watcher: RecommendedWatcher,
+    mut watcher: Watching,
+    mut again: bool,
     woken: &mpsc::Receiver<Wake>,
     sender: &watch::Sender<Vec<VmEntry>>,
 ) {
-    while let Ok(wake) = woken.recv() {
+    loop {
+        let wake = match woken.recv_timeout(if again { LOOK_AGAIN } else { Duration::MAX }) {
+            Ok(wake) => wake,
+            Err(RecvTimeoutError::Timeout) => Wake::List,
+            Err(RecvTimeoutError::Disconnected) => return,
+        };
         // One listing covers all changes until now.
         if wake == Wake::Stop || woken.try_iter().any(|wake| wake == Wake::Stop) {
             return;
         }
-        let found = list(vms, |directory| watch_directory(&mut watcher, directory));
+        if again {
+            // Another directory may have taken the place of the one that is watched.
+            watcher.watch(vms);
+        }
+        let Listing { vms: mut found, error } = list(vms, |directory| watcher.watch(directory));
+        if let Some(error) = &error {
+            keep_unlisted(&mut found, &sender.borrow(), &format!("{}: {error}", vms.display()));
+        }
+        again = error.is_some() || watcher.must_look_again(&found);
         sender.send_if_modified(|list| {
             let modified = *list != found;
             if modified {
@@ -217,16 +260,46 @@ fn keep_listing(
     }
 }
 
-/// A directory is watched before it is read, so that no change is missed. Watching it again is harmless, and
-/// needed where one of the same name took its place.
-fn watch_directory(watcher: &mut RecommendedWatcher, directory: &Path) {
-    if let Err(error) = watcher.watch(directory, RecursiveMode::NonRecursive)
-        && directory.exists()
-    {
-        let directory = directory.display();
-        warn!(%directory, %error, "cannot watch a VM's directory: changes in it will not be \
-            seen");
+/// The directories that are watched.
+struct Watching {
+    watcher: RecommendedWatcher,
+    /// Those that could not be.
+    unwatched: BTreeSet<PathBuf>,
+}
+
+impl Watching {
+    /// A directory is watched before it is read, so that no change is missed. Watching it again is harmless,
+    /// and needed where one of the same name took its place.
+    fn watch(&mut self, directory: &Path) {
+        match self.watcher.watch(directory, RecursiveMode::NonRecursive) {
+            Err(error) if !matches!(directory.try_exists(), Ok(false)) => {
+                if self.unwatched.insert(directory.to_owned()) {
+                    let directory = directory.display();
+                    warn!(%directory, %error, "cannot watch a VM's directory: it is looked at every {LOOK_AGAIN:?}");
+                }
+            }
+            _ => {
+                self.unwatched.remove(directory);
+            }
+        }
     }
+
+    /// Whether something may change without an event.
+    fn must_look_again(&self, found: &[VmEntry]) -> bool {
+        let unread = |entry: &VmEntry| matches!(entry.vm, Err(UnusableVm::Read { .. }));
+        !self.unwatched.is_empty() || found.iter().any(unread)
+    }
+}
+
+/// Keeps what was known before and was not found by a listing that broke off: the VM may be there.
+fn keep_unlisted(found: &mut Vec<VmEntry>, before: &[VmEntry], reason: &str) {
+    for entry in before {
+        if !found.iter().any(|other| other.directory == entry.directory) {
+            let vm = Err(UnusableVm::Unlisted { reason: reason.to_owned() });
+            found.push(VmEntry { directory: entry.directory.clone(), vm });
+        }
+    }
+    found.sort_by(|a, b| a.directory.cmp(&b.directory));
 }
 
 fn log_changes(before: &[VmEntry], after: &[VmEntry]) {
@@ -244,32 +317,47 @@ fn log_changes(before: &[VmEntry], after: &[VmEntry]) {
     }
 }
 
+/// What a look at the directory of the VMs has found.
+#[derive(Debug, Default)]
+struct Listing {
+    /// Sorted by directory.
+    vms: Vec<VmEntry>,
+    /// Why these may not be all.
+    error: Option<io::Error>,
+}
+
 /// All directories in `vms` with a `vm.json`. `watch` is called for each directory before it is read.
-fn list(vms: &Path, mut watch: impl FnMut(&Path)) -> Vec<VmEntry> {
-    let mut found = Vec::new();
+fn list(vms: &Path, mut watch: impl FnMut(&Path)) -> Listing {
+    let mut listing = Listing::default();
     let directories = match fs::read_dir(vms) {
         Ok(directories) => directories,
-        Err(error) => {
-            warn!(directory = %vms.display(), %error, "cannot list the VMs");
-            return found;
-        }
+        Err(error) => return Listing { error: Some(error), ..listing },
     };
-    for entry in directories.flatten() {
-        // Links are not followed: the name of the directory is the name of the VM.
-        if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            continue;
-        }
-        let directory = entry.path();
-        watch(&directory);
-        let vm = match read(&directory) {
-            Ok(Some(known)) => Ok(known),
-            Ok(None) => continue,
-            Err(error) => Err(error),
+    for entry in directories {
+        let entry = match entry {
+            Ok(entry) => entry,
+            Err(error) => {
+                listing.error = Some(error);
+                continue;
+            }
         };
-        found.push(VmEntry { directory, vm });
+        let directory = entry.path();
+        let vm = match entry.file_type() {
+            // Links are not followed: the name of the directory is the name of the VM.
+            Ok(kind) if !kind.is_dir() => continue,
+            Ok(_) => {
+                watch(&directory);
+                read(&directory)
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => Err(UnusableVm::Read { reason: error.to_string() }),
+        };
+        if let Some(vm) = vm.transpose() {
+            listing.vms.push(VmEntry { directory, vm });
+        }
     }
-    found.sort_by(|a, b| a.directory.cmp(&b.directory));
-    found
+    listing.vms.sort_by(|a, b| a.directory.cmp(&b.directory));
+    listing
 }
 
 /// A VM's own directory, which its VMM may write to. None if there is no `vm.json`.
@@ -298,8 +386,6 @@ fn parse(folder: &Folder, directory: &Path, text: String) -> Result<KnownVm, Unu
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use notify::EventKind;
     use notify::event::{AccessKind, AccessMode};
 
@@ -411,6 +497,46 @@ mod tests {
         }
         becomes(&mut list, &["demo.a", "demo.b", "demo.c", "demo.d", "demo.e"]).await;
         assert_eq!(fs::read_to_string(vms.join("notes.txt")).unwrap(), "no directory");
+    }
+
+    #[tokio::test]
+    async fn a_vm_stays_in_the_list_while_the_directory_cannot_be_listed_and_is_known_again_after_that() {
+        let run = tempfile::tempdir().unwrap();
+        let vms = run.path().join("vms");
+        for name in ["a", "b"] {
+            fs::create_dir_all(vms.join(format!("demo.{name}"))).unwrap();
+            publish(&vms.join(format!("demo.{name}")), &vm_json(name)).unwrap();
+        }
+        let watch = VmWatch::start(run.path()).unwrap();
+        let mut list = watch.list();
+        for in_its_place in ["nothing", "a file"] {
+            becomes(&mut list, &["demo.a", "demo.b"]).await;
+            fs::rename(&vms, run.path().join("away")).unwrap();
+            if in_its_place == "a file" {
+                fs::write(&vms, "").unwrap();
+            }
+            // Something that wakes the watch.
+            fs::create_dir(run.path().join("away/demo.c")).unwrap();
+            let unlisted = list.wait_for(|list| {
+                list.len() == 2
+                    && list.iter().all(|entry| matches!(entry.vm, Err(UnusableVm::Unlisted { .. })))
+            });
+            let in_time = tokio::time::timeout(Duration::from_secs(10), unlisted).await.is_ok();
+            assert!(in_time, "{in_its_place}: {:?}", lines(&list.borrow()));
+            fs::remove_dir(run.path().join("away/demo.c")).unwrap();
+            let _ = fs::remove_file(&vms);
+            fs::rename(run.path().join("away"), &vms).unwrap();
+        }
+        becomes(&mut list, &["demo.a", "demo.b"]).await;
+        fs::remove_file(vms.join("demo.a/vm.json")).unwrap();
+        becomes(&mut list, &["demo.b"]).await;
+    }
+
+    #[test]
+    fn an_agent_that_cannot_list_the_vms_does_not_start_with_none() {
+        let run = tempfile::tempdir().unwrap();
+        let listing = list(&run.path().join("vms"), |_| {});
+        assert!(listing.error.is_some() && listing.vms.is_empty(), "{listing:?}");
     }
 
     #[tokio::test]

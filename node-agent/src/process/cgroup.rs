@@ -157,11 +157,16 @@ impl Cgroup {
     /// The processes in it, by their numbers in the agent's PID namespace.
     ///
     /// # Errors
-    /// If cgroup.procs cannot be read.
+    /// If cgroup.procs cannot be read, or has a line that is no number.
     pub fn processes(&self) -> Result<Vec<u32>, CgroupError> {
         let path = self.path.join("cgroup.procs");
-        let text = fs::read_to_string(&path).map_err(|source| CgroupError::File { path, source })?;
-        Ok(text.lines().filter_map(|line| line.parse().ok()).collect())
+        let read = fs::read_to_string(&path).and_then(|text| {
+            let number = |line: &str| {
+                line.parse().map_err(|_| io::Error::other(format!("`{line}` is not the number of a process")))
+            };
+            text.lines().map(number).collect()
+        });
+        read.map_err(|source| CgroupError::File { path, source })
     }
 
     /// Kills all its processes, waits until it is empty, and removes it. It is not an error if the group does
@@ -175,7 +180,7 @@ impl Cgroup {
         // Watched before the kill: the last process may end before the first look.
         let changes = match FileEvents::watch(&events) {
             Ok(changes) => changes,
-            Err(_) if !self.path.exists() => return Ok(()),
+            Err(_) if matches!(self.path.try_exists(), Ok(false)) => return Ok(()),
             Err(source) => return Err(CgroupError::Watch { path: events, source }),
         };
         let kill = self.path.join("cgroup.kill");
@@ -193,11 +198,19 @@ impl Cgroup {
     }
 }
 
-/// Whether cgroup.events says that there are processes in the group or below it.
+/// Whether cgroup.events says that there are processes in the group or below it. It must say so: without a
+/// word, the group is not empty.
 fn populated(events: &Path) -> Result<bool, CgroupError> {
-    let text =
-        fs::read_to_string(events).map_err(|source| CgroupError::File { path: events.to_owned(), source })?;
-    Ok(text.lines().any(|line| line == "populated 1"))
+    let read = fs::read_to_string(events).and_then(|text| {
+        text.lines()
+            .find_map(|line| match line {
+                "populated 0" => Some(false),
+                "populated 1" => Some(true),
+                _ => None,
+            })
+            .ok_or_else(|| io::Error::other("it does not say whether the group is populated"))
+    });
+    read.map_err(|source| CgroupError::File { path: events.to_owned(), source })
 }
 
 /// The name of a twin's group in `/proc/<pid>/cgroup`, where `0::` begins the line of version 2.
@@ -224,6 +237,28 @@ mod tests {
             )
         );
         assert_eq!(message(Path::new("/nowhere")), "cannot use the cgroups at /nowhere");
+    }
+
+    #[test]
+    fn a_group_is_empty_only_if_the_kernel_says_so() {
+        let root = tempfile::tempdir().unwrap();
+        let group = Cgroup::with_name(root.path(), "demo.counter-1").unwrap();
+        assert!(group.processes().is_err(), "there is no such file");
+        fs::create_dir_all(group.path()).unwrap();
+        let events = group.path().join("cgroup.events");
+        for (text, expected) in [
+            ("populated 1\nfrozen 0\n", Some(true)),
+            ("frozen 0\npopulated 0\n", Some(false)),
+            ("", None),
+            ("frozen 0\npopu", None),
+        ] {
+            fs::write(&events, text).unwrap();
+            assert_eq!(populated(&events).ok(), expected, "{text:?}");
+        }
+        for (text, expected) in [("", Some(vec![])), ("7\n9\n", Some(vec![7, 9])), ("7\n-\n", None)] {
+            fs::write(group.path().join("cgroup.procs"), text).unwrap();
+            assert_eq!(group.processes().ok(), expected, "{text:?}");
+        }
     }
 
     #[test]

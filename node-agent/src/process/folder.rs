@@ -125,8 +125,17 @@ impl Folder {
 
     /// As [`Folder::read`], but open.
     pub(crate) fn open_own(&self, name: &str) -> io::Result<Option<File>> {
+        self.open_own_for(name, OFlags::RDONLY)
+    }
+
+    /// As [`Folder::open_own`], for reading and appending.
+    pub(crate) fn append_own(&self, name: &str) -> io::Result<Option<File>> {
+        self.open_own_for(name, OFlags::RDWR | OFlags::APPEND)
+    }
+
+    fn open_own_for(&self, name: &str, access: OFlags) -> io::Result<Option<File>> {
         // To open a pipe would wait for its other end.
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+        let flags = access | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
         let file = match openat(&self.directory, name, flags, Mode::empty()) {
             Ok(file) => File::from(file),
             Err(Errno::NOENT) => return Ok(None),

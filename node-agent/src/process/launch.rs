@@ -92,5 +92,36 @@ pub(crate) fn end_of(folder: &Path, log: &str) -> String {
     let end = String::from_utf8_lossy(&end);
     let lines: Vec<&str> = end.lines().collect();
     let skipped = lines.len().saturating_sub(QUOTED_LOG_LINES);
-    lines.get(skipped..).unwrap_or_default().join("\n")
+    printable(&lines.get(skipped..).unwrap_or_default().join("\n"))
+}
+
+/// A program's words, for statuses and terminals: what would steer a terminal, or turn the direction of a
+/// text, is replaced.
+fn printable(text: &str) -> String {
+    let steers = |c: char| {
+        (c.is_control() && c != '\n' && c != '\t')
+            || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
+    };
+    text.replace(steers, "\u{fffd}")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn the_end_of_a_log_is_quoted_without_what_steers_a_terminal_and_from_a_hole_too() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().canonicalize().unwrap();
+        let mut log = Folder::open(&path).unwrap().unwrap().create_own("twin.log").unwrap();
+        log.set_len(1 << 40).unwrap();
+        log.write_all("\nfine\tü\n\u{1b}]0;owned\u{7}\r\u{202e}txt\n".as_bytes()).unwrap();
+        let quoted = end_of(&path, "twin.log");
+        assert!(quoted.len() <= 3 * 2048, "{}", quoted.len());
+        let words = "\nfine\tü\n\u{fffd}]0;owned\u{fffd}\u{fffd}\u{fffd}txt";
+        assert!(quoted.ends_with(words), "{quoted}");
+        assert!(!quoted.contains('\0'));
+    }
 }

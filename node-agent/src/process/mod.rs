@@ -4,6 +4,7 @@
 //! | module | what it knows |
 //! |---|---|
 //! | [`launch`] | how to start a VMM's program, and what to quote of its log |
+//! | [`log_limit`] | how to keep that log short |
 //! | [`exec`] | the step between the agent and the program: session, cgroup, umask, open descriptors |
 //! | [`sandbox`] | what the kernel lets the program reach |
 //! | [`cgroup`] | a control group for each twin |
@@ -17,4 +18,5 @@ pub mod exec;
 pub(crate) mod file_events;
 pub(crate) mod folder;
 pub(crate) mod launch;
+pub(crate) mod log_limit;
 pub mod sandbox;

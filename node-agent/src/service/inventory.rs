@@ -7,10 +7,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use futures::future::join_all;
+use futures::future::{OptionFuture, join_all};
 use parking_lot::Mutex;
 use slackwater_handover::state::Features;
-use slackwater_proto::node::{DeviceDescription, NodeDescription, VmDescription, VmRef, VmState};
+use slackwater_proto::node::{
+    CertificateDescription, DeviceDescription, NodeDescription, VmDescription, VmRef, VmState,
+};
+use slackwater_proto::reload::CertificateStatus;
 use tokio::sync::watch;
 use tracing::warn;
 
@@ -49,6 +52,7 @@ pub struct Inventory {
     registry: Arc<Registry>,
     vms: VmWatch,
     vmms: Arc<Vmms>,
+    certificate: Option<watch::Receiver<CertificateStatus>>,
     features: Arc<Mutex<HashMap<FeatureKey, Features>>>,
     /// What devices advertise. A reservation waits for the answer, so the twin then finds the device closed.
     asking: Asking<Result<Features, Arc<FeaturesError>>>,
@@ -94,6 +98,14 @@ pub(super) enum NotFreeError {
         /// The names of those that there are.
         existing: Vec<String>,
     },
+    /// It may have a user.
+    #[error("whether device {device} is free is not known: {why}")]
+    NotKnown {
+        /// Its name.
+        device: String,
+        /// What could not be read.
+        why: String,
+    },
     /// It has a user.
     #[error("device {device} is in use by {holder}")]
     InUse {
@@ -133,6 +145,7 @@ impl Inventory {
             registry,
             vms,
             vmms,
+            certificate: None,
             features: Arc::default(),
             asking: Asking::new(),
             probe: Arc::new(probe),
@@ -143,12 +156,23 @@ impl Inventory {
         }
     }
 
+    /// Describes the agent's certificate, too.
+    pub fn showing(self, certificate: watch::Receiver<CertificateStatus>) -> Self {
+        Self { certificate: Some(certificate), ..self }
+    }
+
     /// Returns when something may have changed since the last look; the first time at once.
     pub fn changes(&self) -> Changes {
         let mut vms = self.vms.list();
         vms.mark_changed();
         let late = self.asking.late_answers();
-        Changes { vms, registry: self.registry.changes(), vmms: self.vmms.changes(), late }
+        Changes {
+            vms,
+            registry: self.registry.changes(),
+            vmms: self.vmms.changes(),
+            late,
+            certificate: self.certificate.clone(),
+        }
     }
 
     /// The devices that are borrowed from VMMs now.
@@ -189,7 +213,9 @@ impl Inventory {
                 (Some(migration), None, _) => format!("reserved by migration {migration}"),
                 (_, Some(vm), _) => vm.clone(),
                 (None, None, Some(process)) => process.to_string(),
-                (None, None, None) => String::new(),
+                (None, None, None) => {
+                    holders.not_known().map(|why| format!("not known: {why}")).unwrap_or_default()
+                }
             };
             self.describe_device(device, holder)
         }))
@@ -201,6 +227,7 @@ impl Inventory {
             boot_id: kernel.boot_id,
             vms,
             devices: described,
+            certificate: self.certificate.as_ref().map(|status| certificate(&status.borrow())),
             known_epoch: self.registry.highest_epoch(),
             twin_start_limit_ms: u64::try_from(self.config.twin_start_limit.as_millis()).unwrap_or(u64::MAX),
         })
@@ -216,7 +243,8 @@ impl Inventory {
             }
             let proc = Path::new("/proc");
             let kernel = kernel(proc).map_err(|error| LookError(Arc::new(error)))?;
-            Ok(Look { devices: inventory.devices, holders: Holders::look(proc), kernel })
+            let holders = Holders::look(proc).map_err(|error| LookError(Arc::new(error)))?;
+            Ok(Look { devices: inventory.devices, holders, kernel })
         });
         looked.await.map_err(|error| LookError(Arc::new(error)))?
     }
@@ -236,7 +264,10 @@ impl Inventory {
         }
         match holders.of(device).first() {
             Some(holder) => Err(NotFreeError::InUse { device: name.to_owned(), holder: holder.to_string() }),
-            None => Ok(device.clone()),
+            None => match holders.not_known() {
+                Some(why) => Err(NotFreeError::NotKnown { device: name.to_owned(), why }),
+                None => Ok(device.clone()),
+            },
         }
     }
 
@@ -446,12 +477,22 @@ fn vm_of_directory(directory: &Path) -> Option<VmRef> {
     Some(VmRef { namespace: namespace.to_owned(), name: name.to_owned() })
 }
 
+fn certificate(status: &CertificateStatus) -> CertificateDescription {
+    CertificateDescription {
+        not_before_unix_s: status.validity.not_before,
+        not_after_unix_s: status.validity.not_after,
+        ends_soon: status.ends_soon,
+        refused: status.refused.clone().unwrap_or_default(),
+    }
+}
+
 /// What may have changed.
 #[derive(Debug)]
 pub struct Changes {
     vms: watch::Receiver<Vec<VmEntry>>,
     registry: watch::Receiver<u64>,
     vmms: watch::Receiver<u64>,
+    certificate: Option<watch::Receiver<CertificateStatus>>,
     late: watch::Receiver<u64>,
 }
 
@@ -462,6 +503,7 @@ impl Changes {
             changed = self.vms.changed() => changed.is_ok(),
             changed = self.registry.changed() => changed.is_ok(),
             changed = self.vmms.changed() => changed.is_ok(),
+            Some(Ok(())) = OptionFuture::from(self.certificate.as_mut().map(watch::Receiver::changed)) => true,
             changed = self.late.changed() => changed.is_ok(),
         }
     }

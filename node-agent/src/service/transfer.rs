@@ -3,10 +3,12 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::Stream;
 use slackwater_handover::{Blob, Word};
 use slackwater_proto::identity;
+use slackwater_proto::limits::FIRST_MESSAGE_TIMEOUT;
 use slackwater_proto::node::JournalState;
 use slackwater_proto::refusal::Refusal;
 use slackwater_proto::tonic::{Code, Request, Response, Status, Streaming, async_trait};
@@ -55,6 +57,14 @@ fn invalid(message: &str) -> Status {
     Refusal::invalid_argument(ServiceReason::InvalidRequest, message).into()
 }
 
+/// The first message of a stream, which says what it is for: until then the stream is nobody's.
+async fn first<T>(limit: Duration, message: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
+    tokio::time::timeout(limit, message).await.unwrap_or_else(|_| {
+        let message = format!("the first message has not come within {limit:?}");
+        Err(Refusal::new(Code::DeadlineExceeded, ServiceReason::InvalidRequest, message).into())
+    })
+}
+
 #[async_trait]
 impl Transfer for TransferService {
     type HandoverStream = Pin<Box<dyn Stream<Item = Result<HandoverResponse, Status>> + Send>>;
@@ -65,10 +75,12 @@ impl Transfer for TransferService {
     ) -> Result<Response<Self::HandoverStream>, Status> {
         let caller = identity::require_agent(&request)?;
         let mut requests = request.into_inner();
-        let hello = match requests.message().await?.and_then(|request| request.message) {
-            Some(handover_request::Message::Hello(hello)) => hello,
-            _ => return Err(invalid("the first message of a hand-over is Hello")),
-        };
+        let hello =
+            match first(FIRST_MESSAGE_TIMEOUT, requests.message()).await?.and_then(|request| request.message)
+            {
+                Some(handover_request::Message::Hello(hello)) => hello,
+                _ => return Err(invalid("the first message of a hand-over is Hello")),
+            };
         let run = self.reservation(&caller, hello.attempt)?;
         Ok(Response::new(Box::pin(run.handover(requests))))
     }
@@ -79,10 +91,11 @@ impl Transfer for TransferService {
     ) -> Result<Response<SendBlobResponse>, Status> {
         let caller = identity::require_agent(&request)?;
         let mut stream = request.into_inner();
-        let header = match stream.message().await?.and_then(|request| request.message) {
-            Some(send_blob_request::Message::Header(header)) => header,
-            _ => return Err(invalid("the first message of a blob is its header")),
-        };
+        let header =
+            match first(FIRST_MESSAGE_TIMEOUT, stream.message()).await?.and_then(|request| request.message) {
+                Some(send_blob_request::Message::Header(header)) => header,
+                _ => return Err(invalid("the first message of a blob is its header")),
+            };
         let (blob, channel) = match header.blob {
             Some(blob_header::Blob::Device(index)) => {
                 (Blob::Device(usize::try_from(index).unwrap_or(usize::MAX)), Channel::default())
@@ -111,5 +124,18 @@ impl Transfer for TransferService {
             Err(status) => return Err(status),
         };
         Ok(Response::new(SettleResponse { destination: Some(destination) }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_stream_that_does_not_say_what_it_is_for_is_ended() {
+        let status =
+            first(Duration::from_millis(5), std::future::pending::<Result<(), Status>>()).await.unwrap_err();
+        assert_eq!(status.code(), Code::DeadlineExceeded);
+        assert_eq!(first(Duration::from_secs(60), std::future::ready(Ok(7))).await.unwrap(), 7);
     }
 }

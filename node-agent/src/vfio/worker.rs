@@ -117,10 +117,14 @@ impl CallWatch {
         (for_how_long >= self.hangs_after).then(hang)
     }
 
-    /// The call that hangs now.
+    /// The call that hangs now; none to a device that has been closed.
     #[must_use]
     pub fn hangs_now(&self) -> Option<Hang> {
         let in_flight = *self.in_flight.borrow();
+        // The last call to a device is to close it, and it has returned when nothing sends any more.
+        if self.is_closed() {
+            return None;
+        }
         in_flight.and_then(|call| self.hang(call))
     }
 

@@ -185,3 +185,19 @@ async fn a_whole_move_from_device_to_device_copies_no_buffer_on_the_way() {
     assert_eq!(watch.loaded().unwrap(), blob);
     assert_eq!(source.estimate_bytes().await, Ok(21));
 }
+
+#[tokio::test]
+async fn a_device_that_has_been_closed_does_not_hang_in_being_closed() {
+    for is_released in [true, false] {
+        let vf0 = DeviceHandle::serve_impatiently(Box::new(FakeDevice::new("vf0")), Duration::ZERO).unwrap();
+        let mut watch = vf0.watch();
+        if is_released {
+            vf0.release().await;
+        } else {
+            drop(vf0);
+        }
+        while watch.in_flight.changed().await.is_ok() {}
+        assert!(watch.in_flight.borrow().is_some(), "its last call was to close it");
+        assert!(watch.hangs_now().is_none());
+    }
+}

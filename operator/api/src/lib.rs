@@ -62,6 +62,8 @@ pub mod condition {
     /// AssignedVM: exactly one reachable agent reports it, and its VMM answers. MigrationNode: the agent
     /// answers.
     pub const READY: &str = "Ready";
+    /// MigrationNode: the agent's certificate is valid; the message says until when.
+    pub const CERTIFICATE_VALID: &str = "CertificateValid";
     /// AssignedVM: nothing that is known prevents a migration.
     pub const MIGRATABLE: &str = "Migratable";
     /// AssignedVM: another node reports a VM of this name, and that report is set aside.

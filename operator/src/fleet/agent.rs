@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use slackwater_proto::channel::{self, ConnectError, words};
+use slackwater_proto::limits::node_client;
 use slackwater_proto::node::WatchRequest;
-use slackwater_proto::node::node_agent_client::NodeAgentClient;
 use slackwater_proto::tonic::Status;
 use slackwater_proto::tonic::transport::Channel;
 use tokio::time::{sleep, timeout};
@@ -90,7 +90,7 @@ async fn watch(
     answered: &mut bool,
 ) -> Result<Infallible, WatchError> {
     let limit = fleet.limits.first_report;
-    let mut client = NodeAgentClient::new(channel.clone());
+    let mut client = node_client(channel.clone());
     let first = async {
         let mut stream = client.watch(WatchRequest {}).await?.into_inner();
         Ok::<_, WatchError>((stream.message().await?.ok_or(WatchError::Closed)?, stream))

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use futures::{Stream, StreamExt};
 use slackwater_handover::Reason;
-use slackwater_proto::node::node_agent_client::NodeAgentClient;
+use slackwater_proto::limits::node_client;
 use slackwater_proto::node::{
     AbortRequest, AcknowledgeEndRequest, JournalState, MigrateRequest, MigrationEvent, MigrationRef,
     ReleaseRequest, ReserveRequest, ResolveRequest,
@@ -154,7 +154,7 @@ impl Fleet {
     /// # Errors
     /// [`CallError`]
     pub async fn reserve(&self, node: &str, request: ReserveRequest) -> Result<(), CallError> {
-        let client = NodeAgentClient::new(self.index.channel(node)?);
+        let client = node_client(self.index.channel(node)?);
         let report = self.index.known(node)?.report;
         let limit = self.limits.reserve(report.and_then(|report| report.twin_start_limit));
         let call = |request| {
@@ -169,7 +169,7 @@ impl Fleet {
     /// # Errors
     /// [`CallError`]
     pub async fn migrate(&self, node: &str, request: MigrateRequest) -> Result<Events, CallError> {
-        let client = NodeAgentClient::new(self.index.connected(node)?);
+        let client = node_client(self.index.connected(node)?);
         let limit = self.limits.migrate;
         let call = |request| {
             let mut client = client.clone();
@@ -188,7 +188,7 @@ impl Fleet {
     /// # Errors
     /// [`CallError`]; a precondition can mean that the point of no return has passed.
     pub async fn abort(&self, node: &str, request: AbortRequest) -> Result<(), CallError> {
-        let client = NodeAgentClient::new(self.index.connected(node)?);
+        let client = node_client(self.index.connected(node)?);
         let limit = self.limits.abort;
         let call = |request| {
             let mut client = client.clone();
@@ -202,7 +202,7 @@ impl Fleet {
     /// # Errors
     /// [`CallError`]; a precondition means that the VM may have run there.
     pub async fn release(&self, node: &str, request: ReleaseRequest) -> Result<(), CallError> {
-        let client = NodeAgentClient::new(self.index.connected(node)?);
+        let client = node_client(self.index.connected(node)?);
         let limit = self.limits.release;
         let call = |request| {
             let mut client = client.clone();
@@ -216,7 +216,7 @@ impl Fleet {
     /// # Errors
     /// [`CallError`]
     pub async fn resolve(&self, node: &str, request: ResolveRequest) -> Result<JournalState, CallError> {
-        let client = NodeAgentClient::new(self.index.connected(node)?);
+        let client = node_client(self.index.connected(node)?);
         let limit = self.limits.resolve;
         let call = |request| {
             let mut client = client.clone();
@@ -232,7 +232,7 @@ impl Fleet {
     /// # Errors
     /// [`CallError`]
     pub async fn acknowledge_end(&self, node: &str, request: AcknowledgeEndRequest) -> Result<(), CallError> {
-        let client = NodeAgentClient::new(self.index.connected(node)?);
+        let client = node_client(self.index.connected(node)?);
         let limit = self.limits.resolve;
         let call = |request| {
             let mut client = client.clone();

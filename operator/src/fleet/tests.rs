@@ -152,7 +152,7 @@ async fn follow(fake: Fake, epoch: Epoch) -> Arc<Fleet> {
     let own = listener.local_addr().unwrap().to_string();
     tokio::spawn(async move {
         let routes = Routes::new(NodeAgentServer::new(fake));
-        serve(listener, &agent, routes, pending(), Duration::ZERO).await.unwrap();
+        serve(listener, &agent, routes, pending(), Duration::ZERO).await;
     });
     let fleet = Fleet::with_limits(operator, epoch, TaskTracker::new(), short());
     fleet.follow(&BTreeMap::from([(

@@ -10,7 +10,7 @@ use std::time::Duration;
 use slackwater_api::MigrationFeature;
 use slackwater_proto::node as proto;
 
-use super::{Blocker, Device, DeviceFeatures, NodeReport, Vm, VmKey, VmState};
+use super::{Blocker, Certificate, Device, DeviceFeatures, NodeReport, Vm, VmKey, VmState};
 use crate::conditions::{cut, is_hidden};
 use crate::reason::camel_case_or;
 
@@ -76,9 +76,18 @@ impl NodeReport {
             twin_start_limit: (description.twin_start_limit_ms > 0)
                 .then(|| Duration::from_millis(description.twin_start_limit_ms)),
             vms,
+            certificate: description.certificate.map(read_certificate),
             devices,
             ignored: ignored.finish(),
         })
+    }
+}
+
+fn read_certificate(certificate: proto::CertificateDescription) -> Certificate {
+    Certificate {
+        not_after_unix_s: certificate.not_after_unix_s,
+        ends_soon: certificate.ends_soon,
+        refused: text(&certificate.refused, MESSAGE_BYTES),
     }
 }
 

@@ -81,8 +81,21 @@ pub struct NodeReport {
     pub vms: BTreeMap<VmKey, Vm>,
     /// The VFIO devices, by name.
     pub devices: BTreeMap<String, Device>,
+    /// The agent's certificate, if it has described it.
+    pub certificate: Option<Certificate>,
     /// What the agent reported and cannot be used, for a person.
     pub ignored: Vec<String>,
+}
+
+/// The certificate that an agent shows.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Certificate {
+    /// Its last second, since 1970, UTC.
+    pub not_after_unix_s: i64,
+    /// It should have been renewed by now.
+    pub ends_soon: bool,
+    /// Why the agent does not use the files that it should read now; empty if it does.
+    pub refused: String,
 }
 
 /// What a VM does.

@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 
+use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
-use slackwater_api::condition::{READY, REPORT_ACCEPTED};
+use slackwater_api::condition::{CERTIFICATE_VALID, READY, REPORT_ACCEPTED};
 use slackwater_api::{MigrationNodeStatus, NodeDevice};
 
 use super::count;
 use crate::conditions::{self, Finding, Stamp, Status};
-use crate::inventory::{Device, DeviceFeatures, Link, Node, VmKey};
+use crate::inventory::{Certificate, Device, DeviceFeatures, Link, Node, VmKey};
 use crate::reason::{EPOCH_TOO_HIGH, REPORT_CUT, VM_NAME_TAKEN};
 
 /// How many names a message lists before it only counts them.
@@ -40,6 +41,10 @@ pub(super) fn node_status(
     if let Some(report) = &node.report {
         let accepted = report_accepted(&report.ignored, set_aside);
         conditions::set(&mut status.conditions, REPORT_ACCEPTED, &accepted, stamp);
+        if let Some(certificate) = &report.certificate {
+            let finding = certificate_valid(certificate, stamp.now);
+            conditions::set(&mut status.conditions, CERTIFICATE_VALID, &finding, stamp);
+        }
     }
     status
 }
@@ -99,6 +104,30 @@ fn ready(node: &Node) -> Finding {
     }
 }
 
+/// What the agent has said of its certificate last. The agent tells when it ends soon; that it has ended
+/// shows when its connection ends.
+fn certificate_valid(certificate: &Certificate, now: Timestamp) -> Finding {
+    let Ok(not_after) = Timestamp::from_second(certificate.not_after_unix_s) else {
+        let message = format!("The agent says that it ends at {} s.", certificate.not_after_unix_s);
+        return Finding::new(Status::Unknown, "Unreadable", message);
+    };
+    let refused = match certificate.refused.trim_end_matches('.') {
+        "" => String::new(),
+        why => format!(" The files that the agent should use now are not usable: {why}."),
+    };
+    let until = format!("The agent's certificate is valid until {not_after}.");
+    if now > not_after {
+        let message = format!("The agent's certificate has ended at {not_after}.{refused}");
+        Finding::new(Status::False, "Expired", message)
+    } else if !refused.is_empty() {
+        Finding::new(Status::True, "RenewalRefused", format!("{until}{refused}"))
+    } else if certificate.ends_soon {
+        Finding::new(Status::True, "EndsSoon", format!("{until} It should have been renewed by now."))
+    } else {
+        Finding::new(Status::True, "Valid", until)
+    }
+}
+
 fn unless_empty(text: &str) -> Option<String> {
     (!text.is_empty()).then(|| text.to_owned())
 }
@@ -120,7 +149,6 @@ fn node_device(name: &str, device: &Device) -> NodeDevice {
 
 #[cfg(test)]
 mod tests {
-    use jiff::Timestamp;
 
     use super::*;
     use crate::epoch::EpochClaim;
@@ -148,6 +176,33 @@ mod tests {
         assert_eq!(status.agent_version.as_deref(), Some("0.1.0"));
         assert!(conditions::is(&status.conditions, READY, Status::True));
         assert_eq!(status.kernel_release, None);
+    }
+
+    #[test]
+    fn the_end_of_the_agents_certificate_is_said_before_and_after_it() {
+        let judge = |second: i64, ends_soon, refused: &str| {
+            let mut node = node(Link::Ready);
+            let certificate = Certificate { not_after_unix_s: 1000, ends_soon, refused: refused.to_owned() };
+            node.report.as_mut().unwrap().certificate = Some(certificate);
+            let stamp = Stamp { generation: None, now: Timestamp::from_second(second).unwrap() };
+            let status = node_status(&node, None, &[], stamp);
+            let found = conditions::find(&status.conditions, CERTIFICATE_VALID).unwrap().clone();
+            (found.status, found.reason, found.message)
+        };
+        let until = "The agent's certificate is valid until 1970-01-01T00:16:40Z.";
+        assert_eq!(judge(1, false, ""), ("True".into(), "Valid".into(), until.into()));
+        let (status, reason, message) = judge(1, true, "");
+        assert_eq!((status.as_str(), reason.as_str()), ("True", "EndsSoon"));
+        assert_eq!(message, format!("{until} It should have been renewed by now."));
+        let (status, reason, message) = judge(1, true, "the key does not fit.");
+        assert_eq!((status.as_str(), reason.as_str()), ("True", "RenewalRefused"));
+        let why = "The files that the agent should use now are not usable: the key does not fit.";
+        assert_eq!(message, format!("{until} {why}"));
+        let (status, reason, message) = judge(1001, true, "");
+        assert_eq!((status.as_str(), reason.as_str()), ("False", "Expired"));
+        assert_eq!(message, "The agent's certificate has ended at 1970-01-01T00:16:40Z.");
+        let older = node_status(&node(Link::Ready), None, &[], STAMP);
+        assert_eq!(conditions::find(&older.conditions, CERTIFICATE_VALID), None, "an older agent");
     }
 
     #[test]

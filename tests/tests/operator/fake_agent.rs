@@ -10,8 +10,9 @@ use std::time::Duration;
 use futures::stream::{self, BoxStream};
 use futures::{Stream, StreamExt};
 use slackwater_lab::Pki;
+use slackwater_proto::limits::node_server;
 use slackwater_proto::node::migration_event::What;
-use slackwater_proto::node::node_agent_server::{NodeAgent, NodeAgentServer};
+use slackwater_proto::node::node_agent_server::NodeAgent;
 use slackwater_proto::node::{
     AbortRequest, AbortResponse, AcknowledgeEndRequest, AcknowledgeEndResponse, DescribeRequest,
     DescribeResponse, DeviceDescription, DeviceStateChange, Doubt, Estimate, Finished, JournalRecord,
@@ -146,11 +147,11 @@ impl FakeAgent {
     fn serve(&mut self, listener: TcpListener) {
         let process = Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         listener.set_nonblocking(true).unwrap();
-        let routes = Routes::new(NodeAgentServer::new(Service(Arc::clone(&self.state))));
+        let routes = Routes::new(node_server(Service(Arc::clone(&self.state))));
         let credentials = Arc::clone(&self.credentials);
         process.spawn(async move {
             let listener = tokio::net::TcpListener::from_std(listener).unwrap();
-            serve(listener, &credentials, routes, pending(), Duration::ZERO).await.unwrap();
+            serve(listener, &credentials, routes, pending(), Duration::ZERO).await;
         });
         self.process = Some(process);
     }
@@ -290,6 +291,7 @@ impl FakeAgent {
                 }),
                 device_bytes: vec![60, 61],
                 vmm_bytes: 64 << 20,
+                dropped_events: 0,
             }),
         );
     }

@@ -69,7 +69,7 @@ impl World {
 
     /// Takes up an earlier migration's journal besides the current one, and brings it to its end.
     fn act_on_forgotten(&mut self, config: &Config, forgotten: Line) {
-        let current = std::mem::replace(&mut self.source.journal, Some(forgotten));
+        let current = self.source.journal.replace(forgotten);
         let vmm_gone = self.source.vmm != Process::Alive;
         let devices = if vmm_gone { Vec::new() } else { found(&self.source.devices) };
         let restarted = failure(Reason::AgentRestarted);

@@ -54,8 +54,10 @@ pub(crate) const COPY_IS_USED: &str =
 pub(crate) const NO_ALARM: &str = "without a decision the operator sees no fork";
 pub(crate) const DECISION_HELPS: &str =
     "where an administrator has decided, the VM runs, though the other node stays off";
-pub(crate) const HOLDS_UP_NOTHING: &str = "a device that hangs before the commit, and for good, holds up only its own VM: D gives everything back, and S \
-     has recorded ABORTED, keeps the vCPUs paused and has the other devices in RUNNING_P2P";
+/// D gives everything back, and S has recorded ABORTED, keeps the vCPUs paused and has the other devices in
+/// RUNNING_P2P, but for one that has failed, too.
+pub(crate) const HOLDS_UP_NOTHING: &str =
+    "a device that hangs before the commit, and for good, holds up only its own VM";
 pub(crate) const NOTHING_HELD: &str =
     "in the end both ends have ended, and D holds nothing unless it runs the VM";
 
@@ -220,10 +222,12 @@ fn holds_up_nothing(model: &Handover, world: &World) -> bool {
         let runs = [MigrationState::Running, MigrationState::RunningP2p, MigrationState::PreCopy];
         device.hangs.is_some() || device.refused || !features.p2p || runs.contains(&device.at)
     };
+    // One that has failed waits for its reset, where it is.
+    let failed = usize::from(world.device_fault == Some(Side::Source));
     line.record == Record::Aborted
         && model.0.driver == Driver::Agent
         && !world.source.runs
-        && others.into_iter().all(wait)
+        && others.into_iter().filter(|other| !wait(*other)).count() <= failed
         && world.destination.journal.is_none_or(|line| line.ended.is_some())
 }
 

@@ -289,6 +289,7 @@ impl Ended {
             timings: Some(self.timings.unwrap_or_default().into()),
             device_bytes: self.device_bytes.clone(),
             vmm_bytes: self.vmm_bytes,
+            dropped_events: 0,
         }
     }
 }
@@ -446,6 +447,7 @@ pub(crate) mod tests {
             timings: Some(node::Timings { pre_copy_ns: 1, blackout_ns: 2, total_ns: 3 }),
             device_bytes: vec![60],
             vmm_bytes: 4096,
+            dropped_events: 0,
         };
         let ended = Ended::at_source(&finished);
         let failure = FailureEntry { reason: "DeviceFailed".to_owned(), message: "EIO".to_owned() };

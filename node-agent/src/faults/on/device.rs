@@ -193,9 +193,12 @@ mod tests {
     #[test]
     fn a_device_that_hangs_still_reaches_the_state() {
         // There is no file of faults, so the hang ends as soon as it has begun.
-        let (mut device, log) = faulty("vf0", "device.hang=STOP:3600@vf0");
-        assert_eq!(device.set_state(Stop).unwrap().to, Stop);
-        assert_eq!(log.changes(), ["vf0 asked STOP", "vf0 reached STOP"]);
+        for set in ["device.hang=STOP:3600@vf0", "device.hang=STOP:forever@vf0", "device.hang=state:forever"]
+        {
+            let (mut device, log) = faulty("vf0", set);
+            assert_eq!(device.set_state(Stop).unwrap().to, Stop);
+            assert_eq!(log.changes(), ["vf0 asked STOP", "vf0 reached STOP"]);
+        }
     }
 
     #[test]

@@ -140,7 +140,17 @@ async fn borrow(route: &Route, node: &NodeResources, journalled: &Process) -> Re
     let devices = borrowing::devices(&vmm, &description, node.inventory.borrowed()).await?;
     let mut states = Vec::with_capacity(devices.len());
     for device in &devices {
-        states.push(device.state().await.ok());
+        let state = device.state();
+        tokio::pin!(state);
+        // Whatever follows depends on it, so one that hangs is waited for, by name.
+        let read = match device.watch().unless_it_hangs(&mut state).await {
+            Ok(read) => read,
+            Err(hang) => {
+                warn!(pid = journalled.pid, %hang, "what an earlier agent began waits for a device");
+                state.await
+            }
+        };
+        states.push(read.ok());
     }
     Ok(FoundVmm { vmm, devices, states })
 }

@@ -6,6 +6,7 @@
 //! Without QEMU, or where root makes no sandbox or no cgroup, these are skipped and print so. The launcher is
 //! this test program itself: see [`act`].
 
+use std::cell::RefCell;
 use std::ffi::OsString;
 use std::fs;
 use std::net::{TcpListener, TcpStream};
@@ -64,6 +65,7 @@ struct Place {
     run: TempDir,
     cgroup_root: PathBuf,
     shown: Vec<Shown>,
+    cgroups: RefCell<Vec<String>>,
 }
 
 impl Place {
@@ -80,7 +82,7 @@ impl Place {
         };
         match cgroup_root {
             Some(cgroup_root) if geteuid().is_root() && Path::new(QEMU).exists() && can_unshare() => {
-                Some(Self { run, cgroup_root, shown: Vec::new() })
+                Some(Self { run, cgroup_root, shown: Vec::new(), cgroups: RefCell::default() })
             }
             _ => {
                 eprintln!("not run: it takes root, its namespaces and cgroups, and {QEMU}");
@@ -119,14 +121,13 @@ impl Place {
             .unwrap();
         // More than this takes CAP_SYS_RESOURCE, which not every test machine has.
         sandbox.locked_memory_bytes = 4 << 20;
+        let number = COUNTED.fetch_add(1, Ordering::Relaxed);
+        let cgroup_name = format!("test.{}-qemu-{number}", std::process::id());
+        self.cgroups.borrow_mut().push(cgroup_name.clone());
         TwinPlan {
             launcher: std::iter::once(this.into()).chain(PLAY.map(OsString::from)).collect(),
             cgroup_root: self.cgroup_root.clone(),
-            cgroup_name: format!(
-                "test.{}-qemu-{}",
-                std::process::id(),
-                COUNTED.fetch_add(1, Ordering::Relaxed)
-            ),
+            cgroup_name,
             vmm: VmmEntry { kind: VmmKind::Qemu, socket: socket.clone(), devices: Vec::new() },
             directory,
             program: QEMU.into(),
@@ -151,6 +152,15 @@ impl Place {
         free.discard(LIMIT).await.unwrap();
         let error = self.start(true, more).await.err().unwrap_or_else(|| panic!("{more:?} has started"));
         assert!(error.to_string().contains(words), "{more:?}: {error}");
+    }
+}
+
+impl Drop for Place {
+    /// A test that failed leaves nothing running.
+    fn drop(&mut self) {
+        for name in self.cgroups.borrow().iter() {
+            let _ = fs::write(self.cgroup_root.join("slackwater").join(name).join("cgroup.kill"), "1");
+        }
     }
 }
 

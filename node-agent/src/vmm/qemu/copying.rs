@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tracing::{debug, info};
 
 use super::super::VmmError;
@@ -16,6 +16,8 @@ use super::{QemuVmm, from_qmp};
 
 /// Interval of the samples of QEMU's copying.
 const SAMPLE_EVERY: Duration = Duration::from_millis(500);
+/// How long a sample waits for a device's estimate of its state.
+const ESTIMATE_LIMIT: Duration = Duration::from_secs(1);
 
 impl QemuVmm {
     /// Sets the blackout that QEMU aims for, and the bandwidth that it may assume for that.
@@ -55,9 +57,12 @@ impl QemuVmm {
         };
         let mut device_bytes: u64 = 0;
         for device in &copy.devices {
-            match device.estimate_bytes().await {
-                Ok(bytes) => device_bytes = device_bytes.saturating_add(bytes),
-                Err(error) => debug!(%error, "a device does not report the size of its state"),
+            match timeout(ESTIMATE_LIMIT, device.estimate_bytes()).await {
+                Ok(Ok(bytes)) => device_bytes = device_bytes.saturating_add(bytes),
+                Ok(Err(error)) => debug!(%error, "a device does not report the size of its state"),
+                Err(_) => {
+                    debug!(device = device.name(), "a device does not report the size of its state in time")
+                }
             }
         }
         Sample::from_info(&info, copy.budget, began.elapsed(), device_bytes)

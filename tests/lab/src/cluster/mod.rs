@@ -23,6 +23,7 @@ use kube::runtime::wait::{Condition, await_condition};
 use kube::{Client, ResourceExt};
 use slackwater_api::{AssignedVM, MigrationNode, VMMigration};
 use slackwater_proto::channel::connect;
+use slackwater_proto::limits::node_client;
 use slackwater_proto::node::node_agent_client::NodeAgentClient;
 use slackwater_proto::tls::Credentials;
 use slackwater_proto::tonic::transport::Channel;
@@ -270,7 +271,7 @@ impl Cluster {
     ) -> anyhow::Result<NodeAgentClient<Channel>> {
         let address = self.lab.node(node)?.agent_address()?.to_string();
         let channel = connect(&self.credentials(issued)?, &address, node).await?;
-        Ok(NodeAgentClient::new(channel))
+        Ok(node_client(channel))
     }
 
     /// Credentials from an issued certificate, read from files as a program does.

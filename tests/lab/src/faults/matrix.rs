@@ -10,7 +10,10 @@
 //! 3. After STARTING there is no way back. If the twin ends then, the VM is lost.
 //! 4. If an end cannot be reached, or its journal cannot be read, the migration is in doubt and
 //!    waits. Nothing is guessed.
-//! 5. The end of a process that holds no VM (an agent, the operator, the API server) loses nothing.
+//! 5. A call to a device that has not returned after 20 s is named. Before COMMITTED it ends the migration,
+//!    at the latest with preCommitTimeout; but the VM is not back before the device is. After that it is
+//!    waited for.
+//! 6. The end of a process that holds no VM (an agent, the operator, the API server) loses nothing.
 
 use std::fmt;
 
@@ -78,6 +81,9 @@ pub enum Fault {
     DeviceError,
     /// A device takes 30 s longer for the request of this phase.
     DeviceHang,
+    /// A device does not return from the request of this phase until the fault is lifted, which it is when the
+    /// migration has ended, or is in doubt about this device.
+    DeviceHangsForGood,
     /// The API server answers no request for 30 s.
     ApiServerAway,
 }
@@ -163,10 +169,11 @@ impl Phase {
     }
 
     /// The request to a device at this phase, as the agent's fault names it, and at which end. `None`: there
-    /// is none.
+    /// is none. A QEMU VM's devices are only read at the gate.
     #[must_use]
-    pub fn device_call(self) -> Option<(Side, &'static str)> {
+    pub fn device_call(self, vmm: VmmKind) -> Option<(Side, &'static str)> {
         match self {
+            Self::Stop if vmm == VmmKind::Qemu => Some((Side::Source, "state")),
             Self::Reserve => Some((Side::Destination, "RESUMING")),
             Self::Save => Some((Side::Source, "PRE_COPY")),
             Self::Quiesce => Some((Side::Source, "PRE_COPY_P2P")),
@@ -191,7 +198,7 @@ impl Side {
 
 impl Fault {
     /// In the order of the table.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::AgentKilled(Side::Source),
         Self::AgentKilled(Side::Destination),
         Self::OperatorKilled,
@@ -205,6 +212,7 @@ impl Fault {
         Self::JournalCorrupted(Side::Destination),
         Self::DeviceError,
         Self::DeviceHang,
+        Self::DeviceHangsForGood,
         Self::ApiServerAway,
     ];
 
@@ -225,6 +233,7 @@ impl Fault {
             Self::JournalCorrupted(Side::Destination) => "destination-journal-corrupted",
             Self::DeviceError => "device-error",
             Self::DeviceHang => "device-hang",
+            Self::DeviceHangsForGood => "device-hangs-for-good",
             Self::ApiServerAway => "api-server-away",
         }
     }
@@ -258,9 +267,17 @@ pub fn expected_of_qemu(phase: Phase, fault: Fault) -> Expected {
         (_, Phase::Quiesce) => Expected::CannotOccur(
             "QEMU quiesces and stops its devices in one step of its own; `stop` comes after it",
         ),
+        // The gate reads each device. The agent gives a read that hangs up, and QEMU takes the VM back: nothing
+        // is in doubt, and the fault need not be lifted.
+        (Fault::DeviceHang | Fault::DeviceHangsForGood, Phase::Stop) => {
+            Expected::Ends(End::AtSource(&["DeviceHangs"]))
+        }
         // RESUMING -> STOP, the check, and the reset of released devices.
-        (Fault::DeviceError | Fault::DeviceHang, Phase::Load | Phase::Release) => expected(phase, fault),
-        (Fault::DeviceError | Fault::DeviceHang, _) => {
+        (
+            Fault::DeviceError | Fault::DeviceHang | Fault::DeviceHangsForGood,
+            Phase::Load | Phase::Release,
+        ) => expected(phase, fault),
+        (Fault::DeviceError | Fault::DeviceHang | Fault::DeviceHangsForGood, _) => {
             Expected::CannotOccur("QEMU drives its devices: here the agent makes no request that could fail")
         }
         _ => expected(phase, fault),
@@ -272,14 +289,15 @@ pub fn expected_of_qemu(phase: Phase, fault: Fault) -> Expected {
 pub fn expected(phase: Phase, fault: Fault) -> Expected {
     use Expected::{CannotOccur, Ends, InDoubtUntil};
     use Fault::{
-        AgentKilled, ApiServerAway, DeviceError, DeviceHang, JournalCorrupted, JournalFull,
-        LinkCutAndRestored, LinkCutForGood, OperatorKilled, SourceVmmKilled, TwinKilled,
+        AgentKilled, ApiServerAway, DeviceError, DeviceHang, DeviceHangsForGood, JournalCorrupted,
+        JournalFull, LinkCutAndRestored, LinkCutForGood, OperatorKilled, SourceVmmKilled, TwinKilled,
     };
     use Side::{Destination, Source};
 
     const RESTARTED: End = End::AtSource(&["AgentRestarted"]);
     const PEER_LOST: End = End::AtSource(&["PeerLost"]);
     const NOT_RESERVED: End = End::AtSource(&["TargetUnreachable"]);
+    const HUNG: End = End::AtSource(&["DeviceHangs"]);
     const MOVED: End = End::AtDestination;
 
     match (fault, phase) {
@@ -337,10 +355,10 @@ pub fn expected(phase: Phase, fault: Fault) -> Expected {
         (JournalCorrupted(Destination), Phase::Release) => Ends(MOVED),
         (JournalCorrupted(Destination), _) => Ends(PEER_LOST),
 
-        (DeviceError | DeviceHang, Phase::Loaded) => {
+        (DeviceError | DeviceHang | DeviceHangsForGood, Phase::Loaded) => {
             CannotOccur("between LOADED and COMMIT there is no request to a device")
         }
-        (DeviceError | DeviceHang, Phase::Committed) => {
+        (DeviceError | DeviceHang | DeviceHangsForGood, Phase::Committed) => {
             CannotOccur("COMMITTED is a record and a message, without a request to a device")
         }
         (DeviceError, Phase::Starting) => Ends(End::Lost(&["StartFailed"])),
@@ -348,11 +366,20 @@ pub fn expected(phase: Phase, fault: Fault) -> Expected {
         (DeviceError, Phase::Release) => Ends(MOVED),
         (DeviceError, _) => Ends(End::AtSource(&["DeviceFailed"])),
 
-        // In the blackout, a phase that only changes states has a limit of 20 s.
-        (DeviceHang, Phase::Quiesce | Phase::Stop) => Ends(End::AtSource(&["TimedOut"])),
-        (DeviceHang, Phase::Starting) => InDoubtUntil(Until::DeviceIsDone, MOVED),
-        // Slow is not an error: preCommitTimeout is longer.
-        (DeviceHang, _) => Ends(MOVED),
+        // A device that is not ready is refused, before anything was touched. It is free when it answers.
+        (DeviceHang | DeviceHangsForGood, Phase::Reserve) => Ends(HUNG),
+        // In the blackout a change of state has 20 s, and the vCPUs wait for the device.
+        (DeviceHang | DeviceHangsForGood, Phase::Quiesce | Phase::Stop) => {
+            InDoubtUntil(Until::DeviceIsDone, HUNG)
+        }
+        (DeviceHang | DeviceHangsForGood, Phase::Capture | Phase::Load | Phase::Starting) => {
+            InDoubtUntil(Until::DeviceIsDone, MOVED)
+        }
+        // While the guest runs, preCommitTimeout decides: the test sets a short one.
+        (DeviceHangsForGood, Phase::Save) => InDoubtUntil(Until::DeviceIsDone, End::AtSource(&["TimedOut"])),
+        (DeviceHang, Phase::Save) => Ends(MOVED),
+        // The VM runs elsewhere, and its end here waits for no device.
+        (DeviceHang | DeviceHangsForGood, Phase::Release) => Ends(MOVED),
     }
 }
 
@@ -436,11 +463,12 @@ mod tests {
     }
 
     #[test]
-    fn there_is_doubt_only_after_the_commit_or_where_the_source_cannot_read_its_own_journal() {
+    fn there_is_doubt_only_after_the_commit_or_where_the_source_waits_for_its_journal_or_a_device() {
         for cell in cells(VmmKind::Contract) {
             if matches!(cell.expected, Expected::InDoubtUntil(..)) {
                 let unreadable = cell.fault == Fault::JournalCorrupted(Side::Source);
-                assert!(cell.phase.is_committed() || unreadable, "{cell}");
+                let hangs = matches!(cell.fault, Fault::DeviceHang | Fault::DeviceHangsForGood);
+                assert!(cell.phase.is_committed() || unreadable || hangs, "{cell}");
             }
         }
     }
@@ -448,9 +476,10 @@ mod tests {
     #[test]
     fn a_device_can_fail_only_at_a_phase_with_a_device_request() {
         for cell in cells(VmmKind::Contract) {
-            if matches!(cell.fault, Fault::DeviceError | Fault::DeviceHang) {
+            let faults = [Fault::DeviceError, Fault::DeviceHang, Fault::DeviceHangsForGood];
+            if faults.contains(&cell.fault) {
                 let cannot = matches!(cell.expected, Expected::CannotOccur(_));
-                assert_eq!(cell.phase.device_call().is_none(), cannot, "{cell}");
+                assert_eq!(cell.phase.device_call(VmmKind::Contract).is_none(), cannot, "{cell}");
             }
         }
     }

@@ -10,7 +10,7 @@ use slackwater_api::{AssignedVM, MigrationPhase, VMMigration, VMMigrationStatus,
 use slackwater_proto::node::JournalRecord;
 use tokio::time::{Instant, interval, timeout};
 
-use super::matrix::{Cell, End, Expected, Phase, Side};
+use super::matrix::{Cell, End, Expected, Fault, Phase, Side};
 use super::report::Outcome;
 use super::scene::{DEVICES, Ends, Played};
 use crate::cluster::{Cluster, NAMESPACE, TIMEOUT, Watching, has_condition};
@@ -224,6 +224,14 @@ fn doubt_was_reported(cell: &Cell, seen: &Observed, played: &Played) -> anyhow::
         ensure!(seen.in_doubt, "it was never reported to be in doubt");
     } else if cell.phase < Phase::Loaded {
         ensure!(!seen.in_doubt, "it was reported to be in doubt before a commit was possible");
+    }
+    // An administrator who has to see to a device must learn which one it is.
+    if cell.fault == Fault::DeviceHangsForGood && cell.must_be_in_doubt() {
+        let decided = played.decided.status.as_ref().context("no status")?;
+        let doubt = decided.conditions.iter().find(|c| c.type_ == "InDoubt" && c.status == "True");
+        let doubt = doubt.context("it was not in doubt while the device hung")?;
+        ensure!(doubt.reason == "DeviceHangs", "the doubt's reason is {}: {}", doubt.reason, doubt.message);
+        ensure!(doubt.message.contains("device"), "the doubt names no device: {}", doubt.message);
     }
     // An administrator who has to restore a journal must learn which file it is.
     let decided = played.decided.status.as_ref().context("no status")?;

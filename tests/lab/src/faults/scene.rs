@@ -7,7 +7,7 @@ use anyhow::Context;
 use kube::{Api, ResourceExt};
 use slackwater_api::{MigrationNode, VMMigration};
 
-use super::matrix::{Cell, Expected, Fault, Phase, Side};
+use super::matrix::{Cell, Expected, Fault, Phase, Side, VmmKind};
 use crate::cluster::{Cluster, DamagedFile, TIMEOUT, Watching, has_condition};
 
 /// Devices of each node, and of the VM.
@@ -52,8 +52,14 @@ pub struct Played {
 ///
 /// # Errors
 /// When the phase is not reached, or the migration does not end.
-pub async fn play(cluster: &mut Cluster, cell: &Cell, ends: Ends, name: &str) -> anyhow::Result<Played> {
-    let mut scene = Scene { cluster, cell, ends, name, damaged: Vec::new() };
+pub async fn play(
+    cluster: &mut Cluster,
+    cell: &Cell,
+    vmm: VmmKind,
+    ends: Ends,
+    name: &str,
+) -> anyhow::Result<Played> {
+    let mut scene = Scene { cluster, cell, vmm, ends, name, damaged: Vec::new() };
     let played = scene.play().await;
     scene.undo().await.context("the fault could not be undone")?;
     played
@@ -62,6 +68,7 @@ pub async fn play(cluster: &mut Cluster, cell: &Cell, ends: Ends, name: &str) ->
 struct Scene<'a> {
     cluster: &'a mut Cluster,
     cell: &'a Cell,
+    vmm: VmmKind,
     ends: Ends,
     name: &'a str,
     damaged: Vec<DamagedFile>,
@@ -71,7 +78,13 @@ impl Scene<'_> {
     async fn play(&mut self) -> anyhow::Result<Played> {
         let watching = self.cluster.watch(self.ends.source, self.ends.destination).await?;
         let halted = self.prepare().await?;
-        self.cluster.migrate(self.name, &format!("target: {{nodeName: {}}}", self.ends.destination)).await?;
+        // A device that hangs for good while the guest runs: nobody waits five minutes for that.
+        let in_time = match (self.cell.fault, self.cell.phase) {
+            (Fault::DeviceHangsForGood, Phase::Save) => ", preCommitTimeout: 40s",
+            _ => "",
+        };
+        let spec = format!("target: {{nodeName: {}}}{in_time}", self.ends.destination);
+        self.cluster.migrate(self.name, &spec).await?;
         if let Some((node, words)) = halted {
             let at_phase = self.cluster.until_agent_says(node, &words, TIMEOUT).await;
             if at_phase.is_err() {
@@ -96,13 +109,14 @@ impl Scene<'_> {
     /// then.
     async fn prepare(&mut self) -> anyhow::Result<Option<(&'static str, String)>> {
         let (side, phase) = self.cell.phase.halt();
-        match (self.cell.fault, self.cell.phase.device_call()) {
-            (Fault::DeviceError | Fault::DeviceHang, Some((side, call))) => {
+        match (self.cell.fault, self.cell.phase.device_call(self.vmm)) {
+            (Fault::DeviceError | Fault::DeviceHang | Fault::DeviceHangsForGood, Some((side, call))) => {
                 let node = self.ends.at(side);
                 // The second device fails; the first works.
                 let device = self.cluster.lab.node(node)?.devices().last().context("no device")?;
                 let fault = match self.cell.fault {
                     Fault::DeviceError => format!("device.error={call}@{device}\n"),
+                    Fault::DeviceHangsForGood => format!("device.hang={call}:forever@{device}\n"),
                     _ => format!("device.hang={call}:{}@{device}\n", A_WHILE.as_secs()),
                 };
                 self.cluster.set_faults(node, &fault).await?;
@@ -181,7 +195,7 @@ impl Scene<'_> {
                 self.cluster.restart_agent(node).await
             }
             // Set before the migration began.
-            Fault::DeviceError | Fault::DeviceHang => Ok(()),
+            Fault::DeviceError | Fault::DeviceHang | Fault::DeviceHangsForGood => Ok(()),
             Fault::ApiServerAway => {
                 self.cluster.lab.control_plane()?.freeze_api_server()?;
                 self.go_on().await?;
@@ -205,13 +219,17 @@ impl Scene<'_> {
     async fn until_decided(&mut self) -> anyhow::Result<VMMigration> {
         let api = self.cluster.migrations();
         let names_a_file = matches!(self.cell.fault, Fault::JournalCorrupted(_));
+        // A slow target is in doubt before the device is named.
+        let names_a_device = self.cell.fault == Fault::DeviceHangsForGood;
         self.cluster
             .until(api, self.name, "an end, or doubt", move |migration: &VMMigration| {
                 let conditions = &migration.status.as_ref()?.conditions;
                 let named = |message: &str| message.contains(".source") || message.contains(".destination");
                 let doubt = conditions.iter().any(|condition| {
                     let in_doubt = condition.type_ == "InDoubt" && condition.status == "True";
-                    in_doubt && (!names_a_file || named(&condition.message))
+                    in_doubt
+                        && (!names_a_file || named(&condition.message))
+                        && (!names_a_device || condition.reason == "DeviceHangs")
                 });
                 let ended = ["True", "False"]
                     .iter()
@@ -225,6 +243,7 @@ impl Scene<'_> {
     async fn end_fault(&mut self) -> anyhow::Result<()> {
         match self.cell.fault {
             Fault::LinkCutAndRestored => self.cluster.reconnect(self.ends.destination).await,
+            Fault::DeviceHangsForGood => self.go_on().await,
             Fault::JournalFull(side) => self.cluster.empty_state_disk(self.ends.at(side)).await,
             Fault::JournalCorrupted(side) => {
                 let node = self.ends.at(side);

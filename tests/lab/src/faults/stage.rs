@@ -158,7 +158,7 @@ impl Stage {
     async fn try_play(&mut self, cell: &Cell) -> anyhow::Result<Outcome> {
         let ends = self.ready().await.context("before it began")?;
         let name = self.next_name(&format!("{}-{}", cell.phase.name(), cell.fault.name()));
-        let played = scene::play(&mut self.cluster, cell, ends, &name).await?;
+        let played = scene::play(&mut self.cluster, cell, self.vmm, ends, &name).await?;
         let mut outcome = questions::ask(&self.cluster, cell, ends, &played).await?;
         self.home = outcome.home;
         if let Err(error) = self.cluster.delete(&name).await {

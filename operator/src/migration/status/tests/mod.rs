@@ -123,6 +123,7 @@ fn finished(outcome: Outcome, reason: &str, message: &str) -> Option<Finished> {
         }),
         device_bytes: vec![60, 61],
         vmm_bytes: 1 << 20,
+        dropped_events: 0,
     })
 }
 
