@@ -1,5 +1,7 @@
 //! Conditions as Kubernetes wants them: the time of a condition is that of its last change of status.
 
+use std::collections::BTreeMap;
+
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use strum::IntoStaticStr;
@@ -8,7 +10,7 @@ use crate::notice::Notice;
 
 /// Longer messages are cut: a status must stay readable, and an agent's message is input.
 const MESSAGE_LIMIT_BYTES: usize = 4096;
-/// How long a condition has to have been otherwise before its next change is reported by an event.
+/// How long after an event about a condition its next change is not reported by another one.
 const REPORT_AGAIN_SECONDS: i64 = 60;
 
 /// When something became known, and about which generation of the spec.
@@ -95,23 +97,45 @@ pub fn has_reason(conditions: &[Condition], type_: &str, reason: &str) -> bool {
     find(conditions, type_).is_some_and(|condition| condition.reason == reason)
 }
 
-/// What to report as an event when a condition has come to a status with this reason. `None`: it has not, or
-/// it had that status until just now: what comes and goes is not reported each time.
-pub fn turned(
-    before: &[Condition],
-    after: &[Condition],
-    type_: &str,
-    status: Status,
-    reason: &'static str,
-    now: Timestamp,
-) -> Option<Notice> {
-    let is_so = |condition: &&Condition| condition.status == status.as_str() && condition.reason == reason;
-    let condition = find(after, type_).filter(is_so)?;
-    let recently = find(before, type_).is_some_and(|before| {
-        let since = now.duration_since(before.last_transition_time.0);
-        is_so(&before) || since < SignedDuration::from_secs(REPORT_AGAIN_SECONDS)
-    });
-    (!recently).then(|| Notice { warning: true, reason, note: condition.message.clone() })
+/// A condition that a user hears of by an event when it comes to a status with a reason.
+#[derive(Debug, Clone, Copy)]
+pub struct Turn {
+    /// Its type.
+    pub type_: &'static str,
+    /// The status.
+    pub status: Status,
+    /// The reason.
+    pub reason: &'static str,
+}
+
+/// Which objects' conditions have been reported lately.
+#[derive(Debug, Default)]
+pub struct Reported(BTreeMap<String, Timestamp>);
+
+impl Reported {
+    /// What to report when the conditions of the object of this name have changed. `None`: the condition has
+    /// not come to that status, or that was reported within the last minute: what comes and goes is not
+    /// reported each time.
+    pub fn turned(
+        &mut self,
+        about: &str,
+        before: &[Condition],
+        after: &[Condition],
+        turn: Turn,
+        now: Timestamp,
+    ) -> Option<Notice> {
+        let Turn { type_, status, reason } = turn;
+        let is_so =
+            |condition: &&Condition| condition.status == status.as_str() && condition.reason == reason;
+        let condition = find(after, type_).filter(is_so)?;
+        let again = SignedDuration::from_secs(REPORT_AGAIN_SECONDS);
+        self.0.retain(|_, reported| now.duration_since(*reported) < again);
+        if find(before, type_).is_some_and(|before| is_so(&before)) || self.0.contains_key(about) {
+            return None;
+        }
+        self.0.insert(about.to_owned(), now);
+        Some(Notice { warning: true, reason, note: condition.message.clone() })
+    }
 }
 
 /// A character that moves a terminal's cursor, or hides what is written.
@@ -154,13 +178,15 @@ mod tests {
 
     #[test]
     fn a_condition_that_comes_and_goes_is_reported_once_in_a_while() {
-        let mut conditions = Vec::new();
+        let (mut conditions, mut events) = (Vec::new(), Reported::default());
+        let turn = Turn { type_: "Contested", status: Status::True, reason: "R" };
         let mut reported = |status, second| {
             let before = conditions.clone();
             set(&mut conditions, "Contested", &Finding::new(status, "R", "m"), at(second));
-            turned(&before, &conditions, "Contested", Status::True, "R", at(second).now).is_some()
+            events.turned("demo/web", &before, &conditions, turn, at(second).now).is_some()
         };
         let series = [
+            (Status::False, 9, false),
             (Status::True, 10, true),
             (Status::True, 20, false),
             (Status::False, 30, false),

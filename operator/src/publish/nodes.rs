@@ -10,7 +10,7 @@ use slackwater_api::condition::REPORT_ACCEPTED;
 
 use super::node_status::node_status;
 use crate::cluster::{Cluster, Observed, WriteError};
-use crate::conditions::{self, Stamp, Status};
+use crate::conditions::{Reported, Stamp, Status, Turn};
 use crate::fleet::{Address, Fleet};
 use crate::homes::Homes;
 use crate::inventory::VmKey;
@@ -23,6 +23,7 @@ use crate::reason::VM_NAME_TAKEN;
 pub async fn run(cluster: Cluster, mut nodes: Observed<MigrationNode>, fleet: Arc<Fleet>, homes: Arc<Homes>) {
     let mut changes = fleet.changes();
     let mut set_aside = homes.set_aside();
+    let mut reported = Reported::default();
     if !nodes.ready().await {
         return;
     }
@@ -33,7 +34,8 @@ pub async fn run(cluster: Cluster, mut nodes: Observed<MigrationNode>, fleet: Ar
         let mut again = false;
         let names = Arc::clone(&set_aside.borrow_and_update());
         for node in &objects {
-            if let Err(error) = show(&cluster, node, &fleet, names.get(&node.name_any())).await {
+            if let Err(error) = show(&cluster, node, &fleet, names.get(&node.name_any()), &mut reported).await
+            {
                 tracing::warn!(node = node.name_any(), %error, "the status of a MigrationNode could not be written");
                 again = true;
             }
@@ -59,6 +61,7 @@ async fn show(
     node: &MigrationNode,
     fleet: &Fleet,
     set_aside: Option<&BTreeMap<VmKey, String>>,
+    reported: &mut Reported,
 ) -> Result<(), WriteError> {
     let inventory = fleet.inventory();
     let Some(known) = inventory.get(&node.name_any()) else { return Ok(()) };
@@ -72,14 +75,9 @@ async fn show(
         Err(WriteError::Gone) => return Ok(()),
         result => result?,
     }
-    if let Some(notice) = conditions::turned(
-        &previous.conditions,
-        &status.conditions,
-        REPORT_ACCEPTED,
-        Status::False,
-        VM_NAME_TAKEN,
-        stamp.now,
-    ) {
+    let turn = Turn { type_: REPORT_ACCEPTED, status: Status::False, reason: VM_NAME_TAKEN };
+    let (before, after) = (&previous.conditions, &status.conditions);
+    if let Some(notice) = reported.turned(&node.name_any(), before, after, turn, stamp.now) {
         cluster.report(node, "ShowNode", &notice).await;
     }
     Ok(())

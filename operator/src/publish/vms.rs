@@ -12,7 +12,7 @@ use slackwater_api::{AssignedVM, AssignedVMStatus, MigrationNode, VMMigration};
 use super::RETRY_PAUSE;
 use super::vm_status::{Known, vm_status};
 use crate::cluster::{Cluster, Observed, WriteError};
-use crate::conditions::{self, Stamp, Status};
+use crate::conditions::{self, Reported, Stamp, Status, Turn};
 use crate::fleet::Fleet;
 use crate::homes::{Homes, View, moves};
 use crate::inventory::{Inventory, VmKey};
@@ -47,6 +47,7 @@ pub async fn run(cluster: Cluster, sources: Sources) {
     let mut changes = fleet.changes();
     let mut claim_changes = claims.changes();
     let mut reported_missing = BTreeSet::new();
+    let mut contested = Reported::default();
     if !vms.ready().await || !migrations.ready().await {
         return;
     }
@@ -70,7 +71,7 @@ pub async fn run(cluster: Cluster, sources: Sources) {
             let keys: BTreeSet<VmKey> = reported.chain(objects.keys().cloned()).collect();
             for vm in keys {
                 let object = objects.get(&vm).map(Arc::as_ref);
-                match sync(&cluster, &vm, object, &view, &promised, settled).await {
+                match sync(&cluster, &vm, object, &view, &promised, settled, &mut contested).await {
                     Ok(Synced::Settled) => {
                         reported_missing.remove(&vm);
                     }
@@ -125,6 +126,7 @@ async fn sync(
     view: &View,
     migrations: &[OtherMigration],
     settled: bool,
+    reported: &mut Reported,
 ) -> Result<Synced, WriteError> {
     let created;
     let object = match object {
@@ -155,8 +157,8 @@ async fn sync(
             Err(error) => return Err(error),
         }
         let (before, after) = (&previous.conditions, &status.conditions);
-        let notice = conditions::turned(before, after, CONTESTED, Status::True, REPORTED_ELSEWHERE, now);
-        if let Some(notice) = notice {
+        let turn = Turn { type_: CONTESTED, status: Status::True, reason: REPORTED_ELSEWHERE };
+        if let Some(notice) = reported.turned(&vm.to_string(), before, after, turn, now) {
             cluster.report(object, "ShowVM", &notice).await;
         }
     }
