@@ -193,7 +193,8 @@ mod tests {
     use super::*;
     use crate::vfio::fake::Gate;
 
-    const LIMIT: Duration = Duration::from_millis(100);
+    /// More than a thread takes to start on a loaded machine.
+    const LIMIT: Duration = Duration::from_secs(2);
 
     #[tokio::test]
     async fn a_device_that_hangs_is_named_and_costs_one_thread_and_no_other_device_waits_for_it() {
@@ -213,7 +214,10 @@ mod tests {
         );
         assert_eq!(other, Ok(2));
         let words = first.unwrap_err().to_string();
-        assert_eq!(words, "device a hangs: the kernel has not returned from opening it for 0 s");
+        assert!(
+            words.starts_with("device a hangs: the kernel has not returned from opening it for "),
+            "{words}"
+        );
         assert!(matches!(second, Err(NoAnswer::Hangs { .. })));
         assert!(matches!(asking.hangs("device a"), Some(NoAnswer::Hangs { .. })));
         assert_eq!(asking.hangs("device b"), None);

@@ -5,7 +5,7 @@ use crate::vfio::fake::Gate;
 use crate::vmm::confinement::Confinement;
 
 /// More than anything takes that does not wait for a device.
-const SOON: Duration = Duration::from_secs(10);
+const SOON: Duration = Duration::from_secs(40);
 
 fn device(name: &str) -> Device {
     Device {
@@ -35,7 +35,7 @@ fn node(hangs: &'static str, gate: &Gate) -> (Arc<Inventory>, tempfile::TempDir)
     let vms = VmWatch::start(run_dir.path()).unwrap();
     let mut inventory = Inventory::new(config, Arc::default(), vms);
     let gate = gate.clone();
-    inventory.asking = Asking::with(4, Duration::from_millis(100));
+    inventory.asking = Asking::with(4, Duration::from_secs(2));
     inventory.probe = Arc::new(move |device| {
         if device.name == hangs {
             gate.pass();

@@ -11,7 +11,7 @@ use slackwater_proto::node::migration_event::What;
 use slackwater_proto::node::{Doubt, Outcome};
 use tokio::time::timeout;
 
-use super::rig::{Rig, rig_impatient};
+use super::rig::{IMPATIENT, Rig, rig_impatient};
 use crate::attempt::source::SourceRun;
 use crate::journal::Role;
 use crate::vfio::device::Device;
@@ -19,7 +19,7 @@ use crate::vfio::fake::{FakeDevice, Gate};
 use crate::vmm::RunState;
 
 /// More than everything takes that does not wait for the device.
-const SOON: Duration = Duration::from_secs(10);
+const SOON: Duration = Duration::from_secs(40);
 
 /// A VM of which one device hangs as the test says.
 async fn rig_with(
@@ -99,7 +99,7 @@ async fn the_end_of_the_vmm_ends_a_migration_whose_device_hangs_for_good() {
 async fn a_read_that_hangs_is_named_and_the_rollback_goes_on_when_it_returns() {
     let (mut rig, gate) = rig_with(Driver::Agent, "source 1", |d, gate| d.hang_in_read(gate)).await;
     if let Some(parts) = &mut rig.parts {
-        parts.pre_commit_timeout = Duration::from_millis(600);
+        parts.pre_commit_timeout = IMPATIENT * 2;
     }
     let run = rig.start().await;
     let named = doubt(&run).await;

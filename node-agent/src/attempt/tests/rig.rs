@@ -163,8 +163,9 @@ pub(super) async fn rig_driven(change: impl Fn(FakeDevice) -> FakeDevice) -> Rig
     rig_of(&[Features::ALL, Features::ALL], PeerToPeer::Required, "node-a", Driver::Vmm, LONG, change).await
 }
 
-/// With devices of which each call hangs that takes longer than this.
-pub(super) const IMPATIENT: Duration = Duration::from_millis(250);
+/// With devices of which each call hangs that takes longer than this: more than a call to a fake device takes on
+/// a loaded machine.
+pub(super) const IMPATIENT: Duration = Duration::from_secs(2);
 
 /// Devices that must answer soon.
 pub(super) async fn rig_impatient(driver: Driver, change: impl Fn(FakeDevice) -> FakeDevice) -> Rig {
