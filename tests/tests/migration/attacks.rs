@@ -8,6 +8,7 @@ use slackwater_lab::{LabConfig, NodeConfig};
 
 use crate::assert_failed;
 use crate::qemu_faults::with_twin;
+use crate::qemu_preflight::until_reported;
 
 const TO_B: &str = "target: {nodeName: node-b}";
 /// No attack makes this file on node-b.
@@ -53,6 +54,7 @@ async fn attack_by_arguments_is_refused_by_name_or_by_the_sandbox_and_reaches_no
     ];
     for (name, more, words) in refused {
         with_twin(&cluster, |args: &mut Vec<Value>| args.extend(more.iter().map(|word| json!(word)))).await;
+        until_reported(&cluster, name).await;
         cluster.migrate(name, TO_B).await.unwrap();
         let migration = cluster.until_ended(name).await.unwrap();
         println!("{name}: {:?}", crate::condition(&migration, "Succeeded"));
@@ -72,6 +74,7 @@ async fn attack_by_arguments_is_refused_by_name_or_by_the_sandbox_and_reaches_no
     ];
     for (name, more) in unseen {
         with_twin(&cluster, |args: &mut Vec<Value>| args.extend(more.iter().map(|word| json!(word)))).await;
+        until_reported(&cluster, name).await;
         cluster.migrate(name, TO_B).await.unwrap();
         let migration = cluster.until_ended(name).await.unwrap();
         println!("{name}: {:?}", crate::condition(&migration, "Succeeded"));

@@ -75,7 +75,7 @@ async fn until_described(cluster: &Cluster) {
 
 /// Waits until the operator has a report of node-a that was made after this call: it shows a VM that is
 /// announced now. Nothing listens on the socket of that VM.
-async fn until_reported(cluster: &Cluster, name: &str) {
+pub(crate) async fn until_reported(cluster: &Cluster, name: &str) {
     let node = cluster.lab.node("node-a").unwrap();
     let marker = QemuVm { name: format!("before-{name}"), ..cluster.qemu().unwrap().clone() };
     node.shell(&format!("mkdir -p -m 700 {}", marker.directory())).await.unwrap();
