@@ -16,7 +16,8 @@ use crate::vmm::vmm_server::{Vmm, VmmServer};
 /// The most data that one chunk of a blob, or one piece of a VMM's state, may carry, in bytes.
 pub const CHUNK_LIMIT_BYTES: usize = 1 << 20;
 
-/// The largest message of the services that move state, and the largest request to an agent, in bytes: a full chunk and the fields around it.
+/// The largest message of the services that move state, and the largest request to an agent, in bytes: a full
+/// chunk and the fields around it.
 pub const MESSAGE_LIMIT_BYTES: usize = CHUNK_LIMIT_BYTES + (16 << 10);
 
 /// The largest answer of `node.v1`, in bytes: the description of a node with all its VMs, each with its

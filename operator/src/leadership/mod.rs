@@ -9,8 +9,8 @@
 //! ```
 //! The deadline is shorter than the duration: a leader that cannot renew has stopped before another may
 //! begin. Renewals have a thread of their own ([`Keeper`]), and every call that an agent acts upon is refused
-//! here once the last renewal has run out ([`Epoch::is_in_force`]). An operator that loses the Lease ends; it does not try again in the same process, where something
-//! of the old leadership might live on.
+//! here once the last renewal has run out ([`Epoch::is_in_force`]). An operator that loses the Lease ends; it
+//! does not try again in the same process, where something of the old leadership might live on.
 
 pub mod election;
 mod lease;
