@@ -27,9 +27,12 @@ impl Source {
         let Some(hanging) = self.devices.hanging().filter(|_| self.driver == Driver::Agent) else { return };
         let until = if self.phase == Phase::Capturing {
             "The migration goes on when that call returns, and is given up if it has not by preCommitTimeout."
+        } else if self.vmm.vcpus == Vcpus::Running {
+            "The VM stays here and runs on. The rollback waits for that call to return, which a reset of the \
+             device may bring about, or for the end of the VMM's process, and then goes on by itself."
         } else {
-            "The VM stays here, and waits for that call to return, which a reset of the device may bring about, \
-             or for the end of the VMM's process; the rollback then goes on by itself."
+            "The VM stays here, paused, and waits for that call to return, which a reset of the device may \
+             bring about, or for the end of the VMM's process; the rollback then goes on by itself."
         };
         self.peer.doubt = Some(Reason::DeviceHangs);
         effects.push(Effect::Doubt(Failure::new(Reason::DeviceHangs, format!("{hanging}. {until}"))));
@@ -151,6 +154,7 @@ impl Source {
             return;
         }
         let end = match self.driver {
+            Driver::Agent if self.vmm.vcpus == Vcpus::Running => "while the VM, never paused, runs on here",
             Driver::Agent => "so the VM stays paused here",
             Driver::Vmm => "and whether its VMM has taken the VM back by itself is not known",
         };

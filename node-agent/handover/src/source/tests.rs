@@ -168,7 +168,9 @@ fn a_device_that_hangs_in_the_blackout_is_named_and_the_others_wait_for_it_in_ru
     assert!(asked.contains(&Effect::CloseStreams) && asked.contains(&Effect::Record(Record::Aborted)));
     let named = doubt(&asked).expect("it is named");
     assert_eq!(named.reason, Reason::DeviceHangs);
-    assert!(named.message.contains("vf0") && named.message.contains("reset"), "{}", named.message);
+    for says in ["vf0", "reset", "stays here, paused"] {
+        assert!(named.message.contains(says), "{says}: {}", named.message);
+    }
 
     // The destination hears that the VM stays here.
     assert!(matches!(hung.asks(Event::Recorded(Record::Aborted))[..], [Effect::SendAbort(_)]));
@@ -237,13 +239,34 @@ fn a_device_that_hangs_while_the_guest_runs_is_named_only_when_the_migration_is_
     assert_eq!(hung.asks(Event::DeviceHangs(0, does_not_answer())), []);
     assert_eq!(hung.machine.phase(), Phase::PreCopying);
     let asked = hung.asks(Event::Failed(Failure::new(Reason::TimedOut, "preCommitTimeout")));
-    assert_eq!(doubt(&asked).map(|named| &named.reason), Some(&Reason::DeviceHangs));
+    let named = doubt(&asked).expect("it is named");
+    assert_eq!(named.reason, Reason::DeviceHangs);
+    assert!(named.message.contains("runs on"), "{}", named.message);
     // It answered before, and nothing is in doubt.
     let mut slow = Hung::at(MigrationState::PreCopy);
     slow.hear(Event::DeviceHangs(0, does_not_answer()));
     slow.hear(Event::DeviceAnswers(0));
     let asked = slow.asks(Event::Failed(Failure::new(Reason::TimedOut, "preCommitTimeout")));
     assert_eq!(doubt(&asked), None);
+}
+
+#[test]
+fn a_rollback_that_does_not_come_through_says_whether_the_guest_runs() {
+    for (at, says) in
+        [(MigrationState::PreCopy, "never paused, runs on"), (MigrationState::Stop, "stays paused")]
+    {
+        let mut hung = Hung::at(at);
+        hung.hear(Event::DeviceFailed(0, None, Failure::new(Reason::DeviceFailed, "EIO")));
+        hung.hear(Event::Recorded(Record::Aborted));
+        let mut reset = hung.asks(Event::StreamsClosed);
+        if at == MigrationState::Stop {
+            reset = hung.asks(Event::DeviceReached(1, MigrationState::RunningP2p));
+        }
+        assert!(reset.contains(&Effect::Reset(0)), "{at:?} {reset:?}");
+        let asked = hung.asks(Event::DeviceFailed(0, None, Failure::new(Reason::DeviceFailed, "no reset")));
+        let [Effect::Finish(End::Lost(failure))] = &asked[..] else { panic!("{at:?} {asked:?}") };
+        assert!(failure.message.contains(says), "{}", failure.message);
+    }
 }
 
 #[test]

@@ -191,6 +191,7 @@ fn deep() {
         doubts: number("SLACKWATER_MODEL_DOUBTS", 0) == 1,
         relayed: number("SLACKWATER_MODEL_RELAYED", 0) == 1,
         power: number("SLACKWATER_MODEL_POWER", 0) as u8,
+        hangs: number("SLACKWATER_MODEL_HANGS", 0) == 1,
         statements: match number("SLACKWATER_MODEL_STATEMENTS", 0) {
             1 => Statements::True,
             _ => Statements::None,
@@ -289,6 +290,11 @@ fn hangs() -> Config {
 #[test]
 fn a_device_that_hangs_holds_up_nothing_but_its_own_vm() {
     holds("hangs", hangs(), Some(1_500_000));
+}
+
+#[test]
+fn a_device_that_hangs_on_its_way_back_from_pre_copy_leaves_a_guest_that_was_never_paused_running() {
+    holds("hangs in pre-copy", Config { features: vec![Features::ALL], faults: 2, ..hangs() }, Some(600_000));
 }
 
 #[test]

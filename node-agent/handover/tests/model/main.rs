@@ -4,7 +4,7 @@
 //! exhaustive search for small worlds, and random walks for large ones.
 //!
 //! `SLACKWATER_MODEL_FAULTS=4 cargo test -p slackwater-handover --test model -- --ignored --nocapture` goes
-//! deeper than every build does.
+//! deeper than every build does; `SLACKWATER_MODEL_WALKS` is the number of random walks.
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a test fails by panicking")]
 

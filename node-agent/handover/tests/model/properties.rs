@@ -54,8 +54,8 @@ pub(crate) const COPY_IS_USED: &str =
 pub(crate) const NO_ALARM: &str = "without a decision the operator sees no fork";
 pub(crate) const DECISION_HELPS: &str =
     "where an administrator has decided, the VM runs, though the other node stays off";
-/// D gives everything back, and S has recorded ABORTED, keeps the vCPUs paused and has the other devices in
-/// RUNNING_P2P, but for one that has failed, too.
+/// D gives everything back, and S has recorded ABORTED, keeps vCPUs that it has paused so, and has the other
+/// devices in RUNNING_P2P, but for one that has failed, too.
 pub(crate) const HOLDS_UP_NOTHING: &str =
     "a device that hangs before the commit, and for good, holds up only its own VM";
 pub(crate) const NOTHING_HELD: &str =
@@ -224,9 +224,15 @@ fn holds_up_nothing(model: &Handover, world: &World) -> bool {
     };
     // One that has failed waits for its reset, where it is.
     let failed = usize::from(world.device_fault == Some(Side::Source));
+    // Before the pause the guest has run all along: no device has come further than PRE_COPY.
+    let never_paused = world
+        .source
+        .devices
+        .iter()
+        .all(|device| matches!(device.at, MigrationState::Running | MigrationState::PreCopy));
     line.record == Record::Aborted
         && model.0.driver == Driver::Agent
-        && !world.source.runs
+        && (!world.source.runs || never_paused)
         && others.into_iter().filter(|other| !wait(*other)).count() <= failed
         && world.destination.journal.is_none_or(|line| line.ended.is_some())
 }

@@ -66,12 +66,16 @@ fn numbers() -> impl Strategy<Value = Vec<u64>> {
     proptest::collection::vec(any::<u64>(), 1..LONGEST)
 }
 
+fn walks() -> u32 {
+    std::env::var("SLACKWATER_MODEL_WALKS").map_or(4000, |text| text.parse().unwrap())
+}
+
 fn arrived(world: &World) -> bool {
     world.destination.runs && world.source.journal.and_then(|line| line.ended) == Some(Ended::Succeeded)
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 4000, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: walks(), ..ProptestConfig::default() })]
 
     #[test]
     fn whatever_fails_whenever_every_property_holds(config in troubled(), numbers in numbers()) {
