@@ -292,10 +292,16 @@ impl World {
         self.stuck = Some((side, index));
         match side {
             Side::Source => {
-                let to = self.source.todo.iter().find_map(|effect| match effect {
-                    source::Effect::SetState(of, to) if *of == index => Some(*to),
-                    _ => None,
-                });
+                let mut to = None;
+                for effect in &self.source.todo {
+                    match effect {
+                        source::Effect::SetState(of, state) if *of == index => to = Some(*state),
+                        source::Effect::SetState(of, MigrationState::Running) => {
+                            self.source.devices[*of].sent_to_run = true;
+                        }
+                        _ => {}
+                    }
+                }
                 let device = &mut self.source.devices[index];
                 device.hangs = to.or(Some(device.at));
                 device.late = true;
@@ -304,10 +310,16 @@ impl World {
                 }
             }
             Side::Destination => {
-                let to = self.destination.todo.iter().find_map(|effect| match effect {
-                    destination::Effect::SetState(of, to) if *of == index => Some(*to),
-                    _ => None,
-                });
+                let mut to = None;
+                for effect in &self.destination.todo {
+                    match effect {
+                        destination::Effect::SetState(of, state) if *of == index => to = Some(*state),
+                        destination::Effect::SetState(of, MigrationState::Running) => {
+                            self.destination.devices[*of].sent_to_run = true;
+                        }
+                        _ => {}
+                    }
+                }
                 let device = &mut self.destination.devices[index];
                 device.hangs = to.or(Some(device.at));
                 let event = destination::Event::DeviceHangs(index, failure(Reason::DeviceHangs));
@@ -408,7 +420,7 @@ impl World {
         let aborted = self.source.has_recorded(self.source.attempt, Record::Aborted);
         let settles = self.source.machine.as_ref().is_some_and(|m| m.phase() == source::Phase::Settling);
         if (aborted || settles) && to != MigrationState::StopCopy {
-            if !woken_together(config, &self.source.devices, at, &way) {
+            if !woken_together(config, &self.source.devices, index, &way) {
                 self.broken.insert(Rule::WakeTogether);
             }
         } else if !quiesced_together(config, &self.source.devices, &way) {
@@ -430,7 +442,7 @@ impl World {
             MigrationState::Resuming => {}
             MigrationState::Stop => self.believe(config),
             _ => {
-                if !woken_together(config, &self.destination.devices, at, &way) {
+                if !woken_together(config, &self.destination.devices, index, &way) {
                     self.broken.insert(Rule::WakeTogether);
                 }
                 self.start_something();

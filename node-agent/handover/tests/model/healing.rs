@@ -85,6 +85,8 @@ impl Handover {
         }
         self.effects(world, &mut steps);
         self.messages(world, &mut steps);
+        self.left_over(world, false, &mut steps);
+        self.operator(world, &mut steps);
         steps.retain(|step| match step {
             Step::Effect(side, index, _) => !is_stuck(world, *side, *index),
             step => *step != Step::Cut,

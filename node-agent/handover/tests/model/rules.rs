@@ -70,11 +70,11 @@ pub(crate) fn quiesced_together(config: &Config, devices: &[Device], way: &[Migr
 
 /// I4: no device leaves STOP before all hold their state, and none enters RUNNING before all are in
 /// RUNNING_P2P, where they have it. One that hangs takes nothing in and gives nothing out, so it keeps no other
-/// in STOP, nor does it when it answers; but where it is nobody knows, so none runs without it.
+/// in STOP, nor does it when it answers; but where it is nobody knows, so none is sent to RUNNING without it.
 pub(crate) fn woken_together(
     config: &Config,
     devices: &[Device],
-    at: MigrationState,
+    index: usize,
     way: &[MigrationState],
 ) -> bool {
     let all = |holds: fn(MigrationState) -> bool, late_ones: bool| {
@@ -84,11 +84,12 @@ pub(crate) fn woken_together(
     };
     let holds_state = |at| !matches!(at, MigrationState::Resuming | MigrationState::StopCopy);
     let runs_p2p = |at: MigrationState| !at.is_stopped() && at != MigrationState::Resuming;
-    let leads_to_running = (MigrationState::RunningP2p, Some(MigrationState::Running));
-    let one_hangs =
-        devices.iter().any(|device| device.hangs.is_some() && (device.at, device.hangs) != leads_to_running);
-    let leaves_stop = at == MigrationState::Stop && devices.len() > 1;
+    let another_hangs =
+        devices.iter().enumerate().any(|(other, device)| other != index && device.hangs.is_some());
+    let sent_without_it = another_hangs && !devices[index].sent_to_run;
+    let leaves_stop = devices[index].at == MigrationState::Stop && devices.len() > 1;
     let enters_running =
         way.contains(&MigrationState::Running) && config.features.iter().all(|features| features.p2p);
-    (!leaves_stop || all(holds_state, false)) && (!enters_running || (all(runs_p2p, true) && !one_hangs))
+    (!leaves_stop || all(holds_state, false))
+        && (!enters_running || (all(runs_p2p, true) && !sent_without_it))
 }

@@ -141,6 +141,8 @@ pub(crate) struct Device {
     pub hangs: Option<MigrationState>,
     /// It has hung, and got to STOP_COPY when the others were on their way back already.
     pub late: bool,
+    /// It had been asked for RUNNING already when another one hung.
+    pub sent_to_run: bool,
 }
 
 impl Device {
@@ -151,6 +153,7 @@ impl Device {
         refused: false,
         hangs: None,
         late: false,
+        sent_to_run: false,
     };
 
     /// It has got to `to`.
@@ -164,6 +167,7 @@ impl Device {
                 refused: self.refused,
                 hangs: None,
                 late: self.late && at == MigrationState::StopCopy,
+                sent_to_run: false,
             },
         }
     }

@@ -48,7 +48,8 @@ impl Stage {
         Ok(Self { cluster, home: None, vmm, played: 0 })
     }
 
-    /// Ensures that a VM runs on one node and can move to the other: the current one, or a new one.
+    /// Ensures that a VM runs on one node and can move to the other: the current one, or a new one. A device
+    /// that hangs is free only when its call has returned.
     ///
     /// # Errors
     /// When none can be started.
@@ -58,6 +59,7 @@ impl Stage {
             None => self.start_vm().await?,
         };
         let destination = if source == NODES[0] { NODES[1] } else { NODES[0] };
+        self.cluster.until_free(destination, i32::try_from(DEVICES)?).await?;
         Ok(Ends { source, destination })
     }
 
