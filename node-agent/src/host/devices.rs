@@ -275,6 +275,15 @@ mod tests {
     }
 
     #[test]
+    fn devices_that_cannot_be_listed_are_an_error_and_not_none() {
+        let sysfs = tempfile::tempdir().unwrap();
+        fs::create_dir(sysfs.path().join("class")).unwrap();
+        fs::write(sysfs.path().join("class/vfio-dev"), "").unwrap();
+        let error = vfio_devices(sysfs.path()).unwrap_err().to_string();
+        assert!(error.starts_with("cannot list the VFIO devices in "), "{error}");
+    }
+
+    #[test]
     fn a_node_without_vfio_has_no_devices_and_a_device_that_vanishes_is_left_out() {
         let empty = tempfile::tempdir().unwrap();
         assert_eq!(vfio_devices(empty.path()).unwrap(), Inventory::default());

@@ -210,6 +210,15 @@ mod tests {
     }
 
     #[test]
+    fn a_right_that_is_missing_is_no_end_of_a_process() {
+        for (errno, gone) in
+            [(Errno::NOENT, true), (Errno::SRCH, true), (Errno::ACCESS, false), (Errno::IO, false)]
+        {
+            assert_eq!(has_gone(&errno.into()), gone, "{errno}");
+        }
+    }
+
+    #[test]
     fn processes_that_cannot_be_listed_are_an_error_and_not_none() {
         let error = Holders::look(Path::new("/nowhere")).unwrap_err();
         assert_eq!(error.to_string(), "cannot list the processes in /nowhere");

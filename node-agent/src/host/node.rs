@@ -48,6 +48,17 @@ mod tests {
     use super::*;
 
     #[test]
+    fn an_empty_boot_id_is_not_the_id_of_another_boot() {
+        let proc = tempfile::tempdir().unwrap();
+        let random = proc.path().join("sys/kernel/random");
+        fs::create_dir_all(&random).unwrap();
+        for empty in ["", "\n"] {
+            fs::write(random.join("boot_id"), empty).unwrap();
+            assert!(boot_id(proc.path()).is_err(), "{empty:?}");
+        }
+    }
+
+    #[test]
     fn this_kernel_has_a_release_and_a_boot_id_in_the_shape_of_a_uuid() {
         let kernel = kernel(Path::new("/proc")).unwrap();
         let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();

@@ -119,6 +119,26 @@ pub(super) enum NotFreeError {
     Hangs(String),
 }
 
+/// The process that holds a device, or why it is not known whether one does; empty: none does.
+fn holder_among(holders: &Holders, device: &Device) -> String {
+    match holders.of(device).first() {
+        Some(process) => process.to_string(),
+        None => holders.not_known().map(|why| format!("not known: {why}")).unwrap_or_default(),
+    }
+}
+
+/// A device is free only if it is known that no process holds it.
+fn require_no_holder(device: &Device, holders: &Holders) -> Result<(), NotFreeError> {
+    let name = || device.name.clone();
+    match holders.of(device).first() {
+        Some(holder) => Err(NotFreeError::InUse { device: name(), holder: holder.to_string() }),
+        None => match holders.not_known() {
+            Some(why) => Err(NotFreeError::NotKnown { device: name(), why }),
+            None => Ok(()),
+        },
+    }
+}
+
 /// Why the features of a device are not known.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum FeaturesError {
@@ -209,13 +229,10 @@ impl Inventory {
         // At the same time: one that hangs takes as long as it may.
         let described = join_all(devices.iter().map(|device| {
             let reserved = self.registry.holder_of_device(&device.name);
-            let holder = match (reserved, used.get(&device.name), holders.of(device).first()) {
-                (Some(migration), None, _) => format!("reserved by migration {migration}"),
-                (_, Some(vm), _) => vm.clone(),
-                (None, None, Some(process)) => process.to_string(),
-                (None, None, None) => {
-                    holders.not_known().map(|why| format!("not known: {why}")).unwrap_or_default()
-                }
+            let holder = match (reserved, used.get(&device.name)) {
+                (Some(migration), None) => format!("reserved by migration {migration}"),
+                (_, Some(vm)) => vm.clone(),
+                (None, None) => holder_among(&holders, device),
             };
             self.describe_device(device, holder)
         }))
@@ -262,13 +279,8 @@ impl Inventory {
         if let Some(why) = self.hangs(name) {
             return Err(NotFreeError::Hangs(why));
         }
-        match holders.of(device).first() {
-            Some(holder) => Err(NotFreeError::InUse { device: name.to_owned(), holder: holder.to_string() }),
-            None => match holders.not_known() {
-                Some(why) => Err(NotFreeError::NotKnown { device: name.to_owned(), why }),
-                None => Ok(device.clone()),
-            },
-        }
+        require_no_holder(device, &holders)?;
+        Ok(device.clone())
     }
 
     /// The call to a device that does not return, whether the agent has borrowed it or has asked what it

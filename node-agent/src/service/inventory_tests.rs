@@ -96,3 +96,18 @@ async fn a_borrowed_device_that_hangs_is_named_as_long_as_it_does() {
     };
     tokio::time::timeout(SOON, free).await.unwrap();
 }
+
+#[test]
+fn a_device_that_nobody_is_seen_to_hold_is_not_free_while_a_process_cannot_be_read() {
+    let proc = tempfile::tempdir().unwrap();
+    let free = Holders::look(proc.path()).unwrap();
+    assert_eq!(holder_among(&free, &device("a")), "");
+    assert!(require_no_holder(&device("a"), &free).is_ok());
+    std::fs::create_dir(proc.path().join("9")).unwrap();
+    std::fs::write(proc.path().join("9/fd"), "").unwrap();
+    let unread = Holders::look(proc.path()).unwrap();
+    let told = holder_among(&unread, &device("a"));
+    assert!(told.starts_with("not known: the agent cannot read what process 9 has open"), "{told}");
+    let refused = require_no_holder(&device("a"), &unread).unwrap_err();
+    assert!(matches!(refused, NotFreeError::NotKnown { .. }), "{refused}");
+}

@@ -126,7 +126,7 @@ impl VmmProcess {
     /// [`BorrowError::NoProcess`] only if there is none for certain; [`BorrowError::OpenProcess`],
     /// [`BorrowError::ReadProc`] and [`BorrowError::Wait`] if that is not known.
     pub fn open(pid: u32) -> Result<Self, BorrowError> {
-        let (pidfd, start_ticks) = hold(pid)?;
+        let (pidfd, start_ticks) = hold(pid, Path::new("/proc"))?;
         Ok(Self { identity: ProcessIdentity { boot_id: this_boot()?, pid, start_ticks }, pidfd })
     }
 
@@ -186,14 +186,14 @@ pub(super) fn this_boot() -> Result<String, BorrowError> {
 
 /// When the process that has this number now was started.
 pub(super) fn start_of(pid: u32) -> Result<u64, BorrowError> {
-    hold(pid).map(|(_, start_ticks)| start_ticks)
+    hold(pid, Path::new("/proc")).map(|(_, start_ticks)| start_ticks)
 }
 
 /// Holds a process that runs; since when it does.
-fn hold(pid: u32) -> Result<(OwnedFd, u64), BorrowError> {
+fn hold(pid: u32, proc: &Path) -> Result<(OwnedFd, u64), BorrowError> {
     let number = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(BorrowError::NoProcess { pid })?;
     let pidfd = pidfd_open(number, PidfdFlags::empty()).map_err(|errno| not_opened(pid, errno))?;
-    let start_ticks = start_ticks(pid);
+    let start_ticks = start_ticks(pid, proc);
     // What was read belongs to the process behind the pidfd only if that has not ended before. And only the
     // pidfd tells a process that has ended from one that /proc does not show.
     if has_exited(&pidfd, pid)? {
@@ -249,8 +249,8 @@ fn unreadable(path: &Path, why: &dyn ToString) -> BorrowError {
     BorrowError::ReadProc { path: path.to_owned(), why: why.to_string() }
 }
 
-fn start_ticks(pid: u32) -> Result<u64, BorrowError> {
-    let path = PathBuf::from(format!("/proc/{pid}/stat"));
+fn start_ticks(pid: u32, proc: &Path) -> Result<u64, BorrowError> {
+    let path = proc.join(format!("{pid}/stat"));
     let stat = fs::read_to_string(&path).map_err(|error| unreadable(&path, &error))?;
     parse_start_ticks(&stat).ok_or_else(|| unreadable(&path, &"the start time is missing"))
 }

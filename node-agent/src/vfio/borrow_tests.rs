@@ -135,3 +135,12 @@ fn the_start_time_is_found_after_any_program_name() {
     assert_eq!(parse_start_ticks("4711 (short) S 1 2 3"), None);
     assert_eq!(parse_start_ticks(""), None);
 }
+
+#[test]
+fn a_process_that_proc_does_not_show_and_that_has_not_ended_is_not_taken_for_none() {
+    let proc = tempfile::tempdir().unwrap();
+    let process = child(Stdio::null());
+    let error = hold(process.id(), proc.path()).unwrap_err();
+    assert!(matches!(error, BorrowError::ReadProc { .. }), "{error}");
+    end(process);
+}
