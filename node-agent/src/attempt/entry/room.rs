@@ -116,6 +116,55 @@ mod tests {
         assert!(error.contains(&format!("at most {CONTENT_MAX_BYTES} fit")), "{error}");
     }
 
+    #[test]
+    fn an_attempt_that_fits_now_and_whose_later_records_would_not_is_refused() {
+        let with = |devices| Entry { devices: vec![pair(128); devices], ..largest() };
+        let fits_now =
+            |devices: &usize| serde_json::to_vec(&with(*devices)).unwrap().len() <= CONTENT_MAX_BYTES;
+        let most = (256..).take_while(fits_now).last().unwrap();
+        with(most).check_room().unwrap_err();
+    }
+
+    #[test]
+    fn the_longest_record_of_either_end_is_not_longer_than_what_was_reckoned_with() {
+        let quotes = "\"".repeat(100_000);
+        let failure = Failure::new(Reason::parse(&"R".repeat(128)).unwrap(), &quotes);
+        let most = Some(u64::MAX);
+        let marks = Marks { begun: most, pre_copy: most, pausing: most, guest_runs_again: most };
+        let source = match entry().end {
+            EndEntry::Source { target_node, target_address, cgroup, monitor, .. } => {
+                EndEntry::Source { target_node, target_address, cgroup, marks, monitor }
+            }
+            destination @ EndEntry::Destination { .. } => destination,
+        };
+        for (before, end) in [(entry().end, source), (largest().end, largest().end)] {
+            let first = Entry { vmm: None, end: before, ..largest() };
+            for record in Record::iter() {
+                let later = Entry {
+                    record,
+                    ended: Some(Ended {
+                        outcome: Some(Outcome::RolledBack),
+                        timings: Some(Timings {
+                            pre_copy_ns: u64::MAX,
+                            blackout_ns: u64::MAX,
+                            total_ns: u64::MAX,
+                        }),
+                        device_bytes: vec![u64::MAX; first.devices.len()],
+                        vmm_bytes: u64::MAX,
+                    }),
+                    failure: Some(FailureEntry::from(&failure)),
+                    stated_because: Some(slackwater_handover::failure::cut(&quotes, JUSTIFICATION_MAX_BYTES)),
+                    recorded_unix_ns: i64::MIN,
+                    vmm: Some(Process { boot_id: "b".repeat(36), pid: u32::MAX, start_ticks: u64::MAX }),
+                    end: end.clone(),
+                    ..first.clone()
+                };
+                let bytes = |entry: &Entry| serde_json::to_vec(entry).unwrap().len();
+                assert!(bytes(&later) <= bytes(&first.largest_later()), "{record:?}");
+            }
+        }
+    }
+
     fn any_text() -> impl Strategy<Value = String> {
         prop_oneof![
             proptest::collection::vec(any::<char>(), 0..6000).prop_map(String::from_iter),
