@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use slackwater_handover::Failure;
+use slackwater_handover::failure::{MESSAGE_MAX_BYTES, cut};
 use slackwater_handover::policy::{StopPlan, stop_plan};
 use slackwater_proto::node::VmRef;
 use slackwater_proto::transfer::Attempt;
@@ -126,7 +127,7 @@ fn by_vm_json(node: &NodeResources, vm: &VmRef) -> Result<Route, String> {
 /// Why the attempt is given up, if it is. The vm.json is its owner's file: an agent neither needs it for the
 /// way back nor writes it again, but without it the VM runs unseen.
 fn why(node: &NodeResources, vm: &VmRef, entry: &Entry) -> Failure {
-    let mut failure = entry.failure().unwrap_or_else(restarted);
+    let failure = entry.failure().unwrap_or_else(restarted);
     let missing = match node.inventory.vm(vm).map(|found| found.vm) {
         Some(Ok(_)) => return failure,
         Some(Err(why)) => format!("cannot be used ({why})"),
@@ -134,10 +135,12 @@ fn why(node: &NodeResources, vm: &VmRef, entry: &Entry) -> Failure {
     };
     let told =
         format!("; the VM's vm.json {missing}: until its owner restores it, the VM cannot be migrated");
-    if !failure.message.contains(&told) {
-        failure.message.push_str(&told);
+    if failure.message.contains(&told) {
+        return failure;
     }
-    failure
+    // What is said last must not be what is cut.
+    let first = cut(&failure.message, MESSAGE_MAX_BYTES.saturating_sub(told.len()));
+    Failure::new(failure.reason, first + &told)
 }
 
 /// Times of CLOCK_MONOTONIC from another boot mean nothing.

@@ -200,3 +200,57 @@ async fn a_vm_is_lost_only_when_its_process_is_not_the_journalled_one_any_more()
     let finished = node.end(entry).await;
     assert_eq!(finished.outcome(), Outcome::Lost, "{finished:?}");
 }
+
+#[tokio::test]
+async fn the_longest_reason_with_what_is_missing_is_not_longer_than_the_journal_has_room_for() {
+    let node = node(|_| {});
+    let socket = node.directory.join("vmm.sock");
+    node.serve(&socket);
+    let longest = Failure::new(slackwater_handover::Reason::TargetFailed, "\"".repeat(MESSAGE_MAX_BYTES));
+    let failure = Some(crate::attempt::entry::FailureEntry::from(&longest));
+    let entry = Entry { failure, ..node.entry(Some(&socket)) };
+    node.end(entry).await;
+    let (_, content) = node.resources.journal.read_all().unwrap().pop().unwrap();
+    let message = Entry::parse(&content.unwrap()).unwrap().failure.unwrap().message;
+    assert!(message.len() <= MESSAGE_MAX_BYTES, "{}", message.len());
+    assert!(message.ends_with("the VM cannot be migrated"), "{message}");
+}
+
+#[tokio::test]
+async fn another_process_that_serves_the_vms_socket_is_not_taken_for_the_vmm() {
+    let node = node(|_| {});
+    let socket = node.directory.join("vmm.sock");
+    node.serve(&socket);
+    let stdin = std::process::Stdio::piped();
+    let mut vmm = std::process::Command::new("cat").stdin(stdin).spawn().unwrap();
+    let mut entry = node.entry(Some(&socket));
+    entry.vmm = Some(VmmProcess::open(vmm.id()).unwrap().identity().into());
+    let key = node.journal(&entry);
+    super::super::take_up::take_up(&node.resources, key, entry);
+    let registry = &node.resources.registry;
+    let mut changes = registry.changes();
+    let held = async {
+        loop {
+            let why = registry.waits_for("3f").unwrap_or_default();
+            if why.contains("is served by process") {
+                return;
+            }
+            changes.changed().await.unwrap();
+        }
+    };
+    tokio::time::timeout(LONG, held).await.expect("it should be held");
+    vmm.kill().unwrap();
+    vmm.wait().unwrap();
+    let lost = async {
+        loop {
+            if let Some(LocalEnd::Source(run)) = registry.part("3f", 1) {
+                run.ended().await;
+                return run.log().end().unwrap();
+            }
+            // Joining is not told of.
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    let finished = tokio::time::timeout(LONG, lost).await.expect("it should end");
+    assert_eq!(finished.outcome(), Outcome::Lost, "{finished:?}");
+}
