@@ -145,6 +145,15 @@ mod tests {
     }
 
     #[test]
+    fn an_ipv6_host_with_two_addresses_goes_before_an_older_one_with_one() {
+        let mut handshakes = Handshakes::new(3);
+        for (number, from) in [(1, "fd00:0:0:1::1"), (2, "fd00::1"), (3, "fd00::2")] {
+            assert_eq!(handshakes.admit(number, ip(from), number), None);
+        }
+        assert_eq!(handshakes.admit(4, ip("fd00:0:0:2::1"), 4), Some(2));
+    }
+
+    #[test]
     fn one_caller_takes_nothing_from_another() {
         let allowance = Allowance { connections: 2, calls: 1, calls_of_a_connection: 1, window_bytes: 1 };
         let callers = Callers::default();

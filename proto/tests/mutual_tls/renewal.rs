@@ -198,3 +198,35 @@ async fn a_hand_over_that_is_open_when_its_certificate_runs_out_goes_on() {
     let (_requests, stream) = mpsc::channel::<HandoverRequest>(1);
     TransferClient::new(channel).handover(ReceiverStream::new(stream)).await.unwrap_err();
 }
+
+#[tokio::test]
+async fn a_connection_ends_when_the_ca_of_its_caller_is_not_trusted_any_more_and_not_before() {
+    // Without one, a line of the log that is first written here would be lost to the test beside this one.
+    let (_log, _guard) = Log::capture();
+    let (old, new) = (Authority::new(), Authority::new());
+    for ca in [&old, &new] {
+        ca.issue("node-a", NODE_A, |_| {});
+    }
+    let mut agents = Secret::new();
+    agents.put(&old, "node-a", &[&old]);
+    let agent = agents.read();
+    let serving = serve(&agent, SOON).await;
+    let channel = channel::connect(&old.operator(), &serving.address, "node-a").await.unwrap();
+    let mut watch = NodeAgentClient::new(channel).watch(WatchRequest {}).await.unwrap().into_inner();
+    agents.put(&new, "node-a", &[&old, &new]);
+    agent.read_again();
+    let goes_on = tokio::time::timeout(Duration::from_millis(300), watch.message()).await;
+    assert!(goes_on.is_err(), "both are trusted: {goes_on:?}");
+    agents.put(&new, "node-a", &[&new]);
+    agent.read_again();
+    let ended = tokio::time::timeout(Duration::from_secs(11), watch.message()).await;
+    assert!(channel::is_lost(&ended.expect("the watch goes on").unwrap_err()));
+}
+
+#[test]
+fn a_certificate_that_should_have_been_renewed_is_said_to_end_soon() {
+    let ca = Authority::new();
+    ca.issue_for("node-a", NODE_A, Duration::from_secs(3600));
+    assert!(ca.read("node-a").unwrap().status().borrow().ends_soon);
+    assert!(!ca.agent("node-a").status().borrow().ends_soon);
+}
