@@ -62,7 +62,8 @@ impl fmt::Display for EpochClaim {
         let Self { known, own, limit } = self;
         write!(
             f,
-            "its agent has seen the operator epoch {known}, this operator has {own}, and believes an agent up to {limit}. "
+            "its agent has seen the operator epoch {known}, this operator has {own}, and believes an agent up to \
+             {limit}. "
         )?;
         if *known <= HIGHEST_ACCEPTED_EPOCH.unsigned_abs() {
             write!(

@@ -15,26 +15,26 @@ use crate::vmm::{RunState, Vmm, VmmError};
 /// A call to a VMM that yields nothing but success or failure.
 pub(super) type VmmCall = for<'a> fn(&'a dyn Vmm) -> BoxFuture<'a, Result<(), VmmError>>;
 
-/// How a VMM is asked again that gives no answer.
+/// How a VMM is asked again that has not done what it was asked for.
 #[derive(Clone, Copy)]
 struct Patience {
     /// The pause before each try.
     pause: Duration,
-    /// Without an answer for so long, it is reported.
+    /// Not done for so long, it is reported.
     late_after: Duration,
 }
 
 const PATIENCE: Patience =
     Patience { pause: Duration::from_millis(500), late_after: Duration::from_secs(10) };
 
-/// Lets the vCPUs of a twin run. Past STARTING only a VMM that refuses, or a process that has ended, is an
-/// end. `late` is told once, if the VMM gives no answer for long.
+/// Lets the vCPUs of a twin run. Past STARTING only a process that has ended is an end. `late` is told once,
+/// if the VMM does not carry it out for long.
 pub(super) async fn resume(vmm: &dyn Vmm, late: impl FnOnce(Failure) + Send) -> Result<(), VmmError> {
-    until_answered(vmm, "resume", PATIENCE, late, move || run(vmm)).await
+    until_done(vmm, "resume", PATIENCE, late, move || run(vmm)).await
 }
 
 /// Lets a VM run on where it was. A save whose end the VMM has not confirmed (`save_open`) comes first: while
-/// it saves, it resumes nothing. `late` is told once, if the VMM gives no answer for long.
+/// it saves, it resumes nothing. `late` is told once, if the VMM does not carry it out for long.
 pub(super) async fn take_back(
     vmm: &dyn Vmm,
     save_open: &AtomicBool,
@@ -48,7 +48,7 @@ pub(super) async fn take_back(
         }
         run(vmm).await
     };
-    until_answered(vmm, "resume", PATIENCE, late, once).await
+    until_done(vmm, "resume", PATIENCE, late, once).await
 }
 
 /// Ends a save. `save_open` is cleared when the VMM has confirmed that, or has refused: then there is none.
@@ -70,10 +70,10 @@ async fn run(vmm: &dyn Vmm) -> Result<(), VmmError> {
     }
 }
 
-/// Repeats what may be repeated until the VMM has answered, or its process has ended: a connection that
-/// breaks, or an answer that does not come, says nothing about the VM. Each try has its own deadline; there is
-/// none for all of them.
-async fn until_answered<F>(
+/// Repeats what may be repeated until the VMM has done it, or its process has ended. A connection that breaks,
+/// or an answer that does not come, says nothing about the VM; and what a VMM refuses now (a disk's lock is
+/// still held, say) it may do later. Each try has its own deadline; there is none for all of them.
+async fn until_done<F>(
     vmm: &dyn Vmm,
     call: &'static str,
     patience: Patience,
@@ -85,19 +85,17 @@ where
 {
     let (began, mut late, mut last) = (Instant::now(), Some(late), None);
     loop {
-        let error = match once().await {
-            Err(error) if !is_answer(&error) => error.to_string(),
-            answer => {
-                if last.is_some() {
-                    info!(pid = vmm.pid(), call, "the VMM answers again");
-                }
-                return answer;
+        let Err(error) = once().await else {
+            if last.is_some() {
+                info!(pid = vmm.pid(), call, "the VMM has done it");
             }
+            return Ok(());
         };
+        let (said, error) = (is_answer(&error), error.to_string());
         if last.as_ref() != Some(&error) {
             warn!(
                 pid = vmm.pid(),
-                call, error, "no answer; the VMM is asked again as long as its process lives"
+                call, error, "not done; the VMM is asked again as long as its process lives"
             );
         }
         if timeout(patience.pause, vmm.exited()).await.is_ok() {
@@ -106,17 +104,18 @@ where
         if began.elapsed() >= patience.late_after
             && let Some(late) = late.take()
         {
-            late(Failure::new(
-                Reason::VmmFailed,
-                format!(
-                    "the VMM's process {} lives and does not answer {call}: {error}. It is asked again until it \
-                     answers or its process ends",
-                    vmm.pid()
-                ),
-            ));
+            late(Failure::new(Reason::VmmFailed, not_done(vmm.pid(), call, said, &error)));
         }
         last = Some(error);
     }
+}
+
+fn not_done(pid: u32, call: &str, said: bool, error: &str) -> String {
+    let does = if said { "refuses" } else { "does not answer" };
+    format!(
+        "the VMM's process {pid} lives and {does} {call}: {error}. It is asked again until the VM runs or that \
+         process ends; see to what it says, or end the process if the VM cannot run any more"
+    )
 }
 
 /// Whether the VMM has said something. Otherwise it is not known whether it has carried the call out.
@@ -168,7 +167,7 @@ mod tests {
         let mut told = Vec::new();
         let late = |failure: Failure| told.push(failure);
         let vmm: &dyn Vmm = &vm;
-        until_answered(vmm, "resume", patience, late, move || run(vmm)).await.unwrap();
+        until_done(vmm, "resume", patience, late, move || run(vmm)).await.unwrap();
         assert_eq!(vm.run_state(), RunState::Running);
         let [told] = told.as_slice() else { panic!("{told:?}") };
         assert_eq!(told.reason, Reason::VmmFailed);
@@ -176,11 +175,24 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_refusal_is_an_answer() {
+    async fn a_vmm_that_refuses_is_reported_in_its_own_words_and_asked_again() {
         let vm = FakeVmm::running("vm", SharedLog::default(), Vec::new());
         vm.pause().await.unwrap();
         vm.fail("resume");
-        let error = resume(&vm, |_| {}).await.unwrap_err();
-        assert!(matches!(error, VmmError::Refused { .. }), "{error}");
+        let patience = Patience { pause: Duration::from_millis(2), late_after: Duration::from_millis(10) };
+        let (told, mut tells) = tokio::sync::mpsc::unbounded_channel();
+        let late = move |failure: Failure| told.send(failure).unwrap();
+        let vmm: &dyn Vmm = &vm;
+        let runs = until_done(vmm, "resume", patience, late, move || run(vmm));
+        let mended = async {
+            let told = tells.recv().await.unwrap();
+            assert_eq!(told.reason, Reason::VmmFailed);
+            assert!(told.message.contains("refuses resume"), "{told}");
+            assert!(told.message.contains("the test says so"), "{told}");
+            vm.mend("resume");
+        };
+        let (done, ()) = tokio::join!(runs, mended);
+        done.unwrap();
+        assert_eq!(vm.run_state(), RunState::Running);
     }
 }

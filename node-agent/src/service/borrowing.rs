@@ -8,7 +8,7 @@ use futures::future::try_join_all;
 use parking_lot::Mutex;
 use slackwater_handover::state::MigrationState;
 use slackwater_handover::{Failure, Reason};
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 use tokio::time::timeout;
 
 use super::asking::ANSWER_LIMIT;
@@ -67,20 +67,37 @@ pub(super) fn device(vmm: &dyn LocalVmm, device: &VmmDevice) -> Result<KernelDev
     Ok(KernelDevice::new(device.name.as_str(), descriptor)?)
 }
 
-/// The devices that are borrowed now, so that the inventory can tell which of them hang.
+/// The devices that are borrowed now, so that the inventory can tell which of them hang, and when one that has
+/// hung is free after all.
 #[derive(Debug, Default)]
-pub(super) struct Borrowed(Mutex<Vec<CallWatch>>);
+pub(super) struct Borrowed {
+    watches: Mutex<Vec<CallWatch>>,
+    /// Counts those that have been closed.
+    closed: watch::Sender<u64>,
+}
 
 impl Borrowed {
-    pub(super) fn add(&self, handle: &DeviceHandle) {
-        let mut watches = self.0.lock();
+    pub(super) fn add(self: &Arc<Self>, handle: &DeviceHandle) {
+        let mut watches = self.watches.lock();
         watches.retain(|watch| !watch.is_closed());
         watches.push(handle.watch());
+        let (watch, borrowed) = (handle.watch(), Arc::downgrade(self));
+        tokio::spawn(async move {
+            watch.closed().await;
+            if let Some(borrowed) = borrowed.upgrade() {
+                borrowed.closed.send_modify(|count| *count += 1);
+            }
+        });
+    }
+
+    /// Changes when a device has been closed.
+    pub(super) fn closings(&self) -> watch::Receiver<u64> {
+        self.closed.subscribe()
     }
 
     /// The call to this device that hangs, if there is one.
     pub(super) fn hangs(&self, device: &str) -> Option<Hang> {
-        self.0.lock().iter().filter(|watch| watch.name() == device).find_map(CallWatch::hangs_now)
+        self.watches.lock().iter().filter(|watch| watch.name() == device).find_map(CallWatch::hangs_now)
     }
 }
 
@@ -91,12 +108,12 @@ impl Borrowed {
 pub(super) async fn devices(
     vmm: &Arc<dyn LocalVmm>,
     description: &Description,
-    borrowed: &Borrowed,
+    borrowed: &Arc<Borrowed>,
 ) -> Result<Vec<DeviceHandle>, BorrowDeviceError> {
     let (vmm, used) = (Arc::clone(vmm), description.devices.clone());
     let names: Vec<&str> = description.devices.iter().map(|device| device.name.as_str()).collect();
     let names = names.join(", ");
-    let (give, taken) = oneshot::channel();
+    let (give, mut taken) = oneshot::channel();
     // Its question to the driver may hang: nothing waits for the thread longer than it may.
     let thread = thread::Builder::new().name("borrow".to_owned()).spawn(move || {
         let serve = |used: &VmmDevice| {
@@ -107,12 +124,24 @@ pub(super) async fn devices(
         let _ = give.send(used.iter().map(serve).collect::<Result<Vec<_>, _>>());
     });
     thread.map_err(|source| BorrowDeviceError::Serve { device: names.clone(), source })?;
-    let handles = match timeout(ANSWER_LIMIT, taken).await {
-        Ok(Ok(handles)) => handles?,
-        Ok(Err(_)) | Err(_) => return Err(BorrowDeviceError::Hangs { devices: names }),
-    };
-    handles.iter().for_each(|handle| borrowed.add(handle));
-    Ok(handles)
+    match timeout(ANSWER_LIMIT, &mut taken).await {
+        Ok(Ok(handles)) => {
+            let handles = handles?;
+            handles.iter().for_each(|handle| borrowed.add(handle));
+            Ok(handles)
+        }
+        Ok(Err(_)) => Err(BorrowDeviceError::Hangs { devices: names }),
+        Err(_) => {
+            // They are closed as soon as they have been taken, and whoever waits for them hears of it.
+            let borrowed = Arc::clone(borrowed);
+            tokio::spawn(async move {
+                if let Ok(Ok(late)) = taken.await {
+                    late.iter().for_each(|handle| borrowed.add(handle));
+                }
+            });
+            Err(BorrowDeviceError::Hangs { devices: names })
+        }
+    }
 }
 
 /// The state of each device, in the same order.

@@ -191,6 +191,7 @@ impl Inventory {
             registry: self.registry.changes(),
             vmms: self.vmms.changes(),
             late,
+            closings: self.borrowed.closings(),
             certificate: self.certificate.clone(),
         }
     }
@@ -506,6 +507,7 @@ pub struct Changes {
     vmms: watch::Receiver<u64>,
     certificate: Option<watch::Receiver<CertificateStatus>>,
     late: watch::Receiver<u64>,
+    closings: watch::Receiver<u64>,
 }
 
 impl Changes {
@@ -517,6 +519,7 @@ impl Changes {
             changed = self.vmms.changed() => changed.is_ok(),
             Some(Ok(())) = OptionFuture::from(self.certificate.as_mut().map(watch::Receiver::changed)) => true,
             changed = self.late.changed() => changed.is_ok(),
+            changed = self.closings.changed() => changed.is_ok(),
         }
     }
 }

@@ -111,3 +111,29 @@ fn a_device_that_nobody_is_seen_to_hold_is_not_free_while_a_process_cannot_be_re
     let refused = require_no_holder(&device("a"), &unread).unwrap_err();
     assert!(matches!(refused, NotFreeError::NotKnown { .. }), "{refused}");
 }
+
+#[tokio::test]
+async fn a_device_that_has_hung_is_reported_anew_when_it_has_been_closed_after_all() {
+    let (gate, shut) = (Gate::new(), Gate::new());
+    let (node, _run_dir) = node("none", &gate);
+    let handle = crate::vfio::worker::DeviceHandle::serve_impatiently(
+        Box::new(crate::vfio::fake::FakeDevice::new("a").hang_in_state(1, &shut)),
+        Duration::from_millis(50),
+    )
+    .unwrap();
+    node.borrowed().add(&handle);
+    let mut changes = node.changes();
+    assert!(changes.next().await);
+    // It is given back while it hangs, and nobody waits for that.
+    let given_back = tokio::spawn(async move {
+        let _ = handle.state().await;
+        handle.release().await;
+    });
+    shut.reached().await;
+    let nothing = tokio::time::timeout(Duration::from_millis(100), changes.next()).await;
+    assert!(nothing.is_err(), "nothing has changed");
+    shut.open();
+    assert!(tokio::time::timeout(SOON, changes.next()).await.unwrap(), "Watch reports it anew");
+    assert!(node.describe_device(&device("a"), String::new()).await.free);
+    given_back.await.unwrap();
+}

@@ -134,6 +134,11 @@ impl CallWatch {
         self.in_flight.has_changed().is_err()
     }
 
+    /// Returns when the device has been closed.
+    pub async fn closed(mut self) {
+        while self.in_flight.changed().await.is_ok() {}
+    }
+
     /// Returns when a call hangs; `None`: the device has been closed. May be cancelled.
     pub async fn hangs(&mut self) -> Option<Hang> {
         loop {

@@ -353,7 +353,8 @@ async fn start_in(plan: &TwinPlan, folder: &Folder, footprint: Footprint) -> Res
             }
             Ok(Err(error)) => error,
             Err(_) => {
-                TwinError::Silent { program, limit: plan.start_limit, reason: last_seen, log: end_of(&plan.directory, LOG_FILE) }
+                let log = end_of(&plan.directory, LOG_FILE);
+                TwinError::Silent { program, limit: plan.start_limit, reason: last_seen, log }
             }
         },
         status = child.wait() => match status {

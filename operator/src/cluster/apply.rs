@@ -220,3 +220,26 @@ fn classify(error: kube::Error) -> WriteError {
         _ => WriteError::Write(Box::new(error)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::time::Instant;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn an_operator_whose_lease_has_run_out_makes_no_call_to_the_api_server() {
+        let nowhere = kube::Config::new("http://127.0.0.1:1".parse().unwrap());
+        let client = Client::try_from(nowhere).unwrap();
+        let (epoch, lease) = Epoch::new(1, Instant::now() + Duration::from_secs(3600));
+        let cluster = Cluster::new(client, epoch);
+        let made = cluster.request(std::future::ready(Ok(7))).await.unwrap();
+        assert_eq!(made, 7);
+        lease.valid_until.send_replace(Instant::now());
+        let call = async { panic!("the call was made") };
+        let refused = cluster.request::<u8>(call).await;
+        assert!(matches!(refused, Err(WriteError::NotLeading)), "{refused:?}");
+    }
+}

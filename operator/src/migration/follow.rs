@@ -416,3 +416,22 @@ async fn finished<T>(under_way: &mut Option<BoxFuture<'static, T>>) -> T {
     *under_way = None;
     result
 }
+
+#[cfg(test)]
+mod tests {
+    use futures::stream;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn events_that_changed_the_status_are_followed_by_a_pause_in_which_the_next_ones_gather() {
+        let numbered = |sequence| Ok(MigrationEvent { sequence, ..MigrationEvent::default() });
+        let events: Events = stream::iter((1..=3).map(numbered)).boxed();
+        let mut batches = events.ready_chunks(2);
+        let begun = Instant::now();
+        assert_eq!(next_batch(&mut batches, None).await.map(|batch| batch.len()), Some(2));
+        let batch = next_batch(&mut batches, Some(begun + BATCH_PAUSE)).await;
+        assert_eq!(batch.map(|batch| batch.len()), Some(1));
+        assert!(begun.elapsed() >= BATCH_PAUSE);
+    }
+}

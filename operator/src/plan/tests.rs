@@ -150,12 +150,11 @@ fn a_vm_in_the_middle_of_a_hand_over_is_being_migrated_and_not_reported_twice() 
 #[test]
 fn a_migration_that_holds_a_vm_and_does_not_go_on_says_why() {
     let mut inventory = two_nodes();
-    let blocker = |reason: &str| {
-        Blocker {
+    let blocker = |reason: &str| Blocker {
         reason: reason.into(),
-        message: "the end of the migration cannot be put into /state/journal/u-1.source: cannot sync /state/journal/u-1.source".into(),
+        message: "the end of the migration cannot be put into /state/journal/u-1.source: cannot sync it"
+            .into(),
         lifted_by_assume_isolated: false,
-    }
     };
     let blockers = vec![blocker("DeviceNotMigratable"), blocker("EndNotRecorded")];
     let held = Vm { migration_id: "u-1".into(), blockers, ..running(&["a1", "a2"]) };

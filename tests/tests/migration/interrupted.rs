@@ -7,7 +7,7 @@ use crate::assert_failed;
 const STALL: &str = "blob.vmm=stall";
 
 /// A migration that is held at slack water, with RAM in transit, while the fault is set.
-async fn stalled(cluster: &Cluster, name: &str, fields: &str) -> VMMigration {
+pub(crate) async fn stalled(cluster: &Cluster, name: &str, fields: &str) -> VMMigration {
     cluster.set_faults("node-a", STALL).await.unwrap();
     cluster.migrate(name, &format!("target: {{nodeName: node-b}}, {fields}")).await.unwrap();
     let stopped =

@@ -8,6 +8,7 @@ mod callers;
 mod damaged;
 mod interrupted;
 mod moved;
+mod not_known;
 mod qemu;
 mod qemu_faults;
 mod qemu_preflight;

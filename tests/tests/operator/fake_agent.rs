@@ -254,6 +254,11 @@ impl FakeAgent {
         self.event(&self.node, What::Phase(phase.into()));
     }
 
+    /// Reports a phase of another node.
+    pub(crate) fn phase_of(&self, node: &str, phase: Phase) {
+        self.event(node, What::Phase(phase.into()));
+    }
+
     pub(crate) fn doubt(&self, reason: &str, message: &str) {
         self.event(&self.node, What::Doubt(Doubt { reason: reason.into(), message: message.into() }));
     }

@@ -53,8 +53,11 @@ async fn an_applied_migration_is_planned_prepared_committed_and_shown_with_its_t
         a.phase(phase);
     }
     a.device_state("node-a", "a1", 3);
+    // What it says of a node that has no part in it is nothing.
+    a.phase_of("node-z", Phase::Committed);
     a.phase(Phase::Capturing);
-    world.until("move-counter", "Stopped", is("Stopped", "True")).await;
+    let stopped = world.until("move-counter", "Stopped", is("Stopped", "True")).await;
+    assert_ne!(is("Committed", "True")(&stopped), Some(true), "{:#?}", stopped.status);
     a.device_state("node-b", "b1", 1);
     a.phase(Phase::Loaded);
     a.phase(Phase::Committed);

@@ -187,7 +187,12 @@ fn could_not_run(world: &World) -> bool {
 
 fn one_end_runs(world: &World) -> bool {
     let both_live = world.source.vmm != Process::Died && world.destination.vmm != Process::Died;
-    !both_live || could_not_run(world) || world.runners() == 1
+    // The twin was gone before it was to start, and the write of STARTING failed but stands: an agent that
+    // crashes then cannot know whether it had started.
+    let may_have_started = world.twin_died
+        && world.write_fault == Some(Side::Destination)
+        && world.destination.journal.is_some_and(|line| line.record == Record::Starting);
+    !both_live || may_have_started || could_not_run(world) || world.runners() == 1
 }
 
 fn decision_helps(world: &World) -> bool {

@@ -1,10 +1,13 @@
 //! VMMs that drive their devices by themselves, as QEMU does.
 
+use std::sync::Arc;
+
 use rustix::io::Errno;
 use slackwater_handover::state::MigrationState::{Running, Stop, StopCopy};
 use slackwater_proto::node::Outcome;
 
 use super::rig::{only, rig_driven};
+use super::vmm::asked_again;
 use crate::vfio::fake::Call;
 use crate::vmm::RunState;
 
@@ -44,10 +47,17 @@ async fn a_device_that_refuses_what_the_twin_has_loaded_is_found_by_the_check_an
 }
 
 #[tokio::test]
-async fn a_vmm_that_cannot_take_its_vm_back_is_reported_as_a_failed_rollback() {
+async fn a_vmm_that_refuses_to_take_its_vm_back_is_asked_again_until_it_does() {
     let mut rig = rig_driven(only("target 1", |device| device.refuse_load(Errno::FAULT))).await;
     rig.vm.fail("resume");
-    let finished = rig.migrate().await;
-    assert_eq!(finished.outcome(), Outcome::Lost, "{}", finished.message);
-    assert_ne!(rig.twin.run_state(), RunState::Running);
+    let vm = Arc::clone(&rig.vm);
+    let run = rig.start().await;
+    asked_again(&rig, "vm resume").await;
+    assert!(run.log().end().is_none(), "its process lives");
+    vm.mend("resume");
+    run.ended().await;
+    let finished = run.log().end().unwrap();
+    assert_eq!(finished.outcome(), Outcome::RolledBack, "{}", finished.message);
+    assert!(finished.message.contains("target 1"), "{}", finished.message);
+    rig.assert_rolled_back().await;
 }

@@ -74,7 +74,7 @@ async fn a_twin_that_gives_no_answer_when_it_is_resumed_is_asked_again_and_its_v
 }
 
 /// Returns when a call has been made twice.
-async fn asked_again(rig: &Rig, call: &str) {
+pub(super) async fn asked_again(rig: &Rig, call: &str) {
     let twice = async {
         let mut lines = tokio::time::interval(Duration::from_millis(5));
         while rig.calls.lines().iter().filter(|line| *line == call).count() < 2 {
@@ -96,6 +96,22 @@ async fn a_twin_that_dies_before_it_has_answered_is_the_end() {
     run.ended().await;
     assert_eq!(run.log().end().unwrap().outcome(), Outcome::Lost);
     assert!(matches!(rig.destination.ended().await, Some(End::Stuck(_))));
+}
+
+#[tokio::test]
+async fn a_twin_that_refuses_to_resume_is_asked_again_until_it_does() {
+    let mut rig = rig(|device| device).await;
+    rig.twin.fail("resume");
+    let twin = Arc::clone(&rig.twin);
+    let run = rig.start().await;
+    asked_again(&rig, "twin resume").await;
+    assert!(run.log().end().is_none(), "its process lives");
+    assert_eq!(rig.books.read(Role::Destination).record, Record::Starting);
+    twin.mend("resume");
+    run.ended().await;
+    assert_eq!(run.log().end().unwrap().outcome(), Outcome::Succeeded);
+    assert_eq!(rig.twin.run_state(), RunState::Running);
+    assert_eq!(rig.books.read(Role::Destination).record, Record::Running);
 }
 
 #[tokio::test]

@@ -114,7 +114,7 @@ fn attack(what: &str, on: &[&str]) -> std::io::Result<String> {
         }
         "limits" => {
             use rustix::process::{Resource, getrlimit};
-            for limit in [Resource::Memlock, Resource::Core, Resource::Nofile] {
+            for limit in [Resource::Memlock, Resource::Core, Resource::Nofile, Resource::Nproc] {
                 given.push_str(&format!(" {:?}", getrlimit(limit).maximum.unwrap_or(u64::MAX)));
             }
         }
@@ -390,7 +390,7 @@ fn it_gets_no_right_back() {
             "done CapInh:{none} CapPrm:{none} CapEff:{none} CapBnd:{none} CapAmb:{none} NoNewPrivs:1 Seccomp:2 Groups:"
         )
     );
-    assert_eq!(place.confined("limits", &[]), format!("done {} 0 16384", 4 << 20));
+    assert_eq!(place.confined("limits", &[]), format!("done {} 0 16384 4096", 4 << 20));
     assert_eq!(place.confined("environment", &[]), "done HOME PATH TMPDIR");
 }
 

@@ -12,6 +12,9 @@ use super::{Sandbox, SandboxError};
 
 /// More than any VMM needs, and less than would matter to the node.
 const OPEN_FILES: u64 = 16_384;
+/// A VMM has a thread for each vCPU and device queue, and some for its disks. Its user is its own, so nobody
+/// else's count.
+const THREADS: u64 = 4096;
 
 fn limit(resource: Resource, most: u64) -> rustix::io::Result<()> {
     setrlimit(resource, Rlimit { current: Some(most), maximum: Some(most) })
@@ -21,6 +24,7 @@ fn limit(resource: Resource, most: u64) -> rustix::io::Result<()> {
 pub(super) fn give_up(sandbox: &Sandbox) -> Result<(), SandboxError> {
     let open = getrlimit(Resource::Nofile).maximum.map_or(OPEN_FILES, |most| most.min(OPEN_FILES));
     limit(Resource::Nofile, open).map_err(step("limit its open files (RLIMIT_NOFILE)"))?;
+    limit(Resource::Nproc, THREADS).map_err(step("limit its threads (RLIMIT_NPROC)"))?;
     limit(Resource::Core, 0).map_err(step("forbid core dumps (RLIMIT_CORE)"))?;
     limit(Resource::Memlock, sandbox.locked_memory_bytes)
         .map_err(step("let it lock its memory (RLIMIT_MEMLOCK, which takes CAP_SYS_RESOURCE)"))?;

@@ -18,6 +18,9 @@ use crate::vmm::{self, Description, LocalVmm, VmmError};
 /// Between two tries to reach a VMM whose process lives, or its devices, or to learn whether it lives.
 const RETRY_PAUSE: Duration = Duration::from_secs(1);
 
+/// So many times a device is asked for its state.
+const READS: usize = 10;
+
 /// A VMM that was found again.
 pub(super) struct FoundVmm {
     /// The VMM.
@@ -140,26 +143,53 @@ async fn borrow(route: &Route, node: &NodeResources, journalled: &Process) -> Re
     let devices = borrowing::devices(&vmm, &description, node.inventory.borrowed()).await?;
     let mut states = Vec::with_capacity(devices.len());
     for device in &devices {
+        states.push(read_back(device, RETRY_PAUSE).await);
+    }
+    Ok(FoundVmm { vmm, devices, states })
+}
+
+/// The state of a device. Whatever follows depends on it, so one that hangs is waited for, by name. One that
+/// cannot be read is asked again before it counts as broken: a rollback resets it then, and its state is lost.
+async fn read_back(device: &DeviceHandle, pause: Duration) -> Option<MigrationState> {
+    for left in (0..READS).rev() {
         let state = device.state();
         tokio::pin!(state);
-        // Whatever follows depends on it, so one that hangs is waited for, by name.
         let read = match device.watch().unless_it_hangs(&mut state).await {
             Ok(read) => read,
             Err(hang) => {
-                warn!(pid = journalled.pid, %hang, "what an earlier agent began waits for a device");
+                warn!(%hang, "what an earlier agent began waits for a device");
                 state.await
             }
         };
-        states.push(read.ok());
+        match read {
+            Ok(state) => return Some(state),
+            Err(error) if left == 0 => warn!(%error, "the device counts as broken"),
+            Err(error) => {
+                warn!(%error, left, "the device is asked again");
+                tokio::time::sleep(pause).await;
+            }
+        }
     }
-    Ok(FoundVmm { vmm, devices, states })
+    None
 }
 
 #[cfg(test)]
 mod tests {
     use std::cell::{Cell, RefCell};
 
+    use rustix::io::Errno;
+
     use super::*;
+    use crate::vfio::fake::FakeDevice;
+
+    #[tokio::test]
+    async fn a_device_that_cannot_be_read_at_once_is_asked_again_and_counts_as_broken_only_after_that() {
+        for (failures, read) in [(READS - 1, Some(MigrationState::Running)), (READS, None)] {
+            let device = Box::new(FakeDevice::new("vf0").refuse_state(Errno::IO, failures));
+            let device = DeviceHandle::serve(device).unwrap();
+            assert_eq!(read_back(&device, Duration::from_millis(1)).await, read, "{failures} failures");
+        }
+    }
 
     /// What [`settle`] makes of these looks, one after the other, and what it has said meanwhile.
     async fn settled(

@@ -109,7 +109,7 @@ pub(super) fn site_to_start(
     user: TwinUser,
 ) -> Result<NodeSite, Refusal> {
     let number = user.number();
-    let mut site = site(node, reference, named, request, devices, Some(user))?;
+    let mut site = site(node, reference, named, request, devices, user)?;
     let plan = &mut site.plan;
     if plan.vmm.kind == VmmKind::Qemu {
         plan.arguments.extend(QEMU_SANDBOX.map(str::to_owned));
@@ -131,13 +131,13 @@ pub(super) fn site_to_start(
 }
 
 /// The place for a VM: its twin's command, directory, cgroup and user.
-pub(super) fn site(
+fn site(
     node: &NodeResources,
     reference: &MigrationRef,
     named: &VmRef,
     request: &ReserveRequest,
     devices: &[Device],
-    user: Option<TwinUser>,
+    user: TwinUser,
 ) -> Result<NodeSite, Refusal> {
     let config = &node.config;
     let invalid = |error: vm::VmJsonError| {
@@ -162,7 +162,7 @@ pub(super) fn site(
         device_names: devices.iter().map(|device| device.name.clone()).collect(),
         ..plan_without_command(node, reference, named, &json.vmm, json.twin.program.clone(), socket)
     };
-    Ok(site_of(node, reference, request, devices, plan, user))
+    Ok(site_of(node, reference, request, devices, plan, Some(user)))
 }
 
 /// The place of a reservation that an earlier agent has made. The twin has been started, or never will be:

@@ -178,7 +178,10 @@ pub(super) fn take_up(node: &NodeResources, key: Key, entry: Entry) {
                     pause = (pause * 2).min(longest);
                 }
                 Err(error) => {
-                    error!(migration = id, why = %error, "a migration cannot be taken up; what it is about is left as it is");
+                    error!(
+                        migration = id, why = %error,
+                        "a migration cannot be taken up; what it is about is left as it is"
+                    );
                     return node.registry.hold_unreadable(&id, error.to_string());
                 }
             }

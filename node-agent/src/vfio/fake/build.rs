@@ -131,10 +131,10 @@ impl FakeDevice {
         self
     }
 
-    /// Fails to report its state.
+    /// Fails to report its state the first `times`.
     #[must_use]
-    pub fn refuse_state(mut self, errno: Errno) -> Self {
-        self.script.refuse_state = Some(errno);
+    pub fn refuse_state(mut self, errno: Errno, times: usize) -> Self {
+        self.script.refuse_state = Some((errno, times));
         self
     }
 

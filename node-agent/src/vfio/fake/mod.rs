@@ -230,7 +230,9 @@ impl Device for FakeDevice {
         {
             gate.pass();
         }
-        if let Some(errno) = self.script.refuse_state {
+        if let Some((errno, times)) = self.script.refuse_state
+            && self.states_read <= times
+        {
             return Err(DeviceError::ReadState { device: self.name.clone(), errno: OsError(errno) });
         }
         let mut inner = self.inner.lock();

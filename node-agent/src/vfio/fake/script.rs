@@ -25,7 +25,7 @@ pub(super) struct Script {
     pub(super) pretend: Option<MigrationState>,
     pub(super) refuse_load: Option<Errno>,
     pub(super) refuse_reset: Option<Errno>,
-    pub(super) refuse_state: Option<Errno>,
+    pub(super) refuse_state: Option<(Errno, usize)>,
     pub(super) hang_at: Vec<(MigrationState, Gate)>,
     pub(super) hang_in_state: Option<(usize, Gate)>,
     pub(super) hang_in_reset: Option<Gate>,

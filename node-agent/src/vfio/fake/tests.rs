@@ -52,7 +52,7 @@ fn a_refusal_may_leave_the_device_along_the_path_or_in_error() {
 
 #[test]
 fn a_state_that_cannot_be_read_back_is_reported_as_unknown() {
-    let mut vf0 = FakeDevice::new("vf0").refuse_state(Errno::NOTCONN);
+    let mut vf0 = FakeDevice::new("vf0").refuse_state(Errno::NOTCONN, usize::MAX);
     let error = vf0.set_state(Stop).unwrap_err();
     assert!(matches!(error, SetStateError::StateUnknown { .. }), "{error}");
     assert_eq!(error.found(), None);
