@@ -187,6 +187,14 @@ fn the_known_node_keeps_a_vm_against_a_newcomer_until_it_passes_on() {
         ),
         ("nor back", Some("b"), &[("a", Held("m")), ("b", Runs)], &moving(Some(NOW)), Some("b"), &[]),
         (
+            "nor one that did not leave from there",
+            Some("c"),
+            &[("b", Runs), ("c", Runs)],
+            &moving(Some(NOW)),
+            Some("c"),
+            &["b"],
+        ),
+        (
             "a source that still runs it says too much",
             Some("b"),
             &[("a", Runs), ("b", Runs)],
@@ -275,4 +283,64 @@ fn before_every_agent_has_reported_nobody_gets_a_new_name_and_the_known_keep_the
     assert_eq!(homes.look(&nodes, &[], true, second(NOW)).homes[&key()].node, "a");
     let nodes = inventory(&[("a", Says::Runs), ("b", Says::Runs)]);
     assert_eq!(homes.look(&nodes, &[], false, second(NOW)).homes[&key()].node, "a");
+}
+
+#[test]
+fn an_agent_that_is_not_connected_keeps_its_vm_however_long_it_does_not_report_it() {
+    for before in [Says::Runs, Says::Nothing] {
+        let homes = Homes::default();
+        let grace = i64::try_from(GRACE.as_secs()).unwrap();
+        let look = |at: i64, a: Says, b: Says| {
+            let view = homes.look(&inventory(&[("a", a), ("b", b)]), &[], true, second(at));
+            view.homes.get(&key()).map(|home| home.node.clone()).unwrap_or_default()
+        };
+        assert_eq!(look(0, Says::Runs, Says::Nothing), "a");
+        assert_eq!(look(10, before, Says::Runs), "a");
+        assert_eq!(look(10 + grace, Says::Unknown, Says::Runs), "a");
+        assert_eq!(look(10 + 10 * grace, Says::Unknown, Says::Runs), "a");
+    }
+}
+
+#[test]
+fn what_an_earlier_operator_has_known_does_not_replace_what_is_known_by_now() {
+    let homes = Homes::default();
+    let nodes = inventory(&[("a", Says::Runs), ("b", Says::Nothing)]);
+    homes.look(&nodes, &[], true, second(NOW));
+    let mut object = AssignedVM::new("counter", Default::default());
+    object.metadata.namespace = Some("demo".into());
+    object.status =
+        Some(slackwater_api::AssignedVMStatus { node_name: Some("b".into()), ..Default::default() });
+    homes.restore([&object].into_iter(), second(NOW));
+    assert_eq!(homes.look(&nodes, &[], true, second(NOW)).homes[&key()].node, "a");
+}
+
+#[test]
+fn a_migration_that_has_failed_gives_its_target_no_right_and_one_that_goes_on_or_succeeded_does() {
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+    let migration = |completion_time: Option<Time>, succeeded: &str| {
+        let spec = slackwater_api::VMMigrationSpec::new("counter");
+        let mut object = VMMigration::new("move", spec.clone());
+        object.metadata.uid = Some("m".into());
+        object.metadata.namespace = Some("demo".into());
+        let condition = Condition {
+            type_: SUCCEEDED.into(),
+            status: succeeded.into(),
+            reason: "X".into(),
+            message: String::new(),
+            observed_generation: None,
+            last_transition_time: Time(second(SINCE)),
+        };
+        object.status = Some(slackwater_api::VMMigrationStatus {
+            observed_spec: Some(spec),
+            source_node: Some("a".into()),
+            target_node: Some("b".into()),
+            conditions: vec![condition],
+            completion_time,
+            ..Default::default()
+        });
+        moves([&object].into_iter())
+    };
+    assert_eq!(migration(None, "Unknown"), moving(None));
+    assert_eq!(migration(Some(Time(second(NOW))), "True"), moving(Some(NOW)));
+    assert_eq!(migration(Some(Time(second(NOW))), "False"), []);
 }
