@@ -29,4 +29,4 @@ pub mod plan;
 pub mod publish;
 mod reason;
 
-pub use lifecycle::{RunError, run};
+pub use lifecycle::{Policy, RunError, run};

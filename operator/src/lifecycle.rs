@@ -1,6 +1,7 @@
 //! The operator as a whole: its loops, and how it ends.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use kube::{Client, Config};
 use slackwater_api::{AssignedVM, MigrationNode, VMMigration};
@@ -19,6 +20,15 @@ use crate::migration::controller;
 use crate::plan::Checks;
 use crate::publish::{nodes, vms};
 
+/// What an operator is told about how to decide.
+#[derive(Debug, Clone, Copy)]
+pub struct Policy {
+    /// The planner's checks.
+    pub checks: Checks,
+    /// How long a source may be silent before it counts as lost, where the target never starts the VM.
+    pub source_patience: Duration,
+}
+
 /// Waits until this operator leads, and then acts until `stop`. Migrations that are under way go on at the
 /// agents; the next operator joins them.
 ///
@@ -28,7 +38,7 @@ pub async fn run(
     config: Config,
     credentials: Credentials,
     terms: Terms,
-    checks: Checks,
+    policy: Policy,
     stop: CancellationToken,
 ) -> Result<(), RunError> {
     let client = Client::try_from(config.clone())?;
@@ -40,14 +50,14 @@ pub async fn run(
         biased;
         lost = keeper.lost() => return Err(RunError::LeadershipLost(lost)),
         () = stop.cancelled() => Ok(()),
-        kind = act(client, credentials, epoch, checks) => Err(RunError::WatchEnded { kind }),
+        kind = act(client, credentials, epoch, policy) => Err(RunError::WatchEnded { kind }),
     };
     keeper.release().await;
     ended
 }
 
 /// Runs all loops. Ends when one of them does, and returns its kind of objects.
-async fn act(client: Client, credentials: Credentials, epoch: Epoch, checks: Checks) -> &'static str {
+async fn act(client: Client, credentials: Credentials, epoch: Epoch, policy: Policy) -> &'static str {
     let tasks = TaskTracker::new();
     let cluster = Cluster::new(client, epoch.clone());
     let observed_nodes = observe::<MigrationNode>(cluster.all(), &tasks);
@@ -63,7 +73,8 @@ async fn act(client: Client, credentials: Credentials, epoch: Epoch, checks: Che
         fleet: Arc::clone(&fleet),
         claims: Arc::clone(&claims),
         homes: Arc::clone(&homes),
-        checks,
+        checks: policy.checks,
+        source_patience: policy.source_patience,
     };
     let sources = vms::Sources {
         vms: observed_vms,

@@ -6,9 +6,9 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::{Parser, Subcommand};
 use slackwater_api::parse_duration;
-use slackwater_operator::crds;
 use slackwater_operator::leadership::Terms;
 use slackwater_operator::plan::Checks;
+use slackwater_operator::{Policy, crds};
 use slackwater_proto::identity::Role;
 use slackwater_proto::tls::Credentials;
 use tokio::signal::unix::{SignalKind, signal};
@@ -62,6 +62,10 @@ struct Run {
     /// The pause between two renewals, and between two looks of an operator that waits.
     #[arg(long, default_value = "2s", value_parser = parse_duration)]
     lease_retry: Duration,
+    /// How long a source may be silent before the migration ends without it, where the target has given its
+    /// reservation back.
+    #[arg(long, default_value = "5m", value_parser = parse_duration)]
+    source_patience: Duration,
 }
 
 #[tokio::main]
@@ -110,7 +114,8 @@ async fn run_operator(run: Run) -> anyhow::Result<()> {
         stopping.cancel();
     });
     tracing::info!(version = env!("CARGO_PKG_VERSION"), "the operator starts");
-    slackwater_operator::run(config, credentials, terms, checks(), stop).await?;
+    let policy = Policy { checks: checks(), source_patience: run.source_patience };
+    slackwater_operator::run(config, credentials, terms, policy, stop).await?;
     Ok(())
 }
 

@@ -19,6 +19,8 @@ pub(crate) const SOURCE_NOT_READY: &str = "SourceNotReady";
 pub(crate) const ROLLED_BACK: &str = "RolledBack";
 /// VMMigration, Succeeded: the VM runs nowhere, and the agent names no reason.
 pub(crate) const LOST: &str = "Lost";
+/// VMMigration, Succeeded: the target never started the VM, and the source cannot be asked.
+pub(crate) const SOURCE_LOST: &str = "SourceLost";
 /// VMMigration, Succeeded: the VM runs at the target.
 pub(crate) const VM_RUNS_AT_TARGET: &str = "VMRunsAtTarget";
 /// VMMigration, Accepted: the spec was changed afterwards.

@@ -8,6 +8,7 @@
 //! | `tasks.rs` | runs the future of an effect and sends the signal that it yields |
 //! | `sending.rs`, `receiving.rs` | a blob between a device or a VMM and the wire |
 //! | [`link`], `answers.rs` | the source's connections to the destination, and what its answers mean |
+//! | [`unheard`] | a source that keeps the VM, and a destination that may not know |
 //! | [`ledger`], [`entry`] | the journal of the attempt: when it is written, and what it contains |
 //! | [`events`] | the events of the attempt, for the operator |
 //! | `limits.rs`, `timings.rs` | how long a phase may last, and how long the parts of the migration took |
@@ -32,4 +33,5 @@ mod tasks;
 #[cfg(test)]
 pub(crate) mod tests;
 mod timings;
+pub mod unheard;
 mod vmm_calls;

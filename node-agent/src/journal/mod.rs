@@ -6,6 +6,7 @@
 //!  <state_dir>/journal/<id>.source  what this node has journalled as a migration's source
 //!                     /<id>.destination
 //!                     /epoch        the highest operator epoch so far
+//!                     /identity     tells this journal from one that was begun anew
 //! ```
 //!
 //! This module knows files, not protocols: the caller decides what a record says, and writes JSON. It makes
@@ -58,6 +59,9 @@ pub const CONTENT_MAX_BYTES: usize = file::content_limit(SPACE_BYTES);
 const EPOCH: &str = "epoch";
 const EPOCH_SPACE_BYTES: usize = 4096;
 
+const IDENTITY: &str = "identity";
+const IDENTITY_SPACE_BYTES: usize = 4096;
+
 /// The end of a migration that a journal is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Display, EnumString, IntoStaticStr)]
 #[strum(serialize_all = "lowercase")]
@@ -87,12 +91,7 @@ impl Key {
     /// [`JournalError::InvalidId`] unless the id is 1 to 64 characters of `[a-z0-9-]`.
     pub fn new(id: impl Into<String>, role: Role) -> Result<Self, JournalError> {
         let id = id.into();
-        let allowed = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
-        if (1..=64).contains(&id.len()) && id.bytes().all(allowed) {
-            Ok(Self { id, role })
-        } else {
-            Err(JournalError::InvalidId { id })
-        }
+        if is_id(&id) { Ok(Self { id, role }) } else { Err(JournalError::InvalidId { id }) }
     }
 
     /// The migration.
@@ -113,6 +112,17 @@ impl Key {
     fn file_name(&self) -> String {
         format!("{}.{}", self.id, self.role)
     }
+}
+
+fn is_id(text: &str) -> bool {
+    let allowed = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+    (1..=64).contains(&text.len()) && text.bytes().all(allowed)
+}
+
+fn new_identity() -> Result<String, JournalError> {
+    let file = Path::new("/proc/sys/kernel/random/uuid");
+    let unreadable = |source| JournalError::Read { file: file.to_owned(), source };
+    Ok(std::fs::read_to_string(file).map_err(unreadable)?.trim().to_owned())
 }
 
 impl fmt::Display for Key {
@@ -141,6 +151,8 @@ pub struct Journal {
     lock: Arc<File>,
     /// Opened at the first [`Journal::set_epoch`].
     epoch: Arc<Mutex<Option<Copies>>>,
+    /// Held while the identity is looked up, so that it is made once.
+    identity: Arc<Mutex<()>>,
 }
 
 impl Journal {
@@ -161,8 +173,12 @@ impl Journal {
         for path in [Some(state_dir), parent].into_iter().flatten() {
             Directory::open(path.to_owned())?.sync()?;
         }
-        let journal =
-            Self { directory: Arc::new(directory), lock: Arc::new(lock), epoch: Arc::new(Mutex::new(None)) };
+        let journal = Self {
+            directory: Arc::new(directory),
+            lock: Arc::new(lock),
+            epoch: Arc::default(),
+            identity: Arc::default(),
+        };
         journal.refuse_newer_open()?;
         journal.clear_leftovers()?;
         Ok(journal)
@@ -332,6 +348,30 @@ impl Journal {
         }
     }
 
+    /// Tells this journal from every other one, and from one that was begun anew in its place: 1 to 64
+    /// characters of `[a-z0-9-]`, made when it is asked for first and durable when this returns. A damaged one
+    /// is replaced: nothing that was said of the journal before counts then.
+    ///
+    /// # Errors
+    /// If it cannot be read, or made.
+    pub fn identity(&self) -> Result<String, JournalError> {
+        let _made_once = self.identity.lock();
+        match file::read(&self.directory, IDENTITY, IDENTITY_SPACE_BYTES) {
+            Ok(Stored { content, .. }) => {
+                if let Some(identity) = String::from_utf8(content).ok().filter(|text| is_id(text)) {
+                    return Ok(identity);
+                }
+            }
+            Err(unreadable @ JournalError::Read { .. }) => return Err(unreadable),
+            Err(JournalError::Open { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
+            Err(damaged) => tracing::warn!(%damaged, "the journal's identity is replaced"),
+        }
+        let identity = new_identity()?;
+        let (space, content) = (IDENTITY_SPACE_BYTES, identity.as_bytes());
+        Copies::create(&self.directory, IDENTITY, space, EPOCH_VERSION, content)?.finish(content)?;
+        Ok(identity)
+    }
+
     /// From now on, no sync succeeds, or every one does again.
     #[cfg(test)]
     pub(crate) fn fail_syncs(&self, fail: bool) {
@@ -367,7 +407,8 @@ impl Journal {
     fn clear_leftovers(&self) -> Result<(), JournalError> {
         for name in self.names()? {
             let is_leftover = match (name.strip_suffix(NEW), name.strip_suffix(SPARE)) {
-                (Some(of), _) => of == EPOCH || Key::of_file_name(of).is_some(),
+                (Some(of), _) => [EPOCH, IDENTITY].contains(&of) || Key::of_file_name(of).is_some(),
+                (_, Some(IDENTITY)) => true,
                 (_, Some(of)) if Key::of_file_name(of).is_some() => match self.read(of) {
                     Ok(stored) => stored.finished,
                     Err(JournalError::Open { source, .. }) => source.kind() == io::ErrorKind::NotFound,

@@ -493,6 +493,39 @@ fn a_damaged_epoch_is_an_error_and_not_zero() {
 }
 
 #[test]
+fn a_journal_keeps_its_identity_and_one_that_was_begun_anew_has_another() {
+    let (dir, journal) = state();
+    let identity = journal.identity().unwrap();
+    assert!(is_id(&identity), "{identity}");
+    assert_eq!(journal.identity().unwrap(), identity);
+    drop(journal);
+    let journal = Journal::open(dir.path()).unwrap();
+    assert_eq!(journal.identity().unwrap(), identity);
+    assert_eq!(names(&dir), [IDENTITY]);
+    assert!(journal.read_all().unwrap().is_empty(), "the identity is not a migration's journal");
+    drop(journal);
+    fs::remove_dir_all(dir.path().join("journal")).unwrap();
+    let journal = Journal::open(dir.path()).unwrap();
+    let other = journal.identity().unwrap();
+    assert_ne!(other, identity);
+    drop(journal);
+    // Nothing that was said by a damaged one counts any more.
+    fs::write(path(&dir, IDENTITY), b"").unwrap();
+    let journal = Journal::open(dir.path()).unwrap();
+    assert_ne!(journal.identity().unwrap(), other);
+}
+
+#[test]
+fn an_identity_that_is_not_durable_is_not_told() {
+    let (_dir, journal) = state();
+    journal.fail_syncs(true);
+    assert!(journal.identity().is_err());
+    journal.fail_syncs(false);
+    let identity = journal.identity().unwrap();
+    assert_eq!(journal.identity().unwrap(), identity);
+}
+
+#[test]
 fn only_the_owner_can_read_the_journals() {
     let dir = TempDir::new().unwrap();
     let state_dir = dir.path().join("state");

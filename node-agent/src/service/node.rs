@@ -84,7 +84,8 @@ impl NodeAgent for NodeService {
         let (attempts, given) = (Arc::clone(&self.attempts), call.into_inner());
         let run = to_its_end(async move { attempts.begin_destination(given).await }).await?;
         run.reserved().await.map_err(Refusal::from)?;
-        Ok(Response::new(ReserveResponse {}))
+        let journal_id = self.attempts.journal_identity().await;
+        Ok(Response::new(ReserveResponse { journal_id }))
     }
 
     async fn migrate(&self, call: Request<MigrateRequest>) -> Result<Response<Self::MigrateStream>, Status> {
@@ -156,6 +157,7 @@ impl NodeAgent for NodeService {
             }
             _ => JournalState::default(),
         };
-        Ok(Response::new(ResolveResponse { own: Some(own) }))
+        let journal_id = self.attempts.journal_identity().await;
+        Ok(Response::new(ResolveResponse { own: Some(own), journal_id }))
     }
 }

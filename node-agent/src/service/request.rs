@@ -178,7 +178,7 @@ pub(super) struct Reservation {
     pub(super) reference: MigrationRef,
     pub(super) vm: VmRef,
     pub(super) policy: PeerToPeer,
-    /// How long the source may be silent before LOADED.
+    /// How long the source's Hello is waited for.
     pub(super) silence_timeout: Duration,
 }
 

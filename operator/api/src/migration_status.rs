@@ -48,6 +48,10 @@ pub struct VMMigrationStatus {
     /// What the target's agent holds for this migration.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reservation: Option<Reservation>,
+    /// Identifies the journal in which the target's agent has recorded that it reserved. An answer of another
+    /// journal, such as one that was begun anew, does not count for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target_journal: Option<String>,
     /// When the migration was accepted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub start_time: Option<Time>,
@@ -111,6 +115,8 @@ pub enum MigrationPhase {
     InDoubt,
     /// The VM runs nowhere.
     Lost,
+    /// The target has never started the VM, and never will; the source cannot be asked whether it runs there.
+    SourceLost,
 }
 
 /// What the target's agent holds for a migration. Written before the call that it is about, so that a

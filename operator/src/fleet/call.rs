@@ -6,8 +6,8 @@ use futures::{Stream, StreamExt};
 use slackwater_handover::Reason;
 use slackwater_proto::limits::node_client;
 use slackwater_proto::node::{
-    AbortRequest, AcknowledgeEndRequest, JournalState, MigrateRequest, MigrationEvent, MigrationRef,
-    ReleaseRequest, ReserveRequest, ResolveRequest,
+    AbortRequest, AcknowledgeEndRequest, MigrateRequest, MigrationEvent, MigrationRef, ReleaseRequest,
+    ReserveRequest, ResolveRequest, ResolveResponse,
 };
 use slackwater_proto::refusal::{Detail, Refusal};
 use slackwater_proto::tonic::{Code, Status};
@@ -149,19 +149,20 @@ macro_rules! fenced {
 fenced!(ReserveRequest, MigrateRequest, AbortRequest, ReleaseRequest, ResolveRequest, AcknowledgeEndRequest);
 
 impl Fleet {
-    /// Asks the target to reserve.
+    /// Asks the target to reserve. Returns the identity of the journal in which it has recorded that, or nothing
+    /// that is one.
     ///
     /// # Errors
     /// [`CallError`]
-    pub async fn reserve(&self, node: &str, request: ReserveRequest) -> Result<(), CallError> {
+    pub async fn reserve(&self, node: &str, request: ReserveRequest) -> Result<String, CallError> {
         let client = node_client(self.index.channel(node)?);
         let report = self.index.known(node)?.report;
         let limit = self.limits.reserve(report.and_then(|report| report.twin_start_limit));
         let call = |request| {
             let mut client = client.clone();
-            async move { within("Reserve", limit, client.reserve(request)).await.map(drop) }
+            async move { within("Reserve", limit, client.reserve(request)).await }
         };
-        self.fenced(node, request, call).await
+        Ok(self.fenced(node, request, call).await?.into_inner().journal_id)
     }
 
     /// Asks the source to migrate, or joins the migration that it is busy with.
@@ -215,15 +216,14 @@ impl Fleet {
     ///
     /// # Errors
     /// [`CallError`]
-    pub async fn resolve(&self, node: &str, request: ResolveRequest) -> Result<JournalState, CallError> {
+    pub async fn resolve(&self, node: &str, request: ResolveRequest) -> Result<ResolveResponse, CallError> {
         let client = node_client(self.index.connected(node)?);
         let limit = self.limits.resolve;
         let call = |request| {
             let mut client = client.clone();
             async move { within("Resolve", limit, client.resolve(request)).await }
         };
-        let answer = self.fenced(node, request, call).await?;
-        Ok(answer.into_inner().own.unwrap_or_default())
+        Ok(self.fenced(node, request, call).await?.into_inner())
     }
 
     /// Tells either end that it is known how the migration ended. An older agent has no such call, and forgets

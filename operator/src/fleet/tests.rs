@@ -84,7 +84,7 @@ impl NodeAgent for Fake {
     }
 
     async fn reserve(&self, _: Request<ReserveRequest>) -> Result<Response<ReserveResponse>, Status> {
-        Ok(Response::new(ReserveResponse {}))
+        Ok(Response::new(ReserveResponse::default()))
     }
 
     async fn migrate(&self, _: Request<MigrateRequest>) -> Result<Response<Self::MigrateStream>, Status> {

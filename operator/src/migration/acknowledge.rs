@@ -1,6 +1,14 @@
 //! Telling both agents that the outcome stands in the status: until then they keep the journal of the migration,
 //! however old, since it may be asked for.
+//!
+//! An agent that has not come to its end may wait for the other one's word, as a source does that was lost when
+//! the migration ended and is back since: so each is told what the other has journalled, as long as that lasts.
 
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::inquiry::run_round;
+use super::request::Accepted;
 use super::run::Run;
 use super::tracked::RETRY_PAUSES;
 use crate::fleet::CallError;
@@ -28,9 +36,19 @@ impl Run {
                 return;
             }
             self.tracked.rest(&mut backoff).await;
+            self.relay_what_is_journalled(&accepted).await;
             self.tracked.look();
             self.note_spec().await;
         }
+    }
+}
+
+impl Run {
+    /// One round of asking both ends. What comes of it changes nothing about the outcome.
+    async fn relay_what_is_journalled(&mut self, accepted: &Accepted) {
+        let next = self.attempt.inquiry.next_round();
+        let round = run_round(Arc::clone(&self.context.fleet), accepted.clone(), next).await;
+        self.attempt.inquiry.judge(round, Duration::MAX);
     }
 }
 

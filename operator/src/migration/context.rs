@@ -1,6 +1,7 @@
 //! What all migrations of an operator share.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use jiff::Timestamp;
 use slackwater_api::VMMigration;
@@ -27,6 +28,8 @@ pub struct Context {
     pub homes: Arc<Homes>,
     /// The planner's checks.
     pub checks: Checks,
+    /// How long a source may be silent before it counts as lost, where the target never starts the VM.
+    pub source_patience: Duration,
 }
 
 impl Context {

@@ -198,8 +198,8 @@ impl Run {
         match abort_once(&self.context.fleet, accepted, request).await {
             // An agent answers so for a migration that it does not know, too: what it has journalled decides.
             Ok(AbortAnswer::Ended) => match self.inquire(accepted).await {
-                Some(Settlement::NeverBegan) => {
-                    self.conclude(&Settlement::NeverBegan, None).await;
+                Some(how @ (Settlement::NeverBegan | Settlement::SourceLost { .. })) => {
+                    self.conclude(&how, None).await;
                     return true;
                 }
                 // Its stream reports the rest.
@@ -219,7 +219,10 @@ impl Run {
                     %error,
                     "aborting failed; trying again"
                 );
-                self.inquire(accepted).await;
+                if let Some(how @ Settlement::SourceLost { .. }) = self.inquire(accepted).await {
+                    self.conclude(&how, None).await;
+                    return true;
+                }
             }
         }
         false

@@ -11,7 +11,7 @@ use slackwater_handover::resolver::{
 };
 use tokio::time::Instant;
 
-use super::journals::{ask, node_of, relay};
+use super::journals::{Heard, ask, node_of, relay};
 use super::request::Accepted;
 use super::status::Doubtful;
 use crate::backoff::{Backoff, Pauses};
@@ -28,7 +28,7 @@ const SHOW_UNREACHABLE_AFTER: Duration = Duration::from_secs(15);
 #[derive(Debug)]
 pub(super) struct Round {
     pub(super) source: Answer,
-    pub(super) target: Answer,
+    pub(super) target: Heard,
 }
 
 /// One end's record, on its way to the other end.
@@ -54,6 +54,8 @@ pub(super) struct Inquiry {
     source_doubt_is_newer: bool,
     /// Since when an end that the other one waits for has been unreachable in every round.
     unreachable_since: Option<Instant>,
+    /// Since when the source has been silent in every round, while the target never starts the VM.
+    lost_since: Option<Instant>,
     /// Why an end could not be asked in the last round.
     why: String,
     backoff: Backoff,
@@ -68,6 +70,7 @@ impl Default for Inquiry {
             source_doubt: None,
             source_doubt_is_newer: false,
             unreachable_since: None,
+            lost_since: None,
             why: String::new(),
             backoff: ROUND_PAUSES.begin(),
             relays: Vec::new(),
@@ -126,16 +129,18 @@ impl Inquiry {
         NextRound { relays: std::mem::take(&mut self.relays), pause: self.backoff.next_pause() }
     }
 
-    /// Judges a round. Returns how the migration is settled, if it is.
-    pub(super) fn judge(&mut self, round: Round) -> Option<Settlement> {
+    /// Judges a round. Returns how the migration is settled, if it is. `patience`: how long a source may be silent
+    /// before it counts as lost.
+    pub(super) fn judge(&mut self, round: Round, patience: Duration) -> Option<Settlement> {
         let mut settled = None;
         let source = match round.source {
             Answer::Says(word) => Event::SourceSays(word),
             Answer::Silent(why) => Event::SourceSilent(why),
             Answer::Unreadable(why) => Event::SourceUnreadable(why),
         };
-        let target = match round.target {
-            Answer::Says(word) => Event::TargetSays(word),
+        let Heard { answer, same_journal } = round.target;
+        let target = match answer {
+            Answer::Says(word) => Event::TargetSays { word, same_journal },
             Answer::Silent(why) => Event::TargetSilent(why),
             Answer::Unreadable(why) => Event::TargetUnreadable(why),
         };
@@ -155,7 +160,9 @@ impl Inquiry {
         }
         let waits = self.resolver.doubt().is_some_and(is_unreachable);
         self.unreachable_since = waits.then(|| self.unreachable_since.unwrap_or_else(Instant::now));
-        settled
+        let lost = matches!(settled, Some(Settlement::SourceLost { .. }));
+        self.lost_since = lost.then(|| self.lost_since.unwrap_or_else(Instant::now));
+        settled.filter(|_| self.lost_since.is_none_or(|since| since.elapsed() >= patience))
     }
 
     /// An end that the other one waits for is unreachable, and has not been for long.
@@ -208,5 +215,42 @@ pub(super) async fn run_round(fleet: Arc<Fleet>, accepted: Accepted, next: NextR
     tokio::time::sleep(next.pause).await;
     let (source, target) =
         tokio::join!(ask(&fleet, &accepted, End::Source), ask(&fleet, &accepted, End::Destination));
-    Round { source, target }
+    Round { source: source.answer, target }
+}
+
+#[cfg(test)]
+mod tests {
+    use slackwater_handover::Record;
+
+    use super::*;
+
+    fn discarded(source: Answer) -> Round {
+        let target = Heard { answer: Answer::Says(Word::at(Record::Discarded)), same_journal: true };
+        Round { source, target }
+    }
+
+    fn silent() -> Answer {
+        Answer::Silent("connection refused".to_owned())
+    }
+
+    #[test]
+    fn a_source_counts_as_lost_only_when_it_has_been_silent_in_every_round_for_the_whole_patience() {
+        let patience = Duration::from_millis(80);
+        let mut inquiry = Inquiry::default();
+        assert_eq!(inquiry.judge(discarded(silent()), patience), None);
+        std::thread::sleep(patience);
+        // One answer, and it begins anew.
+        assert_eq!(inquiry.judge(discarded(Answer::Says(Word::at(Record::Saving))), patience), None);
+        assert_eq!(inquiry.judge(discarded(silent()), patience), None);
+        std::thread::sleep(patience);
+        let lost = Settlement::SourceLost { why: "connection refused".to_owned() };
+        assert_eq!(inquiry.judge(discarded(silent()), patience), Some(lost));
+    }
+
+    #[test]
+    fn nothing_else_waits_for_that_patience() {
+        let ended = Word { ended: true, ..Word::at(Record::Aborted) };
+        let settled = Inquiry::default().judge(discarded(Answer::Says(ended)), Duration::MAX);
+        assert_eq!(settled, Some(Settlement::GivenUp(None)));
+    }
 }

@@ -113,9 +113,9 @@ impl Run {
             () = self.until_unwanted() => return,
         };
         match reserved {
-            Ok(()) => {
+            Ok(journal) => {
                 self.attempt.source_never_asked = true;
-                self.tracked.draft_now().target_reserved();
+                self.tracked.draft_now().target_reserved(&journal);
             }
             Err(error) => {
                 let target = &accepted.target;

@@ -61,6 +61,8 @@ pub struct Accepted {
     pub source: String,
     /// The node that it goes to.
     pub target: String,
+    /// The journal in which the target has recorded that it reserved, if that is known.
+    pub target_journal: Option<String>,
     target_address: String,
     attempt: u32,
     devices: Vec<proto::DevicePair>,
@@ -80,6 +82,7 @@ impl Accepted {
             vm: request.vm,
             source: status.source_node.clone()?,
             target: status.target_node.clone()?,
+            target_journal: status.target_journal.clone(),
             target_address: status.target_address.clone()?,
             attempt: u32::try_from(status.attempt?).ok()?,
             devices: status.devices.iter().map(device_pair).collect(),

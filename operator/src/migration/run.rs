@@ -69,7 +69,7 @@ impl Run {
     pub(super) async fn take_in_round(&mut self, round: Round) -> Option<Settlement> {
         let (source, target) = (&round.source, &round.target);
         tracing::debug!(migration = self.tracked.name(), ?source, ?target, "both ends were asked");
-        let settled = self.attempt.inquiry.judge(round);
+        let settled = self.attempt.inquiry.judge(round, self.context.source_patience);
         self.show_doubt();
         self.note_spec().await;
         self.tracked.write_progress().await;

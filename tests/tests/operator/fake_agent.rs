@@ -52,8 +52,11 @@ pub(crate) struct Script {
     pub(crate) reserve_hangs: bool,
     /// The highest epoch that it has seen: a call with a lower one is refused.
     pub(crate) known_epoch: u64,
+    pub(crate) acknowledge: Option<Status>,
     /// The content of its journal.
     pub(crate) journal: JournalState,
+    /// The journal's identity; an agent of version 0.1.0 tells none.
+    pub(crate) journal_id: String,
 }
 
 struct State {
@@ -398,7 +401,9 @@ impl NodeAgent for Service {
         if hangs {
             pending::<()>().await;
         }
-        self.0.answer(|script| &script.reserve).map(|()| Response::new(ReserveResponse {}))
+        self.0.answer(|script| &script.reserve)?;
+        let journal_id = self.0.script.lock().unwrap().journal_id.clone();
+        Ok(Response::new(ReserveResponse { journal_id }))
     }
 
     async fn migrate(
@@ -452,6 +457,7 @@ impl NodeAgent for Service {
     ) -> Result<Response<AcknowledgeEndResponse>, Status> {
         let request = request.into_inner();
         self.0.fence(request.migration.as_ref())?;
+        self.0.answer(|script| &script.acknowledge)?;
         let acknowledged = request.migration.unwrap_or_default();
         self.0.acknowledged.send_modify(|ends| ends.push((acknowledged.id, acknowledged.attempt)));
         Ok(Response::new(AcknowledgeEndResponse {}))
@@ -464,7 +470,8 @@ impl NodeAgent for Service {
             self.0.record(Call::Resolve(request));
         }
         self.0.answer(|script| &script.resolve)?;
-        let own = self.0.script.lock().unwrap().journal.clone();
-        Ok(Response::new(ResolveResponse { own: Some(own) }))
+        let script = self.0.script.lock().unwrap();
+        let (own, journal_id) = (Some(script.journal.clone()), script.journal_id.clone());
+        Ok(Response::new(ResolveResponse { own, journal_id }))
     }
 }

@@ -17,6 +17,7 @@ mod fake_agent;
 mod hanging;
 mod joining;
 mod leading;
+mod lost_source;
 mod names;
 mod refusals;
 mod reports;

@@ -329,6 +329,9 @@ pub(crate) fn message(migration: &VMMigration, type_: &str) -> String {
 /// How long another operator waits for the Lease of a killed one: as short as whole seconds allow.
 const LEASE: [&str; 6] = ["--lease-duration", "3s", "--lease-renew-deadline", "2s", "--lease-retry", "250ms"];
 
+/// How long a source may be silent: as short as a few rounds of asking take.
+pub(crate) const SOURCE_PATIENCE: Duration = Duration::from_secs(3);
+
 /// Starts an operator that logs to `<name>.log`.
 pub(crate) fn start_operator(folder: &Path, kubeconfig: &Path, name: &str) -> Child {
     let log = folder.join(format!("{name}.log"));
@@ -342,6 +345,7 @@ pub(crate) fn start_operator(folder: &Path, kubeconfig: &Path, name: &str) -> Ch
         .arg("--tls-ca")
         .arg(folder.join("ca.crt"))
         .args(LEASE)
+        .args(["--source-patience", &format!("{}s", SOURCE_PATIENCE.as_secs())])
         .env("KUBECONFIG", kubeconfig)
         .env("NO_COLOR", "1")
         .stdout(Stdio::null())

@@ -38,8 +38,13 @@ impl Verdict {
 
 impl Resolver {
     /// Judges a whole round.
-    pub(super) fn judge(mut self, source: &Answer, target: &Answer) -> (Self, Vec<Effect>) {
-        let verdict = self.verdict(source, target);
+    pub(super) fn judge(
+        mut self,
+        source: &Answer,
+        target: &Answer,
+        same_journal: bool,
+    ) -> (Self, Vec<Effect>) {
+        let verdict = self.verdict(source, target, same_journal);
         let mut effects = Vec::new();
         if self.doubt.is_some() && verdict.doubt.is_none() {
             effects.push(Effect::NoDoubt);
@@ -52,7 +57,7 @@ impl Resolver {
         (self, effects)
     }
 
-    fn verdict(&self, source: &Answer, target: &Answer) -> Verdict {
+    fn verdict(&self, source: &Answer, target: &Answer, same_journal: bool) -> Verdict {
         if self.decided_for(End::Destination)
             && target.journal() == Journal::At(Record::Running)
             && is_gone(source)
@@ -60,7 +65,7 @@ impl Resolver {
             return Verdict::settled(Settlement::RunsAtDestination);
         }
         let word = match source {
-            Answer::Silent(why) => return self.silent(why, target),
+            Answer::Silent(why) => return self.silent(why, target, same_journal),
             Answer::Unreadable(why) => return Verdict::doubt(DoubtReason::SourceJournalUnreadable, why),
             Answer::Says(word) => word,
         };
@@ -122,13 +127,15 @@ impl Resolver {
     }
 
     /// The source cannot be asked.
-    fn silent(&self, why: &str, target: &Answer) -> Verdict {
+    fn silent(&self, why: &str, target: &Answer, same_journal: bool) -> Verdict {
+        let never_started = || Verdict::settled(Settlement::SourceLost { why: why.to_owned() });
         match target {
             Answer::Says(word) => match word.record {
                 Some(Record::Loaded) => Verdict::doubt(DoubtReason::SourceUnreachable, why),
+                Some(Record::Discarded) => never_started(),
                 None if self.committed => Verdict::doubt(DoubtReason::TargetForgot, why),
-                // It has started, or never will, and the source hears of it when it is back; or it has not
-                // come that far.
+                None if same_journal => never_started(),
+                // It has started, and the source hears of it when it is back; or it has not come that far.
                 _ => Verdict::wait(),
             },
             Answer::Unreadable(other) if self.committed => {

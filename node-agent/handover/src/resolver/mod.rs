@@ -19,6 +19,7 @@
 //! | with a journal that it cannot read | any | **in doubt**: `SourceJournalUnreadable` |
 //! | ABORTED | STARTING, RUNNING | **alarm** `Forked`; nothing is touched |
 //! | silent | LOADED | **in doubt**: `SourceUnreachable` |
+//! | silent | DISCARDED, or none in the journal that had it reserved | settled, after a patience: `SourceLost` |
 //! | silent, known to have committed | silent | **in doubt**: `AgentsUnreachable` |
 //! | no record | LOADED | **in doubt**: `SourceForgot` |
 //! | no record | RUNNING, or STARTING that has ended | settled, by the destination's word |
@@ -72,7 +73,13 @@ pub enum Event {
     /// The source answers that it cannot read its journal, and why, for a person.
     SourceUnreadable(String),
     /// The destination's answer of this round.
-    TargetSays(Word),
+    TargetSays {
+        /// Its word.
+        word: Word,
+        /// It comes from the very journal in which the destination had recorded that it reserved. Another one
+        /// may have lost what that one said.
+        same_journal: bool,
+    },
     /// The destination cannot be asked, and why, for a person.
     TargetSilent(String),
     /// The destination answers that it cannot read its journal, and why, for a person.
@@ -131,6 +138,13 @@ pub enum Settlement {
     RunsAtDestination,
     /// The VM is lost.
     Lost(Option<Failure>),
+    /// The source cannot be asked, and the destination has never started the VM, and never will. The source
+    /// keeps the VM, if it still has it. The caller waits for long before it believes that the source is lost,
+    /// and relays what the destination says should the source be back after that.
+    SourceLost {
+        /// Why the source cannot be asked, in the words of the error.
+        why: String,
+    },
 }
 
 /// What is to be done.
@@ -205,6 +219,8 @@ pub struct Resolver {
     /// Of this round, not judged yet.
     source: Option<Answer>,
     target: Option<Answer>,
+    /// The destination's answer of this round comes from the journal that had it reserved.
+    same_journal: bool,
     /// The pair that was judged last.
     judged: Option<(Journal, Journal)>,
     /// The source is known to have begun, from all answers so far.
@@ -231,7 +247,10 @@ impl Resolver {
             }
             Event::SourceSilent(why) => self.source = Some(Answer::Silent(why)),
             Event::SourceUnreadable(why) => self.source = Some(Answer::Unreadable(why)),
-            Event::TargetSays(word) => self.target = Some(Answer::Says(word)),
+            Event::TargetSays { word, same_journal } => {
+                self.target = Some(Answer::Says(word));
+                self.same_journal = same_journal;
+            }
             Event::TargetSilent(why) => self.target = Some(Answer::Silent(why)),
             Event::TargetUnreadable(why) => self.target = Some(Answer::Unreadable(why)),
             Event::Decided(decision) => self.decision = Some(decision),
@@ -239,7 +258,8 @@ impl Resolver {
         match (self.source.take(), self.target.take()) {
             (Some(source), Some(target)) => {
                 self.judged = Some((source.journal(), target.journal()));
-                self.judge(&source, &target)
+                let same_journal = std::mem::take(&mut self.same_journal);
+                self.judge(&source, &target, same_journal)
             }
             (source, target) => {
                 self.source = source;

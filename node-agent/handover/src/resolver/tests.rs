@@ -39,7 +39,7 @@ fn source(heard: &Answer) -> Event {
 
 fn target(heard: &Answer) -> Event {
     match heard.clone() {
-        Answer::Says(word) => Event::TargetSays(word),
+        Answer::Says(word) => Event::TargetSays { word, same_journal: false },
         Answer::Silent(why) => Event::TargetSilent(why),
         Answer::Unreadable(why) => Event::TargetUnreadable(why),
     }
@@ -238,11 +238,43 @@ fn a_source_that_gave_it_up_and_is_done_is_settled_and_the_destination_hears_of_
 fn nothing_is_decided_by_a_word_of_an_earlier_round() {
     let (resolver, _) = round(Resolver::default(), &says(Record::Committed), &silent());
     // The destination is back, and the source has not been asked again.
-    let (resolver, effects) = resolver.step(Event::TargetSays(Word::at(Record::Loaded)));
+    let (resolver, effects) = resolver.step(target(&says(Record::Loaded)));
     assert_eq!(effects, []);
     // Meanwhile it has been resolved otherwise.
     let (_, effects) = resolver.step(Event::SourceSays(Word::at(Record::Aborted)));
     assert_eq!(effects, [Effect::NoDoubt, Effect::RelayToTarget(Word::at(Record::Aborted))]);
+}
+
+#[test]
+fn a_silent_source_is_lost_only_if_the_destination_is_known_never_to_start_the_vm() {
+    let lost = |d: &Answer, same_journal: bool, events: &[Event]| {
+        let target = match d {
+            Answer::Says(word) => Event::TargetSays { word: word.clone(), same_journal },
+            _ => target(d),
+        };
+        let events = events.iter().cloned().chain([source(&silent()), target]);
+        steps(Resolver::default(), events)
+            .1
+            .contains(&Effect::Settled(Settlement::SourceLost { why: "no route".into() }))
+    };
+    let committed = [Event::SourceReported { committed: true }];
+    for d in all_of(&TARGET) {
+        for same_journal in [false, true] {
+            let discarded = d.journal() == Journal::At(Record::Discarded);
+            let never_reserved = d.journal() == Journal::Empty && same_journal;
+            assert_eq!(lost(&d, same_journal, &[]), discarded || never_reserved, "{d:?} {same_journal}");
+            // A source that has committed waits for the destination, which has to have said it.
+            assert_eq!(lost(&d, same_journal, &committed), discarded, "{d:?} {same_journal}");
+        }
+    }
+}
+
+#[test]
+fn what_the_journal_was_in_an_earlier_round_counts_no_more() {
+    let nothing = |same_journal| Event::TargetSays { word: Word::without_record(), same_journal };
+    let first = steps(Resolver::default(), [nothing(true), source(&says(Record::Saving))]);
+    let (_, effects) = steps(first.0, [source(&silent()), nothing(false)]);
+    assert_eq!(effects, []);
 }
 
 #[test]

@@ -481,6 +481,7 @@ impl World {
                     self.broken.insert(Rule::NoFork);
                 }
                 self.started.insert(attempt);
+                self.check_never_started(attempt);
             }
             (Side::Destination, Record::Discarded) if stands && self.started.contains(&attempt) => {
                 self.broken.insert(Rule::DiscardedTooLate);

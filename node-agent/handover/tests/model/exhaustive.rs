@@ -312,3 +312,8 @@ fn a_device_that_hangs_in_silence_is_found() {
 fn a_wake_without_the_device_that_hangs_is_found() {
     is_caught(Mutant::WakeWithoutTheHungOne, hangs(), &[properties::WAKE_TOGETHER]);
 }
+
+#[test]
+fn a_loaded_destination_that_is_taken_for_one_that_never_starts_is_found() {
+    is_caught(Mutant::LostWhileLoaded, relayed(), &[properties::SAID_NEVER_STARTED]);
+}

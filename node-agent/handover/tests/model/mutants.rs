@@ -36,6 +36,8 @@ pub(crate) enum Mutant {
     HangsInSilence,
     /// The source takes a device that hangs for one that has come as far as the others.
     WakeWithoutTheHungOne,
+    /// The operator takes a destination that waits for a silent source for one that never starts the VM.
+    LostWhileLoaded,
 }
 
 impl Mutant {
@@ -127,6 +129,14 @@ impl Mutant {
                 Some(source::Event::DeviceReached(index, MigrationState::RunningP2p))
             }
             _ => Some(source::Event::DeviceHangs(index, Failure::new(Reason::DeviceHangs, "it hangs"))),
+        }
+    }
+
+    /// What the operator takes the destination to have journalled.
+    pub(crate) fn record_at_destination(mutant: Option<Self>, record: Option<Record>) -> Option<Record> {
+        match (mutant, record) {
+            (Some(Self::LostWhileLoaded), Some(Record::Loaded)) => Some(Record::Discarded),
+            (_, record) => record,
         }
     }
 

@@ -37,6 +37,8 @@ pub(crate) struct Operator {
     pub committed: bool,
     /// Where an administrator wants the VM to run.
     pub decision: Option<Side>,
+    /// The last attempt of which it has said that D never started the VM, and never will.
+    pub said_never_started: u32,
     /// It knows how it ended, and asks no more.
     pub done: bool,
     /// Has been relayed, and may arrive at any time.
@@ -180,7 +182,9 @@ impl World {
             }
             Act::AsksDestination(answers, decides) => {
                 let event = if answers {
-                    Event::TargetSays(answer(self.destination.word(), attempt))
+                    let word = answer(self.destination.word(), attempt);
+                    let record = Mutant::record_at_destination(config.mutant, word.record);
+                    Event::TargetSays { word: Word { record, ..word }, same_journal: true }
                 } else {
                     Event::TargetSilent(String::new())
                 };
@@ -195,6 +199,13 @@ impl World {
                         }
                         // S may be asked to begin, yet.
                         Effect::Settled(Settlement::NeverBegan) => {}
+                        // The operator goes on asking, as it does until S has acknowledged the end.
+                        Effect::Settled(Settlement::SourceLost { .. }) => {
+                            self.operator.said_never_started = attempt;
+                            if self.started.contains(&attempt) {
+                                self.broken.insert(Rule::SaidNeverStarted);
+                            }
+                        }
                         // Before that is believed S is joined again: it may have begun since it was asked.
                         Effect::Settled(how) => {
                             let line = self.source.journal.filter(|line| line.attempt == attempt);

@@ -22,6 +22,7 @@ pub(crate) enum Rule {
     HalfRollback,
     AskedTwice,
     SeesFork,
+    SaidNeverStarted,
     QuiesceTogether,
     SlackWater,
     WakeTogether,
@@ -52,6 +53,8 @@ pub(crate) const ONE_END_RUNS: &str =
 pub(crate) const COPY_IS_USED: &str =
     "after COMMITTED, a whole copy at D runs in the end, whatever has become of S";
 pub(crate) const NO_ALARM: &str = "without a decision the operator sees no fork";
+pub(crate) const SAID_NEVER_STARTED: &str =
+    "D never starts the VM once the operator has said that it never will";
 pub(crate) const DECISION_HELPS: &str =
     "where an administrator has decided, the VM runs, though the other node stays off";
 /// D gives everything back, and S has recorded ABORTED, keeps vCPUs that it has paused so, and has the other
@@ -126,6 +129,7 @@ pub(crate) fn all() -> Vec<Property<Handover>> {
             world.stuck.is_none() || model.while_it_hangs(world, holds_up_nothing)
         }),
         kept!(NO_ALARM, Rule::SeesFork),
+        kept!(SAID_NEVER_STARTED, Rule::SaidNeverStarted),
         Property::always(DECISION_HELPS, |model: &Handover, world: &World| {
             world.operator.decision.is_none() || model.when_repaired(world, decision_helps)
         }),

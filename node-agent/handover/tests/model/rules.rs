@@ -28,8 +28,16 @@ impl World {
     pub(crate) fn start_something(&mut self) {
         let attempt = self.destination.attempt;
         self.started.insert(attempt);
+        self.check_never_started(attempt);
         if !self.destination.has_recorded(attempt, Record::Starting) {
             self.broken.insert(Rule::StartingFirst);
+        }
+    }
+
+    /// The operator has not said of this attempt that the destination would never start it.
+    pub(crate) fn check_never_started(&mut self, attempt: u32) {
+        if self.operator.said_never_started >= attempt {
+            self.broken.insert(Rule::SaidNeverStarted);
         }
     }
 

@@ -88,7 +88,7 @@ pub enum EndEntry {
         vm_json: String,
         /// Opaque, for other programs that hand out devices.
         claim: Vec<u8>,
-        /// For so long the source may be silent before LOADED.
+        /// For so long the source's Hello is waited for.
         silence_timeout_ms: u64,
         /// The number of the user that the twin runs as. An older agent
         /// has started twins as its own.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use slackwater_handover::source::Event;
-use slackwater_handover::{Blob, Failure, Reason, Record, Word};
+use slackwater_handover::{Blob, Failure, Reason};
 use slackwater_proto::channel::words;
 use slackwater_proto::node::{Doubt, Phase as ReportedPhase};
 use slackwater_proto::transfer::HandoverResponse;
@@ -17,15 +17,11 @@ use crate::attempt::answers::{self, Answer};
 use crate::attempt::limits;
 use crate::attempt::link::{AnswerStream, Link};
 use crate::attempt::sending::DeviceSender;
+use crate::attempt::unheard::Unheard;
 use crate::host::clock::Clock;
 
 /// The first pause, and the longest, before the destination is asked again what it has journalled.
 const ASK_AGAIN: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(5));
-
-/// The first pause before the destination hears again that the VM stays here, and for how long that is
-/// tried.
-const TELL_AGAIN: Duration = Duration::from_secs(1);
-const TELL_LIMIT: Duration = Duration::from_secs(600);
 
 impl SourceAttempt {
     pub(super) fn connect(&self) -> impl Future<Output = Signal> + Send + use<> {
@@ -130,24 +126,9 @@ impl SourceAttempt {
     }
 
     /// Says again and again that the VM stays here, until the destination has heard it. The hand-over's
-    /// stream may be gone, and a destination at LOADED gives nothing back before it knows. The operator says
-    /// it, too. The attempt may end long before.
+    /// stream may be gone. The operator says it, too. The attempt may end long before.
     pub(super) fn repeat_abort(&self) -> impl Future<Output = ()> + Send + use<> {
-        let (peer, own) = (self.parts.peer.clone(), self.parts.ledger.state());
-        async move {
-            let (mut pause, longest) = (TELL_AGAIN, ASK_AGAIN.1);
-            let heard = async {
-                loop {
-                    tokio::time::sleep(pause).await;
-                    pause = (pause * 2).min(longest);
-                    let answer = peer.settle(own.clone()).await;
-                    if matches!(answer, Ok(Word { record: None | Some(Record::Discarded), .. })) {
-                        return;
-                    }
-                }
-            };
-            let _ = tokio::time::timeout(TELL_LIMIT, heard).await;
-        }
+        Unheard::new(self.parts.peer.clone(), self.parts.ledger.state()).tell_until_heard()
     }
 
     /// Reports what keeps the migration from its end.

@@ -6,5 +6,6 @@ mod giving_up;
 mod hangs;
 mod monitor;
 pub(crate) mod rig;
+mod unheard;
 mod vmm;
 mod whole;

@@ -86,6 +86,23 @@ impl Attempts {
         self.node.registry.usable_part(&reference.id, reference.attempt)
     }
 
+    /// Tells this node's journal from every other one; empty if it cannot be told now.
+    pub(super) async fn journal_identity(&self) -> String {
+        let journal = Arc::clone(&self.node.journal);
+        match tokio::task::spawn_blocking(move || journal.identity()).await {
+            Ok(Ok(identity)) => identity,
+            Ok(Err(error)) => {
+                let error = error.with_causes();
+                tracing::warn!(error, "the journal's identity cannot be told");
+                String::new()
+            }
+            Err(error) => {
+                tracing::error!(%error, "the journal's identity cannot be told");
+                String::new()
+            }
+        }
+    }
+
     /// The operator knows how an attempt ended.
     pub(super) async fn acknowledge(&self, reference: &MigrationRef) -> Result<(), Refusal> {
         let (role, end) = match self.find(reference).await? {

@@ -5,11 +5,14 @@ use std::sync::Arc;
 use slackwater_proto::node::{MigrationRef, ReserveRequest};
 use slackwater_proto::refusal::Refusal;
 use slackwater_proto::tls::Credentials;
+use slackwater_proto::transfer::Attempt;
 use tokio::sync::watch;
 use tracing::warn;
 
 use crate::attempt::destination::DestinationRun;
+use crate::attempt::entry::{EndEntry, Entry};
 use crate::attempt::ledger::EndRecord;
+use crate::attempt::link::Peer;
 use crate::attempt::source::SourceRun;
 use crate::host::identity::VfIdentity;
 use crate::host::twin_users::TwinUsers;
@@ -39,6 +42,17 @@ pub struct NodeResources {
 }
 
 impl NodeResources {
+    /// The destination of a source's attempt, by its journal. `None`: this node was the destination.
+    pub(super) fn peer_of(&self, entry: &Entry) -> Option<Peer> {
+        let EndEntry::Source { target_node, target_address, .. } = &entry.end else { return None };
+        Some(Peer {
+            credentials: Arc::clone(&self.credentials),
+            node: target_node.clone(),
+            address: target_address.clone(),
+            attempt: Attempt { migration_id: entry.migration_id.clone(), attempt: entry.attempt },
+        })
+    }
+
     /// This node is the source of an attempt. When that has ended, durably, what it holds is given back.
     pub(super) fn join_source(&self, reference: &MigrationRef, run: &SourceRun) {
         self.registry.join(reference, LocalEnd::Source(run.clone()));

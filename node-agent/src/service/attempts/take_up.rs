@@ -21,6 +21,7 @@ use crate::attempt::entry::{EndEntry, Ended, Entry, ParseEntryError};
 use crate::attempt::events::EventLog;
 use crate::attempt::ledger::Ledger;
 use crate::attempt::source::SourceRun;
+use crate::attempt::unheard::{Unheard, tell_all};
 use crate::host::clock::Clock;
 use crate::journal::{Content, Found, Journal, JournalError, Key, Role};
 use crate::service::reason::ServiceReason;
@@ -81,6 +82,8 @@ pub(super) async fn take_up_all(node: &NodeResources) -> Result<(), JournalError
             }
         }
     }
+    let unheard = usable.iter().filter_map(|(_, entry)| unheard(node, entry)).collect();
+    tokio::spawn(tell_all(unheard));
     let conflicts = conflict::find(&usable, |key| node.journal.file(key));
     for (key, entry) in usable {
         match conflicts.get(&key) {
@@ -124,6 +127,14 @@ fn parse(key: &Key, content: Result<Content, JournalError>) -> Result<Entry, Unu
         return Err(UnusableJournal::OtherMigration { key: key.to_string(), found: Box::new(entry) });
     }
     Ok(entry)
+}
+
+/// An earlier agent has given the attempt up, and nobody knows whether the destination has heard it. An attempt
+/// that has not ended here tells it itself.
+pub(super) fn unheard(node: &NodeResources, entry: &Entry) -> Option<Unheard> {
+    let given_up = entry.ended.is_some() && entry.record == Record::Aborted;
+    let peer = node.peer_of(entry).filter(|_| given_up)?;
+    Some(Unheard::new(peer, entry.state()))
 }
 
 fn role_of(entry: &Entry) -> Role {

@@ -8,7 +8,6 @@ use slackwater_handover::Failure;
 use slackwater_handover::failure::{MESSAGE_MAX_BYTES, cut};
 use slackwater_handover::policy::{StopPlan, stop_plan};
 use slackwater_proto::node::VmRef;
-use slackwater_proto::transfer::Attempt;
 use tracing::warn;
 
 use super::entries;
@@ -18,7 +17,6 @@ use super::reopen::{TakeUpError, reopen, restarted};
 use super::resources::NodeResources;
 use crate::attempt::entry::{EndEntry, Entry, Marks, Process};
 use crate::attempt::events::EventLog;
-use crate::attempt::link::Peer;
 use crate::attempt::source::{Recovered, SourceParts, SourceRun};
 use crate::host::node::boot_id;
 use crate::host::vms;
@@ -34,7 +32,8 @@ const NO_LIMIT: Duration = Duration::from_secs(24 * 3600);
 
 /// Finds the VM, and goes on. Does nothing for the journal of a destination.
 pub(super) async fn take_up(node: &NodeResources, key: Key, entry: Entry) -> Result<(), TakeUpError> {
-    let EndEntry::Source { target_node, target_address, cgroup, marks, monitor } = &entry.end else {
+    let (EndEntry::Source { cgroup, marks, monitor, .. }, Some(peer)) = (&entry.end, node.peer_of(&entry))
+    else {
         return Ok(());
     };
     let ledger = reopen(node, &key, &entry).await?;
@@ -55,12 +54,6 @@ pub(super) async fn take_up(node: &NodeResources, key: Key, entry: Entry) -> Res
         cgroup: cgroup.as_ref().and_then(|name| Cgroup::with_name(&node.config.cgroup_root, name).ok()),
         socket: route().map_or_else(|_| directory.join("vmm.sock"), |route| route.socket),
         directory: directory.clone(),
-    };
-    let peer = Peer {
-        credentials: Arc::clone(&node.credentials),
-        node: target_node.clone(),
-        address: target_address.clone(),
-        attempt: Attempt { migration_id: entry.migration_id.clone(), attempt: entry.attempt },
     };
     let same_boot = entry.vmm.as_ref().is_some_and(is_of_this_boot);
     let recovered = |found, vmm_gone| Recovered {

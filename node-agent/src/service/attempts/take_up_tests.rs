@@ -3,14 +3,17 @@
 use std::fs;
 use std::path::PathBuf;
 
+use slackwater_handover::Record;
+use slackwater_handover::policy::PeerToPeer;
 use slackwater_proto::limits::vmm_server;
-use slackwater_proto::node::{Finished, Outcome, VmState};
+use slackwater_proto::node::{Finished, MigrationRef, Outcome, ReserveRequest, VmState};
 use slackwater_proto::server::{bind_unix, serve_unix};
 use slackwater_proto::tonic::service::Routes;
 use tempfile::TempDir;
 
+use super::super::take_up::unheard;
 use super::*;
-use crate::attempt::entry::Monitor;
+use crate::attempt::entry::{Ended, Monitor};
 use crate::attempt::tests::rig::Authority;
 use crate::host::identity::NoIdentity;
 use crate::host::twin_users::{DEFAULT_RANGE, TwinUsers};
@@ -253,4 +256,24 @@ async fn another_process_that_serves_the_vms_socket_is_not_taken_for_the_vmm() {
     };
     let finished = tokio::time::timeout(LONG, lost).await.expect("it should end");
     assert_eq!(finished.outcome(), Outcome::Lost, "{finished:?}");
+}
+
+#[tokio::test]
+async fn after_a_restart_destinations_that_may_not_know_that_the_vm_stayed_are_told() {
+    let node = node(|_| {});
+    let ended = || Entry { ended: Some(Ended::default()), record: Record::Aborted, ..node.entry(None) };
+    let is_told = |entry: Entry| unheard(&node.resources, &entry).is_some();
+    assert!(is_told(ended()));
+    // One that has not ended tells it itself, one that succeeded has nothing to tell, and a destination no one.
+    assert!(!is_told(Entry { ended: None, ..ended() }));
+    assert!(!is_told(Entry { record: Record::Released, ..ended() }));
+    let request = ReserveRequest::default();
+    let reserved = entries::destination(
+        &MigrationRef::default(),
+        &VmRef::default(),
+        &request,
+        PeerToPeer::Required,
+        70_000,
+    );
+    assert!(!is_told(Entry { record: Record::Discarded, ended: Some(Ended::default()), ..reserved }));
 }

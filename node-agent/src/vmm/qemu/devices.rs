@@ -63,14 +63,19 @@ async fn name(qmp: &QmpClient, id: &str) -> Result<Option<String>, VmmError> {
             )),
             other => super::from_qmp("describe", other),
         })?;
-        let value = value.as_str().unwrap_or_default();
-        let last = Path::new(value).file_name().and_then(|last| last.to_str()).unwrap_or_default();
-        // The value of `host` if it was not given.
-        if !last.is_empty() && last != "ffffffff:ffffffff:ffffffff.ffffffff" && !last.starts_with("ffff") {
-            return Ok(Some(last.to_owned()));
+        if let Some(name) = given(property, value.as_str().unwrap_or_default()) {
+            return Ok(Some(name.to_owned()));
         }
     }
     Ok(None)
+}
+
+/// The name in the value of a property, if QEMU was given the property. A `host` that it was not given reads as
+/// the address `ffff:ff:ff.f`, and no PCI device has a function above 7.
+fn given<'a>(property: &str, value: &'a str) -> Option<&'a str> {
+    let name = Path::new(value).file_name()?.to_str()?;
+    let exists = property != "host" || name.ends_with(|function| ('0'..='7').contains(&function));
+    exists.then_some(name)
 }
 
 /// The VFIO devices that a process has open.
@@ -165,6 +170,17 @@ pub(super) fn state(reported: &VfioState) -> Option<MigrationState> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_name_that_begins_like_no_address_is_one_and_an_address_that_was_not_given_is_none() {
+        let mdev = "ffff2b1e-0000-4000-8000-00000000000f";
+        let folder = format!("/sys/bus/mdev/devices/{mdev}");
+        assert_eq!(given("sysfsdev", &folder), Some(mdev));
+        assert_eq!(given("host", "ffff:03:00.7"), Some("ffff:03:00.7"));
+        assert_eq!(given("host", "0000:03:00.1"), Some("0000:03:00.1"));
+        assert_eq!(given("host", "ffff:ff:ff.f"), None);
+        assert_eq!((given("host", ""), given("sysfsdev", "")), (None, None));
+    }
 
     fn wanted(names: &[Option<&str>]) -> Vec<(String, Option<String>)> {
         names.iter().enumerate().map(|(n, name)| (format!("v{n}"), name.map(str::to_owned))).collect()

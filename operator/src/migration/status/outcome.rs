@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
-use slackwater_api::condition::{COMMITTED, STOPPED, SUCCEEDED};
+use slackwater_api::condition::{COMMITTED, PREPARED, STOPPED, SUCCEEDED};
 use slackwater_api::{
     MigrationPhase, Reservation, Timings, TransferredBytes, format_duration, parse_duration,
 };
@@ -92,6 +92,24 @@ impl Draft {
                 self.guest_stopped();
                 self.source_committed();
                 self.succeed(None);
+            }
+            Settlement::SourceLost { why } => {
+                let why = why.trim_end_matches('.');
+                let message = format!(
+                    "{target} never started VM {vm}, and never will. Whether the VM runs on {source} is not known: \
+                     {source} cannot be asked ({why}). When it is back, its agent keeps the VM, and has it run on if it \
+                     still can; if the node is gone for good, so is the VM."
+                );
+                self.status.reservation = Some(Reservation::Released);
+                self.set(
+                    PREPARED,
+                    Status::False,
+                    "Released",
+                    &format!("{target} has given back what it reserved."),
+                );
+                let unknown = format!("{source} cannot be asked.");
+                self.set(STOPPED, Status::Unknown, reason::SOURCE_LOST, &unknown);
+                self.end_badly(MigrationPhase::SourceLost, reason::SOURCE_LOST, &message);
             }
             Settlement::Lost(failure) => {
                 let why = why_of(failure);

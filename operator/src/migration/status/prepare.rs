@@ -9,6 +9,9 @@ use crate::conditions::Status;
 use crate::plan::{Pair, Plan, Refusal};
 use crate::reason;
 
+/// The longest identity of a journal.
+const JOURNAL_ID_CHARACTERS: usize = 64;
+
 impl Draft {
     /// The operator does not know the nodes well enough yet to plan.
     pub fn wait_for_agents(&mut self, message: &str) {
@@ -39,6 +42,7 @@ impl Draft {
         status.target_address = Some(plan.target_address.clone());
         status.attempt = Some(attempt);
         status.reservation = Some(Reservation::Requested);
+        status.target_journal = None;
         status.start_time.get_or_insert(Time(self.stamp.now));
         status.phase = Some(MigrationPhase::Preparing);
         status.devices = plan.devices.iter().map(device).collect();
@@ -85,8 +89,11 @@ impl Draft {
         message
     }
 
-    /// The target has reserved. To be written before the source is asked for anything.
-    pub fn target_reserved(&mut self) {
+    /// The target has reserved, and has recorded that in a journal of this identity. To be written before the
+    /// source is asked for anything.
+    pub fn target_reserved(&mut self, journal: &str) {
+        let is_one = (1..=JOURNAL_ID_CHARACTERS).contains(&journal.chars().count());
+        self.status.target_journal = is_one.then(|| journal.to_owned());
         let devices: Vec<&str> = self.status.devices.iter().map(|device| device.target.as_str()).collect();
         let devices = if devices.is_empty() { String::new() } else { format!("{} and ", devices.join(", ")) };
         let message = format!("{} holds {devices}a waiting VMM.", self.target());

@@ -7,7 +7,7 @@ fn an_attempt_that_was_rolled_back_is_followed_by_another_with_a_new_number_afte
         draft.at(stamp(10 * i64::from(attempt))).begin_attempt(&spec, &plan());
         assert_eq!(draft.status.attempt, Some(attempt));
         assert_eq!((draft.status.timeline.len(), &draft.status.next_attempt_time), (0, &None));
-        draft.at(stamp(11)).target_reserved();
+        draft.at(stamp(11)).target_reserved("journal-b");
         play(&mut draft, &FORWARD[..6], finished(Outcome::RolledBack, "BlobRejected", "EIO"));
         let last = attempt == 3;
         assert_eq!(condition(&draft, SUCCEEDED).0, if last { "False" } else { "Unknown" });
@@ -62,7 +62,7 @@ fn no_attempt_follows_one_that_was_given_up_resolved_or_lost() {
     let again = |change: fn(&mut Draft), end| {
         let (mut draft, spec) = with_attempts(3);
         draft.at(stamp(10)).begin_attempt(&spec, &plan());
-        draft.at(stamp(11)).target_reserved();
+        draft.at(stamp(11)).target_reserved("journal-b");
         change(&mut draft);
         play(&mut draft, &[], end);
         draft.status.completion_time.is_none()

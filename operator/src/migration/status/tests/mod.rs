@@ -56,7 +56,7 @@ fn plan() -> Plan {
 fn reserved() -> Draft {
     let mut draft = fresh();
     draft.at(stamp(10)).begin_attempt(&spec(), &plan());
-    draft.at(stamp(11)).target_reserved();
+    draft.at(stamp(11)).target_reserved("journal-b");
     draft
 }
 

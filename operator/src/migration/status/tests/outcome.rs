@@ -1,4 +1,5 @@
 use super::*;
+use crate::migration::step::holds_claim;
 
 #[test]
 fn a_rollback_carries_the_agents_reason_and_message_and_frees_the_target() {
@@ -64,6 +65,34 @@ fn an_end_that_only_the_journals_show_is_reported_with_no_more_than_they_say() {
         (lost.status.phase, lost.status.reservation),
         (Some(MigrationPhase::Lost), Some(Reservation::Kept))
     );
+}
+
+#[test]
+fn a_source_that_is_lost_ends_the_migration_and_nothing_is_claimed_about_its_vm() {
+    let (mut draft, spec) = with_attempts(3);
+    draft.at(stamp(10)).begin_attempt(&spec, &plan());
+    draft.at(stamp(11)).target_reserved("journal-b");
+    play(&mut draft, &FORWARD[..5], None);
+    draft.at(stamp(400)).settle(&Settlement::SourceLost { why: "connection refused.".into() }, None);
+    assert_conditions(
+        &draft,
+        [
+            (ACCEPTED, "True", "Planned"),
+            (PREPARED, "False", "Released"),
+            (STOPPED, "Unknown", "SourceLost"),
+            (COMMITTED, "False", "NotYet"),
+            (SUCCEEDED, "False", "SourceLost"),
+        ],
+    );
+    assert_eq!(
+        message(&draft, SUCCEEDED),
+        "node-b never started VM demo/counter, and never will. Whether the VM runs on node-a is not known: node-a \
+         cannot be asked (connection refused). When it is back, its agent keeps the VM, and has it run on if it still \
+         can; if the node is gone for good, so is the VM."
+    );
+    // Nobody knows where the VM is, so no other attempt follows; and nothing holds its name any more.
+    assert_eq!(draft.status.phase, Some(MigrationPhase::SourceLost));
+    assert!(draft.status.completion_time.is_some() && !holds_claim(&draft.status));
 }
 
 #[test]
