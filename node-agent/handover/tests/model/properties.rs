@@ -233,12 +233,11 @@ fn holds_up_nothing(model: &Handover, world: &World) -> bool {
     };
     // One that has failed waits for its reset, where it is.
     let failed = usize::from(world.device_fault == Some(Side::Source));
-    // Before the pause the guest has run all along: no device has come further than PRE_COPY.
-    let never_paused = world
-        .source
-        .devices
-        .iter()
-        .all(|device| matches!(device.at, MigrationState::Running | MigrationState::PreCopy));
+    // Before the pause the guest has run all along: no device has come further than PRE_COPY, but for one that
+    // has failed there, and whose reset may hang. That a paused guest is not resumed so is a rule of its own.
+    let never_paused = world.source.devices.iter().all(|device| {
+        matches!(device.at, MigrationState::Running | MigrationState::PreCopy) || device.refused
+    });
     line.record == Record::Aborted
         && model.0.driver == Driver::Agent
         && (!world.source.runs || never_paused)
