@@ -18,6 +18,7 @@ mod hanging;
 mod joining;
 mod leading;
 mod names;
+mod objects;
 mod refusals;
 mod reports;
 mod success;
