@@ -9,11 +9,13 @@
 //! | [`publish`] | MigrationNodes and AssignedVMs, written from what the agents report |
 //! | [`cluster`] | the Kubernetes API |
 //! | [`homes`] | which node is known to have which VM |
+//! | [`changes`] | who has to look at what again |
 //! | [`crds`] | the YAML of the CRDs |
 
 #![forbid(unsafe_code)]
 
 mod backoff;
+pub mod changes;
 pub mod cluster;
 pub mod conditions;
 pub mod crds;

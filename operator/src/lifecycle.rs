@@ -4,19 +4,20 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kube::{Client, Config};
-use slackwater_api::{AssignedVM, MigrationNode, VMMigration};
+use slackwater_api::{MigrationNode, VMMigration};
 use slackwater_proto::tls::Credentials;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::cluster::{Cluster, observe};
+use crate::cluster::{Cluster, Keep, observe};
 use crate::epoch::Epoch;
 use crate::fleet::Fleet;
-use crate::homes::Homes;
+use crate::homes::{Homes, group_of_move};
 use crate::leadership::{Keeper, LeadershipLost, Terms};
 use crate::migration::claims::Claims;
 use crate::migration::context::Context;
 use crate::migration::controller;
+use crate::migration::step::forget_details;
 use crate::plan::Checks;
 use crate::publish::{nodes, vms};
 
@@ -60,9 +61,11 @@ pub async fn run(
 async fn act(client: Client, credentials: Credentials, epoch: Epoch, policy: Policy) -> &'static str {
     let tasks = TaskTracker::new();
     let cluster = Cluster::new(client, epoch.clone());
-    let observed_nodes = observe::<MigrationNode>(cluster.all(), &tasks);
-    let observed_vms = observe::<AssignedVM>(cluster.all(), &tasks);
-    let observed_migrations = observe::<VMMigration>(cluster.all(), &tasks);
+    let whole_node = Keep::<MigrationNode> { slim: |_| {}, group: |_| None };
+    let observed_nodes = observe(&cluster, whole_node, &tasks);
+    let observed_vms = observe(&cluster, Keep { slim: |_| {}, group: vms::node_of }, &tasks);
+    let by_vm = Keep::<VMMigration> { slim: forget_details, group: group_of_move };
+    let observed_migrations = observe(&cluster, by_vm, &tasks);
     let fleet = Fleet::new(credentials, epoch, tasks.clone());
     let claims = Arc::new(Claims::default());
 

@@ -70,4 +70,6 @@ pub mod condition {
     pub const CONTESTED: &str = "Contested";
     /// MigrationNode: everything that the agent reports is used.
     pub const REPORT_ACCEPTED: &str = "ReportAccepted";
+    /// All kinds, while it is False: the operator cannot read the object, and leaves it alone.
+    pub const READABLE: &str = "Readable";
 }

@@ -2,7 +2,9 @@
 
 mod apply;
 mod events;
+mod guard;
+mod mark;
 mod observe;
 
 pub use apply::{Cluster, WriteError};
-pub use observe::{Observed, observe};
+pub use observe::{Follower, Keep, ObjectKey, Observed, Seen, observe};

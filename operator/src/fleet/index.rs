@@ -8,6 +8,7 @@ use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{Address, CallError};
+use crate::changes::{Publisher, Subscription};
 use crate::epoch::{Epoch, EpochClaim};
 use crate::inventory::{Inventory, Link, Node, NodeReport};
 
@@ -15,6 +16,8 @@ use crate::inventory::{Inventory, Link, Node, NodeReport};
 #[derive(Default)]
 pub(super) struct Index {
     state: watch::Sender<State>,
+    /// The nodes that have changed.
+    changed: Publisher<String>,
 }
 
 #[derive(Default)]
@@ -37,7 +40,7 @@ pub(super) struct Newcomer {
 impl Index {
     /// Makes the nodes those of the map. Returns the new ones and those with another address.
     pub(super) fn follow(&self, wanted: &BTreeMap<String, Address>) -> Vec<Newcomer> {
-        let mut newcomers = Vec::new();
+        let (mut newcomers, mut changed) = (Vec::new(), Vec::new());
         self.state.send_if_modified(|state| {
             let first = !std::mem::replace(&mut state.primed, true);
             let is_known = |name: &String, address: &Address| {
@@ -52,6 +55,7 @@ impl Index {
             if fresh.is_empty() && !gone && wanted.iter().all(is_accepted) {
                 return first;
             }
+            changed.extend(wanted.keys().chain(state.inventory.keys()).cloned());
             let inventory = Arc::make_mut(&mut state.inventory);
             for (name, node) in inventory.iter_mut() {
                 node.accepted_epoch = wanted.get(name).and_then(|address| address.accepted_epoch);
@@ -77,6 +81,7 @@ impl Index {
             }
             true
         });
+        self.changed.publish(changed);
         newcomers
     }
 
@@ -94,6 +99,10 @@ impl Index {
 
     pub(super) fn changes(&self) -> Changes {
         Changes { receiver: self.state.subscribe() }
+    }
+
+    pub(super) fn changed_nodes(&self) -> Subscription<String> {
+        self.changed.subscribe(self.state.borrow().inventory.keys().cloned())
     }
 
     /// The channel to an agent that reports.
@@ -133,7 +142,7 @@ impl Index {
             if report.known_epoch > 0 {
                 node.epoch_claim = epoch.doubt(report.known_epoch, node.accepted_epoch);
             }
-            node.report = Some(report);
+            node.report = Some(Arc::new(report));
             if let Some(channel) = channel {
                 channels.insert(name.to_owned(), channel.clone());
             }
@@ -161,18 +170,20 @@ impl Index {
 
     /// The operator's epoch has risen: what was too high for it may not be any more.
     pub(super) fn epoch_rose(&self, own: u64) {
+        let mut changed = Vec::new();
         self.state.send_if_modified(|state| {
             let overtaken = |node: &Node| node.epoch_claim.as_ref().is_some_and(|claim| claim.known < own);
             let any = state.inventory.values().any(overtaken);
             if any {
                 let inventory = Arc::make_mut(&mut state.inventory);
-                inventory
-                    .values_mut()
-                    .filter(|node| overtaken(node))
-                    .for_each(|node| node.epoch_claim = None);
+                for (name, node) in inventory.iter_mut().filter(|(_, node)| overtaken(node)) {
+                    node.epoch_claim = None;
+                    changed.push(name.clone());
+                }
             }
             any
         });
+        self.changed.publish(changed);
     }
 
     /// Only if the node still has that address: a task that was just cancelled must not report for its
@@ -183,7 +194,7 @@ impl Index {
         address: &str,
         change: impl FnOnce(&mut Node, &mut BTreeMap<String, Channel>),
     ) {
-        self.state.send_if_modified(|state| {
+        let modified = self.state.send_if_modified(|state| {
             let Some(known) = state.inventory.get(name).filter(|node| node.address == address) else {
                 return false;
             };
@@ -195,6 +206,9 @@ impl Index {
             }
             modified
         });
+        if modified {
+            self.changed.publish([name.to_owned()]);
+        }
     }
 }
 

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use slackwater_proto::tls::Credentials;
 use tokio_util::task::TaskTracker;
 
+use crate::changes::Subscription;
 use crate::epoch::Epoch;
 use crate::inventory::Inventory;
 
@@ -65,7 +66,7 @@ impl Fleet {
         }
     }
 
-    /// What is known now.
+    /// What is known now. Not to be kept while something is waited for: each change would be made to a copy.
     pub fn inventory(&self) -> Arc<Inventory> {
         self.index.inventory()
     }
@@ -74,6 +75,11 @@ impl Fleet {
     /// are not known yet. Empty: enough is known to plan.
     pub fn undecided(&self) -> Option<Vec<String>> {
         self.index.undecided()
+    }
+
+    /// The nodes that have changed since the last look. Begins with all that are known.
+    pub fn changed_nodes(&self) -> Subscription<String> {
+        self.index.changed_nodes()
     }
 
     /// Reports when something has changed since the last look.

@@ -7,7 +7,7 @@ pub mod judge;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use jiff::Timestamp;
@@ -18,7 +18,7 @@ use slackwater_api::{AssignedVM, VMMigration};
 use tokio::sync::watch;
 
 use crate::conditions::{self, Status};
-use crate::inventory::{Inventory, VmKey};
+use crate::inventory::{Inventory, VmKey, reports_of};
 use judge::{Home, Move, judge};
 
 /// For each node the VMs whose report by it is set aside, with the node that is known to have each.
@@ -33,14 +33,14 @@ pub struct Homes {
     set_aside: watch::Sender<Arc<SetAside>>,
 }
 
-/// The agents' reports, as far as they count.
-pub struct View {
-    /// Without reports that are set aside.
-    pub inventory: Inventory,
-    /// Where each VM is known to be.
-    pub homes: BTreeMap<VmKey, Home>,
-    /// Which nodes' reports are set aside, by VM.
-    pub set_aside: BTreeMap<VmKey, Vec<String>>,
+/// The agents' reports of one VM, as far as they count.
+pub struct Sight {
+    /// All nodes, without the reports of this VM that do not count.
+    pub inventory: Arc<Inventory>,
+    /// The node that is known to have the VM.
+    pub home: Option<Home>,
+    /// The nodes whose reports are set aside.
+    pub set_aside: Vec<String>,
 }
 
 impl Homes {
@@ -64,34 +64,40 @@ impl Homes {
         self.restored.subscribe().wait_for(|restored| *restored).await.ok();
     }
 
-    /// Judges all reports, and remembers who is known. `settled`: every agent has reported or failed once.
-    pub fn look(&self, inventory: &Inventory, moves: &[Move], settled: bool, now: Timestamp) -> View {
+    /// Judges the reports of a VM, and remembers who is known. `settled`: every agent has reported or failed
+    /// once. `moves`: our own migrations of it.
+    pub fn look(
+        &self,
+        vm: &VmKey,
+        mut inventory: Arc<Inventory>,
+        moves: &[Move],
+        settled: bool,
+        now: Timestamp,
+    ) -> Sight {
         let mut known = self.known.lock();
-        let reported = inventory.values().filter_map(|node| node.report.as_ref());
-        let vms: BTreeSet<VmKey> =
-            reported.flat_map(|report| report.vms.keys()).chain(known.keys()).cloned().collect();
-        let mut view =
-            View { inventory: inventory.clone(), homes: BTreeMap::new(), set_aside: BTreeMap::new() };
-        for vm in vms {
-            let judged = judge(&vm, known.get(&vm), inventory, moves, settled, now);
-            let Some(home) = judged.home else {
-                known.remove(&vm);
-                continue;
-            };
-            for (name, node) in &mut view.inventory {
-                if *name != home.node
-                    && let Some(report) = &mut node.report
-                {
-                    report.vms.remove(&vm);
+        let judged = judge(vm, known.get(vm), &inventory, moves, settled, now);
+        let Some(home) = judged.home else {
+            known.remove(vm);
+            return Sight { inventory, home: None, set_aside: Vec::new() };
+        };
+        known.insert(vm.clone(), home.clone());
+        drop(known);
+        let others = reports_of(&inventory, vm).into_iter().map(|report| report.name.to_owned());
+        let others: Vec<String> = others.filter(|name| *name != home.node).collect();
+        if !others.is_empty() {
+            let inventory = Arc::make_mut(&mut inventory);
+            for name in &others {
+                if let Some(report) = inventory.get_mut(name).and_then(|node| node.report.as_mut()) {
+                    Arc::make_mut(report).vms.remove(vm);
                 }
             }
-            if !judged.set_aside.is_empty() {
-                view.set_aside.insert(vm.clone(), judged.set_aside);
-            }
-            known.insert(vm.clone(), home.clone());
-            view.homes.insert(vm, home);
         }
-        view
+        Sight { inventory, home: Some(home), set_aside: judged.set_aside }
+    }
+
+    /// All VMs whose node is known.
+    pub fn known_vms(&self) -> Vec<VmKey> {
+        self.known.lock().keys().cloned().collect()
     }
 
     /// A VM is gone: whoever reports the name next has it.
@@ -99,21 +105,28 @@ impl Homes {
         self.known.lock().remove(vm);
     }
 
-    /// Makes known which reports are set aside.
-    pub fn publish(&self, view: &View) {
-        let mut by_node = SetAside::new();
-        for (vm, nodes) in &view.set_aside {
-            let home = view.homes.get(vm).map(|home| home.node.clone()).unwrap_or_default();
-            for node in nodes {
-                by_node.entry(node.clone()).or_default().insert(vm.clone(), home.clone());
-            }
-        }
+    /// Makes known which reports of a VM are set aside.
+    pub fn publish(&self, vm: &VmKey, sight: &Sight) {
+        let home = sight.home.as_ref().map(|home| home.node.as_str()).unwrap_or_default();
         self.set_aside.send_if_modified(|known| {
-            let modified = **known != by_node;
-            if modified {
-                *known = Arc::new(by_node);
+            let was = known.iter().filter(|(_, vms)| vms.contains_key(vm));
+            let was: Vec<String> = was.map(|(node, _)| node.clone()).collect();
+            let is_known =
+                |node: &String| known.get(node).and_then(|vms| vms.get(vm)).is_some_and(|at| at == home);
+            if was.len() == sight.set_aside.len() && sight.set_aside.iter().all(is_known) {
+                return false;
             }
-            modified
+            let known = Arc::make_mut(known);
+            for node in was {
+                if let Some(vms) = known.get_mut(&node) {
+                    vms.remove(vm);
+                }
+            }
+            for node in &sight.set_aside {
+                known.entry(node.clone()).or_default().insert(vm.clone(), home.to_owned());
+            }
+            known.retain(|_, vms| !vms.is_empty());
+            true
         });
     }
 
@@ -130,6 +143,13 @@ fn key_of(vm: &AssignedVM) -> VmKey {
 /// Our own migrations, as their statuses say: those under way, and those that have succeeded.
 pub fn moves<'a>(migrations: impl Iterator<Item = &'a VMMigration>) -> Vec<Move> {
     migrations.filter_map(move_of).collect()
+}
+
+/// What a VMMigration belongs to in [`Observed`](crate::cluster::Observed): its VM, as it was accepted.
+pub fn group_of_move(migration: &VMMigration) -> Option<String> {
+    let spec = migration.status.as_ref()?.observed_spec.as_ref()?;
+    let vm = VmKey { namespace: migration.namespace()?, name: spec.vm_ref.name.clone() };
+    Some(vm.to_string())
 }
 
 fn move_of(migration: &VMMigration) -> Option<Move> {

@@ -53,7 +53,7 @@ fn node(says: Says) -> Node {
         _ => Link::Ready,
     };
     let report = NodeReport { vms: vm.into_iter().map(|vm| (key(), vm)).collect(), ..NodeReport::default() };
-    Node { link, report: (!matches!(says, Says::Unknown)).then_some(report), ..Node::default() }
+    Node { link, report: (!matches!(says, Says::Unknown)).then_some(Arc::new(report)), ..Node::default() }
 }
 
 fn inventory(nodes: &[(&str, Says)]) -> Inventory {
@@ -215,8 +215,9 @@ fn a_vm_passes_on_when_its_connected_agent_has_not_reported_it_for_the_whole_gra
     let homes = Homes::default();
     let grace = i64::try_from(GRACE.as_secs()).unwrap();
     let look = |at: i64, a: Says, b: Says| {
-        let view = homes.look(&inventory(&[("a", a), ("b", b)]), &[], true, second(at));
-        view.homes.get(&key()).map(|home| home.node.clone()).unwrap_or_default()
+        let nodes = Arc::new(inventory(&[("a", a), ("b", b)]));
+        let sight = homes.look(&key(), nodes, &[], true, second(at));
+        sight.home.map(|home| home.node).unwrap_or_default()
     };
     assert_eq!(look(0, Says::Runs, Says::Nothing), "a");
     assert_eq!(look(10, Says::Nothing, Says::Runs), "a");
@@ -238,24 +239,24 @@ fn the_next_operator_knows_from_the_assignedvms_and_nothing_of_a_report_that_is_
     object.status =
         Some(slackwater_api::AssignedVMStatus { node_name: Some("b".into()), ..Default::default() });
     homes.restore([&object].into_iter(), second(NOW));
-    let view = homes.look(
-        &inventory(&[("a", Says::Held("x")), ("b", Says::Runs), ("c", Says::Runs)]),
-        &[],
-        true,
-        second(NOW),
-    );
-    let who = |node: &str| view.inventory[node].report.as_ref().unwrap().vms.contains_key(&key());
+    let nodes = Arc::new(inventory(&[("a", Says::Held("x")), ("b", Says::Runs), ("c", Says::Runs)]));
+    let sight = homes.look(&key(), Arc::clone(&nodes), &[], true, second(NOW));
+    // What others hold is as it was.
+    assert!(nodes["c"].report.as_ref().unwrap().vms.contains_key(&key()));
+    let who = |node: &str| sight.inventory[node].report.as_ref().unwrap().vms.contains_key(&key());
     assert_eq!((who("a"), who("b"), who("c")), (false, true, false));
-    assert_eq!(view.set_aside, BTreeMap::from([(key(), vec!["c".to_owned()])]));
+    assert_eq!(sight.set_aside, ["c"]);
     let mut seen = homes.set_aside();
-    homes.publish(&view);
+    homes.publish(&key(), &sight);
     assert!(seen.has_changed().unwrap());
     assert_eq!(seen.borrow_and_update()["c"], BTreeMap::from([(key(), "b".to_owned())]));
-    homes.publish(&view);
+    homes.publish(&key(), &sight);
     assert!(!seen.has_changed().unwrap());
     homes.forget(&key());
-    let view = homes.look(&inventory(&[("c", Says::Runs)]), &[], true, second(NOW));
-    assert_eq!(view.homes[&key()].node, "c");
+    let sight = homes.look(&key(), Arc::new(inventory(&[("c", Says::Runs)])), &[], true, second(NOW));
+    homes.publish(&key(), &sight);
+    assert!(seen.borrow_and_update().is_empty());
+    assert_eq!(sight.home.unwrap().node, "c");
 }
 
 #[test]
@@ -271,18 +272,20 @@ fn an_operator_that_starts_after_a_success_knows_that_the_vm_has_moved() {
     });
     homes.restore([&object].into_iter(), second(NOW));
     let nodes = inventory(&[("a", Says::Silent), ("b", Says::Runs)]);
-    let view = homes.look(&nodes, &moving(Some(SINCE + 60)), true, second(NOW));
-    assert_eq!(view.homes[&key()].node, "b");
+    let sight = homes.look(&key(), Arc::new(nodes), &moving(Some(SINCE + 60)), true, second(NOW));
+    assert_eq!(sight.home.unwrap().node, "b");
 }
 
 #[test]
 fn before_every_agent_has_reported_nobody_gets_a_new_name_and_the_known_keep_theirs() {
     let homes = Homes::default();
-    let nodes = inventory(&[("a", Says::Runs)]);
-    assert!(homes.look(&nodes, &[], false, second(NOW)).homes.is_empty());
-    assert_eq!(homes.look(&nodes, &[], true, second(NOW)).homes[&key()].node, "a");
-    let nodes = inventory(&[("a", Says::Runs), ("b", Says::Runs)]);
-    assert_eq!(homes.look(&nodes, &[], false, second(NOW)).homes[&key()].node, "a");
+    let look = |nodes: &[(&str, Says)], settled: bool| {
+        let sight = homes.look(&key(), Arc::new(inventory(nodes)), &[], settled, second(NOW));
+        sight.home.map(|home| home.node)
+    };
+    assert_eq!(look(&[("a", Says::Runs)], false), None);
+    assert_eq!(look(&[("a", Says::Runs)], true).as_deref(), Some("a"));
+    assert_eq!(look(&[("a", Says::Runs), ("b", Says::Runs)], false).as_deref(), Some("a"));
 }
 
 #[test]
@@ -291,8 +294,9 @@ fn an_agent_that_is_not_connected_keeps_its_vm_however_long_it_does_not_report_i
         let homes = Homes::default();
         let grace = i64::try_from(GRACE.as_secs()).unwrap();
         let look = |at: i64, a: Says, b: Says| {
-            let view = homes.look(&inventory(&[("a", a), ("b", b)]), &[], true, second(at));
-            view.homes.get(&key()).map(|home| home.node.clone()).unwrap_or_default()
+            let nodes = Arc::new(inventory(&[("a", a), ("b", b)]));
+            let sight = homes.look(&key(), nodes, &[], true, second(at));
+            sight.home.map(|home| home.node).unwrap_or_default()
         };
         assert_eq!(look(0, Says::Runs, Says::Nothing), "a");
         assert_eq!(look(10, before, Says::Runs), "a");
@@ -304,14 +308,14 @@ fn an_agent_that_is_not_connected_keeps_its_vm_however_long_it_does_not_report_i
 #[test]
 fn what_an_earlier_operator_has_known_does_not_replace_what_is_known_by_now() {
     let homes = Homes::default();
-    let nodes = inventory(&[("a", Says::Runs), ("b", Says::Nothing)]);
-    homes.look(&nodes, &[], true, second(NOW));
+    let nodes = Arc::new(inventory(&[("a", Says::Runs), ("b", Says::Nothing)]));
+    homes.look(&key(), Arc::clone(&nodes), &[], true, second(NOW));
     let mut object = AssignedVM::new("counter", Default::default());
     object.metadata.namespace = Some("demo".into());
     object.status =
         Some(slackwater_api::AssignedVMStatus { node_name: Some("b".into()), ..Default::default() });
     homes.restore([&object].into_iter(), second(NOW));
-    assert_eq!(homes.look(&nodes, &[], true, second(NOW)).homes[&key()].node, "a");
+    assert_eq!(homes.look(&key(), nodes, &[], true, second(NOW)).home.unwrap().node, "a");
 }
 
 #[test]

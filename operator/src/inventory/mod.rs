@@ -4,6 +4,7 @@ mod from_proto;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use slackwater_api::MigrationFeature;
@@ -19,6 +20,15 @@ pub struct VmKey {
     pub namespace: String,
     /// The name within it.
     pub name: String,
+}
+
+impl VmKey {
+    /// Reads what its `Display` writes: no namespace has a slash.
+    #[must_use]
+    pub fn read(text: &str) -> Option<Self> {
+        let (namespace, name) = text.split_once('/')?;
+        Some(Self { namespace: namespace.to_owned(), name: name.to_owned() })
+    }
 }
 
 impl fmt::Display for VmKey {
@@ -39,8 +49,8 @@ pub struct Node {
     pub peer_address: String,
     /// Whether its agent answers now.
     pub link: Link,
-    /// What its agent said last, even if it does not answer now.
-    pub report: Option<NodeReport>,
+    /// What its agent said last, even if it does not answer now. Shared, so that a copy of the inventory is cheap.
+    pub report: Option<Arc<NodeReport>>,
     /// The operator epoch up to which an administrator has said that its agent is to be believed.
     pub accepted_epoch: Option<u64>,
     /// Why its agent is set aside: it has seen an epoch that is not believed.

@@ -5,32 +5,36 @@
 //! what was just reserved.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use parking_lot::Mutex;
 use slackwater_api::{VMMigration, VMMigrationStatus};
-use tokio::sync::watch;
 
 use super::step::holds_claim;
+use crate::changes::{Publisher, Subscription};
 use crate::inventory::VmKey;
 use crate::plan::{OtherMigration, Plan, Refusal};
 
 /// All claims, by the UID of the migration.
 #[derive(Default)]
 pub struct Claims {
-    claims: Mutex<BTreeMap<String, OtherMigration>>,
-    changed: watch::Sender<()>,
+    claims: Mutex<BTreeMap<String, Arc<OtherMigration>>>,
+    /// The VMs whose claims have changed.
+    changed: Publisher<VmKey>,
 }
 
 impl Claims {
     /// All claims.
-    pub fn all(&self) -> Vec<OtherMigration> {
+    pub fn all(&self) -> Vec<Arc<OtherMigration>> {
         self.claims.lock().values().cloned().collect()
     }
 
     /// Takes the claims of migrations that an earlier operator has accepted.
     pub fn restore<'a>(&self, migrations: impl Iterator<Item = &'a VMMigration>) {
-        self.claims.lock().extend(migrations.filter_map(claim_of));
-        self.changed.send_replace(());
+        let restored: Vec<_> = migrations.filter_map(claim_of).collect();
+        let vms: Vec<VmKey> = restored.iter().map(|(_, claim)| claim.vm.clone()).collect();
+        self.claims.lock().extend(restored);
+        self.changed.publish(vms);
     }
 
     /// Plans against all other claims and, if there is a plan, claims its VM and devices, with nothing in
@@ -43,57 +47,48 @@ impl Claims {
         uid: &str,
         name: &str,
         vm: &VmKey,
-        plan: impl FnOnce(&[OtherMigration]) -> Result<Plan, Refusal>,
+        plan: impl FnOnce(&[Arc<OtherMigration>]) -> Result<Plan, Refusal>,
     ) -> Result<Plan, Refusal> {
         let mut claims = self.claims.lock();
-        let others: Vec<OtherMigration> =
-            claims.iter().filter(|(id, _)| *id != uid).map(|(_, claim)| claim.clone()).collect();
+        let others: Vec<Arc<OtherMigration>> =
+            claims.iter().filter(|(id, _)| *id != uid).map(|(_, claim)| Arc::clone(claim)).collect();
         let plan = plan(&others)?;
         let devices = plan.devices.iter().map(|pair| pair.target.clone()).collect();
         claims.insert(uid.to_owned(), claim(uid, name, vm.clone(), plan.target.clone(), devices));
         drop(claims);
-        self.changed.send_replace(());
+        self.changed.publish([vm.clone()]);
         Ok(plan)
     }
 
     /// Gives up the claim of a migration, if it has one.
     pub fn release(&self, uid: &str) {
-        if self.claims.lock().remove(uid).is_some() {
-            self.changed.send_replace(());
-        }
+        let released = self.claims.lock().remove(uid);
+        self.changed.publish(released.map(|claim| claim.vm.clone()));
     }
 
-    /// Reports when the claims have changed since the last look.
-    pub fn changes(&self) -> ClaimChanges {
-        ClaimChanges { receiver: self.changed.subscribe() }
-    }
-}
-
-/// Reports when the claims have changed.
-pub struct ClaimChanges {
-    receiver: watch::Receiver<()>,
-}
-
-impl ClaimChanges {
-    /// Returns at the next change since the last call.
-    pub async fn next(&mut self) {
-        if self.receiver.changed().await.is_err() {
-            std::future::pending::<()>().await;
-        }
+    /// The VMs whose claims have changed.
+    pub fn changes(&self) -> Subscription<VmKey> {
+        self.changed.subscribe([])
     }
 }
 
-fn claim(uid: &str, name: &str, vm: VmKey, target: String, target_devices: Vec<String>) -> OtherMigration {
-    OtherMigration {
+fn claim(
+    uid: &str,
+    name: &str,
+    vm: VmKey,
+    target: String,
+    target_devices: Vec<String>,
+) -> Arc<OtherMigration> {
+    Arc::new(OtherMigration {
         name: format!("VMMigration {}/{name}", vm.namespace),
         id: uid.to_owned(),
         vm,
         target,
         target_devices,
-    }
+    })
 }
 
-fn claim_of(migration: &VMMigration) -> Option<(String, OtherMigration)> {
+fn claim_of(migration: &VMMigration) -> Option<(String, Arc<OtherMigration>)> {
     let status: &VMMigrationStatus = migration.status.as_ref().filter(|status| holds_claim(status))?;
     let uid = migration.metadata.uid.clone()?;
     let vm = VmKey {

@@ -10,7 +10,7 @@ use super::claims::Claims;
 use crate::cluster::{Cluster, Observed};
 use crate::fleet::Fleet;
 use crate::homes::{Homes, moves};
-use crate::inventory::Inventory;
+use crate::inventory::{Inventory, VmKey};
 use crate::plan::Checks;
 
 /// The API server, the agents, and what other migrations have been promised.
@@ -33,11 +33,11 @@ pub struct Context {
 }
 
 impl Context {
-    /// What the agents report, as far as it counts.
-    pub fn inventory(&self) -> Inventory {
-        let migrations = self.migrations.all();
+    /// What the agents report: of this VM, as far as it counts.
+    pub fn inventory(&self, vm: &VmKey) -> Arc<Inventory> {
+        let migrations = self.migrations.in_group(&vm.to_string());
         let moves = moves(migrations.iter().map(Arc::as_ref));
         let settled = self.fleet.undecided().is_some_and(|undecided| undecided.is_empty());
-        self.homes.look(&self.fleet.inventory(), &moves, settled, Timestamp::now()).inventory
+        self.homes.look(vm, self.fleet.inventory(), &moves, settled, Timestamp::now()).inventory
     }
 }

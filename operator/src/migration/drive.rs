@@ -4,13 +4,19 @@
 use std::sync::Arc;
 
 use slackwater_api::{Reservation, VMMigration};
+use tokio::sync::OwnedSemaphorePermit;
 
 use super::context::Context;
 use super::run::Run;
 use super::step::{Step, holds_claim, next};
 
-/// Brings a VMMigration as far as it goes: until nothing is left to do, or the object is gone.
-pub(super) async fn drive(context: Context, object: Arc<VMMigration>) {
+/// Brings a VMMigration as far as it goes: until nothing is left to do, or the object is gone. `turn`: until it
+/// is planned, others wait for theirs.
+pub(super) async fn drive(
+    context: Context,
+    object: Arc<VMMigration>,
+    mut turn: Option<OwnedSemaphorePermit>,
+) {
     let claims = Arc::clone(&context.claims);
     let mut run = Run::new(context, object);
     if !run.tracked.read_again().await {
@@ -27,7 +33,11 @@ pub(super) async fn drive(context: Context, object: Arc<VMMigration>) {
         }
         run.note_spec().await;
         let draft = run.tracked.draft();
-        match next(&draft.status, draft.wish) {
+        let step = next(&draft.status, draft.wish);
+        if step != Step::Plan {
+            drop(turn.take());
+        }
+        match step {
             Step::Plan => run.plan().await,
             Step::Reserve => run.reserve().await,
             Step::GiveUp => {

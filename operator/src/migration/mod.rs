@@ -8,6 +8,7 @@
 //! | [`request`] | what the agents are asked (pure) |
 //! | [`claims`] | which VMs and devices belong to accepted migrations |
 //! | [`context`] | what all migrations share |
+//! | `agenda` | which migrations have a task, and which wait for one (pure) |
 //! | [`controller`] | which objects need attention |
 //! | `drive` | one migration: takes its steps, one after the other |
 //! | `prepare`, `follow`, `release`, `acknowledge` | the steps |
@@ -25,6 +26,7 @@
 
 mod abort;
 mod acknowledge;
+mod agenda;
 mod attempt;
 pub mod claims;
 pub mod context;

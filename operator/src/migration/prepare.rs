@@ -9,7 +9,7 @@ use super::attempt::Attempt;
 use super::request::{Accepted, read_spec};
 use super::run::Run;
 use super::step::Wish;
-use crate::inventory::{Link, Node, Vm, VmState};
+use crate::inventory::{Link, Vm, VmState};
 use crate::plan::plan;
 
 /// The longest pause before the object is looked at again while an attempt waits for its time: the clock may
@@ -40,10 +40,10 @@ impl Run {
         let again = self.tracked.draft().status.attempt.is_some();
         let accepted = self.tracked.draft().status.observed_spec.clone().filter(|_| again);
         let spec = accepted.unwrap_or_else(|| self.tracked.spec().clone());
-        let inventory = self.context.inventory();
         let checks = self.context.checks;
         let planned = read_spec(&self.tracked.namespace(), &spec).and_then(|request| {
             let name = self.tracked.object_name();
+            let inventory = self.context.inventory(&request.vm);
             self.context.claims.plan(&self.tracked.uid, &name, &request.vm, |others| {
                 plan(&request, &inventory, others, checks)
             })
@@ -139,15 +139,18 @@ impl Run {
     async fn vm_at_source(&mut self, accepted: &Accepted) -> Option<Vm> {
         let mut changes = self.context.fleet.changes();
         loop {
+            // Not kept while it waits: as long as somebody has it, each change of it is made to a copy.
             let inventory = self.context.fleet.inventory();
             let connecting = [&accepted.source, &accepted.target]
                 .into_iter()
                 .any(|node| inventory.get(node).is_some_and(|node| node.link == Link::Connecting));
             let source = inventory.get(&accepted.source);
-            let vm = source.and_then(|node| node.report.as_ref()?.vms.get(&accepted.vm));
-            match (source.and_then(Node::not_ready_reason), vm) {
+            let vm = source.and_then(|node| node.report.as_ref()?.vms.get(&accepted.vm)).cloned();
+            let error = source.and_then(|node| node.not_ready_reason());
+            drop(inventory);
+            match (error, vm) {
                 _ if connecting => {}
-                (None, Some(vm)) if vm.state != VmState::Unreachable => return Some(vm.clone()),
+                (None, Some(vm)) if vm.state != VmState::Unreachable => return Some(vm),
                 (error, _) => {
                     let error = error.unwrap_or_else(|| "it is not there any more".to_owned());
                     self.tracked.draft_now().source_not_ready(&error);

@@ -46,6 +46,18 @@ impl Run {
                     self.tracked.draft_now().target_released(&message);
                     break;
                 }
+                // Nobody is there any more who waits for it.
+                Err(error) if self.tracked.is_gone() => {
+                    tracing::warn!(
+                        migration = self.tracked.name(),
+                        target,
+                        %error,
+                        "its finalizer was removed, and the target cannot be asked to give back what it reserved"
+                    );
+                    let message = format!("{error}; its agent gives the devices back by itself.");
+                    self.tracked.draft_now().target_released(&message);
+                    break;
+                }
                 Err(error) => {
                     tracing::warn!(
                         migration = self.tracked.name(),
@@ -56,6 +68,7 @@ impl Run {
                     self.tracked.draft_now().release_failed(&error.to_string());
                     self.tracked.write_progress().await;
                     self.tracked.rest(&mut backoff).await;
+                    self.tracked.look();
                 }
             }
         }

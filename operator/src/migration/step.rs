@@ -13,7 +13,7 @@
 //! Each state is written to the API server **before** the call that it is about. So `Requested` says that the
 //! source has not been asked for anything, and only that makes it true to tell the target `NEVER_STARTED`.
 
-use slackwater_api::{Reservation, VMMigrationStatus};
+use slackwater_api::{Reservation, VMMigration, VMMigrationStatus};
 use slackwater_proto::node::ReleaseReason;
 use strum::VariantArray;
 
@@ -91,6 +91,22 @@ pub fn holds_claim(status: &VMMigrationStatus) -> bool {
             | Reservation::ReleasingAbortedAtSource
             | Reservation::Kept,
         ) => true,
+    }
+}
+
+/// Takes away what nobody asks for once a migration has ended: there may be many of them.
+pub fn forget_details(migration: &mut VMMigration) {
+    migration.metadata.annotations = None;
+    let Some(status) = &mut migration.status else { return };
+    if status.completion_time.is_some() && !holds_claim(status) {
+        status.timeline = Vec::new();
+        status.devices = Vec::new();
+        status.attempts = Vec::new();
+        status.timings = None;
+        status.estimate = None;
+        for condition in &mut status.conditions {
+            condition.message = String::new();
+        }
     }
 }
 

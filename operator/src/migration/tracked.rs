@@ -16,7 +16,7 @@ use super::request::Accepted;
 use super::status::{Draft, wish_of};
 use super::step::Wish;
 use crate::backoff::{Backoff, Pauses};
-use crate::cluster::WriteError;
+use crate::cluster::{Follower, ObjectKey, Seen, WriteError};
 use crate::conditions::Stamp;
 
 /// Before a call to the API server or to an agent is repeated.
@@ -29,8 +29,10 @@ const SHORTEST_PAUSE: Duration = Duration::from_millis(500);
 pub(super) struct TrackedMigration {
     context: Context,
     pub(super) uid: String,
+    key: ObjectKey,
     /// As it was seen last.
     object: Arc<VMMigration>,
+    changes: Follower<VMMigration>,
     /// The object is not there any more, finalizer or not.
     gone: bool,
     draft: Draft,
@@ -43,7 +45,10 @@ pub(super) struct TrackedMigration {
 impl TrackedMigration {
     pub(super) fn new(context: Context, object: Arc<VMMigration>) -> Self {
         let draft = Draft::new(&object, stamp_of(&object));
+        let key = ObjectKey::of(object.as_ref());
         Self {
+            changes: context.migrations.follow(&key),
+            key,
             context,
             uid: object.uid().unwrap_or_default(),
             written: draft.status.clone(),
@@ -82,11 +87,15 @@ impl TrackedMigration {
 
     /// Takes over what the watch says about the object.
     pub(super) fn look(&mut self) {
-        let namespace = self.object.namespace();
-        let seen = self.context.migrations.get(namespace.as_deref(), &self.object.name_any());
-        match seen.filter(|seen| seen.uid().as_deref() == Some(&self.uid)) {
-            Some(seen) => self.object = seen,
-            None => self.gone = true,
+        match self.context.migrations.see(&self.key) {
+            Seen::There(seen) if seen.uid().as_deref() == Some(&self.uid) => self.object = seen,
+            // What this task knows about it is right, and it will be written.
+            Seen::Unreadable { uid } if uid.as_deref() == Some(&self.uid) => {}
+            Seen::There(_) | Seen::Unreadable { .. } | Seen::Gone => {
+                self.gone = true;
+                // As the controller does, and after anything that this task may have claimed since.
+                self.context.claims.release(&self.uid);
+            }
         }
         let wish = if self.gone { Wish::Delete } else { wish_of(&self.object) };
         // A cancel cannot be taken back.
@@ -95,9 +104,9 @@ impl TrackedMigration {
         }
     }
 
-    /// Returns when a VMMigration has changed since the last call. To be followed by [`look`](Self::look).
+    /// Returns when the object has changed since the last call. To be followed by [`look`](Self::look).
     pub(super) async fn changed(&mut self) {
-        self.context.migrations.changed().await;
+        self.changes.changed().await;
     }
 
     pub(super) fn spec(&self) -> &VMMigrationSpec {
@@ -120,6 +129,11 @@ impl TrackedMigration {
     /// A user has removed the finalizer of a migration that is in doubt, and takes it from here.
     pub(super) fn is_forgotten(&self) -> bool {
         self.gone && self.draft.is_in_doubt()
+    }
+
+    /// The object is not there any more: its finalizer was removed by hand, or it never had one.
+    pub(super) fn is_gone(&self) -> bool {
+        self.gone
     }
 
     pub(super) fn is_deleting(&self) -> bool {
@@ -205,7 +219,11 @@ impl TrackedMigration {
             if present == self.finalizer {
                 return true;
             }
-            match self.context.cluster.write_finalizer(&self.object, present).await {
+            let written = match present {
+                true => self.context.cluster.add_finalizer(&self.object).await,
+                false => self.context.cluster.remove_finalizer(&self.object).await,
+            };
+            match written {
                 Ok(()) => self.finalizer = present,
                 Err(WriteError::Gone) => self.gone = true,
                 Err(error) => {

@@ -1,6 +1,7 @@
 //! Whether a device can take over from another one, and which devices are still to be had.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use slackwater_api::MigrationFeature;
 
@@ -18,23 +19,27 @@ pub(super) struct Wanted<'a> {
 
 /// Devices that other migrations have been given and that their nodes may not report as used yet.
 #[derive(Debug, Default)]
-pub(super) struct Taken {
-    /// (node, device) and who has it.
-    holders: BTreeMap<(String, String), String>,
+pub(super) struct Taken<'a> {
+    /// (node, device) and the migration that has it.
+    holders: BTreeMap<(&'a str, &'a str), &'a str>,
 }
 
-impl Taken {
-    pub(super) fn by(others: &[OtherMigration]) -> Self {
-        let entry = |other: &OtherMigration, device: &String| {
-            ((other.target.clone(), device.clone()), format!("planned for VMMigration {}", other.name))
+impl<'a> Taken<'a> {
+    pub(super) fn by(others: &'a [Arc<OtherMigration>]) -> Self {
+        let devices = |other: &'a Arc<OtherMigration>| {
+            let (target, name) = (other.target.as_str(), other.name.as_str());
+            other.target_devices.iter().map(move |device| ((target, device.as_str()), name))
         };
-        let holders =
-            others.iter().flat_map(|other| other.target_devices.iter().map(move |d| entry(other, d)));
-        Self { holders: holders.collect() }
+        Self { holders: others.iter().flat_map(devices).collect() }
     }
 
-    pub(super) fn holder(&self, node: &str, device: &str) -> Option<&str> {
-        self.holders.get(&(node.to_owned(), device.to_owned())).map(String::as_str)
+    pub(super) fn is_taken(&self, node: &str, device: &str) -> bool {
+        self.holders.contains_key(&(node, device))
+    }
+
+    pub(super) fn holder(&self, node: &str, device: &str) -> Option<String> {
+        let name = self.holders.get(&(node, device))?;
+        Some(format!("planned for VMMigration {name}"))
     }
 }
 

@@ -44,7 +44,7 @@ impl Lack {
         node: &str,
         devices: &[(&str, &Device)],
         wanted: &[Wanted<'_>],
-        taken: &Taken,
+        taken: &Taken<'_>,
         checks: Checks,
     ) -> Self {
         let mut kinds: BTreeMap<(&str, &str), Vec<&Wanted<'_>>> = BTreeMap::new();
@@ -62,7 +62,7 @@ fn lack_of(
     node: &str,
     devices: &[(&str, &Device)],
     wants: &[&Wanted<'_>],
-    taken: &Taken,
+    taken: &Taken<'_>,
     checks: Checks,
 ) -> Option<ModelLack> {
     let sample = wants.first()?.device;

@@ -19,7 +19,7 @@ pub(super) fn pairs(
     name: &str,
     node: &Node,
     wanted: &[Wanted<'_>],
-    taken: &Taken,
+    taken: &Taken<'_>,
     checks: Checks,
 ) -> Result<Vec<Pair>, Lack> {
     let devices: Vec<(&str, &Device)> = node
@@ -28,8 +28,7 @@ pub(super) fn pairs(
         .flat_map(|report| report.devices.iter())
         .map(|(device_name, device)| (device_name.as_str(), device))
         .collect();
-    let is_free =
-        |device_name: &str, device: &Device| device.free && taken.holder(name, device_name).is_none();
+    let is_free = |device_name: &str, device: &Device| device.free && !taken.is_taken(name, device_name);
     let free: Vec<(&str, &Device)> = devices.iter().copied().filter(|(n, d)| is_free(n, d)).collect();
 
     let fitting: Vec<Vec<usize>> = wanted

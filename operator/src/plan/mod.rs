@@ -15,6 +15,8 @@ mod refusal;
 #[cfg(test)]
 mod tests;
 
+use std::sync::Arc;
+
 use slackwater_api::{MigrationFeature, PeerToPeer};
 
 use crate::inventory::{
@@ -103,7 +105,7 @@ pub struct Pair {
 pub fn plan(
     request: &Request,
     inventory: &Inventory,
-    others: &[OtherMigration],
+    others: &[Arc<OtherMigration>],
     checks: Checks,
 ) -> Result<Plan, Refusal> {
     let (source, wanted) = movable(&request.vm, request.peer_to_peer, inventory, others)?;
@@ -126,7 +128,7 @@ pub fn check_movable(
     vm: &VmKey,
     peer_to_peer: PeerToPeer,
     inventory: &Inventory,
-    others: &[OtherMigration],
+    others: &[Arc<OtherMigration>],
 ) -> Result<(), Refusal> {
     movable(vm, peer_to_peer, inventory, others).map(drop)
 }
@@ -136,7 +138,7 @@ fn movable<'a>(
     key: &VmKey,
     peer_to_peer: PeerToPeer,
     inventory: &'a Inventory,
-    others: &[OtherMigration],
+    others: &[Arc<OtherMigration>],
 ) -> Result<(&'a str, Vec<Wanted<'a>>), Refusal> {
     if let Some(other) = others.iter().find(|other| other.vm == *key) {
         return Err(Refusal::MigrationInProgress { vm: key.clone(), by: other.name.clone() });
@@ -281,7 +283,7 @@ fn match_devices(
     target: &str,
     node: &Node,
     wanted: &[Wanted<'_>],
-    taken: &Taken,
+    taken: &Taken<'_>,
     checks: Checks,
 ) -> Result<Vec<Pair>, Refusal> {
     matching::pairs(target, node, wanted, taken, checks)
@@ -293,7 +295,7 @@ fn choose_target<'a>(
     source: &str,
     inventory: &'a Inventory,
     wanted: &[Wanted<'_>],
-    taken: &Taken,
+    taken: &Taken<'_>,
     checks: Checks,
 ) -> Result<(&'a str, Vec<Pair>), Refusal> {
     let mut lacks = Vec::new();

@@ -32,13 +32,13 @@ fn node(devices: Vec<(&str, Device)>) -> Node {
         address: "10.0.0.9:7000".into(),
         peer_address: "10.0.0.9:7443".into(),
         link: Link::Ready,
-        report: Some(report),
+        report: Some(Arc::new(report)),
         ..Default::default()
     }
 }
 
 fn with_vm(mut node: Node, name: &str, vm: Vm) -> Node {
-    node.report.as_mut().unwrap().vms.insert(key(name), vm);
+    Arc::make_mut(node.report.as_mut().unwrap()).vms.insert(key(name), vm);
     node
 }
 
@@ -62,7 +62,7 @@ fn request() -> Request {
     Request { vm: key("counter"), target: Some("node-b".into()), peer_to_peer: PeerToPeer::Required }
 }
 
-fn refused(request: &Request, inventory: &Inventory, others: &[OtherMigration]) -> (String, String) {
+fn refused(request: &Request, inventory: &Inventory, others: &[Arc<OtherMigration>]) -> (String, String) {
     let refusal = plan(request, inventory, others, Checks::default()).unwrap_err();
     (refusal.reason().to_owned(), refusal.to_string())
 }
@@ -167,13 +167,13 @@ fn a_migration_that_holds_a_vm_and_does_not_go_on_says_why() {
 
 #[test]
 fn a_second_migration_of_the_same_vm_is_refused_with_the_name_of_the_first() {
-    let other = OtherMigration {
+    let other = Arc::new(OtherMigration {
         name: "VMMigration demo/first".into(),
         id: "u-1".into(),
         vm: key("counter"),
         target: "node-b".into(),
         target_devices: vec![],
-    };
+    });
     let (reason, message) = refused(&request(), &two_nodes(), &[other]);
     assert_eq!(reason, "MigrationInProgress");
     assert!(message.contains("by VMMigration demo/first."), "{message}");
@@ -332,13 +332,13 @@ fn a_target_device_must_have_every_feature_of_its_source() {
 
 #[test]
 fn devices_that_another_migration_was_given_are_not_given_again() {
-    let other = OtherMigration {
+    let other = Arc::new(OtherMigration {
         name: "demo/first".into(),
         id: "u-1".into(),
         vm: key("another"),
         target: "node-b".into(),
         target_devices: vec!["b1".into()],
-    };
+    });
     let (reason, message) = refused(&request(), &two_nodes(), &[other]);
     assert_eq!(reason, "NoMatchingDevices");
     assert!(

@@ -164,7 +164,7 @@ mod tests {
             address: "10.0.0.1:7443".into(),
             peer_address: "10.0.0.1:7443".into(),
             link,
-            report: Some(report),
+            report: Some(std::sync::Arc::new(report)),
             ..Default::default()
         }
     }
@@ -183,7 +183,7 @@ mod tests {
         let judge = |second: i64, ends_soon, refused: &str| {
             let mut node = node(Link::Ready);
             let certificate = Certificate { not_after_unix_s: 1000, ends_soon, refused: refused.to_owned() };
-            node.report.as_mut().unwrap().certificate = Some(certificate);
+            std::sync::Arc::make_mut(node.report.as_mut().unwrap()).certificate = Some(certificate);
             let stamp = Stamp { generation: None, now: Timestamp::from_second(second).unwrap() };
             let status = node_status(&node, None, &[], stamp);
             let found = conditions::find(&status.conditions, CERTIFICATE_VALID).unwrap().clone();
@@ -223,7 +223,8 @@ mod tests {
             let name = |n| VmKey { namespace: "demo".into(), name: format!("vm-{n}") };
             let taken: BTreeMap<_, _> = (0..taken).map(|n| (name(n), "node-a".to_owned())).collect();
             let mut node = node(Link::Ready);
-            node.report.as_mut().unwrap().ignored = ignored.iter().map(|text| (*text).to_owned()).collect();
+            std::sync::Arc::make_mut(node.report.as_mut().unwrap()).ignored =
+                ignored.iter().map(|text| (*text).to_owned()).collect();
             let status = node_status(&node, Some(&taken), &[], STAMP);
             let found = conditions::find(&status.conditions, REPORT_ACCEPTED).unwrap().clone();
             (found.status, found.reason, found.message)

@@ -1,15 +1,16 @@
 //! MigrationNodes: which agents to follow, and what to show about them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use futures::StreamExt;
 use jiff::Timestamp;
-use kube::ResourceExt;
 use slackwater_api::MigrationNode;
 use slackwater_api::condition::REPORT_ACCEPTED;
 
 use super::node_status::node_status;
-use crate::cluster::{Cluster, Observed, WriteError};
+use super::{Again, WRITES_AT_A_TIME};
+use crate::cluster::{Cluster, ObjectKey, Observed, WriteError};
 use crate::conditions::{Reported, Stamp, Status, Turn};
 use crate::fleet::{Address, Fleet};
 use crate::homes::Homes;
@@ -20,65 +21,112 @@ use crate::reason::VM_NAME_TAKEN;
 ///
 /// Administrators write MigrationNodes by hand for now. Agents that are found by their EndpointSlice would
 /// join the map that `follow` takes.
-pub async fn run(cluster: Cluster, mut nodes: Observed<MigrationNode>, fleet: Arc<Fleet>, homes: Arc<Homes>) {
-    let mut changes = fleet.changes();
+pub async fn run(cluster: Cluster, nodes: Observed<MigrationNode>, fleet: Arc<Fleet>, homes: Arc<Homes>) {
     let mut set_aside = homes.set_aside();
     let mut reported = Reported::default();
-    if !nodes.ready().await {
-        return;
-    }
+    nodes.ready().await;
+    let (mut objects, mut reports) = (nodes.changes(), fleet.changed_nodes());
+    let mut again = Again::default();
+    let mut dirty: BTreeSet<String> = BTreeSet::new();
+    let mut names = Arc::clone(&set_aside.borrow_and_update());
+    // All at once: nothing is planned before all are known.
+    let known =
+        nodes.keys().into_iter().filter_map(|key| Some((key.name.clone(), address_of(&nodes, &key)?)));
+    let mut wanted: BTreeMap<String, Address> = known.collect();
+    fleet.follow(&wanted);
     loop {
-        let objects = nodes.all();
-        fleet
-            .follow(&objects.iter().map(|node| (node.name_any(), address(node))).collect::<BTreeMap<_, _>>());
-        let mut again = false;
-        let names = Arc::clone(&set_aside.borrow_and_update());
-        for node in &objects {
-            if let Err(error) = show(&cluster, node, &fleet, names.get(&node.name_any()), &mut reported).await
-            {
-                tracing::warn!(node = node.name_any(), %error, "the status of a MigrationNode could not be written");
-                again = true;
+        let showing = dirty.iter().filter_map(|name| nodes.get(&key(name))).map(|node| {
+            let (cluster, fleet, names) = (&cluster, &fleet, &names);
+            async move {
+                let name = &node.metadata.name;
+                let set_aside = name.as_ref().and_then(|name| names.get(name));
+                let shown = show(cluster, &node, fleet, set_aside).await;
+                (node, shown)
+            }
+        });
+        let shown: Vec<_> = futures::stream::iter(showing).buffer_unordered(WRITES_AT_A_TIME).collect().await;
+        dirty.clear();
+        for (node, shown) in shown {
+            let name = node.metadata.name.clone().unwrap_or_default();
+            match shown {
+                Ok(None) => {}
+                Ok(Some((status, now))) => {
+                    let turn = Turn { type_: REPORT_ACCEPTED, status: Status::False, reason: VM_NAME_TAKEN };
+                    let before = node.status.as_ref().map_or(&[][..], |status| &status.conditions);
+                    if let Some(notice) = reported.turned(&name, before, &status.conditions, turn, now) {
+                        cluster.report(node.as_ref(), "ShowNode", &notice).await;
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!(node = name, %error, "the status of a MigrationNode could not be written");
+                    again.later(name);
+                }
             }
         }
         tokio::select! {
-            alive = nodes.changed() => if !alive { return },
-            () = changes.next() => {}
+            changed = objects.next() => {
+                let Some(changed) = changed else { return };
+                let mut moved = false;
+                for ObjectKey { name, .. } in changed {
+                    let address = address_of(&nodes, &key(&name));
+                    moved |= wanted.get(&name) != address.as_ref();
+                    match address {
+                        Some(address) => wanted.insert(name.clone(), address),
+                        None => wanted.remove(&name),
+                    };
+                    dirty.insert(name);
+                }
+                if moved {
+                    fleet.follow(&wanted);
+                }
+            }
+            Some(changed) = reports.next() => dirty.extend(changed),
             // The sender lives as long as `homes`.
-            Ok(()) = set_aside.changed() => {}
-            () = tokio::time::sleep(super::RETRY_PAUSE), if again => {}
+            Ok(()) = set_aside.changed() => {
+                let before = std::mem::replace(&mut names, Arc::clone(&set_aside.borrow_and_update()));
+                let all = before.keys().chain(names.keys());
+                dirty.extend(all.filter(|name| before.get(*name) != names.get(*name)).cloned());
+            }
+            due = again.due() => dirty.extend(due),
         }
     }
 }
 
-fn address(node: &MigrationNode) -> Address {
-    let own = node.spec.address.clone();
-    let accepted_epoch = node.spec.accept_epoch_up_to.and_then(|epoch| u64::try_from(epoch).ok());
-    Address { peers: node.spec.peer_address.clone().unwrap_or_else(|| own.clone()), own, accepted_epoch }
+fn key(name: &str) -> ObjectKey {
+    ObjectKey { namespace: String::new(), name: name.to_owned() }
 }
 
+/// Also of a node whose status cannot be read: its agent must not be given up for that.
+fn address_of(nodes: &Observed<MigrationNode>, key: &ObjectKey) -> Option<Address> {
+    let node = nodes.without_status(key)?;
+    let own = node.spec.address.clone();
+    let accepted_epoch = node.spec.accept_epoch_up_to.and_then(|epoch| u64::try_from(epoch).ok());
+    let peers = node.spec.peer_address.clone().unwrap_or_else(|| own.clone());
+    Some(Address { peers, own, accepted_epoch })
+}
+
+/// Writes the status of a MigrationNode if it is not as it should be. Returns what was written, and when.
 async fn show(
     cluster: &Cluster,
     node: &MigrationNode,
     fleet: &Fleet,
     set_aside: Option<&BTreeMap<VmKey, String>>,
-    reported: &mut Reported,
-) -> Result<(), WriteError> {
-    let inventory = fleet.inventory();
-    let Some(known) = inventory.get(&node.name_any()) else { return Ok(()) };
+) -> Result<Option<(slackwater_api::MigrationNodeStatus, Timestamp)>, WriteError> {
+    let now = Timestamp::now();
+    let stamp = Stamp { generation: node.metadata.generation, now };
     let previous = node.status.clone().unwrap_or_default();
-    let stamp = Stamp { generation: node.metadata.generation, now: Timestamp::now() };
-    let status = node_status(known, set_aside, &previous.conditions, stamp);
+    let name = node.metadata.name.as_deref().unwrap_or_default();
+    let status = {
+        let inventory = fleet.inventory();
+        let Some(known) = inventory.get(name) else { return Ok(None) };
+        node_status(known, set_aside, &previous.conditions, stamp)
+    };
     if status == previous {
-        return Ok(());
+        return Ok(None);
     }
     match cluster.write_node_status(node, &status).await {
-        Err(WriteError::Gone) => return Ok(()),
-        result => result?,
+        Ok(()) => Ok(Some((status, now))),
+        Err(WriteError::Gone) => Ok(None),
+        Err(error) => Err(error),
     }
-    let turn = Turn { type_: REPORT_ACCEPTED, status: Status::False, reason: VM_NAME_TAKEN };
-    let (before, after) = (&previous.conditions, &status.conditions);
-    if let Some(notice) = reported.turned(&node.name_any(), before, after, turn, stamp.now) {
-        cluster.report(node, "ShowNode", &notice).await;
-    }
-    Ok(())
 }

@@ -1,5 +1,7 @@
 //! The status of an AssignedVM: where the VM is, and whether it can be migrated, before a user tries.
 
+use std::sync::Arc;
+
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use slackwater_api::condition::{CONTESTED, MIGRATABLE, READY};
 use slackwater_api::{AssignedVMStatus, MigrationReference, PeerToPeer, VmDevice, VmState};
@@ -25,7 +27,7 @@ pub(super) fn vm_status(
     key: &VmKey,
     inventory: &Inventory,
     known: Known<'_>,
-    migrations: &[OtherMigration],
+    migrations: &[Arc<OtherMigration>],
     previous: &AssignedVMStatus,
     stamp: Stamp,
 ) -> AssignedVMStatus {
@@ -130,7 +132,7 @@ fn node_not_ready(node: &str, error: &str) -> Finding {
     Finding::new(Status::Unknown, reason::NODE_NOT_READY, message)
 }
 
-fn migratable(key: &VmKey, inventory: &Inventory, migrations: &[OtherMigration]) -> Finding {
+fn migratable(key: &VmKey, inventory: &Inventory, migrations: &[Arc<OtherMigration>]) -> Finding {
     match check_movable(key, PeerToPeer::Required, inventory, migrations) {
         Ok(()) => {
             Finding::new(Status::True, "NothingInTheWay", "Nothing that is known prevents a migration.")
@@ -142,7 +144,7 @@ fn migratable(key: &VmKey, inventory: &Inventory, migrations: &[OtherMigration])
 fn migration_of(
     key: &VmKey,
     inventory: &Inventory,
-    migrations: &[OtherMigration],
+    migrations: &[Arc<OtherMigration>],
 ) -> Option<MigrationReference> {
     if let Some(migration) = migrations.iter().find(|migration| migration.vm == *key) {
         let name = migration.name.rsplit('/').next().map(str::to_owned);
@@ -209,7 +211,7 @@ mod tests {
             devices: BTreeMap::from([("a1".to_owned(), device)]),
             ..Default::default()
         };
-        Node { link: Link::Ready, report: Some(report), ..Default::default() }
+        Node { link: Link::Ready, report: Some(Arc::new(report)), ..Default::default() }
     }
 
     fn at(nodes: Vec<(&str, Node)>) -> Inventory {
@@ -293,13 +295,13 @@ mod tests {
 
     #[test]
     fn a_migration_is_named_while_it_holds_the_vm() {
-        let other = OtherMigration {
+        let other = Arc::new(OtherMigration {
             name: "VMMigration demo/move".into(),
             id: "u-1".into(),
             vm: key(),
             target: "node-b".into(),
             target_devices: vec![],
-        };
+        });
         let inventory = at(vec![("node-a", node(Some(vm())))]);
         let status =
             vm_status(&key(), &inventory, Known::default(), &[other], &AssignedVMStatus::default(), STAMP);

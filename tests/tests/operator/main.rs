@@ -19,6 +19,7 @@ mod joining;
 mod leading;
 mod lost_source;
 mod names;
+mod objects;
 mod refusals;
 mod reports;
 mod success;
