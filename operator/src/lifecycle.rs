@@ -16,8 +16,8 @@ use crate::homes::{Homes, group_of_move};
 use crate::leadership::{Keeper, LeadershipLost, Terms};
 use crate::migration::claims::Claims;
 use crate::migration::context::Context;
-use crate::migration::controller;
 use crate::migration::step::forget_details;
+use crate::migration::{controller, retention};
 use crate::plan::Checks;
 use crate::publish::{nodes, vms};
 
@@ -90,7 +90,8 @@ async fn act(client: Client, credentials: Credentials, epoch: Epoch, policy: Pol
     tokio::select! {
         () = nodes::run(cluster.clone(), observed_nodes, fleet, homes) => "MigrationNode",
         () = vms::run(cluster, sources) => "AssignedVM",
-        () = controller::run(context) => "VMMigration",
+        () = controller::run(context.clone()) => "VMMigration",
+        () = retention::run(context) => "VMMigration",
     }
 }
 

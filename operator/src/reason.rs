@@ -27,6 +27,8 @@ pub(crate) const VM_RUNS_AT_TARGET: &str = "VMRunsAtTarget";
 pub(crate) const SPEC_CHANGE_IGNORED: &str = "SpecChangeIgnored";
 /// VMMigration, Stopped: the guest runs at the source.
 pub(crate) const GUEST_RUNS: &str = "GuestRuns";
+/// VMMigration, Accepted and Succeeded: it is a copy of one that was accepted before.
+pub(crate) const RESTORED_COPY: &str = "RestoredCopy";
 /// VMMigration, Accepted and Succeeded: not every agent has answered or failed once.
 pub(crate) const WAITING_FOR_AGENTS: &str = "WaitingForAgents";
 /// VMMigration, Prepared and Succeeded: the target does not answer.

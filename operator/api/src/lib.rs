@@ -43,6 +43,10 @@ pub const GROUP: &str = "slackwater.dev";
 /// The finalizer of a VMMigration: its removal says that no agent holds anything for it any more.
 pub const MIGRATION_FINALIZER: &str = "slackwater.dev/migration";
 
+/// The annotation with the UID by which a VMMigration was accepted. A copy of it, such as one from a backup, has
+/// another UID, and does not run again.
+pub const ACCEPTED_AS_ANNOTATION: &str = "slackwater.dev/accepted-as";
+
 /// The condition types that the kinds use.
 pub mod condition {
     /// VMMigration: the request has been planned, or refused.

@@ -25,7 +25,8 @@ pub const MAX_ATTEMPTS: i32 = 10;
 pub const JUSTIFICATION_CHARACTERS: std::ops::RangeInclusive<usize> = 10..=1024;
 
 /// Moves one VM, with its assigned devices, to another node, once. `cancel: true`, or deleting the object,
-/// gives the migration up, if it has not been committed yet. Only `cancel` and `resolve` can be changed.
+/// gives the migration up, if it has not been committed yet. Only `cancel`, `resolve` and
+/// `ttlSecondsAfterFinished` can be changed.
 #[derive(CustomResource, KubeSchema, Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[kube(
     group = "slackwater.dev",
@@ -77,8 +78,8 @@ pub const JUSTIFICATION_CHARACTERS: std::ops::RangeInclusive<usize> = 10..=1024;
 #[serde(rename_all = "camelCase")]
 #[x_kube(
     validation = Rule::new(MOVE_STAYS)
-        .message("of the spec of a VMMigration only cancel and resolve can be changed; delete it and create \
-                  another one"),
+        .message("of the spec of a VMMigration only cancel, resolve and ttlSecondsAfterFinished can be changed; \
+                  delete it and create another one"),
     validation = Rule::new("!oldSelf.cancel || self.cancel")
         .message("a cancel cannot be taken back; create another VMMigration")
         .field_path(".cancel"),
@@ -128,6 +129,11 @@ pub struct VMMigrationSpec {
     /// stays as a record. Can be set at any time, and cannot be taken back.
     #[serde(default)]
     pub cancel: bool,
+    /// So many seconds after its end, with success or not, the operator deletes this object. Not while an agent
+    /// has not heard of the end, and not if the VM was lost. Without it, the object stays.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0))]
+    pub ttl_seconds_after_finished: Option<i32>,
     /// An administrator's decision on a migration that is in doubt, where an agent cannot be asked. Refused,
     /// and without any effect, unless the condition InDoubt is True and names it as a remedy.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -147,6 +153,7 @@ impl VMMigrationSpec {
             on_budget_exceeded: OnBudgetExceeded::default(),
             attempts: default_attempts(),
             cancel: false,
+            ttl_seconds_after_finished: None,
             resolve: None,
         }
     }

@@ -13,7 +13,10 @@ use kube::{Api, Client, Resource, ResourceExt};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
-use slackwater_api::{AssignedVM, AssignedVMStatus, MIGRATION_FINALIZER, MigrationNode, MigrationNodeStatus};
+use slackwater_api::{
+    ACCEPTED_AS_ANNOTATION, AssignedVM, AssignedVMStatus, MIGRATION_FINALIZER, MigrationNode,
+    MigrationNodeStatus,
+};
 use slackwater_api::{VMMigration, VMMigrationStatus};
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
@@ -117,13 +120,18 @@ impl Cluster {
         self.apply_status(self.namespaced(migration), migration, status).await
     }
 
-    /// Puts the finalizer on a VMMigration.
+    /// Puts the finalizer on a VMMigration, and its UID into an annotation, by which a copy of it is known for
+    /// one.
     ///
     /// # Errors
     /// [`WriteError`]
     pub async fn add_finalizer(&self, migration: &VMMigration) -> Result<(), WriteError> {
         let mut body = identity(migration);
-        merge(&mut body, json!({"metadata": {"finalizers": [MIGRATION_FINALIZER]}}));
+        let annotations = json!({ACCEPTED_AS_ANNOTATION: migration.uid()});
+        merge(
+            &mut body,
+            json!({"metadata": {"finalizers": [MIGRATION_FINALIZER], "annotations": annotations}}),
+        );
         let api: Api<Guarded<VMMigration>> = self.namespaced(migration);
         let params = PatchParams::apply(MANAGER).force();
         self.request(api.patch(&migration.name_any(), &params, &Patch::Apply(&body))).await.map(drop)
@@ -164,6 +172,15 @@ impl Cluster {
             }
             (finalizers, fresh) = (now.metadata.finalizers.unwrap_or_default(), true);
         }
+    }
+
+    /// Deletes a VMMigration; another one of the same name, or one that has changed since, stays.
+    ///
+    /// # Errors
+    /// [`WriteError`]
+    pub async fn delete_migration(&self, migration: &VMMigration) -> Result<(), WriteError> {
+        let (uid, resource_version) = (migration.uid(), migration.resource_version());
+        self.delete(migration, Preconditions { uid, resource_version }).await
     }
 
     /// Writes the whole status of a MigrationNode.
@@ -214,10 +231,16 @@ impl Cluster {
     /// # Errors
     /// [`WriteError`]
     pub async fn remove_vm(&self, vm: &AssignedVM) -> Result<(), WriteError> {
-        let preconditions = Preconditions { uid: vm.uid(), resource_version: None };
+        self.delete(vm, Preconditions { uid: vm.uid(), resource_version: None }).await
+    }
+
+    async fn delete<K>(&self, object: &K, preconditions: Preconditions) -> Result<(), WriteError>
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + DeserializeOwned + Debug,
+    {
         let params = DeleteParams { preconditions: Some(preconditions), ..Default::default() };
-        let api: Api<Guarded<AssignedVM>> = self.namespaced(vm);
-        match self.request(api.delete(&vm.name_any(), &params)).await {
+        let api: Api<Guarded<K>> = self.namespaced(object);
+        match self.request(api.delete(&object.name_any(), &params)).await {
             Ok(_) | Err(WriteError::Gone) => Ok(()),
             Err(error) => Err(error),
         }

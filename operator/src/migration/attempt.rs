@@ -1,7 +1,9 @@
 //! What this task knows about one attempt of a migration. When another attempt begins, it is replaced as a
 //! whole.
 
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use slackwater_handover::resolver::Decision;
+use tokio::time::Instant;
 
 use super::inquiry::Inquiry;
 use super::trace::Trace;
@@ -19,6 +21,8 @@ pub(super) struct Attempt {
     pub(super) abort_too_late: bool,
     /// The source has given the attempt up, and only has to report how it ended.
     pub(super) given_up: bool,
+    /// When the one that follows begins, by this process's clock, and the time in the status that this stands for.
+    pub(super) next: Option<(Option<Time>, Instant)>,
     /// What an administrator has decided. It is acted upon when the API server has it.
     pub(super) decided: Option<Decision>,
 }

@@ -31,6 +31,9 @@ pub(super) async fn drive(
             );
             return claims.release(&run.tracked.uid);
         }
+        if run.tracked.refuse_copy() {
+            run.tracked.write().await;
+        }
         run.note_spec().await;
         let draft = run.tracked.draft();
         let step = next(&draft.status, draft.wish);

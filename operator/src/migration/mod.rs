@@ -7,6 +7,7 @@
 //! | [`trace`] | the events of an attempt (pure) |
 //! | [`request`] | what the agents are asked (pure) |
 //! | [`claims`] | which VMs and devices belong to accepted migrations |
+//! | [`retention`] | deleting those that have ended |
 //! | [`context`] | what all migrations share |
 //! | `agenda` | which migrations have a task, and which wait for one (pure) |
 //! | [`controller`] | which objects need attention |
@@ -38,6 +39,7 @@ mod journals;
 mod prepare;
 mod release;
 pub mod request;
+pub mod retention;
 mod run;
 pub mod status;
 pub mod step;

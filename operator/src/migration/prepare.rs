@@ -1,9 +1,9 @@
 //! Planning an attempt and reserving at the target: all that happens before the source is asked for anything.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use jiff::Timestamp;
+use tokio::time::Instant;
 
 use super::attempt::Attempt;
 use super::request::{Accepted, read_spec};
@@ -12,21 +12,22 @@ use super::step::Wish;
 use crate::inventory::{Link, Vm, VmState};
 use crate::plan::plan;
 
-/// The longest pause before the object is looked at again while an attempt waits for its time: the clock may
-/// be set.
-const LONGEST_WAIT: Duration = Duration::from_secs(60);
-
 impl Run {
     /// Plans the next attempt when it is time; returns earlier if something about the object has changed.
     pub(super) async fn retry(&mut self) {
-        let time = self.tracked.draft().status.next_attempt_time.as_ref();
-        let time = time.map_or(Timestamp::UNIX_EPOCH, |time| time.0);
-        let wait = Duration::try_from(time.duration_since(Timestamp::now())).unwrap_or(Duration::ZERO);
-        if wait.is_zero() {
+        let draft = self.tracked.draft();
+        let time = draft.status.next_attempt_time.clone();
+        // The clock may be set while it waits.
+        let (_, begins) = match self.attempt.next.take().filter(|(of, _)| *of == time) {
+            Some(next) => next,
+            None => (time.clone(), Instant::now() + draft.wait_for_next_attempt(Timestamp::now())),
+        };
+        if begins <= Instant::now() {
             return self.plan().await;
         }
+        self.attempt.next = Some((time, begins));
         tokio::select! {
-            () = tokio::time::sleep(wait.min(LONGEST_WAIT)) => {}
+            () = tokio::time::sleep_until(begins) => {}
             () = self.tracked.changed() => {}
         }
     }

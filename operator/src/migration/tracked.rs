@@ -9,7 +9,9 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use kube::ResourceExt;
-use slackwater_api::{MIGRATION_FINALIZER, VMMigration, VMMigrationSpec, VMMigrationStatus};
+use slackwater_api::{
+    ACCEPTED_AS_ANNOTATION, MIGRATION_FINALIZER, VMMigration, VMMigrationSpec, VMMigrationStatus,
+};
 
 use super::context::Context;
 use super::request::Accepted;
@@ -38,6 +40,8 @@ pub(super) struct TrackedMigration {
     draft: Draft,
     /// The object has, or may have, our finalizer.
     finalizer: bool,
+    /// The UID of the object of which this one is a copy.
+    original: Option<String>,
     /// The status in the API server, as far as this task has written it.
     written: VMMigrationStatus,
 }
@@ -54,6 +58,7 @@ impl TrackedMigration {
             written: draft.status.clone(),
             draft,
             finalizer: has_finalizer(&object),
+            original: None,
             object,
             gone: false,
         }
@@ -69,6 +74,8 @@ impl TrackedMigration {
                     self.draft = Draft::new(&object, stamp_of(&object));
                     self.written = self.draft.status.clone();
                     self.finalizer = has_finalizer(&object);
+                    self.original = object.annotations().get(ACCEPTED_AS_ANNOTATION).cloned();
+                    self.original.take_if(|uid| *uid == self.uid);
                     self.object = Arc::new(object);
                     return true;
                 }
@@ -210,6 +217,17 @@ impl TrackedMigration {
             }
         }
         true
+    }
+
+    /// Refuses the object if it is a copy of another one. `true`: the status has changed.
+    pub(super) fn refuse_copy(&mut self) -> bool {
+        match self.original.take() {
+            Some(original) if self.draft.status.completion_time.is_none() => {
+                self.draft_now().refuse_copy(&original);
+                true
+            }
+            _ => false,
+        }
     }
 
     /// Puts our finalizer on the object, or takes it away. `false`: the object is gone.

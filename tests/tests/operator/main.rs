@@ -13,6 +13,7 @@ mod aborting;
 mod attempts;
 mod budget;
 mod doubt;
+mod ended;
 mod fake_agent;
 mod hanging;
 mod joining;

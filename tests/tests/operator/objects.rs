@@ -7,7 +7,6 @@ use kube::{Api, ResourceExt};
 use serde_json::{Value, json};
 use slackwater_api::{AssignedVM, MIGRATION_FINALIZER, MigrationNode, VMMigration, VMMigrationSpec};
 use slackwater_proto::node::{Outcome, Phase};
-use slackwater_proto::tonic::Status;
 
 use crate::fake_agent::{device, vm};
 use crate::world::{NAMESPACE, World, condition, is};

@@ -143,6 +143,7 @@ impl World {
             on_budget_exceeded: Default::default(),
             attempts: 1,
             cancel: false,
+            ttl_seconds_after_finished: None,
             resolve: None,
         };
         change(&mut spec);

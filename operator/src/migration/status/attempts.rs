@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use jiff::SignedDuration;
+use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use slackwater_api::condition::SUCCEEDED;
 use slackwater_api::{EndedAttempt, MigrationPhase, VMMigrationSpec, format_duration};
@@ -43,10 +43,21 @@ impl Draft {
         self.warn(reason::ATTEMPT_FAILED, message);
     }
 
+    /// How long the next attempt waits, as of now: never longer than this operator would have it wait, since
+    /// another one wrote the time by another clock.
+    pub fn wait_for_next_attempt(&self, now: Timestamp) -> Duration {
+        let Some(time) = &self.status.next_attempt_time else { return Duration::ZERO };
+        let wait = Duration::try_from(time.0.duration_since(now)).unwrap_or(Duration::ZERO);
+        wait.min(self.pause_after_attempt())
+    }
+
+    fn pause_after_attempt(&self) -> Duration {
+        ATTEMPT_PAUSES.after(u32::try_from(self.status.attempt.unwrap_or_default()).unwrap_or_default())
+    }
+
     /// Nothing is held for the last attempt any more: the next one is planned after a pause.
     pub(super) fn schedule_next_attempt(&mut self) {
-        let ended = u32::try_from(self.status.attempt.unwrap_or_default()).unwrap_or_default();
-        let pause = ATTEMPT_PAUSES.after(ended);
+        let pause = self.pause_after_attempt();
         let signed = SignedDuration::try_from(pause).unwrap_or(SignedDuration::ZERO);
         self.status.next_attempt_time = self.stamp.now.checked_add(signed).ok().map(Time);
         self.status.phase = Some(MigrationPhase::Retrying);

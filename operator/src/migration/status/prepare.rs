@@ -2,7 +2,10 @@
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use slackwater_api::condition::{ACCEPTED, COMMITTED, IN_DOUBT, PREPARED, STOPPED, SUCCEEDED};
-use slackwater_api::{DeviceMigration, MigrationPhase, PeerToPeer, Reservation, VMMigrationSpec};
+use slackwater_api::{
+    ACCEPTED_AS_ANNOTATION, DeviceMigration, MigrationPhase, PeerToPeer, Reservation, VMMigrationSpec,
+    VMMigrationStatus,
+};
 
 use super::{Draft, spec};
 use crate::conditions::Status;
@@ -30,6 +33,27 @@ impl Draft {
         if self.set(ACCEPTED, Status::False, refusal.reason(), &message) {
             self.warn("Refused", format!("{}: {message}", refusal.reason()));
         }
+    }
+
+    /// The object is a copy of another one, by whose UID a migration was accepted: from a backup, or a manifest
+    /// that was read back. Nothing that its status may say is about it.
+    pub fn refuse_copy(&mut self, original: &str) {
+        let message = format!(
+            "metadata.annotations[{ACCEPTED_AS_ANNOTATION}] is {original:?}, and not this object's UID: it is a copy of \
+             a VMMigration that was accepted before, such as from a backup, and does not run again. To migrate VM {}, \
+             create a VMMigration without that annotation.",
+            self.vm
+        );
+        let spec = self.spec.clone();
+        self.status = VMMigrationStatus {
+            observed_spec: Some(spec::as_accepted(&spec)),
+            phase: Some(MigrationPhase::Refused),
+            completion_time: Some(Time(self.stamp.now)),
+            ..VMMigrationStatus::default()
+        };
+        self.set(SUCCEEDED, Status::False, reason::RESTORED_COPY, &message);
+        self.set(ACCEPTED, Status::False, reason::RESTORED_COPY, &message);
+        self.warn("Refused", format!("{}: {message}", reason::RESTORED_COPY));
     }
 
     /// There is a plan, for the first attempt or for another one. No agent has been asked for anything yet.

@@ -73,3 +73,14 @@ fn no_attempt_follows_one_that_was_given_up_resolved_or_lost() {
     assert!(!again(|draft| draft.at(stamp(12)).accept_resolve(&resolve(RunOn::Source)), end()));
     assert!(!again(|_| {}, finished(Outcome::Lost, "VMMExited", "gone")));
 }
+
+#[test]
+fn the_next_attempt_does_not_wait_longer_than_its_pause_whoever_wrote_its_time() {
+    let (mut draft, spec) = with_attempts(3);
+    draft.at(stamp(1000)).begin_attempt(&spec, &plan());
+    draft.at(stamp(1000)).schedule_next_attempt();
+    let wait = |second| draft.wait_for_next_attempt(stamp(second).now).as_secs();
+    assert_eq!((wait(1000), wait(1003), wait(1005), wait(9999)), (5, 2, 0, 0));
+    // This operator's clock is behind that of the one before.
+    assert_eq!(wait(400), 5);
+}

@@ -56,3 +56,17 @@ fn devices_that_are_stated_to_be_isolated_are_shown_with_a_warning() {
     assert!(message(&draft, ACCEPTED).contains("isolated from each other"));
     assert_eq!(reported(&draft), ["Accepted", "AssumeIsolated"]);
 }
+
+#[test]
+fn a_copy_of_a_migration_that_was_accepted_is_refused_whatever_its_status_says() {
+    let mut draft = reserved();
+    draft.at(stamp(20)).refuse_copy("3f1c");
+    assert_eq!(condition(&draft, SUCCEEDED), ("False".into(), "RestoredCopy".into()));
+    assert_eq!(condition(&draft, ACCEPTED), ("False".into(), "RestoredCopy".into()));
+    assert!(message(&draft, SUCCEEDED).starts_with(
+        "metadata.annotations[slackwater.dev/accepted-as] is \"3f1c\", and not this object's UID"
+    ));
+    assert_eq!(draft.status.phase, Some(MigrationPhase::Refused));
+    assert_eq!((draft.status.reservation, draft.status.attempt), (None, None));
+    assert!(draft.status.completion_time.is_some());
+}
