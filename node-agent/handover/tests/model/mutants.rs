@@ -36,6 +36,8 @@ pub(crate) enum Mutant {
     HangsInSilence,
     /// The source takes a device that hangs for one that has come as far as the others.
     WakeWithoutTheHungOne,
+    /// The source asks a device for its next state wherever it finds it.
+    WhereverItIs,
 }
 
 impl Mutant {
@@ -128,6 +130,11 @@ impl Mutant {
             }
             _ => Some(source::Event::DeviceHangs(index, Failure::new(Reason::DeviceHangs, "it hangs"))),
         }
+    }
+
+    /// Whether a device that is not where it was left is asked for its next state all the same.
+    pub(crate) fn takes_it_where_it_is(mutant: Option<Self>) -> bool {
+        mutant == Some(Self::WhereverItIs)
     }
 
     /// Whether an agent that restarts lets the VM run first.
