@@ -25,6 +25,8 @@ pub(crate) const VM_RUNS_AT_TARGET: &str = "VMRunsAtTarget";
 pub(crate) const SPEC_CHANGE_IGNORED: &str = "SpecChangeIgnored";
 /// VMMigration, Stopped: the guest runs at the source.
 pub(crate) const GUEST_RUNS: &str = "GuestRuns";
+/// VMMigration, Stopped: the VM is at the source, and its guest or its owner has stopped it.
+pub(crate) const LEFT_AS_IT_IS: &str = "LeftAsItIs";
 /// VMMigration, Accepted and Succeeded: not every agent has answered or failed once.
 pub(crate) const WAITING_FOR_AGENTS: &str = "WaitingForAgents";
 /// VMMigration, Prepared and Succeeded: the target does not answer.

@@ -142,7 +142,7 @@ mod tests {
     fn no_pre_copy_goes_on_for_ever() {
         for initial in [0, 1, 999] {
             for rate in 0..300 {
-                let (pieces, end) = play(initial, 1 << 20, |_| rate);
+                let (pieces, end) = play(initial, 1 << 16, |_| rate);
                 assert!(pieces < 10_000 || end != Round::Read, "{rate}: {pieces} {end:?}");
             }
         }

@@ -29,6 +29,8 @@ mod convergence;
 mod copying;
 mod devices;
 mod owner;
+#[cfg(test)]
+mod owner_real_tests;
 pub mod preflight;
 pub mod qmp;
 #[cfg(test)]
