@@ -42,16 +42,17 @@ impl Rounds {
             return Round::Read;
         }
         let dirty_bytes = left.dirty_bytes;
-        match self.round {
-            _ if dirty_bytes == 0 => return Round::Done,
+        if dirty_bytes == 0 {
+            return Round::Done;
+        }
+        if let Some((began_with, read)) = self.round {
             // The driver may say so before the data is ready (mlx5): the round ends with what there was.
-            Some((began_with, read)) if drained || read >= began_with => {
-                if self.rounds >= ROUNDS || dirty_bytes > began_with / 2 {
-                    return Round::GivesUp { dirty_bytes };
-                }
+            if !drained && read < began_with {
+                return Round::Read;
             }
-            Some(_) => return Round::Read,
-            None => {}
+            if self.rounds >= ROUNDS || dirty_bytes > began_with / 2 {
+                return Round::GivesUp { dirty_bytes };
+            }
         }
         self.round = Some((dirty_bytes, 0));
         self.rounds += 1;

@@ -109,10 +109,11 @@ impl DeviceSender {
         let device = self.device.handle.name();
         match self.device.handle.estimate_bytes().await {
             Ok(Some(bytes)) if bytes > 0 => Err(self.device.failure(format_args!(
-                "{device}: the driver reckons with {bytes} bytes of state, and has given 0 bytes of it in STOP_COPY"
+                "{device}: the driver reckons with {bytes} bytes of state, and has given 0 bytes of it in \
+                 STOP_COPY"
             ))),
             Ok(estimate) => {
-                warn!(device, ?estimate, "the device has given no state at all: its twin begins as after a reset");
+                warn!(device, ?estimate, "the device has given no state: its twin begins as after a reset");
                 Ok(())
             }
             Err(error) => Err(self.device.failure(error)),
