@@ -29,6 +29,8 @@ pub(crate) const SPEC_CHANGE_IGNORED: &str = "SpecChangeIgnored";
 pub(crate) const GUEST_RUNS: &str = "GuestRuns";
 /// VMMigration, Accepted and Succeeded: it is a copy of one that was accepted before.
 pub(crate) const RESTORED_COPY: &str = "RestoredCopy";
+/// VMMigration, Stopped: the VM is at the source, and its guest or its owner has stopped it.
+pub(crate) const LEFT_AS_IT_IS: &str = "LeftAsItIs";
 /// VMMigration, Accepted and Succeeded: not every agent has answered or failed once.
 pub(crate) const WAITING_FOR_AGENTS: &str = "WaitingForAgents";
 /// VMMigration, Prepared and Succeeded: the target does not answer.

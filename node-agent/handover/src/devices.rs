@@ -18,6 +18,17 @@ pub struct Track {
     pub hangs: Option<Failure>,
 }
 
+/// A state change that a device is ordered to make.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Move {
+    /// The device, by its index in the VM's order.
+    pub index: usize,
+    /// Where it was left: it was last read back there. If it is found anywhere else, it is not asked.
+    pub from: MigrationState,
+    /// Where it is to go.
+    pub to: MigrationState,
+}
+
 /// The devices of one VM. They move together: [`Devices::order`] starts a step, [`Devices::settled`] is its
 /// barrier, and [`Devices::settled_but_hanging`] that of the devices that answer.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -53,15 +64,12 @@ impl Devices {
 
     /// Starts a step: every device for which `target` names another state than its own is now moving there.
     /// Returns those moves. A broken device is passed over: it does not move until it has been reset.
-    pub fn order(
-        &mut self,
-        target: impl Fn(&Track) -> Option<MigrationState>,
-    ) -> Vec<(usize, MigrationState)> {
+    pub fn order(&mut self, target: impl Fn(&Track) -> Option<MigrationState>) -> Vec<Move> {
         let mut moves = Vec::new();
         for (index, track) in self.0.iter_mut().enumerate().filter(|(_, track)| !track.broken) {
             if let Some(to) = target(track).filter(|to| *to != track.at) {
                 track.moving_to = Some(to);
-                moves.push((index, to));
+                moves.push(Move { index, from: track.at, to });
             }
         }
         moves
@@ -111,12 +119,23 @@ impl Devices {
         (!hanging.is_empty()).then(|| hanging.join("; "))
     }
 
-    /// The device, broken or not, is now on its way to `to`: by another order, or by a reset.
+    /// The device, broken or not, is now on its way to `to` by a reset.
     pub fn expect(&mut self, index: usize, to: MigrationState) {
         if let Some(track) = self.0.get_mut(index) {
             track.moving_to = Some(to);
             track.broken = false;
         }
+    }
+
+    /// The device is ordered once more, from where it was read back.
+    pub fn order_again(&mut self, index: usize, to: MigrationState) -> Option<Move> {
+        self.expect(index, to);
+        self.0.get(index).map(|track| Move { index, from: track.at, to })
+    }
+
+    /// Where the device was last read back.
+    pub fn left_in(&self, index: usize) -> Option<MigrationState> {
+        self.0.get(index).map(|track| track.at)
     }
 
     /// Where the device is going, if it is on its way.

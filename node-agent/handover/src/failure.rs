@@ -7,6 +7,8 @@ use strum::{EnumIter, EnumString, IntoStaticStr};
 pub enum Reason {
     /// A device refused a state change, a read or a write.
     DeviceFailed,
+    /// A device is not where it was left: its guest, or somebody on the node, has reset it.
+    DeviceReset,
     /// A call to a device does not return.
     DeviceHangs,
     /// The VMM refused a call or did not answer.
@@ -15,6 +17,9 @@ pub enum Reason {
     /// The VMM's process is gone.
     #[strum(serialize = "VMMExited")]
     VmmExited,
+    /// The VM's guest, or its owner, has stopped it.
+    #[strum(serialize = "VMStopped")]
+    VmStopped,
     /// The twin could not be started, or ended.
     TwinFailed,
     /// The destination could not be reached, or would not take part.

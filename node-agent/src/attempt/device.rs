@@ -13,6 +13,7 @@ use tracing::{info, warn};
 use super::tasks::Signals;
 use crate::host::clock::Clock;
 use crate::journal::Role;
+use crate::vfio::error::{DeviceError, SetStateError, moved};
 use crate::vfio::worker::{CallWatch, DeviceHandle, Hang, Reached};
 use crate::vmm::DeviceSeen;
 
@@ -57,18 +58,26 @@ impl EndDevice {
         handles.get(index).cloned().map(|handle| Self { end, index, handle })
     }
 
-    /// Sets a state and reads it back. A change is traced before anything else can know of it.
+    /// Sets a state and reads it back, if the device is where it was left. A change is traced before anything
+    /// else can know of it.
     pub(super) async fn set_state(
         self,
+        left_in: MigrationState,
         to: MigrationState,
         trace: impl FnOnce(DeviceChange) + Send,
     ) -> DeviceOutcome {
-        let result = match self.handle.set_state(to).await {
+        let result = match self.handle.set_state_from(left_in, to).await {
             Ok(reached) => {
                 trace(DeviceChange::from_reached(self.handle.name(), &reached));
                 Ok(reached.to)
             }
-            Err(error) => Err(DeviceFailure { found: error.found(), failure: self.failure(&error) }),
+            Err(error) => {
+                let mut failure = self.failure(&error);
+                if let SetStateError::Moved { found, .. } = &error {
+                    failure.reason = reason_to_be_in(*found);
+                }
+                Err(DeviceFailure { found: error.found(), failure })
+            }
         };
         DeviceOutcome { index: self.index, result }
     }
@@ -139,9 +148,31 @@ impl EndDevice {
         Hanging::Hangs(self.index, Failure::new(Reason::DeviceHangs, message))
     }
 
+    /// The device is not where it was left.
+    pub(super) fn astray(&self, left_in: MigrationState, found: MigrationState) -> Failure {
+        let message = format!("at the {}, {}: {}", self.end, self.handle.name(), moved(left_in, found));
+        Failure::new(reason_to_be_in(found), message)
+    }
+
+    /// What it means that a call failed to a device that was left in this state: it may have been reset.
+    pub(super) async fn failed_in(&self, left_in: MigrationState, error: DeviceError) -> Failure {
+        match self.handle.state().await {
+            Ok(found) if found != left_in => self.astray(left_in, found).and(&format!(" ({error})")),
+            _ => self.failure(error),
+        }
+    }
+
     /// A failure of the device, in words that name the end.
     pub(super) fn failure(&self, error: impl Display) -> Failure {
         Failure::new(Reason::DeviceFailed, format!("at the {}, {error}", self.end))
+    }
+}
+
+/// Why a device is there, and not where it was left: only a reset leads to RUNNING without an order.
+fn reason_to_be_in(found: MigrationState) -> Reason {
+    match found {
+        MigrationState::Running => Reason::DeviceReset,
+        _ => Reason::DeviceFailed,
     }
 }
 

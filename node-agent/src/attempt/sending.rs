@@ -6,12 +6,15 @@ use std::time::Duration;
 use futures::StreamExt;
 use futures::future::try_join_all;
 use slackwater_handover::source::Event;
+use slackwater_handover::state::MigrationState;
 use slackwater_handover::{Blob, Failure, Reason};
 use slackwater_proto::channel::{is_lost, words};
 use slackwater_proto::tonic::{Code, Status};
+use tracing::{info, warn};
 
 use super::device::EndDevice;
 use super::link::BlobLink;
+use super::rounds::{Round, Rounds};
 use crate::transfer::CHUNK_MAX_BYTES;
 use crate::transfer::outgoing::{Receipt, StreamEnded};
 use crate::vfio::device::DataRead;
@@ -33,35 +36,56 @@ impl DeviceSender {
         Self { device, link }
     }
 
-    /// Sends what the device gives in PRE_COPY until none of its initial data is left
-    /// (include/uapi/linux/vfio.h: leave PRE_COPY only when initial_bytes is 0). The question how much is
-    /// left also makes mlx5 begin an incremental save.
+    /// Sends what the device gives in PRE_COPY, until none of its initial data is left
+    /// (include/uapi/linux/vfio.h: leave PRE_COPY only when initial_bytes is 0), and what has changed since in
+    /// rounds, as [`Rounds`] decides. The question how much is left also makes mlx5 begin an incremental save.
     pub(super) async fn pre_copy(mut self: Box<Self>) -> Result<Box<Self>, Failure> {
+        let mut rounds = Rounds::default();
         loop {
-            while let DataRead::Data(data) = self.read().await? {
-                if self.link.outgoing.send(data).await.is_err() {
-                    return Err(stream_ended(self.link.blob, self.link.receipt).await);
+            let left = match self.device.handle.precopy_info().await {
+                Ok(left) => left,
+                Err(error) => return Err(self.device.failed_in(MigrationState::PreCopy, error).await),
+            };
+            match rounds.next(left) {
+                Round::Read => {}
+                Round::Done => return Ok(self),
+                Round::GivesUp { dirty_bytes } => {
+                    info!(
+                        device = self.device.handle.name(),
+                        dirty_bytes,
+                        rounds = rounds.rounds(),
+                        "the device changes its state as fast as it is sent: the rest goes in the blackout"
+                    );
+                    return Ok(self);
                 }
             }
-            let info = self.device.handle.precopy_info().await.map_err(|error| self.device.failure(error))?;
-            if info.initial_bytes == 0 {
-                return Ok(self);
+            match self.read(MigrationState::PreCopy).await? {
+                DataRead::Data(data) => {
+                    rounds.sent(data.len());
+                    if self.link.outgoing.send(data).await.is_err() {
+                        return Err(stream_ended(self.link.blob, self.link.receipt).await);
+                    }
+                }
+                // Initial data that is not ready yet: not every driver implements poll on the data descriptor.
+                DataRead::Drained if left.initial_bytes > 0 => tokio::time::sleep(NOT_READY_YET).await,
+                DataRead::Drained | DataRead::End => rounds.drained(),
             }
-            // Initial data that is not ready yet: not every driver implements poll on the data descriptor.
-            tokio::time::sleep(NOT_READY_YET).await;
         }
     }
 
     /// Sends the final data to its end, and waits until the destination has verified the whole blob.
     pub(super) async fn capture(mut self) -> Result<(), Failure> {
         loop {
-            match self.read().await? {
+            match self.read(MigrationState::StopCopy).await? {
                 DataRead::Data(data) => {
                     if self.link.outgoing.send(data).await.is_err() {
                         return Err(stream_ended(self.link.blob, self.link.receipt).await);
                     }
                 }
-                DataRead::End => break,
+                DataRead::End => {
+                    self.check_empty().await?;
+                    break;
+                }
                 // A temporary end has no place in STOP_COPY: to take it for the end could cut the state
                 // short.
                 DataRead::Drained => {
@@ -76,9 +100,31 @@ impl DeviceSender {
         finish(self.link).await
     }
 
-    async fn read(&self) -> Result<DataRead, Failure> {
-        let read = self.device.handle.read_data(CHUNK_MAX_BYTES).await;
-        read.map_err(|error| self.device.failure(error))
+    /// A driver may have nothing to give: a device without state is taken over as it is, and reported. One
+    /// that has said that there is something is not believed.
+    async fn check_empty(&self) -> Result<(), Failure> {
+        if self.link.flow.bytes() > 0 {
+            return Ok(());
+        }
+        let device = self.device.handle.name();
+        match self.device.handle.estimate_bytes().await {
+            Ok(Some(bytes)) if bytes > 0 => Err(self.device.failure(format_args!(
+                "{device}: the driver reckons with {bytes} bytes of state, and has given 0 bytes of it in \
+                 STOP_COPY"
+            ))),
+            Ok(estimate) => {
+                warn!(device, ?estimate, "the device has given no state: its twin begins as after a reset");
+                Ok(())
+            }
+            Err(error) => Err(self.device.failure(error)),
+        }
+    }
+
+    async fn read(&self, left_in: MigrationState) -> Result<DataRead, Failure> {
+        match self.device.handle.read_data(CHUNK_MAX_BYTES).await {
+            Ok(read) => Ok(read),
+            Err(error) => Err(self.device.failed_in(left_in, error).await),
+        }
     }
 }
 

@@ -33,20 +33,23 @@ pub(super) async fn resume(vmm: &dyn Vmm, late: impl FnOnce(Failure) + Send) -> 
     until_done(vmm, "resume", PATIENCE, late, move || run(vmm)).await
 }
 
-/// Lets a VM run on where it was. A save whose end the VMM has not confirmed (`save_open`) comes first: while
+/// Lets a VM run on where it was, unless it has been stopped there since. A save whose end the VMM has not confirmed (`save_open`) comes first: while
 /// it saves, it resumes nothing. `late` is told once, if the VMM does not carry it out for long.
 pub(super) async fn take_back(
     vmm: &dyn Vmm,
     save_open: &AtomicBool,
     late: impl FnOnce(Failure) + Send,
-) -> Result<(), VmmError> {
+) -> Result<RunState, VmmError> {
     let once = move || async move {
         if save_open.load(Ordering::Relaxed) {
             abort_save(vmm, save_open)
                 .await
                 .or_else(|error| if is_answer(&error) { Ok(()) } else { Err(error) })?;
         }
-        run(vmm).await
+        match vmm.driver() {
+            Driver::Agent => run(vmm).await.map(|()| RunState::Running),
+            Driver::Vmm => vmm.take_back().await,
+        }
     };
     until_done(vmm, "resume", PATIENCE, late, once).await
 }
@@ -73,23 +76,26 @@ async fn run(vmm: &dyn Vmm) -> Result<(), VmmError> {
 /// Repeats what may be repeated until the VMM has done it, or its process has ended. A connection that breaks,
 /// or an answer that does not come, says nothing about the VM; and what a VMM refuses now (a disk's lock is
 /// still held, say) it may do later. Each try has its own deadline; there is none for all of them.
-async fn until_done<F>(
+async fn until_done<T, F>(
     vmm: &dyn Vmm,
     call: &'static str,
     patience: Patience,
     late: impl FnOnce(Failure) + Send,
     once: impl Fn() -> F + Send,
-) -> Result<(), VmmError>
+) -> Result<T, VmmError>
 where
-    F: Future<Output = Result<(), VmmError>> + Send,
+    F: Future<Output = Result<T, VmmError>> + Send,
 {
     let (began, mut late, mut last) = (Instant::now(), Some(late), None);
     loop {
-        let Err(error) = once().await else {
-            if last.is_some() {
-                info!(pid = vmm.pid(), call, "the VMM has done it");
+        let error = match once().await {
+            Ok(done) => {
+                if last.is_some() {
+                    info!(pid = vmm.pid(), call, "the VMM has done it");
+                }
+                return Ok(done);
             }
-            return Ok(());
+            Err(error) => error,
         };
         let (said, error) = (is_answer(&error), error.to_string());
         if last.as_ref() != Some(&error) {
@@ -121,7 +127,10 @@ fn not_done(pid: u32, call: &str, said: bool, error: &str) -> String {
 /// Whether the VMM has said something. Otherwise it is not known whether it has carried the call out.
 fn is_answer(error: &VmmError) -> bool {
     match error {
-        VmmError::Refused { .. } | VmmError::Answer { .. } | VmmError::BudgetExceeded(_) => true,
+        VmmError::Refused { .. }
+        | VmmError::Answer { .. }
+        | VmmError::BudgetExceeded(_)
+        | VmmError::VmStopped { .. } => true,
         VmmError::Connect(_) | VmmError::Trust { .. } | VmmError::Lost { .. } | VmmError::Deadline { .. } => {
             false
         }
@@ -138,6 +147,7 @@ pub(super) fn confirm(vmm: &dyn Vmm) -> BoxFuture<'_, Result<(), VmmError>> {
 pub(super) fn source_failure(error: &VmmError) -> Failure {
     let reason = match error {
         VmmError::BudgetExceeded(_) => Reason::BudgetExceeded,
+        VmmError::VmStopped { .. } => Reason::VmStopped,
         _ => Reason::VmmFailed,
     };
     Failure::new(reason, error.to_string())

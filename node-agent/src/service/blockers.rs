@@ -26,10 +26,7 @@ pub(super) fn of_vm(
     blocked: &[String],
 ) -> Vec<Blocker> {
     let mut found = Vec::new();
-    if run_state != RunState::Running {
-        let message = "the VM is paused, and a migration would resume it";
-        found.push(blocker(ServiceReason::VmPaused, message.to_owned(), false));
-    }
+    found.extend(not_running(run_state).map(|(reason, message)| blocker(reason, message, false)));
     found.extend(of_devices(devices, driver));
     // Last: what the agent knows of the devices says more than the VMM does about the same.
     if !blocked.is_empty() {
@@ -41,6 +38,22 @@ pub(super) fn of_vm(
         ));
     }
     found
+}
+
+/// Why a VM in this state is not migrated; None if it runs. A VM stays as its owner, or its guest, has left it.
+pub(super) fn not_running(run_state: RunState) -> Option<(ServiceReason, String)> {
+    let remedy = run_state.remedy();
+    match run_state {
+        RunState::Running => None,
+        RunState::Paused => Some((
+            ServiceReason::VmPaused,
+            format!("the VM is paused, and a migration would resume it: {remedy} before"),
+        )),
+        RunState::Incoming | RunState::Stopped(_) => Some((
+            ServiceReason::VmNotRunning,
+            format!("the VM {}, and only one that runs is migrated: {remedy}", run_state.words()),
+        )),
+    }
 }
 
 /// The agent was restarted, and has not found the VM again yet.
@@ -117,6 +130,7 @@ fn blocker(reason: ServiceReason, message: String, lifted_by_assume_isolated: bo
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vmm::stopped::Stopped;
 
     const NO_P2P: Features = Features { p2p: false, ..Features::ALL };
 
@@ -176,5 +190,21 @@ mod tests {
             reasons(RunState::Paused, &without),
             [("VMPaused".to_owned(), false), ("DeviceNotMigratable".to_owned(), false)]
         );
+    }
+
+    #[test]
+    fn a_vm_that_does_not_run_is_refused_by_what_it_does_and_with_what_to_do() {
+        for (state, reason, says) in [
+            (RunState::Paused, "VMPaused", ["paused", "resume it"]),
+            (RunState::Stopped(Stopped::ShutDown), "VMNotRunning", ["shut down", "`system_reset`"]),
+            (RunState::Stopped(Stopped::Suspended), "VMNotRunning", ["suspended", "`system_wakeup`"]),
+            (RunState::Stopped(Stopped::Panicked), "VMNotRunning", ["panicked", "look why"]),
+            (RunState::Stopped(Stopped::IoError), "VMNotRunning", ["I/O error", "mend the disk"]),
+        ] {
+            let found = of_vm(state, &[], Driver::Vmm, &[]);
+            assert_eq!(found.len(), 1, "{found:?}");
+            assert_eq!(found[0].reason, reason);
+            assert!(says.iter().all(|says| found[0].message.contains(says)), "{found:?}");
+        }
     }
 }

@@ -384,7 +384,7 @@ impl Inventory {
                 VmDescription {
                     state: match description.run_state {
                         RunState::Running => VmState::Running,
-                        RunState::Paused | RunState::Incoming => VmState::Paused,
+                        RunState::Paused | RunState::Incoming | RunState::Stopped(_) => VmState::Paused,
                     }
                     .into(),
                     blockers: blockers::of_vm(
@@ -409,7 +409,8 @@ impl Inventory {
         described.vm_json = known.text.clone();
         if let Some(migration) = self.registry.holder_of_vm(namespace, name) {
             // Nothing but that migration blocks a VM that is paused because it is being migrated.
-            described.blockers.retain(|blocker| blocker.reason != ServiceReason::VmPaused.as_str());
+            let stands = [ServiceReason::VmPaused, ServiceReason::VmNotRunning].map(ServiceReason::as_str);
+            described.blockers.retain(|blocker| !stands.contains(&blocker.reason.as_str()));
             // What cannot be said about the VM while nothing goes on is said of the migration that holds it.
             let hold = self.registry.explanation(&migration);
             described.blockers.splice(0..0, hold.map(blockers::held));

@@ -11,6 +11,9 @@ pub(super) enum ServiceReason {
     /// The VM is paused, and a migration would resume it.
     #[strum(serialize = "VMPaused")]
     VmPaused,
+    /// The VM does not run, for another reason than a pause: its guest has shut down, sleeps, has panicked.
+    #[strum(serialize = "VMNotRunning")]
+    VmNotRunning,
     /// The VMM does not answer, or its vm.json is invalid.
     #[strum(serialize = "VMMUnreachable")]
     VmmUnreachable,

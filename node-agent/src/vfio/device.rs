@@ -89,11 +89,12 @@ pub trait Device: Send {
     fn close_data(&mut self);
 
     /// The driver's estimate of the bytes that STOP_COPY would give if it were entered now. Valid in every
-    /// state.
+    /// state. None: the driver does not know the question (VFIO_DEVICE_FEATURE_MIG_DATA_SIZE), which says
+    /// nothing about the size.
     ///
     /// # Errors
     /// [`DeviceError::EstimateBytes`].
-    fn estimate_bytes(&mut self) -> Result<u64, DeviceError>;
+    fn estimate_bytes(&mut self) -> Result<Option<u64>, DeviceError>;
 
     /// What is left to pre-copy. Valid in PRE_COPY and PRE_COPY_P2P. Not without effect: with all data read,
     /// it is what makes mlx5 begin an incremental save.
@@ -116,12 +117,25 @@ pub trait Device: Send {
     /// [`DeviceError::Reset`], [`DeviceError::AfterReset`], or what [`Device::state`] gives.
     fn reset(&mut self) -> Result<(), DeviceError>;
 
-    /// Requests a state once, by a path that the driver's features allow, and reads the state back, also
-    /// after a refusal.
+    /// Requests a state once, from whatever state the device is in, by a path that the driver's features
+    /// allow, and reads the state back, also after a refusal.
     ///
     /// # Errors
     /// [`SetStateError`]. It says which state the device is in.
     fn set_state(&mut self, to: MigrationState) -> Result<Change, SetStateError> {
+        self.set_state_from(None, to)
+    }
+
+    /// The same, only if the device is where it was left. A device that its guest has reset has forgotten its
+    /// session, and the kernel would begin another one on the way.
+    ///
+    /// # Errors
+    /// [`SetStateError`]. It says which state the device is in.
+    fn set_state_from(
+        &mut self,
+        left_in: Option<MigrationState>,
+        to: MigrationState,
+    ) -> Result<Change, SetStateError> {
         let device = self.name().to_owned();
         let from = match self.state() {
             Ok(from) => from,
@@ -129,6 +143,9 @@ pub trait Device: Send {
                 return Err(SetStateError::StateUnknown { device, asked: to, cause: Box::new(error) });
             }
         };
+        if let Some(left_in) = left_in.filter(|left_in| *left_in != from) {
+            return Err(SetStateError::Moved { device, left_in, found: from, asked: to });
+        }
         if let Err(reason) = path(self.features(), from, to) {
             return Err(SetStateError::Impossible { device, from, asked: to, reason });
         }

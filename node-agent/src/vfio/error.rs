@@ -130,6 +130,18 @@ pub enum SetStateError {
         /// Why it could not be read.
         cause: Box<DeviceError>,
     },
+    /// The device is not where it was left. Nothing was asked of the driver.
+    #[error("{device}: not asked for {asked}: {}", moved(*left_in, *found))]
+    Moved {
+        /// The device's name.
+        device: String,
+        /// Where it was left.
+        left_in: MigrationState,
+        /// The state that it is in.
+        found: MigrationState,
+        /// The state that was to be asked for.
+        asked: MigrationState,
+    },
     /// The state cannot be reached with this driver. Nothing was asked of it.
     #[error("{device}: {from} -> {asked} is impossible: {reason}")]
     Impossible {
@@ -196,6 +208,7 @@ impl SetStateError {
     pub fn device(&self) -> &str {
         match self {
             Self::StateUnknown { device, .. }
+            | Self::Moved { device, .. }
             | Self::Impossible { device, .. }
             | Self::LoadFailed { device, .. }
             | Self::Refused { device, .. }
@@ -209,6 +222,7 @@ impl SetStateError {
     pub fn asked(&self) -> MigrationState {
         match self {
             Self::StateUnknown { asked, .. }
+            | Self::Moved { asked, .. }
             | Self::Impossible { asked, .. }
             | Self::LoadFailed { asked, .. }
             | Self::Refused { asked, .. }
@@ -222,11 +236,25 @@ impl SetStateError {
     pub fn found(&self) -> Option<MigrationState> {
         match self {
             Self::Impossible { from, .. } => Some(*from),
+            Self::Moved { found, .. } => Some(*found),
             Self::LoadFailed { .. } => Some(MigrationState::Resuming),
             Self::Refused { found, .. } | Self::Elsewhere { found, .. } => found.state(),
             Self::StateUnknown { .. } | Self::WorkerEnded { .. } => None,
         }
     }
+}
+
+/// That a device is not where it was left, in words. Only a reset leads to RUNNING without an order.
+#[must_use]
+pub fn moved(left_in: MigrationState, found: MigrationState) -> String {
+    let by = match found {
+        MigrationState::Running => {
+            "it has been reset since, by its guest or on the node, and has forgotten what it was asked for"
+        }
+        MigrationState::Error => "it has failed since",
+        _ => "something else has changed it since",
+    };
+    format!("it was left in {left_in} and is in {found}: {by}")
 }
 
 /// The state that was read back.

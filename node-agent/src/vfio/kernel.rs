@@ -122,9 +122,14 @@ impl Device for KernelDevice {
         self.data = None;
     }
 
-    fn estimate_bytes(&mut self) -> Result<u64, DeviceError> {
-        sys::mig_data_bytes(self.device.as_fd())
-            .map_err(|errno| DeviceError::EstimateBytes { device: self.name.clone(), errno: OsError(errno) })
+    fn estimate_bytes(&mut self) -> Result<Option<u64>, DeviceError> {
+        match sys::mig_data_bytes(self.device.as_fd()) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(Errno::NOTTY) => Ok(None),
+            Err(errno) => {
+                Err(DeviceError::EstimateBytes { device: self.name.clone(), errno: OsError(errno) })
+            }
+        }
     }
 
     fn precopy_info(&mut self) -> Result<PrecopyInfo, DeviceError> {

@@ -322,12 +322,32 @@ impl DeviceHandle {
         self.call(DeviceCall::ReadState, |served| served.device.state()).await
     }
 
-    /// Requests a state once, and reads it back, also after a refusal.
+    /// Requests a state once, from whatever state the device is in, and reads it back, also after a refusal.
     ///
     /// # Errors
     /// As [`Device::set_state`], and [`SetStateError::WorkerEnded`].
     pub async fn set_state(&self, to: MigrationState) -> Result<Reached, SetStateError> {
-        let answer = self.answer(DeviceCall::SetState(to), move |served| served.set_state(to)).await;
+        self.change(None, to).await
+    }
+
+    /// The same, only if the device is where it was left.
+    ///
+    /// # Errors
+    /// As [`Device::set_state_from`], and [`SetStateError::WorkerEnded`].
+    pub async fn set_state_from(
+        &self,
+        left_in: MigrationState,
+        to: MigrationState,
+    ) -> Result<Reached, SetStateError> {
+        self.change(Some(left_in), to).await
+    }
+
+    async fn change(
+        &self,
+        left_in: Option<MigrationState>,
+        to: MigrationState,
+    ) -> Result<Reached, SetStateError> {
+        let answer = self.answer(DeviceCall::SetState(to), move |served| served.set_state(left_in, to)).await;
         answer.unwrap_or_else(|| Err(SetStateError::WorkerEnded { device: self.name.to_string(), asked: to }))
     }
 
@@ -367,11 +387,12 @@ impl DeviceHandle {
         .await
     }
 
-    /// The driver's estimate of the bytes that STOP_COPY would give if it were entered now.
+    /// The driver's estimate of the bytes that STOP_COPY would give if it were entered now. None: it does not
+    /// know the question.
     ///
     /// # Errors
     /// As [`Device::estimate_bytes`], and [`DeviceError::WorkerEnded`].
-    pub async fn estimate_bytes(&self) -> Result<u64, DeviceError> {
+    pub async fn estimate_bytes(&self) -> Result<Option<u64>, DeviceError> {
         self.call(DeviceCall::Estimate, |served| served.device.estimate_bytes()).await
     }
 
@@ -441,9 +462,13 @@ impl DeviceHandle {
 }
 
 impl Served {
-    fn set_state(&mut self, to: MigrationState) -> Result<Reached, SetStateError> {
+    fn set_state(
+        &mut self,
+        left_in: Option<MigrationState>,
+        to: MigrationState,
+    ) -> Result<Reached, SetStateError> {
         let started_ns = monotonic_ns();
-        let result = self.device.set_state(to);
+        let result = self.device.set_state_from(left_in, to);
         let at_ns = monotonic_ns();
         // Unclaimed data belongs to the stream that it came from.
         let same_stream = match &result {

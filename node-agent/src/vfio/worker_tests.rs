@@ -183,7 +183,7 @@ async fn a_whole_move_from_device_to_device_copies_no_buffer_on_the_way() {
     source.close_data().await.unwrap();
     target.set_state(Stop).await.unwrap();
     assert_eq!(watch.loaded().unwrap(), blob);
-    assert_eq!(source.estimate_bytes().await, Ok(21));
+    assert_eq!(source.estimate_bytes().await, Ok(Some(21)));
 }
 
 #[tokio::test]

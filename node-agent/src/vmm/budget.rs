@@ -78,8 +78,8 @@ pub struct Copying {
      RAM in {:?} \
      have not changed that. A larger downtimeBudget, onBudgetExceeded: Proceed, or more bandwidth would let it \
      move (it is reckoned \
-     with {bandwidth_bytes_per_second} bytes per second; the agent's --migration-bandwidth allows {})",
-    budget.downtime, whole_seconds(*elapsed), budget.bandwidth_bytes_per_second
+     with {bandwidth_bytes_per_second} bytes per second; the agent's --migration-bandwidth allows {}){}",
+    budget.downtime, whole_seconds(*elapsed), budget.bandwidth_bytes_per_second, unknown(without_size)
 )]
 pub struct BudgetExceeded {
     /// What was allowed.
@@ -92,6 +92,19 @@ pub struct BudgetExceeded {
     pub bandwidth_bytes_per_second: u64,
     /// Since the copying began.
     pub elapsed: Duration,
+    /// Devices whose drivers do not say how large their state is: QEMU reckons with 100 GiB for each.
+    pub without_size: Vec<String>,
+}
+
+fn unknown(without_size: &[String]) -> String {
+    match without_size {
+        [] => String::new(),
+        devices => format!(
+            "; the drivers of these devices do not say how large their state is \
+             (VFIO_DEVICE_FEATURE_MIG_DATA_SIZE), and QEMU reckons with 100 GiB for each: {}",
+            devices.join(", ")
+        ),
+    }
 }
 
 fn whole_seconds(elapsed: Duration) -> Duration {

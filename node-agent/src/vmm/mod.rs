@@ -22,6 +22,7 @@ use self::budget::{Budget, BudgetExceeded, Copying};
 use self::contract::{ContractVmm, Deadlines};
 use self::qemu::QemuVmm;
 use self::qemu::preflight::Facts;
+use self::stopped::Stopped;
 use crate::host::clock::Clock;
 use crate::host::vm::{VmmEntry, VmmKind};
 use crate::vfio::borrow::VmmProcess;
@@ -34,6 +35,7 @@ pub mod fake;
 pub mod gone;
 pub mod qemu;
 pub mod server;
+pub mod stopped;
 #[cfg(test)]
 pub(crate) mod stub;
 pub mod twin;
@@ -57,6 +59,8 @@ pub enum RunState {
     Paused,
     /// A twin that has not finished loading.
     Incoming,
+    /// It does not run for another reason.
+    Stopped(Stopped),
 }
 
 /// Who tracks the guest pages that the devices write.
@@ -153,6 +157,12 @@ pub enum VmmError {
     /// The blackout would take longer than the budget allows.
     #[error(transparent)]
     BudgetExceeded(BudgetExceeded),
+    /// Its guest, or its owner, has stopped the VM. It stays as it is.
+    #[error("the VM {state}. It was running when its migration began, and stays as it is now")]
+    VmStopped {
+        /// What it does now.
+        state: RunState,
+    },
     /// An answer that is not valid.
     #[error("the VMM's answer to {call} is not valid: {reason}")]
     Answer {
@@ -203,6 +213,12 @@ pub trait Vmm: Send + Sync {
     /// them then, and leaves a VM that runs already as it is. An error other than a refusal says nothing about
     /// the VM: as long as the process lives, the next call connects again.
     async fn resume(&self) -> Result<(), VmmError>;
+
+    /// Lets the VM run on where it was, as [`Vmm::resume`], unless it has been stopped there by its guest or
+    /// another client since: that stays as it is. The state that it is in.
+    async fn take_back(&self) -> Result<RunState, VmmError> {
+        self.resume().await.map(|()| RunState::Running)
+    }
 
     /// Asks the VMM to exit: it answers first.
     async fn quit(&self) -> Result<(), VmmError>;

@@ -1,5 +1,6 @@
 //! What the destination goes through, hears, asks for and ends in.
 
+use crate::devices::Move;
 use crate::state::MigrationState;
 use crate::{Blob, Failure, Record, Word};
 
@@ -100,8 +101,9 @@ pub enum Effect {
     Report(Phase),
     /// Prepare the network identity, start the twin paused, borrow its devices. [`Event::TwinReady`]
     StartTwin,
-    /// [`Event::DeviceReached`], [`Event::DeviceFailed`]
-    SetState(usize, MigrationState),
+    /// A device that is not where it was left is not asked, and has failed. [`Event::DeviceReached`],
+    /// [`Event::DeviceFailed`]
+    SetState(Move),
     /// Lead a device that its VMM has loaded from RESUMING to STOP: its driver says whether it takes its
     /// state. [`Event::DeviceReached`], [`Event::DeviceFailed`]
     Check(usize),

@@ -213,8 +213,11 @@ impl Destination {
                     && state != MigrationState::Error
                     && self.start_failures < START_TRIES =>
             {
-                self.devices.expect(index, to);
-                effects.push(Effect::SetState(index, to));
+                // It can only go on, without the state that it had loaded.
+                if failure.reason == Reason::DeviceReset {
+                    effects.push(Effect::Doubt(failure));
+                }
+                effects.extend(self.devices.order_again(index, to).map(Effect::SetState));
             }
             _ => self.fail(failure, effects),
         }
@@ -408,9 +411,9 @@ impl Destination {
     /// Starts a step of all devices. Those that their VMM drives are led only out of RESUMING.
     fn order(&mut self, effects: &mut Vec<Effect>, target: impl Fn(&Track) -> Option<MigrationState>) {
         let driver = self.driver;
-        effects.extend(self.devices.order(target).into_iter().map(|(index, to)| match driver {
-            Driver::Agent => Effect::SetState(index, to),
-            Driver::Vmm => Effect::Check(index),
+        effects.extend(self.devices.order(target).into_iter().map(|ordered| match driver {
+            Driver::Agent => Effect::SetState(ordered),
+            Driver::Vmm => Effect::Check(ordered.index),
         }));
     }
 

@@ -1,5 +1,6 @@
 //! What the source goes through, hears, asks for and ends in.
 
+use crate::devices::Move;
 use crate::state::MigrationState;
 use crate::{Blob, Failure, Record, Word};
 
@@ -131,8 +132,9 @@ pub enum Effect {
     Converge,
     /// Read the state of a device that its VMM drives. [`Event::DeviceReached`], [`Event::DeviceFailed`]
     ReadState(usize),
-    /// [`Event::DeviceReached`], [`Event::DeviceFailed`]
-    SetState(usize, MigrationState),
+    /// A device that is not where it was left is not asked, and has failed. [`Event::DeviceReached`],
+    /// [`Event::DeviceFailed`]
+    SetState(Move),
     /// Read and send initial data until none is left. [`Event::PreCopied`]
     PreCopy(usize),
     /// [`Event::Paused`], [`Event::PauseFailed`]

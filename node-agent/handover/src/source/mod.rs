@@ -54,6 +54,8 @@ pub struct Source {
     recorded: BTreeSet<Record>,
     /// Devices that had to be reset on the way back.
     reset: BTreeSet<usize>,
+    /// Devices that were found reset while the guest stood still.
+    forgetful: BTreeSet<usize>,
     /// The last record of the agent before, if this one has restarted.
     recovered: Option<Record>,
     failure: Option<Failure>,
@@ -74,6 +76,7 @@ impl Source {
             peer: PeerProgress::default(),
             recorded: BTreeSet::new(),
             reset: BTreeSet::new(),
+            forgetful: BTreeSet::new(),
             recovered: None,
             failure: None,
         }
@@ -217,7 +220,7 @@ impl Source {
                 }
                 // The failure of a call may have been noticed first: this is its cause. And a VM whose
                 // devices hung would have come back.
-                let known = [Reason::VmmFailed, Reason::DeviceHangs];
+                let known = [Reason::VmmFailed, Reason::VmStopped, Reason::DeviceHangs];
                 self.failure.take_if(|failure| known.contains(&failure.reason));
                 // Once the destination has all of it, going on saves the VM.
                 if !(self.phase == Phase::Capturing && self.all_sent() && self.vmm_has_let_go()) {
@@ -345,12 +348,17 @@ impl Source {
         failure: Failure,
         effects: &mut Vec<Effect>,
     ) {
+        // It was last moved while its guest ran: the guest has reset it, and knows.
+        let by_its_guest = failure.reason == Reason::DeviceReset
+            && self.devices.left_in(index).is_some_and(|at| at == MigrationState::PreCopy);
         match found {
             Some(state) => self.devices.read_back(index, state),
             None => self.devices.mark_broken(index),
         }
         match self.phase {
             Phase::LeavingCapture | Phase::WakingP2p => self.devices.mark_broken(index),
+            // It is where it was to go.
+            Phase::Waking if by_its_guest && found == Some(MigrationState::Running) => {}
             Phase::Mending | Phase::Waking if self.reset.contains(&index) => {
                 self.devices.mark_broken(index);
                 self.rollback_failed(failure, effects);
@@ -359,7 +367,12 @@ impl Source {
                 self.devices.mark_broken(index);
                 self.order_reset(index, effects);
             }
-            _ => self.fail(failure, effects),
+            _ => {
+                if failure.reason == Reason::DeviceReset && !by_its_guest {
+                    self.forgetful.insert(index);
+                }
+                self.fail(failure, effects);
+            }
         }
     }
 
@@ -486,9 +499,9 @@ impl Source {
         let driver = self.driver;
         let moves = self.devices.order(target);
         let any = !moves.is_empty();
-        effects.extend(moves.into_iter().map(|(index, to)| match driver {
-            Driver::Agent => Effect::SetState(index, to),
-            Driver::Vmm => Effect::ReadState(index),
+        effects.extend(moves.into_iter().map(|ordered| match driver {
+            Driver::Agent => Effect::SetState(ordered),
+            Driver::Vmm => Effect::ReadState(ordered.index),
         }));
         any
     }

@@ -1,5 +1,7 @@
 //! The way back: from whatever has been done so far to a VM that runs here with all its devices.
 
+use std::collections::BTreeSet;
+
 use super::progress::Vcpus;
 use super::{Effect, End, Phase, Source};
 use crate::devices::Track;
@@ -125,10 +127,11 @@ impl Source {
 
     pub(super) fn finish_rollback(&mut self, effects: &mut Vec<Effect>) {
         let mut failure = self.take_failure();
-        if !self.reset.is_empty() {
+        let reset: BTreeSet<usize> = self.reset.union(&self.forgetful).copied().collect();
+        if !reset.is_empty() {
             failure.message.push_str(&format!(
-                "; the VM's devices with index {:?} had to be reset and have lost their state",
-                self.reset
+                "; the VM's devices with index {:?} had to be reset, or were, and have lost their state",
+                reset
             ));
         }
         if self.driver == Driver::Vmm {
@@ -136,9 +139,9 @@ impl Source {
             let astray = self.devices.iter().filter(|(_, track)| !runs(track));
             for (index, track) in astray {
                 let told = match &track.hangs {
-                    Some(why) => format!("; the VM runs; whether its device {index} does: {}", why.message),
+                    Some(why) => format!("; whether its device {index} runs is not known: {}", why.message),
                     None => {
-                        format!("; the VM runs, but its device {index} was read back in {}", track.at.name())
+                        format!("; its device {index} was read back in {}", track.at.name())
                     }
                 };
                 failure.message.push_str(&told);

@@ -1,4 +1,5 @@
 use super::{Effect, End, Event, Phase, Source};
+use crate::devices::Move;
 use crate::policy::{Driver, StopPlan};
 use crate::state::{Features, MigrationState};
 use crate::{Blob, Failure, Reason, Record, Word};
@@ -39,7 +40,7 @@ impl AllSent {
             Effect::StartSave => Event::SaveStarted,
             Effect::Converge => Event::Converged,
             Effect::ReadState(index) => Event::DeviceReached(index, MigrationState::StopCopy),
-            Effect::SetState(index, to) => Event::DeviceReached(index, to),
+            Effect::SetState(Move { index, to, .. }) => Event::DeviceReached(index, to),
             Effect::PreCopy(index) => Event::PreCopied(index),
             Effect::Pause => Event::Paused,
             Effect::FinishSave => Event::BlobSent(Blob::Vmm),
@@ -120,8 +121,10 @@ impl Hung {
             hung.hear(event);
             for effect in std::mem::take(&mut hung.asked) {
                 match effect {
-                    Effect::SetState(0, to) if to == at => {}
-                    Effect::SetState(index, to) => events.push(Event::DeviceReached(index, to)),
+                    Effect::SetState(Move { index: 0, to, .. }) if to == at => {}
+                    Effect::SetState(Move { index, to, .. }) => {
+                        events.push(Event::DeviceReached(index, to));
+                    }
                     Effect::Connect => events.push(Event::PeerReady),
                     Effect::Record(record) => events.push(Event::Recorded(record)),
                     Effect::StartSave => events.push(Event::SaveStarted),
@@ -147,6 +150,10 @@ impl Hung {
         self.asked.retain(|effect| !matches!(effect, Effect::Report(_)));
         std::mem::take(&mut self.asked)
     }
+}
+
+fn moves(index: usize, from: MigrationState, to: MigrationState) -> Effect {
+    Effect::SetState(Move { index, from, to })
 }
 
 fn does_not_answer() -> Failure {
@@ -176,20 +183,20 @@ fn a_device_that_hangs_in_the_blackout_is_named_and_the_others_wait_for_it_in_ru
     assert!(matches!(hung.asks(Event::Recorded(Record::Aborted))[..], [Effect::SendAbort(_)]));
     assert!(hung.machine.waits_for_a_device());
     let asked = hung.asks(Event::StreamsClosed);
-    assert_eq!(asked, [Effect::SetState(1, MigrationState::Stop)]);
+    assert_eq!(asked, [moves(1, MigrationState::StopCopy, MigrationState::Stop)]);
     let asked = hung.asks(Event::DeviceReached(1, MigrationState::Stop));
-    assert_eq!(asked, [Effect::SetState(1, MigrationState::RunningP2p)]);
+    assert_eq!(asked, [moves(1, MigrationState::Stop, MigrationState::RunningP2p)]);
     assert_eq!(hung.asks(Event::DeviceReached(1, MigrationState::RunningP2p)), []);
     assert_eq!(hung.machine.phase(), Phase::WakingP2p);
 
     // It answers after all, where it was to go, and catches up.
     let asked = hung.asks(Event::DeviceReached(0, MigrationState::StopCopy));
-    assert_eq!(asked, [Effect::SetState(0, MigrationState::Stop)]);
+    assert_eq!(asked, [moves(0, MigrationState::StopCopy, MigrationState::Stop)]);
     assert_eq!(hung.asks(Event::DeviceAnswers(0)), []);
     let asked = hung.asks(Event::DeviceReached(0, MigrationState::Stop));
-    assert_eq!(asked, [Effect::SetState(0, MigrationState::RunningP2p)]);
+    assert_eq!(asked, [moves(0, MigrationState::Stop, MigrationState::RunningP2p)]);
     let asked = hung.asks(Event::DeviceReached(0, MigrationState::RunningP2p));
-    let both = [0, 1].map(|index| Effect::SetState(index, MigrationState::Running));
+    let both = [0, 1].map(|index| moves(index, MigrationState::RunningP2p, MigrationState::Running));
     assert_eq!(asked, both);
     assert_eq!(hung.asks(Event::DeviceReached(0, MigrationState::Running)), []);
     assert_eq!(hung.asks(Event::DeviceReached(1, MigrationState::Running)), [Effect::Resume]);
@@ -211,7 +218,7 @@ fn a_device_that_has_hung_and_then_fails_is_reset_before_any_device_runs() {
     // So may the reset.
     assert!(doubt(&hung.asks(Event::DeviceHangs(0, does_not_answer()))).is_some());
     let asked = hung.asks(Event::DeviceReached(0, MigrationState::Running));
-    assert_eq!(asked, [Effect::SetState(1, MigrationState::Running)]);
+    assert_eq!(asked, [moves(1, MigrationState::RunningP2p, MigrationState::Running)]);
 }
 
 #[test]
@@ -291,7 +298,7 @@ fn a_read_of_a_device_that_its_vmm_drives_does_not_hold_up_the_way_back() {
     let (_, asked) = machine.step(Event::Resumed);
     let [Effect::Finish(End::RolledBack(failure))] = &asked[..] else { panic!("{asked:?}") };
     assert_eq!(failure.reason, Reason::DeviceHangs);
-    assert!(failure.message.contains("whether its device 0 does"), "{}", failure.message);
+    assert!(failure.message.contains("whether its device 0 runs is not known"), "{}", failure.message);
 }
 
 #[test]
@@ -308,4 +315,113 @@ fn what_the_destination_waits_for_is_passed_on() {
     let word = Word { failure: Some(says.clone()), ..Word::at(Record::Starting) };
     let (_, asked) = all.machine.step(Event::PeerSays(word));
     assert_eq!(asked, [Effect::Doubt(says), Effect::AskPeer]);
+}
+
+fn was_reset() -> Failure {
+    Failure::new(Reason::DeviceReset, "vf0 was left in PRE_COPY and is in RUNNING")
+}
+
+#[test]
+fn each_move_says_where_the_device_was_left() {
+    let mut hung = Hung::at(MigrationState::PreCopy);
+    for (left_in, to) in [
+        (MigrationState::Running, MigrationState::PreCopy),
+        (MigrationState::PreCopy, MigrationState::PreCopyP2p),
+        (MigrationState::PreCopyP2p, MigrationState::StopCopy),
+    ] {
+        let mut asked = Vec::new();
+        let mut machine = Source::new(&[Features::ALL], StopPlan::QuiesceFirst, Driver::Agent);
+        let mut events = vec![Event::Start];
+        while let Some(event) = events.pop() {
+            let (next, effects) = machine.step(event);
+            machine = next;
+            for effect in effects {
+                asked.push(effect.clone());
+                events.extend(match effect {
+                    Effect::SetState(Move { index, to, .. }) => Some(Event::DeviceReached(index, to)),
+                    Effect::Connect => Some(Event::PeerReady),
+                    Effect::Record(record) => Some(Event::Recorded(record)),
+                    Effect::StartSave => Some(Event::SaveStarted),
+                    Effect::PreCopy(index) => Some(Event::PreCopied(index)),
+                    Effect::Pause => Some(Event::Paused),
+                    _ => None,
+                });
+            }
+        }
+        assert!(asked.contains(&moves(0, left_in, to)), "{left_in} -> {to}: {asked:?}");
+    }
+    // On the way back from where the failure found it.
+    hung.hear(Event::DeviceFailed(0, Some(MigrationState::PreCopy), Failure::new(Reason::DeviceFailed, "")));
+    hung.hear(Event::Recorded(Record::Aborted));
+    let asked = hung.asks(Event::StreamsClosed);
+    let both = [0, 1].map(|index| moves(index, MigrationState::PreCopy, MigrationState::Running));
+    assert_eq!(asked, both);
+}
+
+#[test]
+fn a_device_that_its_guest_has_reset_ends_the_migration_and_is_left_as_the_guest_has_it() {
+    let mut hung = Hung::at(MigrationState::PreCopyP2p);
+    let asked = hung.asks(Event::DeviceFailed(0, Some(MigrationState::Running), was_reset()));
+    assert!(asked.contains(&Effect::Record(Record::Aborted)), "{asked:?}");
+    hung.hear(Event::Recorded(Record::Aborted));
+    let asked = hung.asks(Event::StreamsClosed);
+    assert_eq!(asked, [moves(1, MigrationState::PreCopyP2p, MigrationState::RunningP2p)]);
+    let asked = hung.asks(Event::DeviceReached(1, MigrationState::RunningP2p));
+    assert_eq!(asked, [moves(1, MigrationState::RunningP2p, MigrationState::Running)]);
+    assert_eq!(hung.asks(Event::DeviceReached(1, MigrationState::Running)), [Effect::Resume]);
+    let asked = hung.asks(Event::Resumed);
+    assert_eq!(asked, [Effect::Finish(End::RolledBack(was_reset()))]);
+}
+
+#[test]
+fn a_device_that_was_reset_while_the_guest_stood_still_is_named_as_one_that_has_lost_its_state() {
+    for at in [MigrationState::StopCopy, MigrationState::Stop] {
+        let mut hung = Hung::at(MigrationState::StopCopy);
+        if at == MigrationState::Stop {
+            // Another failure, and the reset is found on the way back.
+            hung.hear(Event::DeviceReached(0, MigrationState::StopCopy));
+            hung.hear(Event::Failed(Failure::new(Reason::PeerLost, "the destination is lost")));
+            hung.hear(Event::Recorded(Record::Aborted));
+            hung.hear(Event::StreamsClosed);
+            hung.hear(Event::DeviceReached(1, MigrationState::Stop));
+            hung.hear(Event::DeviceFailed(0, Some(MigrationState::Running), was_reset()));
+        } else {
+            hung.hear(Event::DeviceFailed(0, Some(MigrationState::Running), was_reset()));
+            hung.hear(Event::Recorded(Record::Aborted));
+            hung.hear(Event::StreamsClosed);
+            hung.hear(Event::DeviceReached(1, MigrationState::Stop));
+        }
+        hung.hear(Event::DeviceReached(1, MigrationState::RunningP2p));
+        // A second reset loses nothing more, and nothing else would show what the device holds.
+        if at == MigrationState::Stop {
+            hung.hear(Event::DeviceReached(0, MigrationState::Running));
+        }
+        hung.hear(Event::DeviceReached(1, MigrationState::Running));
+        let asked = hung.asks(Event::Resumed);
+        let [Effect::Finish(End::RolledBack(failure))] = &asked[..] else { panic!("{at}: {asked:?}") };
+        assert!(failure.message.contains("{0} had to be reset, or were"), "{at}: {failure}");
+    }
+}
+
+#[test]
+fn a_guest_that_was_never_paused_and_has_reset_its_device_needs_no_other_reset() {
+    let mut hung = Hung::at(MigrationState::PreCopyP2p);
+    let mut early = Source::new(&[Features::ALL], StopPlan::QuiesceFirst, Driver::Agent);
+    let mut asked = Vec::new();
+    for event in [
+        Event::Start,
+        Event::Recorded(Record::Saving),
+        Event::PeerReady,
+        Event::DeviceReached(0, MigrationState::PreCopy),
+        Event::Failed(was_reset()),
+        Event::Recorded(Record::Aborted),
+        Event::StreamsClosed,
+    ] {
+        (early, asked) = early.step(event);
+    }
+    assert_eq!(asked, [moves(0, MigrationState::PreCopy, MigrationState::Running)]);
+    hung.machine = early;
+    let asked = hung.asks(Event::DeviceFailed(0, Some(MigrationState::Running), was_reset()));
+    assert_eq!(asked, [Effect::Resume]);
+    assert_eq!(hung.asks(Event::Resumed), [Effect::Finish(End::RolledBack(was_reset()))]);
 }

@@ -2,6 +2,7 @@
 //! Effects without an answer are performed at once, every other one at a time of the explorer's choosing;
 //! records of one journal keep their order.
 
+use slackwater_handover::devices::Move;
 use slackwater_handover::policy::Driver;
 use slackwater_handover::source::Source;
 use slackwater_handover::state::{MigrationState, path};
@@ -128,9 +129,12 @@ impl World {
             Effect::Converge => Event::Failed(vmm_failed()),
             Effect::ReadState(index) if !there || fails => device_failed(index),
             Effect::ReadState(index) => Event::DeviceReached(index, self.source.devices[index].at),
-            Effect::SetState(index, _) if !there => device_failed(index),
-            Effect::SetState(index, to) => {
-                if let How::DeviceFails(found) = how {
+            Effect::SetState(Move { index, .. }) if !there => device_failed(index),
+            Effect::SetState(Move { index, from, to }) => {
+                let at = self.source.devices[index].at;
+                if !Mutant::takes_it_where_it_is(config.mutant) && at != from {
+                    Event::DeviceFailed(index, Some(at), failure(Reason::DeviceReset))
+                } else if let How::DeviceFails(found) = how {
                     let aborted = self.source.has_recorded(self.source.attempt, Record::Aborted);
                     let device = &mut self.source.devices[index];
                     device.refused |= aborted;
@@ -141,6 +145,10 @@ impl World {
                     self.move_source_device(config, index, to);
                     Event::DeviceReached(index, to)
                 }
+            }
+            // The stream of a session that has ended says so.
+            Effect::PreCopy(index) if self.source.devices[index].at != MigrationState::PreCopy && there => {
+                Event::Failed(failure(Reason::DeviceReset))
             }
             Effect::PreCopy(index) if there && !fails => Event::PreCopied(index),
             Effect::PreCopy(index) => device_failed(index),
@@ -160,12 +168,20 @@ impl World {
                 }
                 Event::SaveFinished
             }
-            Effect::Capture(index) => return self.capture(Blob::Device(index), how),
+            Effect::Capture(index) => {
+                if self.source.devices[index].two_sessions {
+                    self.broken.insert(Rule::OneSession);
+                }
+                return self.capture(Blob::Device(index), how);
+            }
             Effect::CloseStreams => {
                 let sends = |effect: &Effect| {
                     matches!(effect, Effect::PreCopy(_) | Effect::Capture(_) | Effect::FinishSave)
                 };
                 self.source.todo.retain(|effect| !sends(effect));
+                for device in &mut self.source.devices {
+                    device.two_sessions = false;
+                }
                 self.give_save_up(config);
                 Event::StreamsClosed
             }
@@ -220,9 +236,12 @@ impl World {
                 self.destination.vmm = Process::Alive;
                 Event::TwinReady
             }
-            Effect::SetState(index, _) | Effect::Check(index) if !there => device_failed(index),
-            Effect::SetState(index, to) => {
-                if let How::DeviceFails(found) = how {
+            Effect::SetState(Move { index, .. }) | Effect::Check(index) if !there => device_failed(index),
+            Effect::SetState(Move { index, from, to }) => {
+                let at = self.destination.devices[index].at;
+                if at != from {
+                    Event::DeviceFailed(index, Some(at), failure(Reason::DeviceReset))
+                } else if let How::DeviceFails(found) = how {
                     let found = break_device(&mut self.destination.devices[index], found);
                     Event::DeviceFailed(index, found, failure(Reason::DeviceFailed))
                 } else {
@@ -287,6 +306,12 @@ impl World {
         self.destination_event(config, event);
     }
 
+    /// The guest resets one of its devices.
+    pub(crate) fn guest_resets(&mut self, index: usize) {
+        let reset = self.source.devices[index].moved(MigrationState::Running);
+        self.source.devices[index] = Device { two_sessions: true, ..reset };
+    }
+
     /// The call to a device, which has begun, does not return in its time.
     pub(crate) fn hang(&mut self, config: &Config, side: Side, index: usize) {
         self.stuck = Some((side, index));
@@ -295,9 +320,9 @@ impl World {
                 let mut to = None;
                 for effect in &self.source.todo {
                     match effect {
-                        source::Effect::SetState(of, state) if *of == index => to = Some(*state),
-                        source::Effect::SetState(of, MigrationState::Running) => {
-                            self.source.devices[*of].sent_to_run = true;
+                        source::Effect::SetState(ordered) if ordered.index == index => to = Some(ordered.to),
+                        source::Effect::SetState(ordered) if ordered.to == MigrationState::Running => {
+                            self.source.devices[ordered.index].sent_to_run = true;
                         }
                         _ => {}
                     }
@@ -313,9 +338,11 @@ impl World {
                 let mut to = None;
                 for effect in &self.destination.todo {
                     match effect {
-                        destination::Effect::SetState(of, state) if *of == index => to = Some(*state),
-                        destination::Effect::SetState(of, MigrationState::Running) => {
-                            self.destination.devices[*of].sent_to_run = true;
+                        destination::Effect::SetState(ordered) if ordered.index == index => {
+                            to = Some(ordered.to);
+                        }
+                        destination::Effect::SetState(ordered) if ordered.to == MigrationState::Running => {
+                            self.destination.devices[ordered.index].sent_to_run = true;
                         }
                         _ => {}
                     }

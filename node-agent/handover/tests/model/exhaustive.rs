@@ -27,6 +27,7 @@ const SMALL: Config = Config {
     relayed: false,
     power: 0,
     hangs: false,
+    resets: false,
     statements: Statements::None,
     mutant: None,
 };
@@ -121,7 +122,8 @@ fn the_protocol_holds_without_devices_whatever_two_things_fail() {
 
 #[test]
 fn the_protocol_holds_with_a_device_whatever_fails() {
-    holds("one device", Config { features: vec![Features::ALL], faults: 1, ..SMALL }, None);
+    let config = Config { features: vec![Features::ALL], faults: 1, resets: true, ..SMALL };
+    holds("one device", config, None);
 }
 
 #[test]
@@ -192,6 +194,7 @@ fn deep() {
         relayed: number("SLACKWATER_MODEL_RELAYED", 0) == 1,
         power: number("SLACKWATER_MODEL_POWER", 0) as u8,
         hangs: number("SLACKWATER_MODEL_HANGS", 0) == 1,
+        resets: number("SLACKWATER_MODEL_RESETS", 0) == 1,
         statements: match number("SLACKWATER_MODEL_STATEMENTS", 0) {
             1 => Statements::True,
             _ => Statements::None,
@@ -316,4 +319,10 @@ fn a_wake_without_the_device_that_hangs_is_found() {
 #[test]
 fn a_loaded_destination_that_is_taken_for_one_that_never_starts_is_found() {
     is_caught(Mutant::LostWhileLoaded, relayed(), &[properties::SAID_NEVER_STARTED]);
+}
+
+#[test]
+fn a_device_that_is_taken_on_wherever_its_guest_has_left_it_is_found() {
+    let config = Config { features: vec![Features::ALL], faults: 1, resets: true, ..SMALL };
+    is_caught(Mutant::WhereverItIs, config, &[properties::ONE_SESSION]);
 }

@@ -1,5 +1,6 @@
 //! Effects by how they can fail.
 
+use slackwater_handover::devices::Move;
 use slackwater_handover::{destination, source};
 
 use crate::effects::How;
@@ -72,7 +73,9 @@ impl Kind {
     pub(crate) fn device_of_source(effect: &source::Effect) -> Option<usize> {
         use source::Effect;
         match effect {
-            Effect::SetState(index, _) | Effect::ReadState(index) | Effect::Reset(index) => Some(*index),
+            Effect::SetState(Move { index, .. }) | Effect::ReadState(index) | Effect::Reset(index) => {
+                Some(*index)
+            }
             _ => None,
         }
     }
@@ -81,7 +84,7 @@ impl Kind {
     pub(crate) fn device_of_destination(effect: &destination::Effect) -> Option<usize> {
         use destination::Effect;
         match effect {
-            Effect::SetState(index, _) | Effect::Check(index) => Some(*index),
+            Effect::SetState(Move { index, .. }) | Effect::Check(index) => Some(*index),
             _ => None,
         }
     }

@@ -38,6 +38,8 @@ pub(crate) enum Mutant {
     WakeWithoutTheHungOne,
     /// The operator takes a destination that waits for a silent source for one that never starts the VM.
     LostWhileLoaded,
+    /// The source asks a device for its next state wherever it finds it.
+    WhereverItIs,
 }
 
 impl Mutant {
@@ -138,6 +140,11 @@ impl Mutant {
             (Some(Self::LostWhileLoaded), Some(Record::Loaded)) => Some(Record::Discarded),
             (_, record) => record,
         }
+    }
+
+    /// Whether a device that is not where it was left is asked for its next state all the same.
+    pub(crate) fn takes_it_where_it_is(mutant: Option<Self>) -> bool {
+        mutant == Some(Self::WhereverItIs)
     }
 
     /// Whether an agent that restarts lets the VM run first.

@@ -19,6 +19,7 @@ pub(crate) enum Rule {
     GivenUpAlone,
     ReleasedTooEarly,
     BelievedUnverified,
+    OneSession,
     HalfRollback,
     AskedTwice,
     SeesFork,
@@ -40,6 +41,7 @@ pub(crate) const GIVEN_UP_ALONE: &str = "from LOADED on, a whole copy is given u
 pub(crate) const RELEASED_TOO_EARLY: &str = "S is released only when RUNNING is durable at D";
 pub(crate) const BELIEVED_UNVERIFIED: &str =
     "I5: no blob is believed that was not verified, and no device that was not checked";
+pub(crate) const ONE_SESSION: &str = "I5: a device's blob comes from one session of it";
 pub(crate) const HALF_ROLLBACK: &str = "I6: after a rollback the VM runs at S with every device RUNNING";
 pub(crate) const QUIESCE_TOGETHER: &str =
     "I2: no device stops before all have reached the barrier of the plan";
@@ -110,6 +112,7 @@ pub(crate) fn all() -> Vec<Property<Handover>> {
         kept!(GIVEN_UP_ALONE, Rule::GivenUpAlone),
         kept!(RELEASED_TOO_EARLY, Rule::ReleasedTooEarly),
         kept!(BELIEVED_UNVERIFIED, Rule::BelievedUnverified),
+        kept!(ONE_SESSION, Rule::OneSession),
         kept!(HALF_ROLLBACK, Rule::HalfRollback),
         kept!(ASKED_TWICE, Rule::AskedTwice),
         kept!(QUIESCE_TOGETHER, Rule::QuiesceTogether),

@@ -77,7 +77,7 @@ pub(crate) fn is_fault(step: Step) -> bool {
         Step::Effect(_, _, how) | Step::LeftOver(LeftOverStep::Effect(_, how)) => how != How::Well,
         Step::LeftOver(LeftOverStep::Crash | LeftOverStep::Patience) | Step::EndSave(false) => true,
         Step::Cut | Step::Deadline | Step::Silence | Step::Overdue | Step::NoAnswer => true,
-        Step::Hang(..) | Step::Crash(_) | Step::Kill(_) | Step::PowerOff(_) => true,
+        Step::Hang(..) | Step::GuestResets(_) | Step::Crash(_) | Step::Kill(_) | Step::PowerOff(_) => true,
         _ => false,
     }
 }

@@ -32,6 +32,7 @@ fn config(features: Vec<Features>, plan: StopPlan, driver: Driver) -> Config {
         relayed: false,
         power: 0,
         hangs: true,
+        resets: true,
         statements: Statements::None,
         mutant: None,
     }

@@ -4,6 +4,7 @@ use std::fmt;
 
 use slackwater_handover::destination::{self, Destination};
 use slackwater_handover::source::{self, Source};
+use slackwater_handover::state::MigrationState;
 use slackwater_handover::{Reason, Record};
 use stateright::{Model, Property};
 
@@ -55,6 +56,8 @@ pub(crate) enum Step {
     Silence,
     /// The call to a device has not returned in its time.
     Hang(Side, usize),
+    /// The guest resets a device.
+    GuestResets(usize),
     Crash(Side),
     Restart(Side),
     /// The process that holds the VM on this side ends.
@@ -235,6 +238,11 @@ impl Handover {
             steps.extend(source.map(|index| Step::Hang(Side::Source, index)));
             steps.extend(destination.map(|index| Step::Hang(Side::Destination, index)));
         }
+        if self.0.resets && world.faults_left > 0 && world.source.runs {
+            let devices = world.source.devices.iter().enumerate();
+            let in_session = devices.filter(|(_, device)| device.at == MigrationState::PreCopy);
+            steps.extend(in_session.map(|(index, _)| Step::GuestResets(index)));
+        }
         if world.faults_left > 0 {
             steps.extend(world.source.up.then_some(Step::Crash(Side::Source)));
             steps.extend(world.destination.up.then_some(Step::Crash(Side::Destination)));
@@ -318,6 +326,10 @@ impl Handover {
             Step::Hang(side, index) => {
                 world.faults_left -= 1;
                 world.hang(config, side, index);
+            }
+            Step::GuestResets(index) => {
+                world.faults_left -= 1;
+                world.guest_resets(index);
             }
             Step::Crash(side) => {
                 world.faults_left -= 1;

@@ -46,6 +46,8 @@ pub(crate) struct Config {
     pub power: u8,
     /// A call to a device may take longer than it should, and may never return. That counts as a fault.
     pub hangs: bool,
+    /// The guest resets a device whose initial data is being read, or has been. That counts as a fault.
+    pub resets: bool,
     /// What an administrator may state then.
     pub statements: Statements,
     pub mutant: Option<Mutant>,
@@ -143,6 +145,8 @@ pub(crate) struct Device {
     pub late: bool,
     /// It had been asked for RUNNING already when another one hung.
     pub sent_to_run: bool,
+    /// What has been sent of it came from a session that a reset has ended.
+    pub two_sessions: bool,
 }
 
 impl Device {
@@ -154,12 +158,15 @@ impl Device {
         hangs: None,
         late: false,
         sent_to_run: false,
+        two_sessions: false,
     };
 
     /// It has got to `to`.
     pub(crate) fn moved(self, to: MigrationState) -> Self {
         match to {
-            MigrationState::Running => Self { refused: self.refused, ..Self::RUNNING },
+            MigrationState::Running => {
+                Self { refused: self.refused, two_sessions: self.two_sessions, ..Self::RUNNING }
+            }
             at => Self {
                 at,
                 quiesced: self.quiesced || at.is_p2p(),
@@ -168,6 +175,7 @@ impl Device {
                 hangs: None,
                 late: self.late && at == MigrationState::StopCopy,
                 sent_to_run: false,
+                two_sessions: self.two_sessions,
             },
         }
     }

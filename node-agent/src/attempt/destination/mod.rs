@@ -21,6 +21,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use slackwater_handover::destination::{Destination, Effect, End, Event, Found, Phase};
+use slackwater_handover::devices::Move;
 use slackwater_handover::{Blob, Failure, Reason, Record};
 use slackwater_proto::tonic::Status;
 use slackwater_proto::transfer::handover_response::Message;
@@ -36,7 +37,6 @@ use super::device::{DeviceOutcome, EndDevice, Hanging, LastStates};
 use super::entry::Ended;
 use super::receiving::VmmLoad;
 use super::tasks::Tasks;
-use super::vmm_calls::confirm;
 use crate::faults;
 use crate::host::clock::Clock;
 use crate::transfer::channel::Channel;
@@ -301,9 +301,9 @@ impl DestinationAttempt {
                 info!(migration = self.parts.migration_id, ?phase, "destination");
             }
             Effect::StartTwin => tasks.run(self.start_twin()),
-            Effect::SetState(index, to) => self.run_on(index, |device| {
+            Effect::SetState(Move { index, from, to }) => self.run_on(index, |device| {
                 let signals = tasks.signals();
-                device.set_state(to, move |traced| {
+                device.set_state(from, to, move |traced| {
                     signals.send(Signal::Step(traced.into_step()));
                 })
             }),
@@ -321,7 +321,7 @@ impl DestinationAttempt {
             Effect::Record(record) => self.record(record, false),
             Effect::RecordAgain(record) => self.record(record, true),
             Effect::SendLoaded => self.answer(Message::Loaded(Loaded { at: now() })),
-            Effect::ConfirmTwin => self.run_call(confirm, Event::TwinConfirmed),
+            Effect::ConfirmTwin => self.confirm_twin(),
             Effect::SendStarting => self.answer(Message::Starting(Starting { at: now() })),
             Effect::ActivateIdentity => {
                 let site = Arc::clone(&self.parts.site);

@@ -17,7 +17,7 @@ use tracing::{debug, warn};
 use super::{DestinationAttempt, Signal, Twin};
 use crate::attempt::device::{DeviceFailure, DeviceOutcome, EndDevice, LastStates};
 use crate::attempt::tasks::Signals;
-use crate::attempt::vmm_calls::{VmmCall, resume, twin_failure};
+use crate::attempt::vmm_calls::{VmmCall, confirm, resume, twin_failure};
 use crate::journal::Role;
 use crate::vfio::error::DeviceError;
 use crate::vfio::worker::DeviceHandle;
@@ -25,7 +25,7 @@ use crate::vfio::worker::DeviceHandle;
 /// How long the signals on the devices' interrupt lines may take. The VM runs already.
 const LINES: Duration = Duration::from_secs(1);
 
-/// How long a look at a device may take then.
+/// How long a look at a device may take then, and before the start. One that hangs is named by its watch.
 const LOOK: Duration = Duration::from_secs(1);
 
 impl DestinationAttempt {
@@ -78,6 +78,23 @@ impl DestinationAttempt {
         });
     }
 
+    /// Asks the twin for a sign of life, and looks whether its devices still hold what they were given. From
+    /// STARTING on there is only forward, and the source still has the VM.
+    pub(super) fn confirm_twin(&self) {
+        let Some(twin) = &self.twin else { return };
+        let vmm = Arc::clone(&twin.vmm);
+        let devices = EndDevice::all(Role::Destination, &twin.devices);
+        self.tasks.run(async move {
+            let looks = join_all(devices.iter().map(holds_its_state));
+            let (lives, looks) = tokio::join!(confirm(vmm.as_ref()), looks);
+            match (lives, looks.into_iter().find_map(Result::err)) {
+                (Err(error), _) => Event::Failed(twin_failure(&error)),
+                (Ok(()), Some(failure)) => Event::Failed(failure),
+                (Ok(()), None) => Event::TwinConfirmed,
+            }
+        });
+    }
+
     /// Resumes the VM. A VMM that drives its devices wakes them before the vCPUs, so their states are read
     /// after that, for the trace.
     pub(super) fn resume(&self) {
@@ -113,6 +130,17 @@ impl DestinationAttempt {
             site.discard().await;
             Event::Discarded
         }
+    }
+}
+
+/// Whether a device that has loaded its state is where it was left.
+async fn holds_its_state(device: &EndDevice) -> Result<(), Failure> {
+    match timeout(LOOK, device.look()).await {
+        Ok(Ok(seen)) if seen.state != MigrationState::Stop => {
+            Err(device.astray(MigrationState::Stop, seen.state))
+        }
+        Ok(Err(error)) => Err(error.failure),
+        Ok(Ok(_)) | Err(_) => Ok(()),
     }
 }
 
@@ -164,14 +192,15 @@ async fn resuming_to_stop(device: &EndDevice, signals: &Signals<Signal>) -> Resu
     signals.send(Signal::DeviceSeen(seen));
     if seen.state != MigrationState::Resuming {
         let failure = device.failure(format_args!(
-            "device {} was read back in {} and not in RESUMING: the twin has not loaded its state",
+            "device {} was read back in {} and not in RESUMING: the twin has not loaded its state, or it has \
+             been reset since",
             device.handle.name(),
             seen.state.name()
         ));
         return Err(DeviceFailure { found: Some(seen.state), failure });
     }
     // What the look after it finds is traced.
-    device.clone().set_state(MigrationState::Stop, |_| {}).await.result?;
+    device.clone().set_state(MigrationState::Resuming, MigrationState::Stop, |_| {}).await.result?;
     signals.send(Signal::DeviceSeen(device.look().await?));
     Ok(())
 }

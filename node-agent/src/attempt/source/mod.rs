@@ -22,6 +22,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
+use slackwater_handover::devices::Move;
 use slackwater_handover::source::{Effect, End, Event, Found, Source};
 use slackwater_handover::{Failure, Reason, Record};
 use slackwater_proto::convert;
@@ -261,10 +262,10 @@ impl SourceAttempt {
             Effect::Doubt(failure) => self.doubt(&failure),
             Effect::StartSave => tasks.run_guarded(self.start_save(tasks.stream_guard())),
             Effect::Converge => tasks.run_stream(self.converge()),
-            Effect::SetState(index, to) => {
+            Effect::SetState(Move { index, from, to }) => {
                 let log = self.parts.log.clone();
                 self.run_on(index, |device| {
-                    device.set_state(to, move |traced| log.device(traced.at, traced.change))
+                    device.set_state(from, to, move |traced| log.device(traced.at, traced.change))
                 });
             }
             Effect::ReadState(index) => self.run_on(index, vm::read_state),

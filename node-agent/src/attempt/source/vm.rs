@@ -25,7 +25,7 @@ use crate::host::clock::Clock;
 use crate::journal::Role;
 use crate::vfio::worker::DeviceHandle;
 use crate::vmm::budget::{Copying, Estimate};
-use crate::vmm::{Vmm, VmmError};
+use crate::vmm::{RunState, Vmm, VmmError};
 
 /// How long the way back waits for data descriptors to be closed.
 const CLOSING: Duration = Duration::from_secs(1);
@@ -173,7 +173,11 @@ impl SourceAttempt {
                 signals.send(Signal::VmmSilent(failure));
             };
             match take_back(vmm.as_ref(), &save_open, late).await {
-                Ok(()) => {
+                Ok(state) if state != RunState::Running => {
+                    warn!(pid = vmm.pid(), %state, "the VM stays as it was left here: it");
+                    Event::Resumed
+                }
+                Ok(_) => {
                     let looks = devices.iter().map(|device| timeout(LOOK, device.look()));
                     for (look, device) in join_all(looks).await.into_iter().zip(&devices) {
                         match look {

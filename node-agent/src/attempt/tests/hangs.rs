@@ -119,14 +119,14 @@ async fn a_read_at_the_gate_that_hangs_does_not_hold_up_a_vmm_that_drives_its_de
     let finished = run.log().end().unwrap();
     assert_eq!((finished.outcome(), finished.reason.as_str()), (Outcome::RolledBack, "DeviceHangs"));
     assert!(finished.message.contains("source 1"), "{finished:?}");
-    assert!(finished.message.contains("whether its device 1 does"), "{finished:?}");
+    assert!(finished.message.contains("whether its device 1 runs is not known"), "{finished:?}");
     rig.assert_rolled_back().await;
 }
 
 #[tokio::test]
 async fn a_look_at_a_device_that_hangs_does_not_keep_running_from_being_recorded() {
-    // The check: a look, a change, a look. The fifth read is the look after the start.
-    let (mut rig, _shut) = rig_with(Driver::Vmm, "target 1", |d, gate| d.hang_in_state(5, gate)).await;
+    // The check: a look, a change, a look. The fifth read is the look before the start, and the sixth after it.
+    let (mut rig, _shut) = rig_with(Driver::Vmm, "target 1", |d, gate| d.hang_in_state(6, gate)).await;
     let run = rig.start().await;
     soon("RUNNING", run.ended()).await;
     assert_eq!(run.log().end().unwrap().outcome(), Outcome::Succeeded);

@@ -14,6 +14,7 @@ use tokio::time::{sleep, timeout};
 use crate::attempt::vmm_calls::resume;
 use crate::vmm::contract::Deadlines;
 use crate::vmm::qemu::QemuVmm;
+use crate::vmm::stopped::Stopped;
 use crate::vmm::{RunState, Vmm};
 
 /// A QEMU that waits for `cont`; None, and the reason on stdout, if there is none here.
@@ -77,7 +78,7 @@ async fn a_real_qemu_whose_monitor_breaks_at_cont_runs_its_vm() {
             }
             let carrying = tokio::spawn(carry(listener, socket.clone(), qemu_has_it));
             let vm = QemuVmm::connect(&between, dir.path(), &[], Deadlines::default()).await.unwrap();
-            assert_eq!(vm.run_state().await.unwrap(), RunState::Paused);
+            assert_eq!(vm.run_state().await.unwrap(), RunState::Stopped(Stopped::NotStarted));
             resume(&vm, |_| {}).await.unwrap();
             assert_eq!(vm.run_state().await.unwrap(), RunState::Running);
             carrying.abort();

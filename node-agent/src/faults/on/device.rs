@@ -134,7 +134,7 @@ impl Device for FaultyDevice {
         self.device.close_data();
     }
 
-    fn estimate_bytes(&mut self) -> Result<u64, DeviceError> {
+    fn estimate_bytes(&mut self) -> Result<Option<u64>, DeviceError> {
         self.device.estimate_bytes()
     }
 

@@ -20,13 +20,14 @@ use crate::attempt::link::Peer;
 use crate::attempt::source::{SourceParts, SourceRun};
 use crate::journal::Role;
 use crate::process::cgroup::{Cgroup, error_chain};
+use crate::service::blockers;
 use crate::service::borrowing::{self, BorrowDeviceError};
 use crate::service::reason::ServiceReason;
 use crate::service::registry::LocalEnd;
 use crate::service::request;
 use crate::vfio::worker::DeviceHandle;
 use crate::vmm::budget::Budget;
-use crate::vmm::{Description, RunState, Vmm};
+use crate::vmm::{Description, Vmm};
 
 /// The devices of a VM that can be migrated.
 struct SourceDevices {
@@ -69,9 +70,8 @@ impl Attempts {
         let known = entry.vm.map_err(|error| unreachable(&error))?;
         let (vmm, description) = node.inventory.vmm(&known).await.map_err(|error| unreachable(&error))?;
         same_devices(&description, &given.devices)?;
-        if description.run_state != RunState::Running {
-            let message = format!("{named} is paused, and a migration would resume it");
-            return Err(precondition(ServiceReason::VmPaused, message));
+        if let Some((reason, message)) = blockers::not_running(description.run_state) {
+            return Err(precondition(reason, format!("{named}: {message}")));
         }
         // A cgroup that cannot be read is not "none": it would be left over.
         let cgroup = Cgroup::of_process(&node.config.cgroup_root, vmm.pid()).map_err(|error| {

@@ -152,11 +152,39 @@ impl FakeDevice {
         self
     }
 
+    /// Its guest resets it just before its state is read for the `nth` time, from 1: a change reads it twice.
+    #[must_use]
+    pub fn reset_by_guest_at(mut self, nth: usize) -> Self {
+        self.script.reset_at_state = Some(nth);
+        self
+    }
+
+    /// Its guest resets it once it has given so many bytes.
+    #[must_use]
+    pub fn reset_by_guest_after(mut self, bytes: usize) -> Self {
+        self.script.reset_after_read = Some(bytes);
+        self
+    }
+
+    /// In PRE_COPY, so many bytes have changed after each read of its initial data, and of these.
+    #[must_use]
+    pub fn dirties(mut self, bytes: usize) -> Self {
+        self.script.dirties = bytes;
+        self
+    }
+
+    /// Its driver does not know the question how large its state is.
+    #[must_use]
+    pub fn without_size(mut self) -> Self {
+        self.script.without_size = true;
+        self
+    }
+
     /// The same device by another descriptor, as a VMM that drives it has it: only reads of its state do not
     /// hang.
     #[must_use]
     pub fn second_descriptor(&self) -> Self {
-        let script = Script { hang_in_state: None, ..self.script.clone() };
+        let script = Script { hang_in_state: None, reset_at_state: None, ..self.script.clone() };
         Self {
             name: self.name.clone(),
             log: self.log.clone(),

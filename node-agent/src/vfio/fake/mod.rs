@@ -61,6 +61,14 @@ struct Inner {
     asked: [usize; 8],
 }
 
+impl Inner {
+    fn reset(&mut self) {
+        self.state = MigrationState::Running;
+        self.stream_open = false;
+        self.load_failed = false;
+    }
+}
+
 /// Sees into a fake device that a worker has swallowed.
 #[derive(Clone, Debug)]
 pub struct FakeWatch {
@@ -175,7 +183,13 @@ impl FakeDevice {
             }
             bytes = bytes.min(after - inner.read);
         }
+        if bytes == 0 && inner.state.is_pre_copy() && self.script.dirties > 0 {
+            return Ok(DataRead::Data(Bytes::from(vec![b'~'; self.script.dirties])));
+        }
         inner.read += bytes;
+        if self.script.reset_after_read.is_some_and(|after| inner.read >= after) {
+            inner.reset();
+        }
         Ok(match bytes {
             0 if inner.state.is_pre_copy() => DataRead::Drained,
             0 => DataRead::End,
@@ -236,6 +250,9 @@ impl Device for FakeDevice {
             return Err(DeviceError::ReadState { device: self.name.clone(), errno: OsError(errno) });
         }
         let mut inner = self.inner.lock();
+        if self.script.reset_at_state == Some(self.states_read) {
+            inner.reset();
+        }
         inner.stream_open &= inner.state.has_data();
         Ok(inner.state)
     }
@@ -290,9 +307,9 @@ impl Device for FakeDevice {
         self.record(Call::CloseData);
     }
 
-    fn estimate_bytes(&mut self) -> Result<u64, DeviceError> {
+    fn estimate_bytes(&mut self) -> Result<Option<u64>, DeviceError> {
         self.record(Call::EstimateBytes);
-        Ok((self.pre_copy.len() + self.blob.len()) as u64)
+        Ok((!self.script.without_size).then_some((self.pre_copy.len() + self.blob.len()) as u64))
     }
 
     fn precopy_info(&mut self) -> Result<PrecopyInfo, DeviceError> {
@@ -306,7 +323,8 @@ impl Device for FakeDevice {
             return Err(DeviceError::PrecopyInfo { device, errno: OsError(Errno::INVAL) });
         }
         let initial_bytes = self.pre_copy.len().saturating_sub(inner.read) as u64;
-        Ok(PrecopyInfo { initial_bytes, dirty_bytes: 0 })
+        let dirty_bytes = if initial_bytes == 0 { self.script.dirties as u64 } else { 0 };
+        Ok(PrecopyInfo { initial_bytes, dirty_bytes })
     }
 
     fn trigger_intx(&mut self) -> Result<bool, DeviceError> {
@@ -321,11 +339,7 @@ impl Device for FakeDevice {
         if let Some(errno) = self.script.refuse_reset {
             return Err(DeviceError::Reset { device: self.name.clone(), errno: OsError(errno) });
         }
-        let mut inner = self.inner.lock();
-        inner.state = MigrationState::Running;
-        inner.stream_open = false;
-        inner.load_failed = false;
-        drop(inner);
+        self.inner.lock().reset();
         self.record(Call::Reset);
         Ok(())
     }

@@ -220,6 +220,7 @@ async fn a_vm_that_landed_in_its_sandbox_is_saved_from_it_again() {
         }
     };
     let vmm = tokio::time::timeout(plan.start_limit, connected).await.unwrap();
+    vmm.resume().await.unwrap();
     let mut streams = vmm.start_save(true, Budget::default()).await.unwrap();
     let first = streams.remove(0).next().await.unwrap().unwrap();
     assert!(first.starts_with(b"QEVM"), "{first:?}");

@@ -28,6 +28,9 @@ const PASSES: u64 = 3;
 const STUCK: Duration = Duration::from_secs(30);
 /// The shortest time between two reported estimates.
 const REPORT_EVERY: Duration = Duration::from_secs(1);
+/// What QEMU reckons with for a device whose driver does not say how large its state is
+/// (`VFIO_MIG_STOP_COPY_SIZE` in its hw/vfio/migration.c): 100 GiB.
+const UNKNOWN_BYTES: u64 = 100 << 30;
 /// The greatest `downtime-limit` that QEMU accepts.
 const GREATEST_LIMIT: Duration = Duration::from_millis(2_000_000);
 
@@ -44,6 +47,8 @@ pub(super) struct Sample {
     pub(super) ram_downtime: Option<Duration>,
     /// Bytes of device state, by the drivers' estimates.
     pub(super) device_bytes: u64,
+    /// Devices whose drivers do not say how large their state is.
+    pub(super) unknown_devices: u64,
 }
 
 impl Sample {
@@ -53,6 +58,7 @@ impl Sample {
         budget: Budget,
         elapsed: Duration,
         device_bytes: u64,
+        unknown_devices: u64,
     ) -> Option<Self> {
         let ram = info.ram.filter(|_| info.status == Some(MigrationStatus::Active))?;
         // Until QEMU has measured how fast pages are written, it reports its own limit.
@@ -63,6 +69,7 @@ impl Sample {
             ram_bytes: ram.remaining_bytes,
             ram_downtime: info.expected_downtime_ms.map(Duration::from_millis).filter(measured),
             device_bytes,
+            unknown_devices,
         })
     }
 
@@ -77,7 +84,9 @@ impl Sample {
             return None;
         }
         let ram = self.ram_downtime.unwrap_or_else(|| time_for(self.ram_bytes, bandwidth_bytes_per_second));
-        Some(ram.saturating_add(time_for(self.device_bytes, bandwidth_bytes_per_second)))
+        let unknown = self.unknown_devices.saturating_mul(UNKNOWN_BYTES);
+        let devices = self.device_bytes.saturating_add(unknown);
+        Some(ram.saturating_add(time_for(devices, bandwidth_bytes_per_second)))
     }
 }
 
@@ -144,7 +153,9 @@ impl Convergence {
             Verdict::GoOn
         };
         let raised = matches!(verdict, Verdict::Raise(_));
-        let report = (raised || self.is_news(downtime, sample.elapsed)).then(|| {
+        // What is not known is left out.
+        let is_news = sample.unknown_devices == 0 && self.is_news(downtime, sample.elapsed);
+        let report = (raised || is_news).then(|| {
             self.reported = Some((downtime, sample.elapsed));
             Estimate { downtime, allowed: (self.limit > self.budget.downtime).then_some(self.limit) }
         });
@@ -156,8 +167,14 @@ impl Convergence {
         let expected = downtime.max(self.limit);
         if self.budget.on_exceeded == OnExceeded::Abort {
             let (passes, elapsed) = (sample.syncs.saturating_sub(1), sample.elapsed);
-            let exceeded =
-                BudgetExceeded { budget: self.budget, expected, passes, bandwidth_bytes_per_second, elapsed };
+            let exceeded = BudgetExceeded {
+                budget: self.budget,
+                expected,
+                passes,
+                bandwidth_bytes_per_second,
+                elapsed,
+                without_size: Vec::new(),
+            };
             return Verdict::GiveUp(exceeded);
         }
         self.under_this_limit = Window::default();
@@ -329,17 +346,39 @@ mod tests {
     }
 
     #[test]
+    fn a_device_of_unknown_size_counts_as_qemu_counts_it_and_no_estimate_is_reported() {
+        let mut convergence = Convergence::new(budget(300, OnExceeded::Abort));
+        let mut given_up = None;
+        for second in 0..10 {
+            let sample = Sample { unknown_devices: 1, ..sample(second, 2 + second, 10) };
+            let step = convergence.step(sample, 1 << 30);
+            assert_eq!(step.report, None);
+            if let Verdict::GiveUp(exceeded) = step.verdict {
+                given_up = given_up.or(Some((second, exceeded.expected)));
+            }
+        }
+        assert_eq!(given_up, Some((5, ms(100_010))));
+        // As much as QEMU needs at once, and not in steps of half a minute.
+        let samples = (0..6).map(|second| Sample { unknown_devices: 1, ..sample(second, 2 + second, 10) });
+        let mut convergence = Convergence::new(budget(300, OnExceeded::Proceed));
+        let verdicts: Vec<_> = samples.map(|sample| convergence.step(sample, 1 << 30).verdict).collect();
+        assert_eq!(verdicts.last(), Some(&Verdict::Raise(ms(200_020))));
+    }
+
+    #[test]
     fn qemus_own_estimate_counts_once_it_has_measured_and_only_while_it_copies() {
         let info = |text: serde_json::Value| serde_json::from_value::<MigrationInfo>(text).unwrap();
         let ram = json!({"remaining": 8192, "dirty-pages-rate": 7, "dirty-sync-count": 4});
         let active = info(json!({"status": "active", "expected-downtime": 412, "ram": ram}));
-        let read = |info: &MigrationInfo| Sample::from_info(info, budget(300, OnExceeded::Abort), ms(1), 36);
+        let read =
+            |info: &MigrationInfo| Sample::from_info(info, budget(300, OnExceeded::Abort), ms(1), 36, 0);
         let expected = Sample {
             elapsed: ms(1),
             syncs: 4,
             ram_bytes: 8192,
             ram_downtime: Some(ms(412)),
             device_bytes: 36,
+            unknown_devices: 0,
         };
         assert_eq!(read(&active), Some(expected));
         let unmeasured = RamInfo { dirty_pages_rate: 0, ..active.ram.unwrap() };

@@ -7,8 +7,9 @@ use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tracing::{debug, info};
 
 use super::super::VmmError;
-use super::super::budget::{Budget, Copying};
+use super::super::budget::{Budget, BudgetExceeded, Copying};
 use super::convergence::{Convergence, Sample, Verdict};
+use super::owner::Stops;
 use super::qmp::commands::{MigrateSetParameters, QueryMigrate};
 use super::qmp::{MigrationStatus, QmpError};
 use super::throughput::{Counted, Throughput};
@@ -55,22 +56,25 @@ impl QemuVmm {
                 return None;
             }
         };
-        let mut device_bytes: u64 = 0;
+        let (mut device_bytes, mut unknown) = (0_u64, 0_u64);
         for device in &copy.devices {
             match timeout(ESTIMATE_LIMIT, device.estimate_bytes()).await {
-                Ok(Ok(bytes)) => device_bytes = device_bytes.saturating_add(bytes),
+                Ok(Ok(Some(bytes))) => device_bytes = device_bytes.saturating_add(bytes),
+                Ok(Ok(None)) => unknown += 1,
                 Ok(Err(error)) => debug!(%error, "a device does not report the size of its state"),
                 Err(_) => {
                     debug!(device = device.name(), "a device does not report the size of its state in time")
                 }
             }
         }
-        Sample::from_info(&info, copy.budget, began.elapsed(), device_bytes)
+        Sample::from_info(&info, copy.budget, began.elapsed(), device_bytes, unknown)
     }
 
     /// Waits until QEMU has stopped the VM, or the migration must be given up.
     pub(super) async fn copy_until_stopped(&self, copy: Copying) -> Result<(), VmmError> {
         let call = "migrate";
+        let mut events = self.since_save.lock().take().unwrap_or_else(|| self.qmp.events());
+        let mut stops = Stops::default();
         let stopped = self.until(call, |status| *status == MigrationStatus::PreSwitchover);
         tokio::pin!(stopped);
         let mut course = Convergence::new(copy.budget);
@@ -81,13 +85,31 @@ impl QemuVmm {
         loop {
             let next_sample = async {
                 ticks.tick().await;
-                self.sample(&copy, began).await
+                (self.sample(&copy, began).await, self.status(call).await)
             };
-            let sample = tokio::select! {
-                biased;
-                stopped = &mut stopped => return stopped.map(drop),
-                sample = next_sample => sample,
+            tokio::pin!(next_sample);
+            let (sample, status) = loop {
+                tokio::select! {
+                    biased;
+                    stopped = &mut stopped => {
+                        // The events that came before this answer.
+                        while let Some(notice) = events.next_that_came() {
+                            stops.hear(&notice);
+                        }
+                        return stopped.and_then(|_| stayed(stops));
+                    }
+                    Some(notice) = events.next() => {
+                        stops.hear(&notice);
+                        stayed(stops)?;
+                    }
+                    answers = &mut next_sample => break answers,
+                }
             };
+            // QEMU may be too busy to answer, or the events may have been missed.
+            if let Ok(status) = status {
+                stops.seen(&status);
+                stayed(stops)?;
+            }
             let Some(sample) = sample else { continue };
             let counted = Counted {
                 elapsed: sample.elapsed,
@@ -114,10 +136,29 @@ impl QemuVmm {
                     let raised = self.qmp.execute(downtime_limit(limit)).await;
                     raised.map_err(|error| from_qmp(call, error))?;
                 }
-                Verdict::GiveUp(exceeded) => return Err(VmmError::BudgetExceeded(exceeded)),
+                Verdict::GiveUp(exceeded) => {
+                    let without_size = without_size(&copy).await;
+                    return Err(VmmError::BudgetExceeded(BudgetExceeded { without_size, ..exceeded }));
+                }
             }
         }
     }
+}
+
+/// The devices whose drivers do not say how large their state is.
+async fn without_size(copy: &Copying) -> Vec<String> {
+    let mut names = Vec::new();
+    for device in &copy.devices {
+        if let Ok(Ok(None)) = timeout(ESTIMATE_LIMIT, device.estimate_bytes()).await {
+            names.push(device.name().to_owned());
+        }
+    }
+    names
+}
+
+/// Nobody but QEMU has stopped the VM.
+fn stayed(stops: Stops) -> Result<(), VmmError> {
+    stops.by_others().map_or(Ok(()), |state| Err(VmmError::VmStopped { state }))
 }
 
 fn downtime_limit(limit: Duration) -> MigrateSetParameters {

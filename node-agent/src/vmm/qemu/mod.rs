@@ -28,6 +28,9 @@ mod carry;
 mod convergence;
 mod copying;
 mod devices;
+mod owner;
+#[cfg(test)]
+mod owner_real_tests;
 pub mod preflight;
 pub mod qmp;
 #[cfg(test)]
@@ -52,9 +55,9 @@ use self::carry::{Carried, REPLIES, StreamSocket};
 
 use self::preflight::{Facts, facts};
 use self::qmp::commands::{
-    Cont, Migrate, MigrateCancel, MigrateContinue, MigrationInfo, QueryMigrate, QueryStatus, Quit, Stop,
+    Cont, Migrate, MigrateCancel, MigrateContinue, MigrationInfo, QueryMigrate, QueryStatus, Quit,
 };
-use self::qmp::{EventKind, MigrationStatus, Notice, QmpClient, QmpError, RunState as QemuState};
+use self::qmp::{EventKind, Events, MigrationStatus, Notice, QmpClient, QmpError, RunState as QemuState};
 
 use super::budget::{Budget, Copying};
 use super::contract::Deadlines;
@@ -93,6 +96,8 @@ pub struct QemuVmm {
     facts: OnceLock<Facts>,
     /// QEMU was told to `cont`, and has not refused.
     told_to_run: AtomicBool,
+    /// QEMU's events since its migration began, until they are read.
+    since_save: Mutex<Option<Events>>,
 }
 
 impl QemuVmm {
@@ -127,6 +132,7 @@ impl QemuVmm {
             from_qemu: (sender, Mutex::new(Some(replies))),
             facts: OnceLock::new(),
             told_to_run: AtomicBool::new(false),
+            since_save: Mutex::default(),
         })
     }
 
@@ -197,11 +203,7 @@ impl Vmm for QemuVmm {
     }
 
     async fn run_state(&self) -> Result<RunState, VmmError> {
-        Ok(match self.status("describe").await? {
-            QemuState::Running => RunState::Running,
-            QemuState::InMigrate => RunState::Incoming,
-            _ => RunState::Paused,
-        })
+        self.status("describe").await.map(|status| owner::run_state(&status))
     }
 
     async fn start_save(&self, _live: bool, budget: Budget) -> Result<SaveStreams, VmmError> {
@@ -210,6 +212,12 @@ impl Vmm for QemuVmm {
         self.limit(call, budget).await?;
         let listener = self.stream_socket.listen().map_err(|error| carry::socket_error(call, &error))?;
         let uri = self.stream_socket.uri();
+        *self.since_save.lock() = Some(self.qmp.events());
+        // Nothing that stops it from here on is missed.
+        match self.run_state().await? {
+            RunState::Running => {}
+            state => return Err(VmmError::VmStopped { state }),
+        }
         self.qmp.execute(Migrate { uri }).await.map_err(|error| from_qmp(call, error))?;
         let accepted =
             timeout(self.deadlines.save, self.stream_socket.accept(&listener, budget.channels)).await;
@@ -229,9 +237,12 @@ impl Vmm for QemuVmm {
     }
 
     async fn pause(&self) -> Result<(), VmmError> {
-        match self.status("pause").await? {
+        let call = "pause";
+        match self.status(call).await? {
+            // QEMU has stopped it when it was ready for the blackout.
             QemuState::Running => {
-                self.qmp.execute(Stop).await.map(drop).map_err(|error| from_qmp("pause", error))
+                let message = "QEMU runs its VM again: another client has ended its migration".to_owned();
+                Err(VmmError::Refused { call, code: Code::Aborted, message })
             }
             _ => Ok(()),
         }
@@ -300,7 +311,10 @@ impl Vmm for QemuVmm {
                     QemuState::InMigrate => tokio::time::sleep(POLL_EVERY).await,
                     QemuState::Paused | QemuState::Prelaunch => return Ok(()),
                     other => {
-                        let message = format!("the twin is {other} after its load, and must be paused (-S)");
+                        let message = format!(
+                            "the twin is {other} after its load, and must be paused (-S): the VM it holds {}",
+                            owner::run_state(&other).words()
+                        );
                         return Err(VmmError::Refused { call, code: Code::FailedPrecondition, message });
                     }
                 }
@@ -347,6 +361,22 @@ impl Vmm for QemuVmm {
                     return Err(VmmError::Deadline { call, limit: CONT_LIMIT });
                 }
                 Err(error) => return Err(error),
+            }
+        }
+    }
+
+    async fn take_back(&self) -> Result<RunState, VmmError> {
+        let call = "resume";
+        let until = Instant::now() + SETTLE_LIMIT;
+        loop {
+            match self.status(call).await? {
+                // QEMU reports a failed or cancelled migration before it has taken the VM back.
+                QemuState::FinishMigrate if Instant::now() < until => tokio::time::sleep(POLL_EVERY).await,
+                QemuState::FinishMigrate => return Err(VmmError::Deadline { call, limit: SETTLE_LIMIT }),
+                // It ran until its migration completed.
+                QemuState::PostMigrate => return self.resume().await.map(|()| RunState::Running),
+                // QEMU has taken it back by itself, as it was: the guest or another client has stopped it.
+                state => return Ok(owner::run_state(&state)),
             }
         }
     }

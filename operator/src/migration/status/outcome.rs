@@ -17,6 +17,9 @@ use crate::migration::step::Wish;
 use crate::migration::trace::Trace;
 use crate::reason::{self, camel_case_or};
 
+/// The agent's reason for a VM that its guest or its owner has stopped: nothing resumes it.
+const VM_STOPPED: &str = "VMStopped";
+
 impl Draft {
     /// The source's agent has reported the end.
     pub fn finish(&mut self, trace: &Trace, finished: &Finished) {
@@ -30,13 +33,19 @@ impl Draft {
                 self.guest_stopped();
                 self.source_committed();
                 let blackout = measured(finished).map(|timings| Duration::from_nanos(timings.blackout_ns));
-                self.succeed(blackout);
+                let stateless = self.without_state(finished);
+                self.succeed(blackout, stateless);
             }
             Outcome::RolledBack => {
-                let message = format!(
-                    "VM {vm} runs on {source} again, with its devices. The migration was given up: {why}."
-                );
-                self.end_rolled_back(&reason(reason::ROLLED_BACK), &message);
+                let reason = reason(reason::ROLLED_BACK);
+                let message = if reason == VM_STOPPED {
+                    format!("VM {vm} stays on {source}, as it is. The migration was given up: {why}.")
+                } else {
+                    format!(
+                        "VM {vm} runs on {source} again, with its devices. The migration was given up: {why}."
+                    )
+                };
+                self.end_rolled_back(&reason, &message);
             }
             Outcome::Refused => {
                 let message =
@@ -91,7 +100,7 @@ impl Draft {
             Settlement::RunsAtDestination => {
                 self.guest_stopped();
                 self.source_committed();
-                self.succeed(None);
+                self.succeed(None, None);
             }
             Settlement::SourceLost { why } => {
                 let why = why.trim_end_matches('.');
@@ -150,22 +159,42 @@ impl Draft {
     pub(super) fn end_rolled_back(&mut self, reason: &str, message: &str) {
         let source = self.source();
         self.status.reservation = Some(Reservation::ReleasingAbortedAtSource);
-        self.set(STOPPED, Status::False, reason::GUEST_RUNS, &format!("The guest runs on {source}."));
+        if reason == VM_STOPPED {
+            let message = format!("The VM is on {source}, as its guest or its owner has left it.");
+            self.set(STOPPED, Status::False, reason::LEFT_AS_IT_IS, &message);
+        } else {
+            self.set(STOPPED, Status::False, reason::GUEST_RUNS, &format!("The guest runs on {source}."));
+        }
         self.set(COMMITTED, Status::False, "GivenUp", &format!("{source} has given the migration up."));
         self.end_badly(MigrationPhase::RolledBack, reason, message);
     }
 
-    /// `blackout` is what the source's agent has measured, if it is known.
-    fn succeed(&mut self, blackout: Option<Duration>) {
+    /// What to say about devices that have given no state at all; None if there are none.
+    fn without_state(&self, finished: &Finished) -> Option<String> {
+        let empty = |(_, bytes): &(_, &u64)| **bytes == 0;
+        let devices = self.status.devices.iter().zip(&finished.device_bytes).filter(empty);
+        let names: Vec<&str> = devices.map(|(device, _)| device.source.as_str()).collect();
+        (!names.is_empty()).then(|| {
+            format!(
+                " These devices gave no state (0 bytes), and begin there as after a reset: {}.",
+                names.join(", ")
+            )
+        })
+    }
+
+    /// `blackout` is what the source's agent has measured, if it is known; `stateless` a sentence about devices
+    /// without state.
+    fn succeed(&mut self, blackout: Option<Duration>, stateless: Option<String>) {
         let stood_still = blackout
             .map(|blackout| format!(" The guest stood still for {} at most.", format_duration(blackout)))
             .unwrap_or_default();
         let beyond_budget = blackout.and_then(|blackout| self.beyond_budget(blackout));
         let message = format!(
-            "VM {} runs on {}.{stood_still}{}",
+            "VM {} runs on {}.{stood_still}{}{}",
             self.vm,
             self.target(),
-            beyond_budget.as_deref().unwrap_or_default()
+            beyond_budget.as_deref().unwrap_or_default(),
+            stateless.as_deref().unwrap_or_default()
         );
         self.status.phase = Some(MigrationPhase::Succeeded);
         self.status.reservation = Some(Reservation::Used);
@@ -175,6 +204,9 @@ impl Draft {
         if self.set(SUCCEEDED, Status::True, reason::VM_RUNS_AT_TARGET, &message) {
             if beyond_budget.is_some() {
                 self.warn("BudgetExceeded", message.clone());
+            }
+            if let Some(stateless) = stateless {
+                self.warn("DeviceWithoutState", stateless.trim_start().to_owned());
             }
             self.report("Succeeded", message);
         }

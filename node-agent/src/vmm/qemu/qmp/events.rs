@@ -106,6 +106,15 @@ impl Events {
         }
     }
 
+    /// The next notice, if it has come already.
+    pub fn next_that_came(&mut self) -> Option<Notice> {
+        match self.0.try_recv() {
+            Ok(notice) => Some(notice),
+            Err(TryRecvError::Lagged(missed)) => Some(Notice::Lagged { missed }),
+            Err(TryRecvError::Empty | TryRecvError::Closed) => None,
+        }
+    }
+
     /// Drops the notices that were not read.
     pub fn skip(&mut self) {
         while !matches!(self.0.try_recv(), Err(TryRecvError::Empty | TryRecvError::Closed)) {}

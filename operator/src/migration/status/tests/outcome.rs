@@ -114,3 +114,32 @@ fn a_lost_vm_has_failed_and_nothing_is_given_back() {
     assert_eq!(draft.status.reservation, Some(Reservation::Kept));
     assert_eq!(message(&draft, SUCCEEDED), "VM demo/counter runs nowhere: its VMM has exited.");
 }
+
+#[test]
+fn a_vm_that_its_owner_has_stopped_is_not_said_to_run() {
+    let mut draft = reserved();
+    let end =
+        finished(Outcome::RolledBack, "VMStopped", "the VM is paused: resume it. It stays as it is now");
+    play(&mut draft, &FORWARD[..2], end);
+    assert_eq!(condition(&draft, STOPPED), ("False".into(), "LeftAsItIs".into()));
+    for condition in [STOPPED, SUCCEEDED] {
+        assert!(!message(&draft, condition).contains("runs"), "{}", message(&draft, condition));
+    }
+    assert!(message(&draft, SUCCEEDED).contains("stays on node-a, as it is"));
+}
+
+#[test]
+fn devices_that_gave_no_state_are_named_in_the_status_and_by_an_event() {
+    for (bytes, named) in [(vec![60, 61], None), (vec![60, 0], Some("a2")), (vec![], None)] {
+        let mut draft = reserved();
+        let end = finished(Outcome::Succeeded, "", "").map(|end| Finished { device_bytes: bytes, ..end });
+        play(&mut draft, &FORWARD, end);
+        let event = draft.notices.iter().find(|notice| notice.reason == "DeviceWithoutState");
+        assert_eq!(event.is_some(), named.is_some());
+        let said = message(&draft, SUCCEEDED);
+        assert_eq!(said.contains("gave no state (0 bytes)"), named.is_some(), "{said}");
+        if let (Some(named), Some(event)) = (named, event) {
+            assert!(said.ends_with(&format!("{named}.")) && event.note.contains(named), "{said}");
+        }
+    }
+}

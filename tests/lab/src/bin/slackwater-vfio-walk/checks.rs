@@ -100,7 +100,7 @@ fn in_use(d: &Devices<'_>) -> Result<()> {
 
 fn pre_copy(d: &Devices<'_>) -> Result<()> {
     let mut device = node::fresh(d.device)?;
-    let estimate = device.estimate_bytes()?;
+    let estimate = device.estimate_bytes()?.context("mtty does not say how large its state is")?;
     device.set_state(PreCopy)?;
     ensure!(device.precopy_info()? == PrecopyInfo { initial_bytes: 24, dirty_bytes: 0 });
     // In two pieces, so that what is left can be seen to shrink.
@@ -216,7 +216,7 @@ async fn moved(d: &Devices<'_>) -> Result<()> {
         bytes += data.len() as u64;
         target.write_data(data).await?;
     }
-    ensure!(bytes == source.estimate_bytes().await?);
+    ensure!(Some(bytes) == source.estimate_bytes().await?);
     target.set_state(Running).await?;
     let mut register = [0; 1];
     pread(&target_fd, &mut register, SCRATCH)?;
