@@ -82,6 +82,12 @@ bench-qemu: rust ## compare QEMU's own migration with Slackwater's (BENCH="--rou
 	$(cargo) build --locked --release $(programs)
 	"$(CARGO_TARGET_DIR)/release/slackwater-bench-qemu" --json "$(CARGO_TARGET_DIR)/bench-qemu.json" $(BENCH)
 
+.PHONY: bench-fleet
+bench-fleet: rust ## many migrations at once: what they cost the operator (BENCH="--sizes 50x100 --ended 0")
+	"$(install)" host-packages kubernetes kubectl-helm
+	$(cargo) build --locked --release --package slackwater-operator --package slackwater-bench --bins
+	"$(CARGO_TARGET_DIR)/release/slackwater-bench-fleet" $(BENCH)
+
 .PHONY: lint
 lint: rust rust-components ## check format, clippy, dependencies (cargo-deny) and spelling (typos)
 	"$(install)" cargo-deny typos

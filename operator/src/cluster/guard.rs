@@ -18,8 +18,16 @@ use slackwater_api::condition::READABLE;
 #[derive(Debug, Clone)]
 pub(super) struct Guarded<K> {
     pub(super) content: Result<K, Unreadable<K>>,
-    /// The message of its condition Readable=False, if it has one. The content is without that condition.
-    pub(super) mark: Option<String>,
+    /// Its condition Readable=False, if it has one. The content is without that condition.
+    pub(super) mark: Option<Mark>,
+}
+
+/// The condition Readable=False of an object.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Mark {
+    /// Where it is among the conditions.
+    pub(super) position: usize,
+    pub(super) message: String,
 }
 
 /// An object that this version cannot read.
@@ -55,12 +63,14 @@ impl<'de, K: Resource + DeserializeOwned> Deserialize<'de> for Guarded<K> {
     }
 }
 
-/// Takes the condition Readable=False out of an object, and returns its message.
-fn take_mark(object: &mut Value) -> Option<String> {
+/// Takes the condition Readable=False out of an object.
+fn take_mark(object: &mut Value) -> Option<Mark> {
     let conditions = object.get_mut("status")?.get_mut("conditions")?.as_array_mut()?;
     let is_mark = |condition: &Value| condition.get("type").and_then(Value::as_str) == Some(READABLE);
-    let mark = conditions.remove(conditions.iter().position(is_mark)?);
-    Some(mark.get("message").and_then(Value::as_str).unwrap_or_default().to_owned())
+    let position = conditions.iter().position(is_mark)?;
+    let mark = conditions.remove(position);
+    let message = mark.get("message").and_then(Value::as_str).unwrap_or_default().to_owned();
+    Some(Mark { position, message })
 }
 
 impl<K: Resource> Resource for Guarded<K> {
@@ -144,7 +154,7 @@ mod tests {
         };
         object["status"]["conditions"] = json!([condition("Accepted"), condition("Readable")]);
         let guarded: Guarded<VMMigration> = serde_json::from_value(object).unwrap();
-        assert_eq!(guarded.mark.as_deref(), Some("Readable"));
+        assert_eq!(guarded.mark, Some(Mark { position: 1, message: "Readable".into() }));
         let conditions = guarded.content.unwrap().status.unwrap().conditions;
         assert_eq!(conditions.iter().map(|c| c.type_.as_str()).collect::<Vec<_>>(), ["Accepted"]);
     }

@@ -7,8 +7,9 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::api::{Patch, PatchParams};
 use kube::core::Request;
 use kube::{Resource, ResourceExt};
+use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde_json::{Value, json};
+use serde_json::json;
 use slackwater_api::condition::READABLE;
 
 use super::apply::{Cluster, WriteError, identity, merge};
@@ -36,7 +37,7 @@ impl Cluster {
             env!("CARGO_PKG_VERSION")
         );
         let message = cut(&plain(&message), MARK_LIMIT_BYTES);
-        if object.mark.as_ref() != Some(&message) {
+        if object.mark.as_ref().is_none_or(|mark| mark.message != message) {
             let condition = json!({
                 "type": READABLE,
                 "status": "False",
@@ -44,9 +45,11 @@ impl Cluster {
                 "message": message,
                 "lastTransitionTime": Time(Timestamp::now()),
             });
+            let mut body = identity(object);
+            merge(&mut body, json!({"status": {"conditions": [condition]}}));
+            let params = PatchParams::apply(MARK_MANAGER).force();
             // The API server takes no object that it could not have taken as a whole.
-            if let Err(error) = self.apply_mark(object, json!({"status": {"conditions": [condition]}})).await
-            {
+            if let Err(error) = self.patch_mark(object, &params, &Patch::Apply(body)).await {
                 let name = object.name_any();
                 tracing::warn!(kind = %K::kind(&()), name, %error, "the condition Readable could not be written");
             }
@@ -60,22 +63,38 @@ impl Cluster {
     where
         K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug,
     {
-        if let Err(error) = self.apply_mark(object, json!({})).await {
+        let Some(mark) = &object.mark else { return };
+        // Not by server-side apply: an API server before 1.21 may have forgotten whose the condition is.
+        let path = format!("/status/conditions/{}", mark.position);
+        let removal = serde_json::from_value(json!([
+            {"op": "test", "path": format!("{path}/type"), "value": READABLE},
+            {"op": "remove", "path": path},
+        ]));
+        let params = PatchParams { field_manager: Some(MARK_MANAGER.to_owned()), ..Default::default() };
+        let taken = match removal {
+            Ok(removal) => self.patch_mark(object, &params, &Patch::<()>::Json(removal)).await,
+            Err(error) => Err(WriteError::Write(Box::new(kube::Error::SerdeError(error)))),
+        };
+        if let Err(error) = taken {
+            // The next change of the object brings another try.
             let name = object.name_any();
-            tracing::warn!(kind = %K::kind(&()), name, %error, "the condition Readable could not be taken away");
+            tracing::debug!(kind = %K::kind(&()), name, %error, "the condition Readable could not be taken away");
         }
     }
 
-    async fn apply_mark<K>(&self, object: &Guarded<K>, content: Value) -> Result<(), WriteError>
+    async fn patch_mark<K, P>(
+        &self,
+        object: &Guarded<K>,
+        params: &PatchParams,
+        patch: &Patch<P>,
+    ) -> Result<(), WriteError>
     where
         K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug,
+        P: Serialize + Debug,
     {
-        let mut body = identity(object);
-        merge(&mut body, content);
         // `Api::namespaced` takes no kind that may be without namespaces.
         let requests = Request::new(K::url_path(&(), object.namespace().as_deref()));
-        let params = PatchParams::apply(MARK_MANAGER).force();
-        let request = requests.patch_subresource("status", &object.name_any(), &params, &Patch::Apply(&body));
+        let request = requests.patch_subresource("status", &object.name_any(), params, patch);
         let request =
             request.map_err(|error| WriteError::Write(Box::new(kube::Error::BuildRequest(error))))?;
         self.request(self.client.request::<Guarded<K>>(request)).await.map(drop)

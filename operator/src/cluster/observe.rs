@@ -198,6 +198,7 @@ impl<K: Resource<DynamicType = ()> + Clone> Shared<K> {
         let known_error = known.and_then(|(_, error)| error);
         let is_news = match &error {
             Some(_) => error != known_error,
+            // A try to take the mark away may have come too late for what it saw.
             None => guarded.mark.is_some(),
         };
         let news = is_news.then(|| News { about: guarded.clone(), error });
@@ -402,6 +403,7 @@ mod tests {
     use slackwater_api::VMMigration;
 
     use super::*;
+    use crate::cluster::guard::Mark;
 
     fn guarded(name: &str, version: u32, phase: &str) -> Guarded<VMMigration> {
         let object: Value = json!({
@@ -482,7 +484,7 @@ mod tests {
         let again = vec![Event::Init, Event::InitApply(guarded("bad", 3, "Teleporting")), Event::InitDone];
         assert_eq!(take_in(&observed, again), Vec::<bool>::new());
         let mut mended = guarded("bad", 5, "Copying");
-        mended.mark = Some("x".into());
+        mended.mark = Some(Mark { position: 0, message: "x".into() });
         assert_eq!(take_in(&observed, vec![Event::Apply(mended)]), [false]);
         assert_eq!(observed.all().len(), 1);
     }

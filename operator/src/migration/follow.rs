@@ -29,6 +29,9 @@ const BATCH: usize = 256;
 /// The pause after events that have changed the status: an agent must not have the API server written to
 /// without a pause.
 const BATCH_PAUSE: Duration = Duration::from_millis(200);
+/// How long what is worth showing waits for more of it: a blackout is shorter. What happens within that time
+/// costs one write, and often none, since the end is written at once.
+const PROGRESS_PAUSE: Duration = Duration::from_secs(1);
 /// How often the source is joined again after its journal says that the migration is settled. After that,
 /// what its journal says is all there is.
 const JOINS_AFTER_THE_END: u32 = 3;
@@ -76,6 +79,8 @@ struct SideTasks {
     last_event: Option<BoxFuture<'static, ()>>,
     /// No events are taken in before: what was taken in last has led to a write.
     next_batch: Option<Instant>,
+    /// When the status is written with the progress that has been taken in.
+    progress_due: Option<Instant>,
 }
 
 /// What happens next while a stream is followed.
@@ -90,6 +95,8 @@ enum Wakeup {
     RoundEnded(Round),
     /// The source has given up, and its last event does not come.
     NoLastEvent,
+    /// It is time to write what has been taken in.
+    ProgressDue,
 }
 
 impl Run {
@@ -253,7 +260,7 @@ impl Run {
             match self.wait(&mut batches, &mut side_tasks).await {
                 Wakeup::Events(Some(batch)) => {
                     let before = self.tracked.draft().status.clone();
-                    if let Some(end) = self.take_in(batch).await {
+                    if let Some(end) = self.take_in(batch, &mut side_tasks.progress_due).await {
                         return end;
                     }
                     let changed = self.tracked.draft().status != before;
@@ -282,6 +289,10 @@ impl Run {
                 Wakeup::RoundEnded(round) => {
                     // The stream reports how the migration ended.
                     self.take_in_round(round).await;
+                }
+                Wakeup::ProgressDue => {
+                    side_tasks.progress_due = None;
+                    self.tracked.write_progress().await;
                 }
                 Wakeup::NoLastEvent => {
                     return Followed::NoOutcome("it was given up, and has reported no more".to_owned());
@@ -312,6 +323,7 @@ impl Run {
             answer = finished(&mut side_tasks.abort) => Wakeup::AbortAnswered(answer),
             round = finished(&mut side_tasks.round) => Wakeup::RoundEnded(round),
             () = finished(&mut side_tasks.last_event) => Wakeup::NoLastEvent,
+            () = until(side_tasks.progress_due) => Wakeup::ProgressDue,
         }
     }
 
@@ -334,7 +346,7 @@ impl Run {
     }
 
     /// Takes in events. Returns how the stream ended, if it has.
-    async fn take_in(&mut self, batch: Batch) -> Option<Followed> {
+    async fn take_in(&mut self, batch: Batch, progress_due: &mut Option<Instant>) -> Option<Followed> {
         let mut worth_writing = false;
         for item in batch {
             let status = &self.tracked.draft().status;
@@ -382,7 +394,7 @@ impl Run {
             self.show_doubt();
         }
         if worth_writing {
-            self.tracked.write_progress().await;
+            progress_due.get_or_insert_with(|| Instant::now() + PROGRESS_PAUSE);
         }
         None
     }
@@ -408,6 +420,14 @@ async fn next_batch(batches: &mut ReadyChunks<Events>, not_before: Option<Instan
         tokio::time::sleep_until(time).await;
     }
     batches.next().await
+}
+
+/// Returns at that time; never, if there is none.
+async fn until(time: Option<Instant>) {
+    match time {
+        Some(time) => tokio::time::sleep_until(time).await,
+        None => pending().await,
+    }
 }
 
 /// The result of what is under way; never, if nothing is. Afterwards nothing is.

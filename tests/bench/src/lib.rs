@@ -1,4 +1,6 @@
-//! Measures Slackwater's migration of a QEMU VM against QEMU's own, on the same two nodes, in turns.
+//! Benchmarks. [`fleet`] is about many migrations at once; all else is about one.
+//!
+//! That measures Slackwater's migration of a QEMU VM against QEMU's own, on the same two nodes, in turns.
 //!
 //! *Plain* is QEMU's `migrate` over TCP between the nodes, requested by QMP on a monitor of the lab, to a
 //! QEMU that runs as soon as it has loaded; the agents are not involved. *Product* is `kubectl apply`,
@@ -11,6 +13,7 @@
 //! only by their ratio.
 
 pub mod figures;
+pub mod fleet;
 pub mod marks;
 mod measurement;
 pub mod report;

@@ -30,7 +30,7 @@ async fn deleting_the_object_before_the_commit_aborts_at_the_source_and_releases
     assert_eq!(why, "the VMMigration was deleted");
     assert_eq!(released(&world.b).await, ReleaseReason::AbortedAtSource);
     world.until_gone(&object).await;
-    world.until_events(NAMESPACE, "move-counter", &["Accepted", "Prepared", "Aborting", "Failed"]).await;
+    world.until_events(NAMESPACE, "move-counter", &["Accepted", "Aborting", "Failed"]).await;
     world.assert_nothing_was_forbidden();
 }
 

@@ -167,13 +167,13 @@ async fn an_object_with_a_value_of_another_version_is_reported_and_left_alone_an
 
     // Mended by hand, it is taken up, and is not marked any more.
     set_unknown(&world, world.migrations(), "strange", json!({"phase": null})).await;
-    let refused = world.until("strange", "be refused", is("Accepted", "False")).await;
+    let taken_up = world.until("strange", "have succeeded", is("Succeeded", "True")).await;
     world
         .until("strange", "have no mark", |m| {
             Some(m.status.as_ref()?.conditions.iter().all(|condition| condition.type_ != "Readable"))
         })
         .await;
-    world.migrations().delete(&refused.name_any(), &DeleteParams::default()).await.unwrap();
-    world.until_gone(&refused).await;
+    world.migrations().delete(&taken_up.name_any(), &DeleteParams::default()).await.unwrap();
+    world.until_gone(&taken_up).await;
     world.assert_nothing_was_forbidden();
 }

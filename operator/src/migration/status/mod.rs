@@ -2,7 +2,8 @@
 //! migration.
 //!
 //! `(status, what became known) -> (status, notices)`, without Kubernetes, gRPC or a clock. A notice becomes
-//! a Kubernetes event. The draft knows its stamp: when the next thing became known, and about which
+//! a Kubernetes event: that it was accepted, how it ended, and what a user did not expect. All between has a
+//! condition with a time, and no event. The draft knows its stamp: when the next thing became known, and about which
 //! generation of the spec.
 //!
 //! An agent that the operator joins again repeats all of its events from the start. What the status shows

@@ -122,9 +122,7 @@ impl Draft {
         let devices = if devices.is_empty() { String::new() } else { format!("{} and ", devices.join(", ")) };
         let message = format!("{} holds {devices}a waiting VMM.", self.target());
         self.status.reservation = Some(Reservation::Held);
-        if self.set(PREPARED, Status::True, "TargetReserved", &message) {
-            self.report("Prepared", message);
-        }
+        self.set(PREPARED, Status::True, "TargetReserved", &message);
         let next = format!("{} is asked to migrate.", self.source());
         self.set(SUCCEEDED, Status::Unknown, reason::IN_PROGRESS, &next);
     }

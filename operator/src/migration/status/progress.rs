@@ -69,9 +69,7 @@ impl Draft {
 
     pub(super) fn guest_stopped(&mut self) {
         let message = "Every vCPU and every device has been read back as stopped at the source.";
-        if self.set(STOPPED, Status::True, "SlackWater", message) {
-            self.report("Stopped", message.to_owned());
-        }
+        self.set(STOPPED, Status::True, "SlackWater", message);
     }
 
     pub(super) fn source_committed(&mut self) {
@@ -80,9 +78,7 @@ impl Draft {
             self.target(),
             self.source()
         );
-        if self.set(COMMITTED, Status::True, "PointOfNoReturn", &message) {
-            self.report("Committed", message);
-        }
+        self.set(COMMITTED, Status::True, "PointOfNoReturn", &message);
     }
 
     /// Shows what the agents have reported so far.

@@ -6,7 +6,7 @@ fn a_cancel_is_noted_cannot_be_taken_back_and_is_named() {
     let cancelled = VMMigrationSpec { cancel: true, ..spec() };
     assert!(draft.at(stamp(12)).note_spec(&cancelled));
     assert!(!draft.at(stamp(13)).note_spec(&cancelled));
-    assert_eq!(reported(&draft), ["Accepted", "Prepared"]);
+    assert_eq!(reported(&draft), ["Accepted"]);
     draft.wish = Wish::Cancel;
     draft.at(stamp(14)).abort_requested();
     assert!(message(&draft, SUCCEEDED).starts_with("Since spec.cancel was set to true"));

