@@ -62,16 +62,7 @@ async fn a_lost_target_leaves_it_in_doubt_until_it_is_back_and_then_it_continues
         .until_events(
             NAMESPACE,
             "move-counter",
-            &[
-                "Accepted",
-                "Prepared",
-                "Stopped",
-                "Committed",
-                "InDoubt",
-                "InDoubt",
-                "DoubtSettled",
-                "Succeeded",
-            ],
+            &["Accepted", "InDoubt", "InDoubt", "DoubtSettled", "Succeeded"],
         )
         .await;
     world.assert_nothing_was_forbidden();
