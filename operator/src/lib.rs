@@ -26,6 +26,7 @@ pub mod inventory;
 pub mod leadership;
 mod lifecycle;
 pub mod migration;
+pub mod moment;
 pub mod notice;
 pub mod plan;
 pub mod publish;

@@ -11,11 +11,12 @@
 //!
 //! A known agent that is only silent keeps the VM. Who reports a name first is known from then on.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 
 use crate::inventory::{Inventory, Link, Vm, VmKey, VmReport, VmState, reports_of};
+use crate::moment::Moment;
 
 /// For how long a connected agent must not report a VM before another one may: an agent that was restarted
 /// may find its VMs one after the other.
@@ -28,8 +29,8 @@ pub struct Home {
     pub node: String,
     /// Since when, in whole seconds like the times in statuses.
     pub since: Timestamp,
-    /// Since when its agent has been connected without reporting the VM.
-    pub missing_since: Option<Timestamp>,
+    /// Since when its agent has been connected without reporting the VM, by this operator's clock.
+    pub missing_since: Option<Instant>,
 }
 
 /// A migration of our own.
@@ -64,7 +65,7 @@ pub fn judge(
     inventory: &Inventory,
     moves: &[Move],
     settled: bool,
-    now: Timestamp,
+    now: Moment,
 ) -> Judged {
     let reports = reports_of(inventory, vm);
     let moves: Vec<&Move> = moves.iter().filter(|a_move| a_move.vm == *vm).collect();
@@ -93,7 +94,7 @@ fn follow(
     inventory: &Inventory,
     reports: &[VmReport<'_>],
     moves: &[&Move],
-    now: Timestamp,
+    now: Moment,
 ) -> Home {
     let report_of = |node: &str| reports.iter().find(|report| report.name == node).map(|report| report.vm);
     let own = report_of(&known.node);
@@ -115,17 +116,15 @@ fn follow(
     if let Some(a_move) = moves.iter().find(has_moved) {
         return at(&a_move.target, now);
     }
-    let missing_since = is_missing.then(|| known.missing_since.unwrap_or(now));
-    let is_gone = missing_since
-        .and_then(|since| Duration::try_from(now.duration_since(since)).ok())
-        .is_some_and(|missing| missing >= GRACE);
+    let missing_since = is_missing.then(|| known.missing_since.unwrap_or(now.clock));
+    let is_gone = missing_since.is_some_and(|since| now.clock.duration_since(since) >= GRACE);
     let successor = if is_gone { only(reports, now) } else { None };
     successor.unwrap_or_else(|| Home { missing_since, ..known.clone() })
 }
 
 /// The only node that reports a VM whose node is not known; copies that a migration keeps stopped do not
 /// count.
-fn only(reports: &[VmReport<'_>], now: Timestamp) -> Option<Home> {
+fn only(reports: &[VmReport<'_>], now: Moment) -> Option<Home> {
     if let [report] = reports {
         return Some(at(report.name, now));
     }
@@ -136,8 +135,8 @@ fn only(reports: &[VmReport<'_>], now: Timestamp) -> Option<Home> {
     }
 }
 
-fn at(node: &str, now: Timestamp) -> Home {
-    let since = Timestamp::from_second(now.as_second()).unwrap_or(now);
+fn at(node: &str, now: Moment) -> Home {
+    let since = Timestamp::from_second(now.time.as_second()).unwrap_or(now.time);
     Home { node: node.to_owned(), since, missing_since: None }
 }
 

@@ -19,6 +19,7 @@ use tokio::sync::watch;
 
 use crate::conditions::{self, Status};
 use crate::inventory::{Inventory, VmKey, reports_of};
+use crate::moment::Moment;
 use judge::{Home, Move, judge};
 
 /// For each node the VMs whose report by it is set aside, with the node that is known to have each.
@@ -72,7 +73,7 @@ impl Homes {
         mut inventory: Arc<Inventory>,
         moves: &[Move],
         settled: bool,
-        now: Timestamp,
+        now: Moment,
     ) -> Sight {
         let mut known = self.known.lock();
         let judged = judge(vm, known.get(vm), &inventory, moves, settled, now);

@@ -1,4 +1,6 @@
 use std::collections::BTreeMap;
+use std::sync::LazyLock;
+use std::time::{Duration, Instant};
 
 use super::judge::GRACE;
 use super::*;
@@ -9,6 +11,13 @@ const NOW: i64 = 2_000;
 
 fn second(second: i64) -> Timestamp {
     Timestamp::from_second(second).unwrap()
+}
+
+/// Both clocks say the same.
+fn moment(at: i64) -> Moment {
+    static BEGAN: LazyLock<Instant> = LazyLock::new(Instant::now);
+    let since = Duration::from_secs(u64::try_from(at).unwrap());
+    Moment { time: second(at), clock: *BEGAN + since }
 }
 
 fn key() -> VmKey {
@@ -72,7 +81,7 @@ fn moving(succeeded: Option<i64>) -> Vec<Move> {
 }
 
 fn home(known: Option<Home>, nodes: &[(&str, Says)], moves: &[Move]) -> (Option<String>, Vec<String>) {
-    let judged = judge(&key(), known.as_ref(), &inventory(nodes), moves, true, second(NOW));
+    let judged = judge(&key(), known.as_ref(), &inventory(nodes), moves, true, moment(NOW));
     (judged.home.map(|home| home.node), judged.set_aside)
 }
 
@@ -216,7 +225,7 @@ fn a_vm_passes_on_when_its_connected_agent_has_not_reported_it_for_the_whole_gra
     let grace = i64::try_from(GRACE.as_secs()).unwrap();
     let look = |at: i64, a: Says, b: Says| {
         let nodes = Arc::new(inventory(&[("a", a), ("b", b)]));
-        let sight = homes.look(&key(), nodes, &[], true, second(at));
+        let sight = homes.look(&key(), nodes, &[], true, moment(at));
         sight.home.map(|home| home.node).unwrap_or_default()
     };
     assert_eq!(look(0, Says::Runs, Says::Nothing), "a");
@@ -232,6 +241,20 @@ fn a_vm_passes_on_when_its_connected_agent_has_not_reported_it_for_the_whole_gra
 }
 
 #[test]
+fn the_grace_is_as_long_whatever_becomes_of_the_wall_clock() {
+    for wall_clock in [NOW - 500, NOW, NOW + 500] {
+        let homes = Homes::default();
+        let nodes = |a, b| Arc::new(inventory(&[("a", a), ("b", b)]));
+        let look = |at: Moment, nodes| homes.look(&key(), nodes, &[], true, at).home.unwrap().node;
+        let after = |at: i64| Moment { time: second(wall_clock), ..moment(NOW + at) };
+        assert_eq!(look(moment(NOW), nodes(Says::Runs, Says::Nothing)), "a");
+        assert_eq!(look(moment(NOW), nodes(Says::Nothing, Says::Runs)), "a");
+        assert_eq!(look(after(4), nodes(Says::Nothing, Says::Runs)), "a", "{wall_clock}");
+        assert_eq!(look(after(5), nodes(Says::Nothing, Says::Runs)), "b", "{wall_clock}");
+    }
+}
+
+#[test]
 fn the_next_operator_knows_from_the_assignedvms_and_nothing_of_a_report_that_is_set_aside_is_seen() {
     let homes = Homes::default();
     let mut object = AssignedVM::new("counter", Default::default());
@@ -240,7 +263,7 @@ fn the_next_operator_knows_from_the_assignedvms_and_nothing_of_a_report_that_is_
         Some(slackwater_api::AssignedVMStatus { node_name: Some("b".into()), ..Default::default() });
     homes.restore([&object].into_iter(), second(NOW));
     let nodes = Arc::new(inventory(&[("a", Says::Held("x")), ("b", Says::Runs), ("c", Says::Runs)]));
-    let sight = homes.look(&key(), Arc::clone(&nodes), &[], true, second(NOW));
+    let sight = homes.look(&key(), Arc::clone(&nodes), &[], true, moment(NOW));
     // What others hold is as it was.
     assert!(nodes["c"].report.as_ref().unwrap().vms.contains_key(&key()));
     let who = |node: &str| sight.inventory[node].report.as_ref().unwrap().vms.contains_key(&key());
@@ -253,7 +276,7 @@ fn the_next_operator_knows_from_the_assignedvms_and_nothing_of_a_report_that_is_
     homes.publish(&key(), &sight);
     assert!(!seen.has_changed().unwrap());
     homes.forget(&key());
-    let sight = homes.look(&key(), Arc::new(inventory(&[("c", Says::Runs)])), &[], true, second(NOW));
+    let sight = homes.look(&key(), Arc::new(inventory(&[("c", Says::Runs)])), &[], true, moment(NOW));
     homes.publish(&key(), &sight);
     assert!(seen.borrow_and_update().is_empty());
     assert_eq!(sight.home.unwrap().node, "c");
@@ -272,7 +295,7 @@ fn an_operator_that_starts_after_a_success_knows_that_the_vm_has_moved() {
     });
     homes.restore([&object].into_iter(), second(NOW));
     let nodes = inventory(&[("a", Says::Silent), ("b", Says::Runs)]);
-    let sight = homes.look(&key(), Arc::new(nodes), &moving(Some(SINCE + 60)), true, second(NOW));
+    let sight = homes.look(&key(), Arc::new(nodes), &moving(Some(SINCE + 60)), true, moment(NOW));
     assert_eq!(sight.home.unwrap().node, "b");
 }
 
@@ -280,7 +303,7 @@ fn an_operator_that_starts_after_a_success_knows_that_the_vm_has_moved() {
 fn before_every_agent_has_reported_nobody_gets_a_new_name_and_the_known_keep_theirs() {
     let homes = Homes::default();
     let look = |nodes: &[(&str, Says)], settled: bool| {
-        let sight = homes.look(&key(), Arc::new(inventory(nodes)), &[], settled, second(NOW));
+        let sight = homes.look(&key(), Arc::new(inventory(nodes)), &[], settled, moment(NOW));
         sight.home.map(|home| home.node)
     };
     assert_eq!(look(&[("a", Says::Runs)], false), None);
@@ -295,7 +318,7 @@ fn an_agent_that_is_not_connected_keeps_its_vm_however_long_it_does_not_report_i
         let grace = i64::try_from(GRACE.as_secs()).unwrap();
         let look = |at: i64, a: Says, b: Says| {
             let nodes = Arc::new(inventory(&[("a", a), ("b", b)]));
-            let sight = homes.look(&key(), nodes, &[], true, second(at));
+            let sight = homes.look(&key(), nodes, &[], true, moment(at));
             sight.home.map(|home| home.node).unwrap_or_default()
         };
         assert_eq!(look(0, Says::Runs, Says::Nothing), "a");
@@ -309,13 +332,13 @@ fn an_agent_that_is_not_connected_keeps_its_vm_however_long_it_does_not_report_i
 fn what_an_earlier_operator_has_known_does_not_replace_what_is_known_by_now() {
     let homes = Homes::default();
     let nodes = Arc::new(inventory(&[("a", Says::Runs), ("b", Says::Nothing)]));
-    homes.look(&key(), Arc::clone(&nodes), &[], true, second(NOW));
+    homes.look(&key(), Arc::clone(&nodes), &[], true, moment(NOW));
     let mut object = AssignedVM::new("counter", Default::default());
     object.metadata.namespace = Some("demo".into());
     object.status =
         Some(slackwater_api::AssignedVMStatus { node_name: Some("b".into()), ..Default::default() });
     homes.restore([&object].into_iter(), second(NOW));
-    assert_eq!(homes.look(&key(), nodes, &[], true, second(NOW)).home.unwrap().node, "a");
+    assert_eq!(homes.look(&key(), nodes, &[], true, moment(NOW)).home.unwrap().node, "a");
 }
 
 #[test]

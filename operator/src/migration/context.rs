@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use jiff::Timestamp;
 use slackwater_api::VMMigration;
 
 use super::claims::Claims;
@@ -11,6 +10,7 @@ use crate::cluster::{Cluster, Observed};
 use crate::fleet::Fleet;
 use crate::homes::{Homes, moves};
 use crate::inventory::{Inventory, VmKey};
+use crate::moment::Moment;
 use crate::plan::Checks;
 
 /// The API server, the agents, and what other migrations have been promised.
@@ -38,6 +38,6 @@ impl Context {
         let migrations = self.migrations.in_group(&vm.to_string());
         let moves = moves(migrations.iter().map(Arc::as_ref));
         let settled = self.fleet.undecided().is_some_and(|undecided| undecided.is_empty());
-        self.homes.look(vm, self.fleet.inventory(), &moves, settled, Timestamp::now()).inventory
+        self.homes.look(vm, self.fleet.inventory(), &moves, settled, Moment::now()).inventory
     }
 }

@@ -3,10 +3,11 @@
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::StreamExt;
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
+use parking_lot::Mutex;
 use slackwater_api::condition::{CONTESTED, READY};
 use slackwater_api::{AssignedVM, AssignedVMStatus, MigrationNode, VMMigration};
 
@@ -18,6 +19,7 @@ use crate::fleet::Fleet;
 use crate::homes::{Homes, Sight, moves};
 use crate::inventory::{Inventory, VmKey, reports_of};
 use crate::migration::claims::Claims;
+use crate::moment::Moment;
 use crate::notice::Notice;
 use crate::plan::OtherMigration;
 use crate::reason::{NOT_REPORTED, REPORTED_ELSEWHERE};
@@ -60,6 +62,7 @@ pub async fn run(cluster: Cluster, sources: Sources) {
     let (mut reports, mut claimed) = (fleet.changed_nodes(), claims.changes());
     let mut reported = ByNode::default();
     let mut reported_missing = BTreeSet::new();
+    let unreported = Unreported::default();
     let mut contested = Reported::default();
     let mut again = Again::default();
     let mut dirty = BTreeSet::new();
@@ -78,8 +81,9 @@ pub async fn run(cluster: Cluster, sources: Sources) {
             let promised = claims.all();
             let looked_at = std::mem::take(&mut dirty).into_iter().map(|vm| {
                 let (sources, cluster, promised) = (&sources, &cluster, &promised);
+                let unreported = &unreported;
                 async move {
-                    let looked = look(cluster, sources, &vm, promised, settled).await;
+                    let looked = look(cluster, sources, &vm, promised, unreported, settled).await;
                     (vm, looked)
                 }
             });
@@ -178,6 +182,22 @@ impl Written {
     }
 }
 
+/// Since when no agent has reported a VM, as this operator has seen it.
+#[derive(Debug, Default)]
+struct Unreported(Mutex<BTreeMap<VmKey, Instant>>);
+
+impl Unreported {
+    /// Returns for how long the VM has not been reported.
+    fn note(&self, vm: &VmKey, unreported: bool, now: Instant) -> Duration {
+        let mut since = self.0.lock();
+        if !unreported {
+            since.remove(vm);
+            return Duration::ZERO;
+        }
+        now.duration_since(*since.entry(vm.clone()).or_insert(now))
+    }
+}
+
 enum Synced {
     /// Nothing more to do until something changes.
     Settled(Option<Written>),
@@ -201,9 +221,10 @@ async fn look(
     sources: &Sources,
     vm: &VmKey,
     claims: &[Arc<OtherMigration>],
+    unreported: &Unreported,
     settled: bool,
 ) -> Result<Synced, WriteError> {
-    let now = Timestamp::now();
+    let now = Moment::now();
     let migrations = sources.migrations.in_group(&vm.to_string());
     let own_moves = moves(migrations.iter().map(Arc::as_ref));
     let sight = sources.homes.look(vm, sources.fleet.inventory(), &own_moves, settled, now);
@@ -221,7 +242,7 @@ async fn look(
     if object.is_none() && !is_reported {
         return Ok(if is_missing { Synced::LookAgain(None) } else { Synced::Settled(None) });
     }
-    let synced = sync(cluster, vm, object, sight, claims, settled).await?;
+    let synced = sync(cluster, vm, object, sight, claims, unreported, settled).await?;
     Ok(match synced {
         Synced::Settled(written) if is_missing => Synced::LookAgain(written),
         synced => synced,
@@ -234,6 +255,7 @@ async fn sync(
     object: Option<Arc<AssignedVM>>,
     sight: Sight,
     claims: &[Arc<OtherMigration>],
+    unreported: &Unreported,
     settled: bool,
 ) -> Result<Synced, WriteError> {
     let object = match object {
@@ -247,13 +269,14 @@ async fn sync(
     let status = vm_status(vm, &narrowed(&sight.inventory, vm, &previous), known, claims, &previous, stamp);
     // Not kept while the API server is waited for.
     drop(sight);
-    let unreported = is_unreported(&status);
-    if unreported && !settled {
+    let is_unreported = is_unreported(&status);
+    if is_unreported && !settled {
         return Ok(Synced::LookAgain(None));
     }
-    if unreported && since_unreported(&previous, now).is_some_and(|since| since >= GRACE) {
+    if unreported.note(vm, is_unreported, Instant::now()) >= GRACE {
         tracing::info!(%vm, node = previous.node_name, "the VM is gone; removing its AssignedVM");
         cluster.remove_vm(&object).await?;
+        unreported.note(vm, false, Instant::now());
         return Ok(Synced::Removed);
     }
     let mut written = None;
@@ -264,7 +287,7 @@ async fn sync(
             Err(error) => return Err(error),
         }
     }
-    Ok(if unreported { Synced::LookAgain(written) } else { Synced::Settled(written) })
+    Ok(if is_unreported { Synced::LookAgain(written) } else { Synced::Settled(written) })
 }
 
 /// Only the nodes that have to do with a VM: all others say nothing about it. If no node reports it, all.
@@ -280,13 +303,6 @@ fn narrowed<'a>(inventory: &'a Inventory, vm: &VmKey, previous: &AssignedVMStatu
 
 fn is_unreported(status: &AssignedVMStatus) -> bool {
     conditions::has_reason(&status.conditions, READY, NOT_REPORTED)
-}
-
-/// How long the object has said that no agent reports its VM.
-fn since_unreported(status: &AssignedVMStatus, now: Timestamp) -> Option<Duration> {
-    let ready = conditions::find(&status.conditions, READY).filter(|ready| ready.reason == NOT_REPORTED)?;
-    let since: SignedDuration = now.duration_since(ready.last_transition_time.0);
-    Duration::try_from(since).ok()
 }
 
 async fn report_no_namespace(
@@ -307,5 +323,19 @@ async fn report_no_namespace(
             let notice = Notice { warning: true, reason: "NamespaceMissing", note: note.clone() };
             cluster.report(object.as_ref(), "ShowVM", &notice).await;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn how_long_a_vm_is_not_reported_begins_anew_with_each_report() {
+        let (unreported, begun) = (Unreported::default(), Instant::now());
+        let vm = VmKey { namespace: "demo".into(), name: "counter".into() };
+        let note = |second, is| unreported.note(&vm, is, begun + Duration::from_secs(second)).as_secs();
+        assert_eq!((note(0, true), note(4, true)), (0, 4));
+        assert_eq!((note(5, false), note(6, true), note(11, true)), (0, 0, 5));
     }
 }
