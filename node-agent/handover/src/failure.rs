@@ -7,7 +7,7 @@ use strum::{EnumIter, EnumString, IntoStaticStr};
 pub enum Reason {
     /// A device refused a state change, a read or a write.
     DeviceFailed,
-    /// A device is not where it was left: its guest, or somebody on the node, has reset it.
+    /// A device is not where it was left: its guest, or a program on the node, has reset it.
     DeviceReset,
     /// A call to a device does not return.
     DeviceHangs,

@@ -33,8 +33,9 @@ pub(super) async fn resume(vmm: &dyn Vmm, late: impl FnOnce(Failure) + Send) -> 
     until_done(vmm, "resume", PATIENCE, late, move || run(vmm)).await
 }
 
-/// Lets a VM run on where it was, unless it has been stopped there since. A save whose end the VMM has not confirmed (`save_open`) comes first: while
-/// it saves, it resumes nothing. `late` is told once, if the VMM does not carry it out for long.
+/// Lets a VM run on where it was, unless it has been stopped there since. A save whose end the VMM has not
+/// confirmed (`save_open`) comes first: while it saves, it resumes nothing. `late` is told once, if the VMM does
+/// not carry it out for long.
 pub(super) async fn take_back(
     vmm: &dyn Vmm,
     save_open: &AtomicBool,

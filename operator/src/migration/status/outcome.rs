@@ -105,9 +105,9 @@ impl Draft {
             Settlement::SourceLost { why } => {
                 let why = why.trim_end_matches('.');
                 let message = format!(
-                    "{target} never started VM {vm}, and never will. Whether the VM runs on {source} is not known: \
-                     {source} cannot be asked ({why}). When it is back, its agent keeps the VM, and has it run on if it \
-                     still can; if the node is gone for good, so is the VM."
+                    "{target} never started VM {vm}, and never will. Whether the VM runs on {source} is not \
+                     known: {source} cannot be asked ({why}). When it is back, its agent keeps the VM, and has \
+                     it run on if it still can; if the node is gone for good, so is the VM."
                 );
                 self.status.reservation = Some(Reservation::Released);
                 self.set(

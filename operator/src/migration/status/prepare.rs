@@ -39,9 +39,9 @@ impl Draft {
     /// that was read back. Nothing that its status may say is about it.
     pub fn refuse_copy(&mut self, original: &str) {
         let message = format!(
-            "metadata.annotations[{ACCEPTED_AS_ANNOTATION}] is {original:?}, and not this object's UID: it is a copy of \
-             a VMMigration that was accepted before, such as from a backup, and does not run again. To migrate VM {}, \
-             create a VMMigration without that annotation.",
+            "metadata.annotations[{ACCEPTED_AS_ANNOTATION}] is {original:?}, and not this object's UID: it is a \
+             copy of a VMMigration that was accepted before, such as from a backup, and does not run again. To \
+             migrate VM {}, create a VMMigration without that annotation.",
             self.vm
         );
         let spec = self.spec.clone();

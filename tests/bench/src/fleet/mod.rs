@@ -266,7 +266,10 @@ async fn create_ended(client: &Client, count: usize) -> anyhow::Result<()> {
         ["CONNECTED", "PRE_COPY", "PAUSING", "CAPTURING", "LOADED", "COMMITTED", "STARTED", "RELEASED"];
     let timeline: Vec<_> = phases
         .iter()
-        .map(|phase| json!({"phase": phase, "node": "node-0000", "elapsed": "1ms", "time": "2026-01-01T00:00:00.000000Z"}))
+        .map(|phase| {
+            let time = "2026-01-01T00:00:00.000000Z";
+            json!({"phase": phase, "node": "node-0000", "elapsed": "1ms", "time": time})
+        })
         .collect();
     let creating = (0..count).map(|number| {
         let (api, timeline) = (api.clone(), timeline.clone());
